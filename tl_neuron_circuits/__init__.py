@@ -1,0 +1,1 @@
+"""Neuron circuits with RelP on any TransformerLens model."""
