@@ -1,5 +1,9 @@
 """Prompts, clean and corrupt pairs, their tokens, and metrics; one file a task."""
 
+from ._agreement import subject_verb_agreement as subject_verb_agreement
+from ._capitals import capitals as capitals
+from ._greater_than import greater_than as greater_than
+from ._ioi import ioi as ioi
 from ._metrics import METRICS as METRICS
 from ._metrics import Metric as Metric
 from ._metrics import ProbabilityDifference as ProbabilityDifference

@@ -106,8 +106,14 @@ class PromptPairs:
                     f"pair {index} ({rows[index].clean!r}) has {name}={column[index]!r} but pair 0 has "
                     f"{name}={column[0]!r}: all pairs have {name}, or none."
                 )
-        columns["labels"] = columns.pop("label")
-        return cls(**{name: None if column[0] is None else column for name, column in columns.items()})
+        optional = {name: None if column[0] is None else column for name, column in columns.items()}
+        return cls(
+            clean=columns["clean"],
+            answer=columns["answer"],
+            corrupt=optional["corrupt"],
+            wrong_answer=optional["wrong_answer"],
+            labels=optional["label"],
+        )
 
     @classmethod
     @checked
@@ -198,7 +204,7 @@ class PromptPairs:
     def to_dataframe(self) -> pd.DataFrame:
         """One row a pair, one column for each of clean, answer, corrupt, wrong_answer, label that is there."""
         frame = pd.DataFrame(list(self), columns=list(PromptPair._fields))
-        return frame[[name for name in frame if not frame[name].isna().all()]]
+        return frame.dropna(axis="columns", how="all")
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -273,4 +279,5 @@ def _read_line(path: Path, number: int, line: str) -> PromptPair:
     wrong = [key for key in _JSON_FIELDS if row.get(key) is not None and not (isinstance(row[key], str) and row[key])]
     if wrong:
         raise PairsError(f"{path}, line {number}: {wrong[0]} must be a non-empty string, got {row[wrong[0]]!r}.")
-    return PromptPair(**{name: row.get(key) for key, name in _JSON_FIELDS.items()})
+    optional = (row.get(key) for key in ("patch_prefix", "patch_answer", "case"))
+    return PromptPair(row["clean_prefix"], row["clean_answer"], *optional)
