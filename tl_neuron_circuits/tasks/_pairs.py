@@ -1,0 +1,283 @@
+"""`PromptPairs`: clean prompts, their answers, and (for paired methods) corrupt prompts and wrong answers.
+
+Text only: nothing here knows a tokenizer. `tokenise(model, pairs)` turns pairs into tokens and checks them there.
+A *contrast* is the unordered {clean, corrupt} of a pair; tasks emit both directions of every contrast, so that a
+model whose nodes are ablated to their mean prefers neither answer. `split` never separates the two directions.
+Files: JSON lines in the fields of Marks et al. 2025 (arXiv 2403.19647; METHODS.md 1.4).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple, overload
+
+import pandas as pd
+
+from .._errors import PairsError
+from .._typing import checked
+from ._split import split_groups
+
+_JSON_FIELDS = {
+    "clean_prefix": "clean",
+    "patch_prefix": "corrupt",
+    "clean_answer": "answer",
+    "patch_answer": "wrong_answer",
+    "case": "label",
+}
+
+
+class PromptPair(NamedTuple):
+    """One pair: what indexing and iterating `PromptPairs` gives."""
+
+    clean: str
+    answer: str
+    corrupt: str | None = None
+    wrong_answer: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PromptPairs:
+    """Prompts with answers, and optionally corrupt prompts, wrong answers and labels, one entry a pair.
+
+    Answers are the text that continues the prompt, as it stands: `" are"` after `"The keys"`.
+    Without `corrupt` the pairs serve unpaired methods only; without `wrong_answer`, metrics of one answer only.
+
+    Raises:
+        PairsError: lengths differ, an entry is empty or no string, or an answer equals its wrong answer.
+
+    Example:
+        >>> pairs = PromptPairs(clean=["The keys"], answer=[" are"], corrupt=["The key"], wrong_answer=[" is"])
+        >>> pairs.both_directions()
+        PromptPairs(n=2, first='The keys' → ' are' | 'The key' → ' is')
+    """
+
+    clean: Sequence[str]
+    answer: Sequence[str]
+    corrupt: Sequence[str] | None = None
+    wrong_answer: Sequence[str] | None = None
+    labels: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Store every column as a tuple and check it."""
+        for field in fields(self):
+            column = getattr(self, field.name)
+            if column is not None:
+                object.__setattr__(self, field.name, _column(field.name, column))
+        self._check_lengths()
+        for index, pair in enumerate(self):
+            if pair.answer == pair.wrong_answer:
+                raise PairsError(
+                    f"pair {index} ({pair.clean!r}): answer and wrong_answer are both {pair.answer!r}. "
+                    "Give two different answers, or no wrong_answer at all."
+                )
+
+    def _check_lengths(self) -> None:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        lengths = {name: len(column) for name, column in columns.items() if column is not None}
+        if max(lengths.values()) == 0:
+            raise PairsError("expected at least one pair, got none. Give non-empty lists for `clean` and `answer`.")
+        if len(set(lengths.values())) > 1:
+            short = min(lengths.values())
+            prompt = repr(self.clean[short]) if short < len(self.clean) else "no clean prompt"
+            raise PairsError(
+                f"every column needs one entry a pair, got lengths {lengths}: pair {short} ({prompt}) is the first "
+                "incomplete one. Complete it, or leave an optional column out (None)."
+            )
+
+    @classmethod
+    @checked
+    def from_pairs(cls, pairs: Iterable[PromptPair]) -> "PromptPairs":
+        """Build from single pairs; a column is None where every pair has None, and an error where only some have.
+
+        Raises:
+            PairsError: no pairs, or a column that only some pairs have.
+        """
+        rows = list(pairs)
+        if not rows:
+            raise PairsError("expected at least one pair, got none.")
+        columns = {name: [getattr(row, name) for row in rows] for name in PromptPair._fields}
+        for name, column in columns.items():
+            index = next((i for i, value in enumerate(column) if (value is None) != (column[0] is None)), None)
+            if index is not None:
+                raise PairsError(
+                    f"pair {index} ({rows[index].clean!r}) has {name}={column[index]!r} but pair 0 has "
+                    f"{name}={column[0]!r}: all pairs have {name}, or none."
+                )
+        optional = {name: None if column[0] is None else column for name, column in columns.items()}
+        return cls(
+            clean=columns["clean"],
+            answer=columns["answer"],
+            corrupt=optional["corrupt"],
+            wrong_answer=optional["wrong_answer"],
+            labels=optional["label"],
+        )
+
+    @classmethod
+    @checked
+    def from_jsonl(cls, path: str | Path) -> "PromptPairs":
+        """Read JSON lines with `clean_prefix`, `clean_answer`, and optionally `patch_prefix`, `patch_answer`, `case`.
+
+        Raises:
+            PairsError: the file is missing or empty, or a line is not such an object; the message has its number.
+
+        Example:
+            >>> PromptPairs.from_jsonl("simple_train.json")  # doctest: +SKIP
+        """
+        path = Path(path)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PairsError(f"cannot read pairs from {path}: {error}. Give a UTF-8 file of JSON lines.") from error
+        rows = [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        if not rows:
+            raise PairsError(f"{path} has no pairs: expected one JSON object a line with {', '.join(_JSON_FIELDS)}.")
+        try:
+            return cls.from_pairs(rows)
+        except PairsError as error:
+            raise PairsError(f"{path}: {error} (pairs count from 0, blank lines not counted)") from error
+
+    @checked
+    def to_jsonl(self, path: str | Path) -> None:
+        """Write the pairs as JSON lines that `from_jsonl` reads back."""
+        rows = ({key: getattr(pair, name) for key, name in _JSON_FIELDS.items()} for pair in self)
+        lines = [json.dumps({key: value for key, value in row.items() if value is not None}) for row in rows]
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    @checked
+    def split(
+        self, fraction: float, seed: int = 0, *, by: Literal["contrast", "label"] = "contrast"
+    ) -> tuple["PromptPairs", "PromptPairs"]:
+        """Two disjoint parts, the first with as near to `fraction` of the pairs as whole groups allow.
+
+        `by="contrast"` keeps pairs with the same {clean, corrupt} together, that is both directions of a contrast;
+        `by="label"` also keeps pairs of one label together: tasks label pairs by their lexical item, so the parts
+        share no item. The order of the pairs stays; only the choice depends on `seed`.
+
+        Raises:
+            PairsError: `fraction` is not between 0 and 1, labels are missing, or all pairs form one group.
+
+        Example:
+            >>> train, test = pairs.split(0.5, by="label")  # doctest: +SKIP
+        """
+        if not 0 < fraction < 1:
+            raise PairsError(f"fraction must lie strictly between 0 and 1, got {fraction}.")
+        if by == "label" and self.labels is None:
+            raise PairsError(
+                "split(by='label') needs labels, and these pairs have none. Give labels=, or by='contrast'."
+            )
+        keys = [[("contrast", frozenset((pair.clean, pair.corrupt or pair.clean)))] for pair in self]
+        if by == "label":
+            keys = [[*key, ("label", pair.label)] for key, pair in zip(keys, self, strict=True)]
+        first, second = split_groups(keys, fraction, seed)
+        if not second:
+            raise PairsError(
+                f"split(by={by!r}): all {len(self)} pairs hang together by shared {by}s: nothing to divide. "
+                "Make two sets of pairs from different words instead."
+            )
+        return self[first], self[second]
+
+    def both_directions(self) -> "PromptPairs":
+        """Append every pair with clean and corrupt, and the two answers, swapped, unless it is there already.
+
+        Labels go with their pair unchanged, so they should name the contrast, not a direction.
+
+        Raises:
+            PairsError: there are no corrupt prompts or no wrong answers to swap.
+        """
+        if self.corrupt is None or self.wrong_answer is None:
+            missing = "corrupt" if self.corrupt is None else "wrong_answer"
+            raise PairsError(f"both_directions() swaps clean and corrupt, but these pairs have no {missing}. Give it.")
+        pairs = list(self)
+        swapped = [PromptPair(p.corrupt or "", p.wrong_answer or "", p.clean, p.answer, p.label) for p in pairs]
+        seen = {pair[:4] for pair in pairs}
+        return PromptPairs.from_pairs([*pairs, *(pair for pair in swapped if pair[:4] not in seen)])
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the content, in hexadecimal: the same pairs in the same order have the same hash."""
+        content = json.dumps([list(pair) for pair in self], ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a pair, one column for each of clean, answer, corrupt, wrong_answer, label that is there."""
+        frame = pd.DataFrame(list(self), columns=list(PromptPair._fields))
+        return frame.dropna(axis="columns", how="all")
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.clean)
+
+    def __iter__(self) -> Iterator[PromptPair]:
+        """Go through the pairs one by one."""
+        return (self[index] for index in range(len(self)))
+
+    @overload
+    def __getitem__(self, key: int) -> PromptPair: ...
+    @overload
+    def __getitem__(self, key: slice | Sequence[int]) -> "PromptPairs": ...
+    def __getitem__(self, key: int | slice | Sequence[int]) -> "PromptPair | PromptPairs":
+        """Pick one pair by an index, or several pairs by a slice or a list of indices."""
+        if isinstance(key, int):
+            columns = (self.clean, self.answer, self.corrupt, self.wrong_answer, self.labels)
+            return PromptPair(*(None if column is None else column[key] for column in columns))  # pyright: ignore[reportArgumentType]
+        indices = range(len(self))[key] if isinstance(key, slice) else key
+        if len(indices) == 0:
+            raise PairsError(f"the choice {key!r} of {len(self)} pairs is empty. Choose at least one pair.")
+        return PromptPairs.from_pairs([self[index] for index in indices])
+
+    def __add__(self, other: "PromptPairs") -> "PromptPairs":
+        """Join two sets of pairs that have the same columns.
+
+        Raises:
+            PairsError: one has a column that the other lacks.
+        """
+        if not isinstance(other, PromptPairs):
+            return NotImplemented
+        return PromptPairs.from_pairs([*self, *other])
+
+    def __repr__(self) -> str:
+        """One line: how many, and the first pair."""
+        first = self[0]
+        text = f"{first.clean!r} → {first.answer!r}"
+        if first.corrupt is not None:
+            text += f" | {first.corrupt!r}"
+        if first.wrong_answer is not None:
+            text += f" → {first.wrong_answer!r}"
+        return f"PromptPairs(n={len(self)}, first={text})"
+
+    def _repr_html_(self) -> str:
+        return self.to_dataframe().to_html(max_rows=10)
+
+
+def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise PairsError(
+            f"{name} must be a list of strings, one a pair, got {values!r}. Put a single prompt in a list."
+        )
+    column = tuple(values)
+    for index, text in enumerate(column):
+        if not isinstance(text, str) or not text:
+            raise PairsError(f"{name} of pair {index} must be a string that is not empty, got {text!r}.")
+    return column
+
+
+def _read_line(path: Path, number: int, line: str) -> PromptPair:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PairsError(f"{path}, line {number} is not JSON ({error}): expected one object a line.") from error
+    if not isinstance(row, dict):
+        raise PairsError(f"{path}, line {number}: expected an object with {', '.join(_JSON_FIELDS)}, got {line!r}.")
+    missing = [key for key in ("clean_prefix", "clean_answer") if key not in row]
+    if missing:
+        raise PairsError(
+            f"{path}, line {number} lacks {' and '.join(missing)}; it has {', '.join(row) or 'no fields'}."
+        )
+    wrong = [key for key in _JSON_FIELDS if row.get(key) is not None and not (isinstance(row[key], str) and row[key])]
+    if wrong:
+        raise PairsError(f"{path}, line {number}: {wrong[0]} must be a non-empty string, got {row[wrong[0]]!r}.")
+    optional = (row.get(key) for key in ("patch_prefix", "patch_answer", "case"))
+    return PromptPair(row["clean_prefix"], row["clean_answer"], *optional)

@@ -1,0 +1,221 @@
+"""`TokenisedPairs` and its `Batch`: what attribution, evaluation and metrics read.
+
+Prompts are stored one by one, unpadded, with BOS where the model's default says so. `batches` groups prompts of equal
+length, so that nothing is padded; `batches(..., equal_length=False)` pads instead, for models and methods that take
+an attention mask. Every row of a batch carries the position at which a metric reads the logits.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .._errors import PairsError, SettingsError
+from .._typing import checked
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A few pairs as rectangular tensors.
+
+    `index` holds the rows' places in the `TokenisedPairs`. `attention_mask` is None where nothing is padded, else 1 at
+    tokens and 0 at padding. `position` is where a metric reads the clean run's logits, `corrupt_position` the corrupt
+    run's (the same wherever clean and corrupt are aligned).
+    """
+
+    index: Int[Tensor, " batch"]
+    clean: Int[Tensor, "batch pos"]
+    answer: Int[Tensor, " batch"]
+    position: Int[Tensor, " batch"]
+    corrupt: Int[Tensor, "batch corrupt_pos"] | None = None
+    wrong_answer: Int[Tensor, " batch"] | None = None
+    corrupt_position: Int[Tensor, " batch"] | None = None
+    attention_mask: Int[Tensor, "batch pos"] | None = None
+    corrupt_attention_mask: Int[Tensor, "batch corrupt_pos"] | None = None
+    labels: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.index)
+
+    def on_corrupt(self) -> "Batch":
+        """Return the batch as metrics read the corrupt run: its prompts, mask and position, the same answers.
+
+        Raises:
+            PairsError: the pairs have no corrupt prompts.
+        """
+        if self.corrupt is None or self.corrupt_position is None:
+            raise PairsError("these pairs have no corrupt prompts: give `corrupt`, or use an unpaired method.")
+        mask = self.corrupt_attention_mask
+        return replace(self, clean=self.corrupt, position=self.corrupt_position, attention_mask=mask)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenisedPairs:
+    """Pairs as tokens of one model; made by `tokenise`, or by `from_tokens` for models without a tokenizer.
+
+    `position[i]` is the position in prompt i at which metrics read (the last, unless given). `pad_token` fills padded
+    batches; it is masked, so its value does not matter to a model that respects the mask.
+    """
+
+    clean: Sequence[Int[Tensor, " _"]]
+    answer: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    corrupt: Sequence[Int[Tensor, " _"]] | None = None
+    wrong_answer: Int[Tensor, " n"] | None = None
+    corrupt_position: Int[Tensor, " n"] | None = None
+    labels: Sequence[str] | None = None
+    pad_token: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the columns fit together."""
+        columns = {name: getattr(self, name) for name in ("clean", "answer", "position", "corrupt", "wrong_answer")}
+        columns |= {"corrupt_position": self.corrupt_position, "labels": self.labels}
+        lengths = {name: len(column) for name, column in columns.items() if column is not None}
+        if len(self.clean) == 0 or len(set(lengths.values())) > 1:
+            raise PairsError(f"every column needs one entry a pair and at least one pair, got lengths {lengths}.")
+        for name, prompts, positions in (
+            ("clean", self.clean, self.position),
+            ("corrupt", self.corrupt or (), () if self.corrupt_position is None else self.corrupt_position),
+        ):
+            for index, (prompt, position) in enumerate(zip(prompts, positions, strict=True)):
+                if not 0 <= int(position) < len(prompt):
+                    raise PairsError(
+                        f"pair {index}: position {int(position)} is outside the {name} prompt of {len(prompt)} tokens "
+                        f"{prompt.tolist()}. Positions count from 0, padding not counted."
+                    )
+
+    @classmethod
+    @checked
+    def from_tokens(
+        cls,
+        clean: Int[Tensor, "n pos"] | Sequence[Int[Tensor, " _"]],
+        answer: Int[Tensor, " n"],
+        corrupt: Int[Tensor, "n pos"] | Sequence[Int[Tensor, " _"]] | None = None,
+        wrong_answer: Int[Tensor, " n"] | None = None,
+        *,
+        labels: Sequence[str] | None = None,
+        position: Int[Tensor, " n"] | None = None,
+        pad_token: int = 0,
+    ) -> "TokenisedPairs":
+        """Take tokens as they are (BOS included where the model wants one), for models without a tokenizer.
+
+        `position` says where metrics read, in both prompts; the last position of each unless given.
+
+        Raises:
+            PairsError: columns differ in length, there are no pairs, or a position is outside its prompt.
+
+        Example:
+            >>> TokenisedPairs.from_tokens(torch.tensor([[1, 2, 0]]), torch.tensor([0])).lengths
+            (3,)
+        """
+        device = answer.device
+        corrupt_position = None
+        if corrupt is not None:
+            corrupt = tuple(prompt.to(device) for prompt in corrupt)
+            corrupt_position = _last(corrupt, device) if position is None else position.to(device)
+        clean = tuple(prompt.to(device) for prompt in clean)
+        return cls(
+            clean=clean,
+            answer=answer,
+            position=_last(clean, device) if position is None else position.to(device),
+            corrupt=corrupt,
+            wrong_answer=None if wrong_answer is None else wrong_answer.to(device),
+            corrupt_position=corrupt_position,
+            labels=None if labels is None else tuple(labels),
+            pad_token=pad_token,
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Token length of every clean prompt."""
+        return tuple(len(prompt) for prompt in self.clean)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the tokens, answers and positions, in hexadecimal, for provenance."""
+        parts: list[object] = [[prompt.tolist() for prompt in self.clean], self.answer.tolist(), self.position.tolist()]
+        parts.append(None if self.corrupt is None else [prompt.tolist() for prompt in self.corrupt])
+        parts.append(None if self.wrong_answer is None else self.wrong_answer.tolist())
+        parts.append(None if self.corrupt_position is None else self.corrupt_position.tolist())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.clean)
+
+    def __repr__(self) -> str:
+        """One line: how many pairs, of which lengths, with what."""
+        shortest, longest = min(self.lengths), max(self.lengths)
+        length = str(shortest) if shortest == longest else f"{shortest} to {longest}"
+        having = [name for name in ("corrupt", "wrong_answer", "labels") if getattr(self, name) is not None]
+        return f"TokenisedPairs(n={len(self)}, length={length}, with={', '.join(having) or 'answers only'})"
+
+    @checked
+    def batches(
+        self, batch_size: int, *, equal_length: bool = True, padding_side: Literal["left", "right"] = "right"
+    ) -> Iterator[Batch]:
+        """Go through all pairs once, at most `batch_size` at a time.
+
+        With `equal_length` (the default) a batch holds prompts of one token length, shortest first and otherwise in
+        order, and has no padding and no mask. Without it pairs come in order, padded on `padding_side` to the longest
+        of the batch, with attention masks; run the model with them (`model(batch.clean, attention_mask=...)`, on the
+        side that the model expects). Rows keep their place in `batch.index` either way.
+
+        Raises:
+            SettingsError: `batch_size` is below 1.
+        """
+        if batch_size < 1:
+            raise SettingsError(f"batch_size must be at least 1, got {batch_size}.")
+        return self._batches(batch_size, equal_length, padding_side)
+
+    def _batches(self, batch_size: int, equal_length: bool, padding_side: Literal["left", "right"]) -> Iterator[Batch]:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, prompt in enumerate(self.clean):
+            other = 0 if self.corrupt is None else len(self.corrupt[index])
+            groups.setdefault((len(prompt), other) if equal_length else (0, 0), []).append(index)
+        for key in sorted(groups):
+            for start in range(0, len(groups[key]), batch_size):
+                yield self._batch(groups[key][start : start + batch_size], not equal_length, padding_side)
+
+    def _batch(self, rows: list[int], padded: bool, side: Literal["left", "right"]) -> Batch:
+        index = torch.tensor(rows, device=self.answer.device)
+        clean, mask, shift = _pad([self.clean[row] for row in rows], self.pad_token, side)
+        corrupt = corrupt_mask = corrupt_position = None
+        if self.corrupt is not None and self.corrupt_position is not None:
+            corrupt, corrupt_mask, corrupt_shift = _pad([self.corrupt[row] for row in rows], self.pad_token, side)
+            corrupt_position = self.corrupt_position[index] + corrupt_shift
+        return Batch(
+            index=index,
+            clean=clean,
+            answer=self.answer[index],
+            position=self.position[index] + shift,
+            corrupt=corrupt,
+            wrong_answer=None if self.wrong_answer is None else self.wrong_answer[index],
+            corrupt_position=corrupt_position,
+            attention_mask=mask if padded else None,
+            corrupt_attention_mask=corrupt_mask if padded else None,
+            labels=None if self.labels is None else tuple(self.labels[row] for row in rows),
+        )
+
+
+def _last(prompts: Sequence[Int[Tensor, " _"]], device: torch.device) -> Int[Tensor, " n"]:
+    return torch.tensor([len(prompt) - 1 for prompt in prompts], dtype=torch.long, device=device)
+
+
+def _pad(
+    prompts: Sequence[Int[Tensor, " _"]], pad_token: int, side: Literal["left", "right"]
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
+    """Rectangle of the prompts, its mask, and by how much each prompt moved to the right."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = prompts[0].new_full((len(prompts), longest), pad_token)
+    mask = torch.zeros_like(tokens, dtype=torch.long)
+    shifts = [longest - len(prompt) if side == "left" else 0 for prompt in prompts]
+    for row, (prompt, shift) in enumerate(zip(prompts, shifts, strict=True)):
+        tokens[row, shift : shift + len(prompt)] = prompt
+        mask[row, shift : shift + len(prompt)] = 1
+    return tokens, mask, torch.tensor(shifts, device=tokens.device)
