@@ -5,10 +5,11 @@ unordered pairs of names in IOI sentences, and (event, century, year) triples of
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -143,19 +144,39 @@ def sentence(chance: Chance) -> str:
 _KINDS = tuple(kind for kind, share in SENTENCES.items() for _ in range(share))
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, chance: Chance, rows: int, length: int) -> Int[Tensor, "rows length"]:
-    """Documents of whole sentences, one after another, with `<bos>` first and padding after the last that fits."""
-    documents: list[list[int]] = []
-    current: list[int] = []
-    while len(documents) < rows:
-        texts = [sentence(chance) for _ in range(2 * rows)]
-        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-            if len(current) + len(ids) >= length:
-                documents.append(current)
+@dataclass(frozen=True)
+class Packed:
+    """Documents packed into rows, none of which sees another: what to pass to a Hugging Face model."""
+
+    input_ids: Int[Tensor, "rows length"]
+    position_ids: Int[Tensor, "rows length"]
+    attention_mask: Bool[Tensor, "rows 1 length length"]
+    targets: Int[Tensor, "rows length"]
+
+
+def batch(tokenizer: PreTrainedTokenizerFast, chance: Chance, rows: int, length: int) -> Packed:
+    """Documents of one sentence (two in a quarter of them), each with `<bos>` first, as many as fit into each row."""
+    packed: list[list[list[int]]] = []
+    current: list[list[int]] = []
+    while len(packed) < rows:
+        texts = [" ".join(sentence(chance) for _ in range(1 + (chance.below(4) == 0))) for _ in range(2 * rows)]
+        for ids in tokenizer(texts)["input_ids"]:
+            if sum(map(len, current)) + len(ids) > length:
+                packed.append(current)
                 current = []
-            current = [*current, *ids]
+            current = [*current, ids]
     tokens = torch.full((rows, length), tokenizer.pad_token_id)
-    tokens[:, 0] = tokenizer.bos_token_id
-    for row, ids in zip(tokens, documents, strict=False):
-        row[1 : 1 + len(ids)] = torch.tensor(ids)
-    return tokens
+    targets = torch.full((rows, length), -100)
+    places = torch.zeros(rows, length, dtype=torch.long)
+    owner = torch.full((rows, length), -1)
+    for row, documents in enumerate(packed[:rows]):
+        start = 0
+        for number, ids in enumerate(documents):
+            end = start + len(ids)
+            tokens[row, start:end] = torch.tensor(ids)
+            targets[row, start : end - 1] = tokens[row, start + 1 : end]
+            places[row, start:end] = torch.arange(len(ids))
+            owner[row, start:end] = number
+            start = end
+    same = (owner[:, None, :, None] == owner[:, None, None, :]).tril()
+    return Packed(tokens, places, same, targets)
