@@ -1,4 +1,12 @@
 """Neuron circuits with RelP on any TransformerLens model."""
 
+from . import bases as bases
+from . import tasks as tasks
 from ._errors import NeuronCircuitsError as NeuronCircuitsError
+from .attribution import NodeScores as NodeScores
+from .attribution import attribute as attribute
+from .propagation import ModelReport as ModelReport
+from .propagation import check_model as check_model
 from .propagation import relp as relp
+from .tasks import PromptPairs as PromptPairs
+from .tasks import TokenisedPairs as TokenisedPairs

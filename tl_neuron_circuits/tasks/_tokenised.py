@@ -54,6 +54,23 @@ class Batch:
         return replace(self, clean=self.corrupt, position=self.corrupt_position, attention_mask=mask)
 
 
+    def repeat(self, n: int) -> "Batch":
+        """Return the rows `n` times over, block after block, without the corrupt run."""
+        return replace(
+            self,
+            index=self.index.repeat(n),
+            clean=self.clean.repeat(n, 1),
+            answer=self.answer.repeat(n),
+            wrong_answer=None if self.wrong_answer is None else self.wrong_answer.repeat(n),
+            position=self.position.repeat(n),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.repeat(n, 1),
+            corrupt=None,
+            corrupt_position=None,
+            corrupt_attention_mask=None,
+            labels=None if self.labels is None else [*self.labels] * n,
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenisedPairs:
     """Pairs as tokens of one model; made by `tokenise`, or by `from_tokens` for models without a tokenizer.
