@@ -38,8 +38,7 @@ class Architecture:
     logit_cap: float | None = None
     embedding_scale: float = 1.0
     embedding_norm: bool = False
-    embedding_norm_before_hook: bool = False
-    """The hook at the token embedding sees it after the embedding's norm."""
+    """A norm follows the token embedding (Bloom); `hook_embed` comes after it in both model classes."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ def forward(
     arch, w = replica.architecture, replica.weights
     embedding = record("token_embedding", w["W_E"][tokens] * arch.embedding_scale)
     if arch.embedding_norm:
-        normed = _norm(replica, "embed.ln", embedding, rules)
-        residual = record("hook_embed", normed) if arch.embedding_norm_before_hook else normed
-    else:
-        residual = record("hook_embed", embedding)
+        embedding = _norm(replica, "embed.ln", embedding, rules)
+    residual = record("hook_embed", embedding)
     if "W_pos" in w:
         positions = w["W_pos"][: tokens.shape[1]].expand(tokens.shape[0], -1, -1).clone()
         residual = residual + record("hook_pos_embed", positions)

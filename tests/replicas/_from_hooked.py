@@ -47,7 +47,6 @@ def from_hooked_transformer(model: Any) -> Replica:
         score_cap=cfg.attn_scores_soft_cap if cfg.attn_scores_soft_cap > 0 else None,
         logit_cap=cfg.output_logits_soft_cap if cfg.output_logits_soft_cap > 0 else None,
         embedding_norm=cfg.post_embedding_ln,
-        embedding_norm_before_hook=True,
     )
     weights = {_plain(name): value for name, value in weights.items()}
     return Replica(architecture, weights)

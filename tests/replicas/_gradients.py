@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from tests.replicas._from_hugging_face import from_hugging_face
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, ""]]
 
 
+@cache
 def replica_of(case: ModelCase, seed: int = 0) -> Replica:
     """Build the replica of `case.build(seed=seed)`; for a Bridge, from an untouched copy of its Hugging Face model."""
     if case.backend == "HookedTransformer":
