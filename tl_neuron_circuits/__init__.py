@@ -5,6 +5,8 @@ from . import tasks as tasks
 from ._errors import NeuronCircuitsError as NeuronCircuitsError
 from .attribution import NodeScores as NodeScores
 from .attribution import attribute as attribute
+from .evaluation import SparsityCurve as SparsityCurve
+from .evaluation import evaluate as evaluate
 from .propagation import ModelReport as ModelReport
 from .propagation import check_model as check_model
 from .propagation import relp as relp
