@@ -1,6 +1,6 @@
 """The checks of this repository: `nox` runs tests, lint, types and docs; `nox -l` lists the sessions.
 
-Only torch 2.13.0 is pinned (constraints.txt), so that every session tests what a user's fresh install would get.
+Only torch and the linters are pinned (constraints.txt), so that every session tests what a user's fresh install would get.
 """
 
 import nox
@@ -29,7 +29,7 @@ def tests(session: nox.Session, transformer_lens: str) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff: style, docstrings, imports, formatting."""
-    session.install("ruff>=0.6")
+    session.install("-c", "constraints.txt", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
