@@ -1,6 +1,6 @@
 """The checks of this repository: `nox` runs tests, lint, types and docs; `nox -l` lists the sessions.
 
-Only torch and the linters are pinned (constraints.txt), so that every session tests what a user's fresh install would get.
+Only torch and the linters are pinned (constraints.txt): a session tests what a user's fresh install would get.
 """
 
 import nox

@@ -1,6 +1,6 @@
 """A hook of mkdocs: an API page names its room, and gets every name that the room re-exports.
 
-mkdocstrings leaves out what a module imports from elsewhere, and every public name here is imported from a private module.
+mkdocstrings leaves out what a module imports, and every public name here is imported from a private module.
 """
 
 import ast
@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+ENTRY = """    options:
+      show_root_heading: true
+      show_root_full_path: false
+      heading_level: 2
+"""
 
 
 def re_exports(room: str) -> list[str]:
@@ -27,6 +32,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         room = line.removeprefix("::: ")
         if room != line:
             lines.append("    options:\n      members: false\n")
-            options = "    options:\n      show_root_heading: true\n      show_root_full_path: false\n      heading_level: 2\n"
-            lines += [f"::: {room}.{name}\n{options}" for name in re_exports(room)]
+            lines += [f"::: {room}.{name}\n{ENTRY}" for name in re_exports(room)]
     return "\n".join(lines)

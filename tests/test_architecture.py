@@ -157,7 +157,8 @@ def undocumented(owner: str, public: object) -> Iterator[str]:
     # A dataclass without a docstring gets its signature as one.
     if not doc or (inspect.isclass(public) and doc.startswith(f"{public.__name__}(")):
         yield owner
-    if inspect.isclass(public) and public.__module__.startswith(NAME):
+    # The members of a Protocol are another library's.
+    if inspect.isclass(public) and public.__module__.startswith(NAME) and not getattr(public, "_is_protocol", False):
         for name, member in vars(public).items():
             is_ours = inspect.isfunction(member) or isinstance(member, property | classmethod | staticmethod)
             if is_ours and not name.startswith("_") and not inspect.getdoc(getattr(public, name)):
