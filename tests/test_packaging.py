@@ -6,10 +6,12 @@ import tarfile
 import zipfile
 from email import message_from_string
 from email.message import Message
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_neuron_circuits"
@@ -84,6 +86,14 @@ def test_dependencies_are_floors_only(metadata: Message) -> None:
     requirements = [line.partition(";")[0].strip() for line in metadata.get_all("Requires-Dist", [])]
     assert any(line.startswith("transformer-lens>=") for line in requirements)
     assert [line for line in requirements if any(sign in line for sign in ("<", "==", "~=", "!=", "@"))] == []
+
+
+def test_the_core_dependencies_keep_what_is_installed(metadata: Message) -> None:
+    # pip upgrades a dependency only when the installed version does not satisfy the requirement.
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    core = [requirement for requirement in requirements if requirement.marker is None]
+    assert {"torch", "numpy", "transformer-lens"} <= {requirement.name for requirement in core}
+    assert [str(r) for r in core if not r.specifier.contains(version(r.name), prereleases=True)] == []
 
 
 def test_the_metadata_names_extras_python_and_the_command(metadata: Message, wheel: Path) -> None:
