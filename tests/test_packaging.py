@@ -102,3 +102,9 @@ def test_the_metadata_names_extras_python_and_the_command(metadata: Message, whe
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "tl-neuron-circuits = tl_neuron_circuits.cli:main" in archive.read(name).decode()
+
+
+def test_every_file_gives_the_same_version(metadata: Message) -> None:
+    version_here = metadata["Version"]
+    assert f"\nversion: {version_here}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{version_here}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
