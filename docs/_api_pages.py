@@ -1,11 +1,15 @@
-"""A hook of mkdocs: an API page names its room, and gets every name that the room re-exports.
+"""How API pages are made: a hook of mkdocs and an extension of griffe, which reads the docstrings.
 
-mkdocstrings leaves out what a module imports, and every public name here is imported from a private module.
+An API page names its room and gets every name that the room re-exports: mkdocstrings leaves out what a module imports,
+and every public name here is imported from a private module.
 """
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
+
+import griffe
 
 ROOT = Path(__file__).parents[1]
 ENTRY = """    options:
@@ -31,6 +35,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         lines.append(line)
         room = line.removeprefix("::: ")
         if room != line:
-            lines.append("    options:\n      members: false\n")
+            lines.append("    options:\n      members: false\n      show_root_toc_entry: false\n")
             lines += [f"::: {room}.{name}\n{ENTRY}" for name in re_exports(room)]
     return "\n".join(lines)
+
+
+class ExampleSections(griffe.Extension):
+    """Read `Example:` as `Examples:`: the one is a note to griffe, the other a console session."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rename the section in the docstring of each object."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
