@@ -88,6 +88,15 @@ def test_precision_is_the_widest_and_float32_at_least(dtype: str, x_dtype: torch
     assert torch.allclose(dictionary(x).double(), exact, atol=1e-5)
 
 
+@each_case
+def test_weights_follow_the_inputs_device(case: DictionaryCase, tmp_path: Path) -> None:
+    """An input elsewhere is answered there, whether or not the dictionary was moved first."""
+    dictionary = load_dictionary(case.write(tmp_path / "folder"))
+    there = case.inputs().to("meta")
+    assert dictionary(there).device == dictionary.encode(there).device == there.device
+    assert dictionary.to("meta").W_dec.device == there.device and dictionary.device.type == "cpu"
+
+
 def test_gradients_reach_the_input_and_no_weight() -> None:
     """Encoding is differentiable in the input, as integrated gradients need it; weights carry no gradient."""
     eye = torch.eye(D_IN)

@@ -1,30 +1,33 @@
 """Where on a model a dictionary reads and writes: its maker's hook names, found again on either model class.
 
-Which hook point carries the value that enters the MLP (measured on TransformerLens 3.9 and 4.3, random norm weights):
+Which hook point carries the value that enters the MLP (measured with random norm weights):
 
 | model | the MLP's input | `ln2.hook_normalized` |
 |---|---|---|
 | TransformerBridge, every family | `mlp.hook_in` | before the norm's weight and bias |
 | HookedTransformer, folded norms (LNPre, RMSPre) | `ln2.hook_normalized` | the MLP's input |
-| HookedTransformer, unfolded norms (LN, RMS) | no hook point | before the norm's weight and bias |
+| HookedTransformer 3, unfolded norms (LN, RMS), and 2, RMS | no hook point | before the norm's weight and bias |
+| HookedTransformer 2, unfolded LN | `ln2.hook_normalized` | the MLP's input |
 | HookedTransformer, no norm | `hook_resid_mid` (`hook_resid_pre` in parallel blocks) | absent |
 
-So `ln2.hook_normalized` is the same value on both classes, folded or not, and is kept as it is named. `hook_mlp_in` is
-TransformerLens' name for the residual stream before ln2, but Gemma Scope 2's transcoders mean the value after it: told
-apart by `hf_hook_name`, else by whether it is a transcoder. On the Bridge it is listed and never fires. `hook_mlp_out`
-is what is added to the residual stream on both classes, after a post norm (Gemma) where there is one; the Bridge's
-`mlp.hook_out` is before it.
+So from TransformerLens 3 on `ln2.hook_normalized` is one value on both classes, folded or not, and is kept as named; a
+dictionary trained on an unfolded LayerNorm model under TransformerLens 2 reads `mlp.hook_in` instead. `hook_mlp_in` is
+TransformerLens' name for the residual stream before ln2 and fires only after `set_use_hook_mlp_in(True)`, on both
+classes; Gemma Scope 2's transcoders mean the value after the norm. Told apart by `hf_hook_name`, else by the flag, else
+by whether it is a transcoder. `hook_mlp_out` is what is added to the residual stream on both classes, after a post norm
+(Gemma) where there is one; the Bridge's `mlp.hook_out` is before it.
 """
 
 import re
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._errors import DictionaryError, UnsupportedModelError
-from ..models import TransformerLensModel, hook_points
+from ..models import TransformerLensModel, hook_point, hook_points
 from ._dictionary import Dictionary
 
 _LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -81,10 +84,12 @@ def check_fires(model: TransformerLensModel, tokens: Any, names: Iterable[str]) 
     """The shape each hook point carries in one forward over `tokens`.
 
     Raises:
-        UnsupportedModelError: a hook point exists and was never reached.
+        UnsupportedModelError: a hook point is missing, switched off, or was never reached.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     wanted = list(dict.fromkeys(names))
+    for name in wanted:
+        hook_point(model, name)
 
     def seen(name: str) -> Any:
         def hook(value: Tensor, hook: Any) -> None:
@@ -92,8 +97,16 @@ def check_fires(model: TransformerLensModel, tokens: Any, names: Iterable[str]) 
 
         return hook
 
-    with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=[(name, seen(name)) for name in wanted])
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        try:
+            stack.enter_context(model.hooks(fwd_hooks=[(name, seen(name)) for name in wanted]))
+        except (
+            AssertionError,
+            ValueError,
+        ) as error:  # what TransformerLens raises for a hook point that is switched off
+            raise UnsupportedModelError(f"{', '.join(wanted)}: a hook point cannot be used. {error}") from error
+        model(tokens)
     silent = [name for name in wanted if name not in shapes]
     if silent:
         raise UnsupportedModelError(
@@ -111,7 +124,8 @@ def _find(model: TransformerLensModel, dictionary: Dictionary, name: str, *, is_
     block, site = f"blocks.{match[1]}.", match[2]
     is_bridge = "blocks.0.hook_in" in points
     if site == "hook_mlp_in":
-        if not is_bridge and getattr(model.cfg, "use_hook_mlp_in", False) and not _means_after_norm(dictionary, False):
+        switched_on = bool(getattr(model.cfg, "use_hook_mlp_in", False))
+        if switched_on and not _means_after_norm(dictionary, False):
             return _require(model, dictionary, name, name)
         site = "mlp.hook_in" if _means_after_norm(dictionary, dictionary.is_transcoder) else _residual_before_mlp(model)
     if is_bridge or block + site in points:
@@ -180,5 +194,7 @@ def site_width(model: TransformerLensModel, name: str) -> int | None:
         return cfg.n_heads * cfg.d_head
     if name.endswith(("mlp.hook_post", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.out.hook_in")):
         return cfg.d_mlp
-    on_residual = r"(hook_(resid_\w+|mlp_out|mlp_in|attn_out|embed)|ln\w*\.hook_(normalized|in|out)|mlp\.hook_(in|out))"
-    return cfg.d_model if re.search(rf"(^|\.){on_residual}$", name) else None
+    on_residual = (
+        r"hook_(resid_\w+|mlp_out|mlp_in|attn_out|embed|in|out)|ln\w*\.hook_(normalized|in|out)|mlp\.hook_(in|out)"
+    )
+    return cfg.d_model if re.fullmatch(rf"(blocks\.\d+\.)?({on_residual})", name) else None

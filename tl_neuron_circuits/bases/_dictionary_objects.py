@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import DictionaryError
+from .._typing import checked
 from ._dictionary import Dictionary
 from ._dictionary_build import build_dictionary
 from ._dictionary_checks import check_finite
@@ -27,6 +28,7 @@ _ACTIVE = 8
 _NEEDED = ("encode", "decode", "W_enc", "W_dec")
 
 
+@checked
 def as_dictionary(source: Any, *, hook_in: str | None = None, hook_out: str | None = None) -> Dictionary:
     """A live SAE or transcoder as a `Dictionary`; its weights are shared, not copied, and carry no gradient.
 
