@@ -110,6 +110,7 @@ def attribute(
         "baseline": baseline, "direction": direction, "rules": list(rules), "stabilizer": stabilizer, "steps": steps,
         "seed": seed, "model": str(getattr(model.cfg, "model_name", "unknown")), "n_pairs": len(tokens),
         "pairs_hash": tokens.hash, "lengths": sorted(set(tokens.lengths)), "versions": versions(),
+        "variance_unexplained": total.unexplained(),
     }  # fmt: skip
     scores = total.scores(len(tokens), settings, basis)
     return scores if chosen is not None else require_finite(scores)
@@ -125,6 +126,7 @@ def _score(
         values, gradients = _relp.propagate(setting, here)
     else:
         values = run_values(setting.model, here, reads_of(setting.sites))
+    total.add_variance(values)
     runs = Runs(take_apart(setting.sites, values), base_parts(setting, batch, means))
     if method == "patching":
         total.add_scores(_patching.patch(setting, here, runs, chosen, rows, verbose))

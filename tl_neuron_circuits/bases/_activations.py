@@ -42,6 +42,9 @@ class ActivationSite:
         """The gradient itself."""
         return _flat(gradient)
 
+    def variance(self, values: Mapping[str, Tensor]) -> None:
+        """None: components leave nothing over."""
+
 
 def _flat(value: Tensor) -> Tensor:
     return value.flatten(2) if value.dim() > 3 else value
