@@ -33,6 +33,7 @@ def evaluate(
     error: Errors = "nodes",
     basis: Basis | Sequence[Basis] | None = None,
     metric: Metric = logit_difference,
+    completeness: bool = True,
     batch_size: int = 64,
     prepend_bos: bool | None = None,
     multi_token: Literal["error", "first_difference"] = "error",
@@ -53,6 +54,7 @@ def evaluate(
         error: a dictionary's error: ranked as a node, always kept, or always ablated.
         basis: needed where scores of a dictionary basis were loaded from disk.
         metric, prepend_bos, multi_token: as in `attribute`.
+        completeness: False saves half of the forwards and leaves completeness nan.
         batch_size: prompts in one pass. Cost: 2 + 2 x sizes forwards a batch, and one over the corrupt prompts.
         seed: of "resample".
         verbose: show progress.
@@ -88,17 +90,22 @@ def evaluate(
     ranked = RankedNodes(scores, ranking, **fixed)
     sizes = chosen_sizes(sizes, len(ranked))
     run = _Evaluation(model, sites, metric, tokens, ablation, batch_size, seed)
-    with tqdm(total=2 + 2 * len(sizes), desc="evaluate", disable=not verbose, unit="run") as bar:
+    with tqdm(total=2 + (1 + completeness) * len(sizes), desc="evaluate", disable=not verbose, unit="run") as bar:
         full, empty = run.metric(None, bar), run.metric(ranked.best(0), bar)
         kept = [run.metric(ranked.best(size), bar) for size in sizes]
-        removed = [run.metric(ranked.all_but_best(size), bar) for size in sizes]
+        nothing = torch.full_like(full, torch.nan)
+        removed = [run.metric(ranked.all_but_best(size), bar) if completeness else nothing for size in sizes]
     _check_range(full, empty, ablation)
     settings = {
         **{key: scores.settings[key] for key in ("method", "positions", "rules", "model")},
         "basis": name_of(basis), "ablation": ablation, "ranking": ranking, "error": error, "metric": metric_name(metric),
         "attribution_hash": scores.settings["pairs_hash"], "pairs_hash": tokens.hash, "seed": seed, "versions": versions(),
     }  # fmt: skip
-    return SparsityCurve(tuple(sizes), stack(kept), stack(removed), full, empty, len(ranked), settings)
+    predicted = torch.tensor([ranked.sum_of_best(size) for size in sizes])
+    groups = None if tokens.labels is None else tuple(tokens.labels)
+    return SparsityCurve(
+        tuple(sizes), stack(kept), stack(removed), full, empty, predicted, len(ranked), settings, groups
+    )
 
 
 class _Evaluation:

@@ -1,1 +1,5 @@
-"""TODO: one line."""
+"""Figures, as plotly objects that are returned and never shown."""
+
+from ._curves import plot_comparison as plot_comparison
+from ._curves import plot_curves as plot_curves
+from ._curves import plot_trust as plot_trust
