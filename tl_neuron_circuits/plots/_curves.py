@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..evaluation import Comparison, SparsityCurve
-from ._style import colours, dash, finish, say, translucent
+from ._style import colours, dash, finish, say, shown, translucent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,7 @@ def plot_curves(curves: Sequence[SparsityCurve]) -> go.Figure:
         basis, method = str(curve.settings["basis"]), str(curve.settings["method"])
         table = curve.to_dataframe()
         for column, measure in enumerate(_MEASURES, 1):
-            _line(figure, column, table, measure, f"{basis}, {method}", palette[basis], method)
+            _line(figure, column, table, measure, shown(basis, method), palette[basis], method)
     return finish(figure, "Sparsity", _subtitle(curves, []))
 
 
@@ -40,8 +40,8 @@ def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figur
         for column, measure in enumerate(_MEASURES, 1):
             if len(tasks) == 1:
                 _band(figure, column, rows, measure, palette[basis])
-            shown = rows if len(tasks) == 1 else _averaged(rows, measure)
-            _line(figure, column, shown, measure, f"{basis}, {method}", palette[basis], method)
+            drawn = rows if len(tasks) == 1 else _averaged(rows, measure)
+            _line(figure, column, drawn, measure, shown(basis, method), palette[basis], method)
     curves = [comparison.curves[key] for key in keys]
     return finish(figure, "Sparsity of bases", _subtitle(curves, tasks))
 
@@ -58,7 +58,7 @@ def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
         drop = (curve.full.mean() - curve.removed.mean(1)).numpy()
         limits += [float(drop.max()), float(drop.min())]
         figure.add_scatter(
-            x=curve.predicted.numpy(), y=drop, name=f"{key.basis}, {key.method}", mode="lines+markers",
+            x=curve.predicted.numpy(), y=drop, name=shown(key.basis, key.method), mode="lines+markers",
             text=[f"{size:,} nodes" for size in curve.sizes], line={"color": palette[key.basis], "dash": dash(key.method)},
         )  # fmt: skip
     ends = [min(limits), max(limits)]

@@ -17,6 +17,20 @@ DASHES = {
     "random": "2px,6px",
 }
 
+NAMES = {
+    "relp": "RelP",
+    "gradient": "gradient (AtP)",
+    "integrated_gradients": "integrated gradients",
+    "integrated_gradients_inputs": "IG over inputs",
+    "patching": "exact patching",
+    "activation_difference": "activation difference",
+}
+
+
+def shown(basis: str, method: str) -> str:
+    """A curve's name in a legend."""
+    return f"{basis.replace('_', ' ')}, {NAMES.get(method, method)}"
+
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name, in order."""
@@ -34,13 +48,13 @@ def translucent(colour: str, alpha: float = 0.15) -> str:
     return f"rgba({red},{green},{blue},{alpha})"
 
 
-def finish(figure: go.Figure, title: str, subtitle: str, *, height: int = 460) -> go.Figure:
+def finish(figure: go.Figure, title: str, subtitle: str, *, height: int = 480) -> go.Figure:
     """Title, subtitle, white background; the global plotly template is not touched."""
     figure.update_layout(
         title={"text": f"{title}<br><sub>{subtitle}</sub>", "x": 0.01, "xanchor": "left"},
         template="plotly_white",
         height=height,
-        margin={"t": 90, "l": 60, "r": 20, "b": 60},
+        margin={"t": 110, "l": 60, "r": 20, "b": 60},
         legend={"tracegroupgap": 4},
         font={"size": 13},
     )
