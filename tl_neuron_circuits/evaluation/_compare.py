@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -49,8 +49,8 @@ def compare(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        attribution_pairs, evaluation_pairs: one set each, or several tasks by name (the same names in both). Positions are
-            kept, so a task needs prompts of one token length.
+        attribution_pairs, evaluation_pairs: one set each, or several tasks by name (the same names in both). Positions
+            are kept, so a task needs prompts of one token length.
         bases: neurons and MLP outputs unless given; every basis must cover the same layers, or ablating all of it would
             mean different things.
         methods: as in `attribute`; controls are drawn on every plot.
@@ -82,11 +82,21 @@ def compare(
     train, test = _by_task(attribution_pairs), _by_task(evaluation_pairs)
     _check(model, chosen, train, test)
     settings = {
-        "model": str(getattr(model.cfg, "model_name", "unknown")), "bases": [b.name for b in chosen], "methods": list(methods),
-        "sizes": None if sizes is None else list(sizes), "ablation": ablation, "error": error, "metric": metric_name(metric),
-        "steps": steps, "mib": mib, "bootstrap": bootstrap, "seed": seed, "attribution": {t: p.hash for t, p in train.items()},
-        "evaluation": {t: p.hash for t, p in test.items()}, "versions": versions(),
-    }  # fmt: skip
+        "model": str(getattr(model.cfg, "model_name", "unknown")),
+        "bases": [b.name for b in chosen],
+        "methods": list(methods),
+        "sizes": None if sizes is None else list(sizes),
+        "ablation": ablation,
+        "error": error,
+        "metric": metric_name(metric),
+        "steps": steps,
+        "mib": mib,
+        "bootstrap": bootstrap,
+        "seed": seed,
+        "attribution": {t: p.hash for t, p in train.items()},
+        "evaluation": {t: p.hash for t, p in test.items()},
+        "versions": versions(),
+    }
     keys = [CurveKey(task, basis.name, method) for task in train for basis in chosen for method in methods]
     by_name = {basis.name: basis for basis in chosen}
     curves, grid, unexplained = ({}, {}, {}) if directory is None else _resume(Path(directory), settings)
@@ -94,7 +104,9 @@ def compare(
     for key in tqdm(keys, desc="compare", disable=not verbose, unit="curve"):
         if key in curves:
             continue
-        scores = attribute(model, train[key.task], method=key.method, basis=by_name[key.basis], steps=steps, **common)
+        scores = attribute(
+            model, train[key.task], method=cast(MethodName, key.method), basis=by_name[key.basis], steps=steps, **common
+        )
         judge = {**common, "ablation": ablation, "error": error}
         fitting = None if sizes is None else [size for size in sizes if size <= len(scores)]
         curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, **judge)
@@ -108,7 +120,9 @@ def compare(
     return Comparison(ordered, settings, grid, unexplained)
 
 
-def _mib(model: TransformerLensModel, pairs: PromptPairs, scores: NodeScores, judge: Mapping[str, Any]) -> tuple[float, float]:
+def _mib(
+    model: TransformerLensModel, pairs: PromptPairs, scores: NodeScores, judge: Mapping[str, Any]
+) -> tuple[float, float]:
     """CPR by the signed ranking and CMD by the |score| ranking, on MIB's grid."""
     sizes = sorted({max(1, round(fraction * len(scores))) for fraction in MIB_FRACTIONS})
     run = lambda ranking: evaluate(model, pairs, scores, sizes=sizes, ranking=ranking, completeness=False, **judge)  # noqa: E731
@@ -120,7 +134,10 @@ def _by_task(pairs: Pairs) -> dict[str, PromptPairs]:
 
 
 def _check(
-    model: TransformerLensModel, bases: Sequence[Basis], train: Mapping[str, PromptPairs], test: Mapping[str, PromptPairs]
+    model: TransformerLensModel,
+    bases: Sequence[Basis],
+    train: Mapping[str, PromptPairs],
+    test: Mapping[str, PromptPairs],
 ) -> None:
     if list(train) != list(test) or not train:
         raise SettingsError(f"expected the same tasks in both; got {list(train)} and {list(test)}.")
@@ -130,7 +147,9 @@ def _check(
     for task in train:
         shared = {pair.clean for pair in train[task]} & {pair.clean for pair in test[task]}
         if shared:
-            logger.warning("%s: %d evaluation prompts are attribution prompts too: results are in-sample.", task, len(shared))
+            logger.warning(
+                "%s: %d evaluation prompts are attribution prompts too: results are in-sample.", task, len(shared)
+            )
     layers = {basis.name: sorted({site.layer for site in sites_of(model, basis)}) for basis in bases}
     if len({tuple(found) for found in layers.values()}) > 1:
         raise SettingsError(
@@ -139,13 +158,16 @@ def _check(
         )
 
 
-def _resume(directory: Path, settings: Mapping[str, Any]) -> tuple[dict[CurveKey, SparsityCurve], dict[Any, Any], dict[Any, Any]]:
+def _resume(
+    directory: Path, settings: Mapping[str, Any]
+) -> tuple[dict[CurveKey, SparsityCurve], dict[Any, Any], dict[Any, Any]]:
     if not (directory / "index").exists():
         return {}, {}, {}
     found = Comparison.load(directory)
     differing = [name for name, value in settings.items() if found.settings.get(name) != value]
     if differing:
         raise FileFormatError(
-            f"{directory} holds a comparison with other {differing}. Choose another directory, or remove it to start anew."
+            f"{directory} holds a comparison with other {differing}. Choose another directory, or remove it to start "
+            f"anew."
         )
     return dict(found.curves), dict(found.mib), dict(found.unexplained)

@@ -34,8 +34,8 @@ class CurveKey(NamedTuple):
 class Comparison:
     """Curves by (task, basis, method), evaluated on the same pairs within a task.
 
-    `mib` holds CPR (signed ranking) and CMD (|score| ranking) on MIB's grid where they were asked for, `unexplained` the
-    mean fraction of variance that a basis leaves unexplained.
+    `mib` holds CPR (signed ranking) and CMD (|score| ranking) on MIB's grid where they were asked for, `unexplained`
+    the mean fraction of variance that a basis leaves unexplained.
     """
 
     curves: Mapping[CurveKey, SparsityCurve]
@@ -59,7 +59,7 @@ class Comparison:
             frames.append(frame.assign(task=key.task, basis=key.basis, method=key.method))
         table = pd.concat(frames, ignore_index=True)
         first = ["task", "basis", "method"]
-        return table[[*first, *(column for column in table if column not in first)]]
+        return table.reindex(columns=[*first, *(column for column in table if column not in first)])
 
     def summary(self, levels: tuple[float, ...] = (0.5, 0.8)) -> pd.DataFrame:
         """One row a curve: F(full), F(empty), nodes, log area on absolute counts, size at each level, CPR, CMD, FVU."""
@@ -78,7 +78,14 @@ class Comparison:
         return pd.DataFrame(rows)
 
     def ratio(
-        self, basis: str, other: str, *, method: str, other_method: str | None = None, level: float = 0.8, task: str | None = None
+        self,
+        basis: str,
+        other: str,
+        *,
+        method: str,
+        other_method: str | None = None,
+        level: float = 0.8,
+        task: str | None = None,
     ) -> tuple[float, float, float]:
         """How many times the nodes of `other` does `basis` need at `level` of faithfulness: value, low, high (95 %).
 
@@ -110,12 +117,15 @@ class Comparison:
             where = f"on {task}, " if len(self.tasks) > 1 else ""
             if np.isfinite(value):
                 sentences.append(
-                    f"{where}at faithfulness {level:g} {one} need {value:.3g} x [{low:.3g}, {high:.3g}] the nodes of {other}"
+                    f"{where}at faithfulness {level:g} {one} need {value:.3g} x [{low:.3g}, {high:.3g}] the nodes of "
+                    f"{other}"
                 )
             else:
                 sizes = {b: self._curve(task, b, method).size_at(level) for b in (one, other)}
                 never = [basis for basis, size in sizes.items() if not np.isfinite(size)]
-                sentences.append(f"{where}{' and '.join(never)} never stay above faithfulness {level:g} at the sizes tried")
+                sentences.append(
+                    f"{where}{' and '.join(never)} never stay above faithfulness {level:g} at the sizes tried"
+                )
         return "; ".join(sentences) + f" (scored by {method}; 95 % over lexical items)."
 
     def save(self, path: str | Path) -> None:
@@ -143,17 +153,22 @@ class Comparison:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
         path = Path(path)
-        _, notes = read_directory(path / "index", "comparison", SCHEMA, required=("keys", "settings", "mib", "unexplained"))
+        _, notes = read_directory(
+            path / "index", "comparison", SCHEMA, required=("keys", "settings", "mib", "unexplained")
+        )
         try:
             keys = [CurveKey(*key) for key in notes["keys"]]
             mib = {CurveKey(*row[:3]): (row[3], row[4]) for row in notes["mib"]}
             unexplained = {CurveKey(*row[:3]): row[3] for row in notes["unexplained"]}
         except (TypeError, IndexError) as error:
-            raise FileFormatError(f"{path} does not list its curves as this version writes them: it is damaged.") from error
+            raise FileFormatError(
+                f"{path} does not list its curves as this version writes them: it is damaged."
+            ) from error
         return cls({key: SparsityCurve.load(path / key.folder) for key in keys}, notes["settings"], mib, unexplained)
 
     def plot(self, task: str | None = None) -> Any:
-        """A plotly figure: faithfulness and completeness against the number of nodes, one colour a basis, one dash a method.
+        """A plotly figure: faithfulness and completeness against the number of nodes, one colour a basis, one dash a
+        method.
 
         Several tasks are averaged over a common grid of sizes, as in Arora et al.; `task` shows one, with bands.
         """

@@ -1,4 +1,4 @@
-"""`SparsityCurve`: faithfulness and completeness of the best nodes, by how many they are.
+r"""`SparsityCurve`: faithfulness and completeness of the best nodes, by how many they are.
 
     faithfulness(C) = (F(C) - F(0)) / (F(M) - F(0))        ideal 1; more than 1 occurs
     completeness(C) = (F(M \\ C) - F(0)) / (F(M) - F(0))    ideal 0
@@ -83,7 +83,7 @@ class SparsityCurve:
         return size_at(self.sizes, self.faithfulness, level)
 
     def log_area(self, largest: int | None = None) -> float:
-        """Mean faithfulness over log(size) from 1 node to `largest` (all nodes), on absolute counts; past the end it is 1."""
+        """Mean faithfulness over log(size), from 1 node to `largest` (by default all), on absolute counts."""
         largest = largest or self.n_nodes
         kept = [(size, f) for size, f in zip(self.sizes, self.faithfulness, strict=True) if 0 < size <= largest]
         x = np.log([1, *(size for size, _ in kept), max(largest, 2)])
@@ -123,7 +123,9 @@ class SparsityCurve:
         if set(tensors) != set(_TENSORS):
             raise FileFormatError(f"expected the tensors {_TENSORS} in {path}; got {sorted(tensors)}: it is damaged.")
         groups = None if notes["groups"] is None else tuple(notes["groups"])
-        return cls(sizes=tuple(notes["sizes"]), n_nodes=notes["n_nodes"], settings=notes["settings"], groups=groups, **tensors)
+        return cls(
+            sizes=tuple(notes["sizes"]), n_nodes=notes["n_nodes"], settings=notes["settings"], groups=groups, **tensors
+        )
 
     def plot(self) -> Any:
         """A plotly figure of faithfulness and completeness, side by side."""
