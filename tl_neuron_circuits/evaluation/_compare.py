@@ -104,7 +104,8 @@ def compare(
     for key in tqdm(keys, desc="compare", disable=not verbose, unit="curve"):
         if key in curves:
             continue
-        scores = attribute(
+        method, basis = cast(MethodName, key.method), by_name[key.basis]
+        scores = attribute(model, train[key.task], method=method, basis=basis, steps=steps, **common)
             model, train[key.task], method=cast(MethodName, key.method), basis=by_name[key.basis], steps=steps, **common
         )
         judge = {**common, "ablation": ablation, "error": error}
