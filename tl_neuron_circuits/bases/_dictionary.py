@@ -187,15 +187,15 @@ class Dictionary:
                     f"{self.name}: normalize_activations is {self.normalize_activations!r}, so the scale of a "
                     "reconstruction depends on the input: call decode(features, x)."
                 )
-            _, scale, shift = normalized(self._flat(x), self.normalize_activations)
-            output = output * scale + shift
+            _, undo = normalized(self._flat(x), self.normalize_activations)
+            output = output if undo is None else output * undo[0] + undo[1]
         return self._with_heads(output, x)
 
     def decoder_scale(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch 1"]:
         """What a row of `W_dec` is multiplied with at this input: 1 unless `scale_depends_on_input`."""
         flat = self._flat(x)
-        scale = normalized(flat, self.normalize_activations)[1] if self.scale_depends_on_input else None
-        return torch.ones_like(flat[..., :1]) if scale is None else scale
+        undo = normalized(flat, self.normalize_activations)[1] if self.scale_depends_on_input else None
+        return torch.ones_like(flat[..., :1]) if undo is None else undo[0]
 
     def bias(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """What is written with every feature at zero: `b_dec`, scaled and shifted where `scale_depends_on_input`."""
