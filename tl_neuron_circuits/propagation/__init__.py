@@ -9,3 +9,5 @@ from ._rules import HalfRule as HalfRule
 from ._rules import IdentityRule as IdentityRule
 from ._rules import LnRule as LnRule
 from ._rules import Rule as Rule
+from ._check_model import ModelReport as ModelReport
+from ._check_model import check_model as check_model

@@ -1,4 +1,8 @@
-"""A norm as the ln rule sees it on `TransformerBridge`: y = weight * centre(x) / scale + bias, the scale a constant."""
+"""A norm as the ln rule sees it where only its input and output are in the graph: y = weight * centre(x) / scale + bias.
+
+That is so on `TransformerBridge` for most adapters. Elsewhere the scale itself is a hook point in the graph, and
+detaching it there is the whole rule.
+"""
 
 import math
 from dataclasses import dataclass
@@ -28,6 +32,13 @@ class FrozenNorm:
             scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
             output = x / scale * self.weight
             return (output if self.bias is None else output + self.bias), scale
+
+
+def is_opaque(model: TransformerLensModel, path: str) -> bool:
+    """True where `TransformerBridge` calls Hugging Face's norm as a whole, its scale outside the graph."""
+    norm: Any = submodule(model, path)
+    folding = bool(getattr(getattr(norm, "config", None), "layer_norm_folding", False))
+    return bool(getattr(norm, "use_native_layernorm_autograd", False)) or folding
 
 
 def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:

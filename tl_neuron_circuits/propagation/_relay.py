@@ -29,14 +29,17 @@ class Mailbox:
     def leave(self, gradients: Gradients) -> None:
         self._waiting.update(gradients)
 
-    def deliver(self, name: str, arriving: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        """The gradient arriving at hook point `name` plus what waits for it, None (no change) where nothing waits."""
+    def deliver(
+        self, name: str, arriving: tuple[Tensor | None, ...], *, replace: bool = False
+    ) -> tuple[Tensor | None, ...] | None:
+        """The gradient arriving at hook point `name` plus (or replaced by) what waits, None where nothing waits."""
         waiting = self._waiting.pop(name, None)
         if waiting is None:
             return None
         first = arriving[0]
         if first is not None:  # some hook points show hooks a reshaped view: OPT's MLP works on [batch * pos, d]
-            waiting = waiting.reshape(first.shape).to(first.dtype) + first
+            waiting = waiting.reshape(first.shape).to(first.dtype)
+            waiting = waiting if replace else waiting + first
         return (waiting, *arriving[1:])
 
     def empty(self) -> None:

@@ -14,7 +14,7 @@ from .._errors import PropagationError
 from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product, hook_point
 from ._activations import Activation, find_activation
 from ._checks import Checks
-from ._norms import FrozenNorm, read_norm
+from ._norms import FrozenNorm, is_opaque, read_norm
 from ._relay import Gradients, Mailbox, Relay
 from ._rules import RULES, AttentionRule, HalfRule, IdentityRule, LnRule
 
@@ -82,13 +82,13 @@ class Session:
         if layer is not None:
             self._expected[name] = layer
 
-    def _receive(self, name: str | None) -> None:
+    def _receive(self, name: str, *, replace: bool = False) -> None:
         """Let hook point `name` take gradients out of the mailbox."""
-        if name is not None:
-            point = hook_point(self.model, name)
-            deliver = self.mailbox.deliver
-            hook = point.register_full_backward_pre_hook(lambda _, gradients: deliver(name, gradients))
-            self._raw_handles.append(hook)
+        point, deliver = hook_point(self.model, name), self.mailbox.deliver
+        handle = point.register_full_backward_pre_hook(
+            lambda _, gradients: deliver(name, gradients, replace=replace)
+        )
+        self._raw_handles.append(handle)
 
     def _read(self, name: str, layer: int) -> None:
         def read(value: Tensor, hook: Any) -> None:
@@ -96,7 +96,6 @@ class Session:
             self._inputs[name] = value.detach()
 
         self._add(name, read, first=False, layer=layer)
-        self._receive(name)
 
     def _take(self, name: str, asked_by: str) -> Tensor:
         if name not in self._inputs:
@@ -133,14 +132,17 @@ class Session:
     def _install_norm(self, norm: NormSites) -> None:
         parts = norm.path.split(".")
         layer = int(parts[1]) if parts[0] == "blocks" else (self.sites.n_layers if norm.path == "ln_final" else -1)
-        if norm.input is None or norm.output is None:  # HookedTransformer: the scale is part of the graph
+        if norm.input is None or norm.output is None or not is_opaque(self.model, norm.path):
             self._add(norm.scale, self._detach_scale(norm.scale), first=True, layer=layer)
             return
         frozen = read_norm(self.model, norm.path)
         if frozen is None:
             return
         self._read(norm.input, layer)
-        self._receive(norm.normalized)
+        self._receive(norm.input, replace=True)
+        for name in (norm.normalized, norm.scale):
+            if name is not None:
+                self._receive(name, replace=True)
         self._add(norm.output, self._relay_norm(norm, frozen), first=True, layer=layer)
 
     def _detach_scale(self, name: str) -> Hook:
@@ -165,8 +167,11 @@ class Session:
                 gradient = gradient.to(scale.dtype)
                 weight = frozen.weight.to(gradient)
                 gradients = {source: rule.gradient(gradient, weight, scale, frozen.centred)}
-                if norm.normalized is not None:
+                # A backward hook on these two makes TransformerBridge compute the norm step by step: show it the truth.
+                if norm.normalized is not None and hook_point(self.model, norm.normalized).bwd_hooks:
                     gradients[norm.normalized] = gradient * weight
+                if hook_point(self.model, norm.scale).bwd_hooks:
+                    gradients[norm.scale] = torch.zeros_like(scale)
                 return gradients
 
             return Relay.apply(value, frozen.bias, share, self.mailbox)  # pyright: ignore[reportReturnType]
@@ -180,10 +185,12 @@ class Session:
             return  # the half rule is about products only
         activation = find_activation(self.model, mlp.layer)
         self._read(mlp.pre, mlp.layer)
+        self._receive(mlp.pre)
         if mlp.up is None:
             self._add(mlp.activated, self._relay_activation(mlp, activation), first=True, layer=mlp.layer)
             return
         self._read(mlp.up, mlp.layer)
+        self._receive(mlp.up)
         bias = bias_after_product(self.model, mlp.layer)
         self._add(mlp.post, self._relay_product(mlp, activation, bias), first=True, layer=mlp.layer)
 
