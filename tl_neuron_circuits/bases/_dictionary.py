@@ -143,6 +143,11 @@ class Dictionary:
     def _rescales(self) -> bool:
         return self.normalize_activations in ("layer_norm", "constant_norm_rescale")
 
+    @property
+    def _on_heads(self) -> bool:
+        """Whether an input may come as `[..., head_index, d_head]`: said by SAELens' setting, else by the hook's name."""
+        return self.reshape_activations == "hook_z" or (self.hook_in or "").endswith("attn.hook_z")
+
     def encode(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch d_dict"]:
         """The features of an activation `[..., d_in]`, or `[..., head_index, d_head]` on `attn.hook_z`."""
         flat = self._flat(x)
@@ -241,13 +246,13 @@ class Dictionary:
 
     def _flat(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch d_in"]:
         """`x` as `[..., d_in]` in the dtype of computation, heads concatenated; a last axis of d_in is flat already."""
-        if self.reshape_activations == "hook_z" and x.shape[-1] != self.d_in and x.ndim > 1:
+        if self._on_heads and x.shape[-1] != self.d_in and x.ndim > 1:
             x = x.flatten(-2)
         if x.shape[-1] != self.d_in:
             raise DictionaryError(f"{self.name} reads activations of width {self.d_in}, got shape {list(x.shape)}.")
         return x.to(self._compute_dtype(x.dtype))
 
     def _with_heads(self, output: Float[Tensor, "*batch d_out"], x: Tensor | None) -> Float[Tensor, "..."]:
-        if self.reshape_activations == "none" or x is None or x.shape[-1] == self.d_in:
+        if not self._on_heads or x is None or x.shape[-1] == self.d_in:
             return output
         return output.unflatten(-1, (-1, x.shape[-1]))
