@@ -145,7 +145,7 @@ class Dictionary:
 
     @property
     def _on_heads(self) -> bool:
-        """Whether an input may come as `[..., head_index, d_head]`: said by SAELens' setting, else by the hook's name."""
+        """Whether an input may come as `[..., head_index, d_head]`: by SAELens' setting or the name of the hook."""
         return self.reshape_activations == "hook_z" or (self.hook_in or "").endswith("attn.hook_z")
 
     def encode(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch d_dict"]:
