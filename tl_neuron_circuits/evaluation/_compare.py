@@ -106,8 +106,6 @@ def compare(
             continue
         method, basis = cast(MethodName, key.method), by_name[key.basis]
         scores = attribute(model, train[key.task], method=method, basis=basis, steps=steps, **common)
-            model, train[key.task], method=cast(MethodName, key.method), basis=by_name[key.basis], steps=steps, **common
-        )
         judge = {**common, "ablation": ablation, "error": error}
         fitting = None if sizes is None else [size for size in sizes if size <= len(scores)]
         curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, **judge)
