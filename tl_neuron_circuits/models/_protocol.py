@@ -1,0 +1,65 @@
+"""What this package asks of a model: the part that `HookedTransformer` and `TransformerBridge` share.
+
+The members are only `cfg` and methods found on the class. Module attributes such as `blocks` would make `isinstance`
+False on Python 3.12 and later (protocol checks read attributes statically), and `W_in` evaluated is a stacked copy.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+from .._errors import UnsupportedModelError
+
+
+@runtime_checkable
+class TransformerLensModel(Protocol):
+    """A TransformerLens model: `HookedTransformer` (2.16 to 3.x) or `TransformerBridge` (3.9 and later)."""
+
+    @property
+    def cfg(self) -> Any: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def hooks(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def to_tokens(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def parameters(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def get_submodule(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def hook_points(model: TransformerLensModel) -> dict[str, Any]:
+    """Every hook point of the model by name, aliases included (`blocks.0.mlp.hook_post` on both model classes)."""
+    return model.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def hook_point(model: TransformerLensModel, name: str) -> Any:
+    """The hook point called `name`.
+
+    Raises:
+        UnsupportedModelError: the model has no hook point of that name.
+    """
+    points = hook_points(model)
+    if name not in points:
+        layer = ".".join(name.split(".")[:-1])
+        near = [other for other in points if other.startswith(layer)][:8] or list(points)[:8]
+        raise UnsupportedModelError(
+            f"expected the hook point {name!r}; {type(model).__name__} has none of that name. "
+            f"Near it: {near}. check_model(model) lists the sites that exist."
+        )
+    return points[name]
+
+
+def submodule(model: TransformerLensModel, path: str) -> nn.Module | None:
+    """The module at a canonical path such as `blocks.0.ln1`, None where the model has none."""
+    module: Any = model
+    for name in path.split("."):
+        module = module[int(name)] if name.isdigit() else getattr(module, name, None)
+        if module is None:
+            return None
+    return module

@@ -1,0 +1,179 @@
+"""The sites of a model: hook points by their role, from one code path for both TransformerLens model classes.
+
+Roles are found by position in `model.hook_dict`, never by the class of a module: several adapters mount RMSNorm on
+queries and keys, and only norms on the residual stream or on MLP activations are ours. The two model classes differ
+in the norm (whether `hook_in` and `hook_out` exist), in where the MLP's activation function is found, and in `b_in`.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .._errors import UnsupportedModelError
+from ._protocol import TransformerLensModel, hook_points, submodule
+
+_NORM_ON_RESIDUAL = re.compile(r"(blocks\.\d+\.)?[^.]+\.hook_scale")
+_NORM_IN_MLP = re.compile(r"blocks\.\d+\.mlp\.ln\.hook_scale")
+_EVERY = ("ln", "identity", "half", "attention")
+_ACTIVATION_FIELDS = ("act_fn", "hidden_activation", "hidden_act", "activation_function")
+
+
+@dataclass(frozen=True)
+class NormSites:
+    """One normalisation: `scale` fires on both classes, `input` and `output` only on `TransformerBridge`."""
+
+    path: str
+    scale: str
+    input: str | None
+    output: str | None
+    normalized: str | None
+
+
+@dataclass(frozen=True)
+class MLPSites:
+    """One MLP: neurons at `post`, the activation's input at `pre`, the linear branch of a gated MLP at `up`.
+
+    `activated` is where the activation's output appears: `post`, or `hook_mid` where a norm follows (solu_ln).
+    """
+
+    layer: int
+    pre: str
+    up: str | None
+    activated: str
+    post: str
+
+
+@dataclass(frozen=True)
+class AttentionSites:
+    """One attention layer: where queries and keys can be cut from the graph."""
+
+    layer: int
+    query: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What stands in the way of some rules, and the remedy."""
+
+    message: str
+    rules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSites:
+    """Every site that a rule or a basis of this package uses, and what stands in the way of it."""
+
+    n_layers: int
+    embeddings: tuple[str, ...]
+    norms: tuple[NormSites, ...]
+    mlps: tuple[MLPSites, ...]
+    attentions: tuple[AttentionSites, ...]
+    last: str
+    problems: tuple[Problem, ...]
+
+
+def find_sites(model: TransformerLensModel) -> ModelSites:
+    """Find the sites of `model`; what is missing or unsupported is listed in `problems`, each with its remedy."""
+    points = hook_points(model)
+    n_layers = int(model.cfg.n_layers)
+    problems = [*_unsupported_flags(model, points)]
+    embeddings = tuple(name for name in ("hook_embed", "hook_pos_embed") if name in points)
+    if "hook_embed" not in points:
+        problems.append(Problem("hook_embed is missing: TransformerLens embeds no tokens for this model.", _EVERY))
+    mlps, attentions = [], []
+    for layer in range(n_layers):
+        mlp, problem = _mlp_sites(model, points, layer)
+        mlps += [mlp] if mlp else []
+        problems += [problem] if problem else []
+        query, key = f"blocks.{layer}.attn.hook_q", f"blocks.{layer}.attn.hook_k"
+        if query in points and key in points:
+            attentions.append(AttentionSites(layer, query, key))
+        elif f"blocks.{layer}.attn.hook_pattern" in points:
+            message = f"blocks.{layer}.attn has no hook_q and hook_k: leave 'attention' out of the rules."
+            problems.append(Problem(message, ("attention",)))
+    norms = tuple(_norm_sites(name, points) for name in points if _is_our_norm(name))
+    ends = ("unembed.hook_in", "ln_final.hook_out", "ln_final.hook_scale", f"blocks.{n_layers - 1}.hook_resid_post")
+    last = next((name for name in ends if name in points), "")
+    if not last:
+        problems.append(Problem(f"none of {ends} exists: the end of a forward pass cannot be seen.", _EVERY))
+    return ModelSites(n_layers, embeddings, norms, tuple(mlps), tuple(attentions), last, tuple(problems))
+
+
+def activation_names(model: TransformerLensModel) -> list[str]:
+    """Names under which the model's configuration knows its MLP activation, most specific first."""
+    values = (getattr(model.cfg, field, None) for field in _ACTIVATION_FIELDS)
+    return list(dict.fromkeys(value for value in values if isinstance(value, str)))
+
+
+def bias_after_product(model: TransformerLensModel, layer: int) -> torch.Tensor | None:
+    """`b_in` where the model adds it after gate times up (`HookedTransformer`'s gated MLP), else None.
+
+    Hugging Face's up projection, and so `TransformerBridge`, adds it before the product.
+    """
+    mlp: Any = submodule(model, f"blocks.{layer}.mlp")
+    if mlp is None or not isinstance(getattr(mlp, "b_in", None), torch.nn.Parameter):
+        return None
+    return mlp.b_in if "b_in" in dict(mlp.named_parameters(recurse=False)) else None
+
+
+def _is_our_norm(name: str) -> bool:
+    return bool(_NORM_ON_RESIDUAL.fullmatch(name) or _NORM_IN_MLP.fullmatch(name))
+
+
+def _norm_sites(scale: str, points: dict[str, Any]) -> NormSites:
+    path = scale.removesuffix(".hook_scale")
+    ends = [name if name in points else None for name in (f"{path}.hook_in", f"{path}.hook_out")]
+    normalized = f"{path}.hook_normalized" if f"{path}.hook_normalized" in points else None
+    return NormSites(path, scale, ends[0], ends[1], normalized)
+
+
+def _mlp_sites(
+    model: TransformerLensModel, points: dict[str, Any], layer: int
+) -> tuple[MLPSites | None, Problem | None]:
+    path = f"blocks.{layer}.mlp"
+    pre, up, mid, post = (f"{path}.{name}" for name in ("hook_pre", "hook_pre_linear", "hook_mid", "hook_post"))
+    module = submodule(model, path)
+    kind = type(module).__name__
+    if module is None:
+        return None, None
+    if "MoE" in kind or any("experts" in name for name, _ in module.named_children()):
+        return None, Problem(
+            f"{path} is a mixture of experts ({kind}): its hook_post is the block's output, not neurons. "
+            "Attribute MLP outputs by their gradient instead: basis=bases.MLPOutputs(), method='gradient'.",
+            ("identity", "half"),
+        )
+    if post not in points or pre not in points:
+        missing = post if post not in points else pre
+        return None, Problem(
+            f"{missing} is missing ({path} is a {kind}): its neurons cannot be read. "
+            "Attribute MLP outputs by their gradient instead: basis=bases.MLPOutputs(), method='gradient'.",
+            ("identity", "half"),
+        )
+    with_norm = mid in points and f"{path}.ln.hook_scale" in points  # solu_ln, never gated
+    gated = up in points and not with_norm
+    return MLPSites(layer, pre, up if gated else None, mid if with_norm else post, post), None
+
+
+def _unsupported_flags(model: TransformerLensModel, points: dict[str, Any]) -> list[Problem]:
+    """On `TransformerBridge` these flags apply ln1 again without hooks: gradients would be wrong by 7 to 30 %."""
+    is_bridge = "blocks.0.ln1.hook_out" in points or "blocks.0.hook_in" in points
+    flags = ("use_split_qkv_input", "use_attn_in")
+    wrong = [flag for flag in flags if is_bridge and getattr(model.cfg, flag, False)]
+    remedy = "on TransformerBridge it bypasses the hooks of ln1. Call model.set_{flag}(False)."
+    return [Problem(f"cfg.{flag} is True: {remedy.format(flag=flag)}", _EVERY) for flag in wrong]
+
+
+def require(sites: ModelSites, rules: tuple[str, ...]) -> None:
+    """Raise for those problems of `find_sites` that stand in the way of `rules`.
+
+    Raises:
+        UnsupportedModelError: listing every problem with its remedy.
+    """
+    problems = [p.message for p in sites.problems if set(p.rules) & set(rules)]
+    if problems:
+        raise UnsupportedModelError(
+            f"the rules {list(rules)} cannot be used on this model:\n- " + "\n- ".join(problems)
+        )

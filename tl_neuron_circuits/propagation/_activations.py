@@ -1,0 +1,117 @@
+"""Activation functions f and their exact ratios f(x) / x, the coefficient of the Identity rule.
+
+Written as f(x) / x the ratio loses all digits near zero; every function here is x times a known factor, so the factor
+itself is used: Phi(x) for GELU, sigmoid(x) for SiLU, the step for ReLU, softmax(x) for SoLU.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .._errors import UnsupportedModelError
+from ..models import TransformerLensModel, activation_names, submodule
+
+Elementwise = Callable[[Tensor], Tensor]
+_CALLABLE_FIELDS = ("act_fn", "activation_fn", "act", "activation_function", "act_func", "gelu_impl", "activation")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function and its ratio; `function` is None where only its output can be observed."""
+
+    name: str
+    function: Elementwise | None
+    ratio: Elementwise | None
+
+    def ratio_at(self, pre: Tensor, activated: Tensor | None, stabilizer: float | None) -> Tensor:
+        """f(x) / x at `pre`, exact where known, else from the observed value; the fork's form with a stabiliser."""
+        if self.ratio is not None and stabilizer is None:
+            return self.ratio(pre)
+        if activated is None:
+            activated = self.apply(pre)
+        denominator = pre if stabilizer is None else pre + pre.sign() * stabilizer
+        return torch.where(pre == 0, torch.zeros_like(pre), activated / denominator)
+
+    def apply(self, pre: Tensor) -> Tensor:
+        """f at `pre`.
+
+        Raises:
+            UnsupportedModelError: the function itself was not found on the model.
+        """
+        if self.function is None:
+            raise UnsupportedModelError(
+                f"the activation function {self.name!r} of a gated MLP was found neither by name nor on the module, so "
+                "its two branches cannot be told apart. Leave 'identity' and 'half' out of the rules."
+            )
+        return self.function(pre)
+
+
+def _tanh_ratio(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _solu(x: Tensor) -> Tensor:
+    return x * torch.softmax(x, dim=-1)
+
+
+KNOWN = (
+    Activation("gelu", functional.gelu, torch.special.ndtr),
+    Activation("gelu_tanh", _gelu_tanh, _tanh_ratio),
+    Activation("silu", functional.silu, torch.sigmoid),
+    Activation("relu", functional.relu, lambda x: (x > 0).to(x.dtype)),
+    Activation("quick_gelu", _quick_gelu, lambda x: torch.sigmoid(1.702 * x)),
+    Activation("solu", _solu, lambda x: torch.softmax(x, dim=-1)),
+)
+_BY_NAME = {activation.name: activation for activation in KNOWN} | {
+    "gelu_new": KNOWN[1],
+    "gelu_fast": KNOWN[1],
+    "gelu_pytorch_tanh": KNOWN[1],
+    "swish": KNOWN[2],
+    "solu_ln": KNOWN[5],
+}
+
+
+def find_activation(model: TransformerLensModel, layer: int) -> Activation:
+    """The activation of one MLP: recognised by its values on a grid, else by its name, else generic.
+
+    `HookedTransformer` keeps the function on the MLP, `TransformerBridge` on the wrapped Hugging Face module.
+    """
+    function = _find_callable(model, layer)
+    names = activation_names(model)
+    if function is None:
+        return next((_BY_NAME[name] for name in names if name in _BY_NAME), Activation("unknown", None, None))
+    grid = torch.linspace(-6, 6, 97)
+    with torch.no_grad():
+        try:
+            values = function(grid)
+        except (RuntimeError, TypeError, ValueError):  # a function with buffers of another dtype or device
+            return Activation(names[0] if names else "unknown", function, None)
+    for known in KNOWN:
+        assert known.function is not None
+        if values.shape == grid.shape and torch.allclose(values.float(), known.function(grid), atol=2e-5):
+            return Activation(known.name, function, known.ratio)
+    return Activation(names[0] if names else "unknown", function, None)
+
+
+def _find_callable(model: TransformerLensModel, layer: int) -> Elementwise | None:
+    mlp: Any = submodule(model, f"blocks.{layer}.mlp")
+    owners = (mlp, getattr(mlp, "original_component", None))
+    for owner in owners:
+        for field in _CALLABLE_FIELDS:
+            function = getattr(owner, field, None)
+            if callable(function):
+                return function
+    return None

@@ -1,0 +1,74 @@
+"""How a session knows that its rules really applied: what fired, and what each rule rebuilt.
+
+Every piece of the model that a rule stands for is rebuilt from its inputs and compared with the value the model computed.
+Deviations stay on their device and are read once, at the end of the forward pass, so that checks cost no synchronisation.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._errors import NumericalError, PropagationError
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class Checks:
+    """What is expected to fire in a forward pass, what did, and how far rebuilt values were off."""
+
+    def __init__(self, expected: dict[str, int], *, slack: float) -> None:
+        self._expected = expected  # hook name -> layer
+        self._slack = slack
+        self._fired: set[str] = set()
+        self._deviations: list[tuple[str, Tensor, float]] = []
+
+    def fired(self, name: str) -> None:
+        self._fired.add(name)
+
+    def rebuilt(self, name: str, rebuilt: Tensor, value: Tensor) -> None:
+        """Note how far `rebuilt` is from the model's own `value`, relative to the largest value."""
+        with torch.no_grad():
+            off = torch.linalg.vector_norm(rebuilt - value, math.inf)
+            size = torch.linalg.vector_norm(value, math.inf)
+            relative = off.float() / (size.float() + torch.finfo(torch.float32).tiny)
+        self._deviations.append((name, relative, _TOLERANCE[value.dtype] + self._slack))
+
+    def verify(self, *, whole_forward: bool) -> None:
+        """Raise for what did not fire or did not match since the last call.
+
+        A forward that started at a later layer (`start_at_layer`) is judged from the first layer that fired.
+
+        Raises:
+            PropagationError: a hook did not fire, or a rule does not stand for what the model computes.
+            NumericalError: the model's values are not finite.
+        """
+        fired, deviations = self._fired, self._deviations
+        self._fired, self._deviations = set(), []
+        if whole_forward:
+            self._verify_fired(fired)
+        if not deviations:
+            return
+        worst = torch.stack([relative.to("cpu") for _, relative, _ in deviations]).tolist()
+        for (name, _, tolerance), off in zip(deviations, worst, strict=True):
+            if not math.isfinite(off):
+                raise NumericalError(
+                    f"expected finite activations at {name}; the model computed NaN or infinite values there. "
+                    "Look for broken weights, fp16 overflow, or rows of padding that attend to nothing."
+                )
+            if off > tolerance:
+                raise PropagationError(
+                    f"the rule at {name} does not rebuild what the model computes (off by {off:.1e} of the largest "
+                    f"value, allowed {tolerance:.0e}). Something changes its input after the rule has read it: a hook "
+                    f"added inside relp that edits it. Add editing hooks before entering relp."
+                )
+
+    def _verify_fired(self, fired: set[str]) -> None:
+        start = min((self._expected[name] for name in fired if name in self._expected), default=0)
+        missing = [name for name, layer in self._expected.items() if layer >= start and name not in fired]
+        if missing:
+            raise PropagationError(
+                f"expected the hooks of relp to fire at every site; {len(missing)} of {len(self._expected)} did not, the "
+                f"first at {missing[0]}. Either reset_hooks() was called inside relp (call it before), or the model "
+                "skips that module (check_model(model) tells)."
+            )

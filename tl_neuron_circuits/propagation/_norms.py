@@ -1,0 +1,77 @@
+"""A norm as the ln rule sees it where only its input and output are in the graph: y = weight * centre(x) / scale + bias.
+
+That is so on `TransformerBridge` for most adapters. Elsewhere the scale itself is a hook point in the graph, and
+detaching it there is the whole rule.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import UnsupportedModelError
+from ..models import TransformerLensModel, submodule
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """What is needed to rebuild a norm from its input. `bias` is the live parameter: it takes part in conservation."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+    def rebuild(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm's output at `x`, and the scale it divides by, in at least float32 as Hugging Face computes it."""
+        with torch.no_grad():
+            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            x = x - x.mean(-1, keepdim=True) if self.centred else x
+            scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+            output = x / scale * self.weight
+            return (output if self.bias is None else output + self.bias), scale
+
+
+def is_opaque(model: TransformerLensModel, path: str) -> bool:
+    """True where `TransformerBridge` calls Hugging Face's norm as a whole, its scale outside the graph."""
+    norm: Any = submodule(model, path)
+    folding = bool(getattr(getattr(norm, "config", None), "layer_norm_folding", False))
+    return bool(getattr(norm, "use_native_layernorm_autograd", False)) or folding
+
+
+def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
+    """Read a norm module of `TransformerBridge`; None for a slot that does not normalise.
+
+    Gemma's RMSNorm stores its weight as an offset from one. The caller compares what `rebuild` gives with the model's own
+    output, so that a convention unknown here is an error and never a number.
+
+    Raises:
+        UnsupportedModelError: the module at `path` does not say what kind of norm it is.
+    """
+    norm: Any = submodule(model, path)
+    component = getattr(norm, "original_component", None)
+    if isinstance(component, nn.Identity):
+        return None
+    if norm is None or not hasattr(norm, "uses_rms_norm"):
+        raise UnsupportedModelError(
+            f"expected a normalisation at {path}; got {type(norm).__name__}. Leave 'ln' out of the rules."
+        )
+    parameters = set(getattr(norm, "property_aliases", {}).values())  # none where the weight was folded away
+    weight = getattr(norm, "weight", None) if "weight" in parameters else None
+    bias = getattr(component, "bias", None) if "bias" in parameters else None
+    rms = bool(norm.uses_rms_norm)
+    offset = getattr(norm, "uses_weight_offset", rms and bool(getattr(norm.config, "rmsnorm_uses_offset", False)))
+    if weight is None:
+        weight = torch.ones(1, device=next(iter(model.parameters())).device)
+    elif offset:
+        weight = 1.0 + weight.detach()
+    return FrozenNorm(weight.detach(), bias, _eps(norm, component), centred=not rms)
+
+
+def _eps(norm: Any, component: Any) -> float:
+    candidates = (getattr(component, "eps", None), getattr(component, "variance_epsilon", None))
+    value = next((c for c in candidates if c is not None), getattr(norm.config, "eps", 1e-5))
+    value = float(value)
+    return value if math.isfinite(value) else 1e-5

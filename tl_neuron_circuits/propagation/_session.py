@@ -1,0 +1,244 @@
+"""One installation of the rules on a model: which hook does what, and its removal.
+
+Hooks that replace a value run first at their hook point (prepended), hooks that read one run last, so that whatever the
+user attached before is seen. Reads and replacements of one layer meet in `_inputs`, emptied as soon as they are used.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import PropagationError
+from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product, hook_point
+from ._activations import Activation, find_activation
+from ._checks import Checks
+from ._norms import FrozenNorm, is_opaque, read_norm
+from ._relay import Gradients, Mailbox, Relay
+from ._rules import RULES, AttentionRule, HalfRule, IdentityRule, LnRule
+
+Hook = Callable[..., Tensor | None]
+
+
+class Session:
+    """The rules installed on one model, from `install` to `remove`."""
+
+    def __init__(
+        self, model: TransformerLensModel, sites: ModelSites, rules: tuple[str, ...], stabilizer: float | None
+    ) -> None:
+        self.model, self.sites, self.stabilizer = model, sites, stabilizer
+        self.rules = {name: RULES[name] for name in rules}
+        self.mailbox = Mailbox()
+        self._inputs: dict[str, Tensor] = {}
+        self._installed: list[tuple[Any, Any]] = []  # (hook point, TransformerLens' handle)
+        self._raw_handles: list[Any] = []
+        self._frozen: list[Tensor] = []
+        self._expected: dict[str, int] = {}
+        self.checks = Checks(self._expected, slack=0.0 if stabilizer is None else 1e-3)
+
+    def install(self) -> None:
+        self._frozen = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        for name in self.sites.embeddings:
+            if name == "hook_embed" or self.model.cfg.positional_embedding_type == "standard":
+                self._add(name, self._make_leaf, first=True, layer=None)
+        if "ln" in self.rules:
+            for norm in self.sites.norms:
+                self._install_norm(norm)
+        if "attention" in self.rules:
+            for site in self.sites.attentions:
+                for name in (site.query, site.key):
+                    self._add(name, self._cut(name), first=True, layer=site.layer)
+        if "identity" in self.rules or "half" in self.rules:
+            for mlp in self.sites.mlps:
+                self._install_mlp(mlp)
+        end = hook_point(self.model, self.sites.last)
+        self._raw_handles.append(end.register_forward_hook(self._end_of_forward))
+
+    def remove(self) -> bool:
+        """Take everything off again; True if all of our hooks were still there."""
+        complete = True
+        for point, handle in self._installed:
+            if handle in point.fwd_hooks:
+                point.fwd_hooks.remove(handle)
+            else:
+                complete = False
+            handle.hook.remove()
+        for raw in self._raw_handles:
+            raw.remove()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._installed, self._raw_handles, self._frozen = [], [], []
+        self._inputs.clear()
+        self.mailbox.empty()
+        return complete
+
+    def _add(self, name: str, hook: Hook, *, first: bool, layer: int | None) -> None:
+        point = hook_point(self.model, name)
+        point.add_hook(hook, dir="fwd", prepend=first)
+        self._installed.append((point, point.fwd_hooks[0 if first else -1]))
+        if layer is not None:
+            self._expected[name] = layer
+
+    def _receive(self, name: str, *, replace: bool = False) -> None:
+        """Let hook point `name` take gradients out of the mailbox."""
+        point, deliver = hook_point(self.model, name), self.mailbox.deliver
+        handle = point.register_full_backward_pre_hook(lambda _, gradients: deliver(name, gradients, replace=replace))
+        self._raw_handles.append(handle)
+
+    def _read(self, name: str, layer: int) -> None:
+        def read(value: Tensor, hook: Any) -> None:
+            self.checks.fired(name)
+            self._inputs[name] = value.detach()
+
+        self._add(name, read, first=False, layer=layer)
+
+    def _take(self, name: str, asked_by: str) -> Tensor:
+        if name not in self._inputs:
+            raise PropagationError(f"expected {name} to fire before {asked_by}; it did not. Was reset_hooks() called?")
+        return self._inputs.pop(name)
+
+    def _make_leaf(self, value: Tensor, hook: Any) -> Tensor:
+        """Frozen parameters leave no graph without a leaf; backward hooks would then capture nothing, silently."""
+        if not torch.is_grad_enabled():
+            raise PropagationError(
+                "expected gradients to be enabled inside relp; the model was run under torch.no_grad() or "
+                "inference_mode(). Run it outside relp, where the values are the same."
+            )
+        return value if value.requires_grad else value.requires_grad_(True)
+
+    def _end_of_forward(self, module: Any, arguments: Any, output: Any) -> None:
+        self._inputs.clear()
+        self.checks.verify(whole_forward=True)
+
+    # --- attention ---
+
+    def _cut(self, name: str) -> Hook:
+        rule = self.rules["attention"]
+        assert isinstance(rule, AttentionRule)
+
+        def cut(value: Tensor, hook: Any) -> Tensor:
+            self.checks.fired(name)
+            return rule.cut(value)
+
+        return cut
+
+    # --- norms ---
+
+    def _install_norm(self, norm: NormSites) -> None:
+        parts = norm.path.split(".")
+        layer = int(parts[1]) if parts[0] == "blocks" else (self.sites.n_layers if norm.path == "ln_final" else -1)
+        if norm.input is None or norm.output is None or not is_opaque(self.model, norm.path):
+            self._add(norm.scale, self._detach_scale(norm.scale), first=True, layer=layer)
+            return
+        frozen = read_norm(self.model, norm.path)
+        if frozen is None:
+            return
+        self._read(norm.input, layer)
+        self._receive(norm.input, replace=True)
+        for name in (norm.normalized, norm.scale):
+            if name is not None:
+                self._receive(name, replace=True)
+        self._add(norm.output, self._relay_norm(norm, frozen), first=True, layer=layer)
+
+    def _detach_scale(self, name: str) -> Hook:
+        def detach(value: Tensor, hook: Any) -> Tensor:
+            self.checks.fired(name)
+            return value.detach()
+
+        return detach
+
+    def _relay_norm(self, norm: NormSites, frozen: FrozenNorm) -> Hook:
+        rule = self.rules["ln"]
+        assert isinstance(rule, LnRule) and norm.input is not None and norm.output is not None
+        source, target = norm.input, norm.output
+
+        def relay(value: Tensor, hook: Any) -> Tensor:
+            self.checks.fired(target)
+            rebuilt, scale = frozen.rebuild(self._take(source, target))
+            self.checks.rebuilt(target, rebuilt.to(value.dtype), value)
+            del rebuilt
+
+            def share(gradient: Tensor) -> Gradients:
+                gradient = gradient.to(scale.dtype)
+                weight = frozen.weight.to(gradient)
+                gradients = {source: rule.gradient(gradient, weight, scale, frozen.centred)}
+                # A backward hook on these two makes TransformerBridge compute the norm step by step: show it the truth.
+                if norm.normalized is not None and hook_point(self.model, norm.normalized).bwd_hooks:
+                    gradients[norm.normalized] = gradient * weight
+                if hook_point(self.model, norm.scale).bwd_hooks:
+                    gradients[norm.scale] = torch.zeros_like(scale)
+                return gradients
+
+            return Relay.apply(value, frozen.bias, share, self.mailbox)  # pyright: ignore[reportReturnType]
+
+        return relay
+
+    # --- MLPs ---
+
+    def _install_mlp(self, mlp: MLPSites) -> None:
+        if mlp.up is None and "identity" not in self.rules:
+            return  # the half rule is about products only
+        activation = find_activation(self.model, mlp.layer)
+        self._read(mlp.pre, mlp.layer)
+        self._receive(mlp.pre)
+        if mlp.up is None:
+            self._add(mlp.activated, self._relay_activation(mlp, activation), first=True, layer=mlp.layer)
+            return
+        self._read(mlp.up, mlp.layer)
+        self._receive(mlp.up)
+        bias = bias_after_product(self.model, mlp.layer)
+        self._add(mlp.post, self._relay_product(mlp, activation, bias), first=True, layer=mlp.layer)
+
+    def _relay_activation(self, mlp: MLPSites, activation: Activation) -> Hook:
+        rule = self.rules["identity"]
+        assert isinstance(rule, IdentityRule)
+
+        def relay(value: Tensor, hook: Any) -> Tensor:
+            self.checks.fired(mlp.activated)
+            pre = self._take(mlp.pre, mlp.activated)
+            with torch.no_grad():
+                ratio = rule.ratio(activation, pre, value, self.stabilizer)
+            self.checks.rebuilt(mlp.activated, pre * ratio, value)
+            share = lambda gradient: {mlp.pre: gradient * ratio}  # noqa: E731
+            return Relay.apply(value, None, share, self.mailbox)  # pyright: ignore[reportReturnType]
+
+        return relay
+
+    def _relay_product(self, mlp: MLPSites, activation: Activation, bias: Tensor | None) -> Hook:
+        identity, half = self.rules.get("identity"), self.rules.get("half")
+        share = half.share if isinstance(half, HalfRule) else 1.0
+        pre, up = mlp.pre, mlp.up
+        assert up is not None
+
+        def relay(value: Tensor, hook: Any) -> Tensor:
+            self.checks.fired(mlp.post)
+            gate, linear = self._take(pre, mlp.post), self._take(up, mlp.post)
+            with torch.no_grad():
+                if isinstance(identity, IdentityRule):
+                    slope = identity.ratio(activation, gate, None, self.stabilizer)
+                    activated = gate * slope
+                else:
+                    activated, slope = activation.apply(gate), None
+                product = activated * linear
+                self.checks.rebuilt(mlp.post, product if bias is None else product + bias, value)
+                del product
+
+            def send(gradient: Tensor) -> Gradients:
+                gradient = gradient * share
+                gate_slope = _derivative(activation, gate) if slope is None else slope
+                return {pre: gradient * linear * gate_slope, up: gradient * activated}
+
+            return Relay.apply(value, bias, send, self.mailbox)  # pyright: ignore[reportReturnType]
+
+        return relay
+
+
+def _derivative(activation: Activation, pre: Tensor) -> Tensor:
+    """f'(pre): the slope of the gate where the half rule is used without the identity rule."""
+    with torch.enable_grad():
+        leaf = pre.detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(activation.apply(leaf).sum(), leaf)
+    return slope
