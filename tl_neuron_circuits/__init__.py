@@ -15,6 +15,7 @@ from .evaluation import SparsityCurve as SparsityCurve
 from .evaluation import agreement as agreement
 from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
+from .models import load_demo_model as load_demo_model
 from .propagation import ModelReport as ModelReport
 from .propagation import check_model as check_model
 from .propagation import relp as relp

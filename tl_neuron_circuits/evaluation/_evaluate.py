@@ -80,10 +80,7 @@ def evaluate(
     basis = scores.basis if basis is None else basis
     if basis is None:
         raise SettingsError("these scores were loaded without their dictionaries: pass basis= as given to attribute.")
-    tokens = pairs
-    if isinstance(pairs, PromptPairs):
-        tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
-    assert isinstance(tokens, TokenisedPairs)
+    tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     sites = _matching_sites(sites_of(model, basis), scores)
     _check(tokens, scores, ablation)
     fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "nodes": {}}[error]

@@ -49,7 +49,7 @@ class ModelReport:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a site: layer, role, hook name, whether it fires, its shape without batch, the rule there."""
-        return pd.DataFrame(list(self.sites))
+        return pd.DataFrame(list(self.sites)).astype({"layer": "Int64"})  # missing: a site of no layer
 
     def __repr__(self) -> str:
         verdict = "ok" if self.ok else f"{len(self.problems)} problem(s): {self.problems[0]}"
