@@ -1,5 +1,6 @@
 """Relevance propagation as TransformerLens hooks: the rules, the context that installs them, and `check_model`."""
 
+from ._biases import biases_in_graph as biases_in_graph
 from ._relp import frozen as frozen
 from ._relp import relp as relp
 from ._rules import ALL_RULES as ALL_RULES
