@@ -17,7 +17,10 @@ from ._edges_run import PromptRun
 
 @dataclass(frozen=True)
 class Goal:
-    """One number that a run gives. `linear`: in the logits before any soft cap, so that its incoming edges sum to it."""
+    """One number that a run gives.
+
+    `linear` in the logits before any soft cap: then its incoming edges sum to it.
+    """
 
     name: str
     value: Callable[[PromptRun, Batch], Float[Tensor, ""]]
@@ -43,6 +46,19 @@ def difference_goal(token: int, other: int, name: str) -> Goal:
         return logits[token] - logits[other]
 
     return Goal(name, value, token)
+
+
+def answer_goal(*, against_wrong: bool) -> Goal:
+    """Each pair's answer: its logit minus the wrong answer's, or minus the mean logit."""
+
+    def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
+        logits = run.raw_logits[0, int(batch.position[0])]
+        other = (
+            logits[int(batch.wrong_answer[0])] if batch.wrong_answer is not None and against_wrong else logits.mean()
+        )
+        return logits[int(batch.answer[0])] - other
+
+    return Goal("logit_difference" if against_wrong else "answer_logit", value)
 
 
 def direction_goal(direction: Float[Tensor, " d"], name: str, *, of_logits: bool) -> Goal:
