@@ -9,6 +9,8 @@ from .bases import Dictionary as Dictionary
 from .bases import as_dictionary as as_dictionary
 from .bases import load_dictionary as load_dictionary
 from .bases import save_dictionary as save_dictionary
+from .circuits import Circuit as Circuit
+from .circuits import trace as trace
 from .evaluation import Agreement as Agreement
 from .evaluation import Comparison as Comparison
 from .evaluation import SparsityCurve as SparsityCurve
