@@ -1,1 +1,3 @@
 """TODO: one line."""
+
+from ._steering import plot_sweep as plot_sweep
