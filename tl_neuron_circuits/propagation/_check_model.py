@@ -48,7 +48,7 @@ class ModelReport:
         return int(self.parameter_bytes + self.graph_bytes_per_token * batch * pos)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a site: layer, role, hook name, whether it fired, its shape without the batch, the rule that acts there."""
+        """One row a site: layer, role, hook name, whether it fires, its shape without batch, the rule there."""
         return pd.DataFrame(list(self.sites))
 
     def __repr__(self) -> str:
@@ -57,7 +57,9 @@ class ModelReport:
 
     def _repr_html_(self) -> str:
         problems = "".join(f"<li>{problem}</li>" for problem in self.problems)
-        memory = f"{self.parameter_bytes / 2**20:.1f} MiB of weights, {self.graph_bytes_per_token / 2**10:.1f} KiB a token"
+        memory = (
+            f"{self.parameter_bytes / 2**20:.1f} MiB of weights, {self.graph_bytes_per_token / 2**10:.1f} KiB a token"
+        )
         return (
             f"<p><b>{self.model_name}</b> ({self.model_class}): {'ok' if self.ok else 'not ok'}; conservation "
             f"{self.conservation:.7f}; {memory}</p><ul>{problems}</ul>{self.to_dataframe().to_html(index=False)}"
@@ -163,7 +165,9 @@ def _measure(model: TransformerLensModel, tokens: Tensor) -> tuple[float, float]
             logits = model(tokens)
             metric = logits[0, -1].max()
             if not raw_logits:
-                raise PropagationError("expected the unembedding to run as a module; it did not, so logits were not seen.")
+                raise PropagationError(
+                    "expected the unembedding to run as a module; it did not, so logits were not seen."
+                )
             leaves = [*embeddings, *biases.values()]
             gradients = torch.autograd.grad(metric, [*leaves, raw_logits[-1]], allow_unused=True)
         finally:
@@ -209,7 +213,11 @@ def _captured(model: TransformerLensModel) -> Iterator[tuple[list[Tensor], list[
         names.append("hook_pos_embed")
     unembed = submodule(model, "unembed")
     assert unembed is not None
-    handle = unembed.register_forward_hook(lambda module, arguments, output: raw_logits.append(output))
+
+    def keep_logits(module: Any, arguments: Any, output: Tensor) -> None:
+        raw_logits.append(output)
+
+    handle = unembed.register_forward_hook(keep_logits)
     try:
         with model.hooks(fwd_hooks=[(name, keep) for name in names]):
             yield embeddings, raw_logits
