@@ -36,8 +36,8 @@ def agreement_file(tmp_path: Path) -> Path:
 
 
 def test_check_says_ok_and_lists_the_sites() -> None:
-    code, out, _ = run("check", "demo-gelu")
-    assert code == 0 and "ok" in out and "neurons" in out
+    code, out, err = run("check", "demo-gelu")
+    assert code == 0 and "ok" in out and "neurons" in out, err
 
 
 def test_check_prints_json_alone() -> None:

@@ -120,7 +120,8 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int) 
         lengths = sorted(set(pairs.lengths))
         if len(lengths) > 1:
             raise PairsError(
-                f"a circuit has positions, so all prompts need one token length; got {lengths}. Trace the prompts of each "
+                f"a circuit has positions, so all prompts need one token length; got {lengths}. Trace the prompts of "
+                f"each "
                 "length, sum_positions() each circuit, and join them with Circuit.merge([...])."
             )
         return pairs, []
@@ -148,7 +149,8 @@ def _is_paired(pairs: TokenisedPairs, baseline: str) -> bool:
     for index, (clean, corrupt) in enumerate(zip(pairs.clean, pairs.corrupt, strict=True)):
         if len(clean) != len(corrupt):
             raise PairsError(
-                f"pair {index}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; nodes are compared position by "
+                f"pair {index}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; nodes are compared position "
+                f"by "
                 "position. Choose prompts of equal token length, or baseline='zero'."
             )
     return True

@@ -17,7 +17,9 @@ def plot_sweep(sweep: SteeringSweep, prompt: int = 0) -> go.Figure:
             x=rows["scale"], y=rows["probability"], mode="lines+markers", name=escape(repr(rows["token"].iloc[0]))
         )
     figure.update_layout(
-        title=escape(sweep.prompts[prompt]), xaxis_title="multiplier of the neurons", yaxis_title="probability of the next token"
+        title=escape(sweep.prompts[prompt]),
+        xaxis_title="multiplier of the neurons",
+        yaxis_title="probability of the next token",
     )
     figure.add_vline(x=1, line_dash="dot", annotation_text="unsteered")
     return figure

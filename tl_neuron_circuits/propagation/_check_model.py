@@ -5,7 +5,7 @@ sum_v (d m / d z_v) z_v with z the logits before any soft cap. 1 is exact. (The 
 soft cap, hence z.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,24 +114,25 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
     )
 
 
-def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[int, tuple[int, ...]]:
-    """Shape of what each hook point saw, by the hook point's identity (a name may be an alias)."""
+def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shape of what each hook point saw, by every name it has."""
+    points = hook_points(model)
     seen: dict[int, tuple[int, ...]] = {}
-    handles = []
-    for point in set(hook_points(model).values()):
-        note = lambda module, arguments, value: seen.setdefault(id(module), tuple(getattr(value, "shape", ()))) and None  # noqa: E731
-        handles.append(point.register_forward_hook(note))
+
+    def note(module: Any, arguments: Any, value: Any) -> None:
+        seen[id(module)] = tuple(getattr(value, "shape", ()))
+
+    handles = [point.register_forward_hook(note) for point in set(points.values())]
     try:
         with torch.no_grad():
             model(tokens)
     finally:
         for handle in handles:
             handle.remove()
-    points = hook_points(model)
-    return {name: seen[id(point)] for name, point in points.items() if id(point) in seen}  # pyright: ignore[reportReturnType]
+    return {name: seen[id(point)] for name, point in points.items() if id(point) in seen}
 
 
-def _rows(sites: ModelSites, fired: Any) -> Iterator[dict[str, Any]]:
+def _rows(sites: ModelSites, fired: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, Any]]:
     def row(layer: int | None, role: str, hook: str, rule: str) -> dict[str, Any]:
         shape = fired.get(hook)
         return {
