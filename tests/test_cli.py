@@ -18,6 +18,8 @@ runner = CliRunner()
 
 def run(*arguments: str | Path) -> "tuple[int, str, str]":
     result = runner.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -47,9 +49,8 @@ def test_check_prints_json_alone() -> None:
 
 
 def test_attribute_shows_the_best_and_saves_all(agreement_file: Path, tmp_path: Path) -> None:
-    code, out, err = run(
-        "attribute", "demo-gelu", "--pairs", agreement_file, "--out", tmp_path / "scores", "--top", "5"
-    )
+    where = tmp_path / "scores"
+    code, out, err = run("attribute", "demo-gelu", "--pairs", agreement_file, "--out", where, "--top", "5")
     assert code == 0, err
     assert NodeScores.load(where).settings["n_pairs"] == 8
     assert out.count("│ L") == 5
@@ -71,7 +72,7 @@ def test_attribute_prints_json_alone(agreement_file: Path) -> None:
 )
 def test_a_mistake_is_one_message_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
     code, out, err = run(*arguments)
-    assert code == 2
+    assert code == 2, err
     assert message in " ".join(err.split())
     assert "Traceback" not in out + err
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the model or a computation failed a check, 2 bad input, 13
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -66,31 +67,35 @@ def load_model(name: str, backend: str) -> Any:
         return load_demo_model(name, backend)
     if backend not in ("auto", "HookedTransformer", "TransformerBridge"):
         raise SettingsError(f"expected backend auto, HookedTransformer or TransformerBridge; got {backend!r}.")
-    hooked = backend == "HookedTransformer" or (backend == "auto" and _has_hooked_transformer())
-    try:
-        if hooked and not Path(name).is_dir():
-            from transformer_lens import HookedTransformer
-
-            return HookedTransformer.from_pretrained(name)
-        from transformer_lens.model_bridge import TransformerBridge
-
-        return TransformerBridge.boot_transformers(name, device="cpu")
-    except ImportError as error:
-        raise SettingsError(
-            f"expected a TransformerLens that has the class for {name!r}: HookedTransformer is in versions below 4, "
-            "TransformerBridge (which local folders need) in 3.9 and later."
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        known = "demo-gelu, demo-swiglu, a name that TransformerLens knows or a local folder"
-        raise SettingsError(f"cannot load {name!r}: {error}. Give {known}.") from error
+    loaders = {"HookedTransformer": [_hooked], "TransformerBridge": [_bridge], "auto": [_hooked, _bridge]}[backend]
+    reasons = []
+    for load in loaders:
+        try:
+            return load(name)
+        except ImportError:
+            reasons.append(f"{load.__name__.strip("_")}: not in the installed TransformerLens")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reasons.append(f"{load.__name__.strip("_")}: {str(error).strip().splitlines()[0][:200]}")
+    raise SettingsError(
+        f"cannot load {name!r}. Give demo-gelu, demo-swiglu, a name that TransformerLens knows or a local Hugging Face "
+        "folder (with TransformerLens 3.9 or later).\n" + "\n".join(reasons)
+    )
 
 
-def _has_hooked_transformer() -> bool:
-    try:
-        from transformer_lens import HookedTransformer  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def _hooked(name: str) -> Any:
+    from transformer_lens import HookedTransformer
+
+    if Path(name).is_dir():
+        raise ValueError("a local folder loads as TransformerBridge")
+    with warnings.catch_warnings():  # leaving TransformerLens, and what most users of versions below 4 still hold
+        warnings.filterwarnings("ignore", "HookedTransformer", DeprecationWarning)
+        return HookedTransformer.from_pretrained(name)
+
+
+def _bridge(name: str) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(name, device="cpu")
 
 
 def shown(cell: Any) -> str:
@@ -126,7 +131,7 @@ def demo(
     say = (lambda _: None) if as_json else (lambda text: console.print(f"[dim]{text}[/]"))
     result = run_demo(out, name=model, backend=backend, seed=seed, verbose=not as_json, say=say)
     if as_json:
-        rows = json.loads(result.table().to_json(orient="records"))
+        rows = result.table().to_dict(orient="records")
         content = {"conservation": result.report.conservation, "table": rows, "files": [str(f) for f in result.files]}
         print(json.dumps(content))
         return

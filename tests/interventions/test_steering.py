@@ -120,7 +120,9 @@ def test_a_batch_is_its_members(case: ModelCase) -> None:
 
 
 @few_models
-def test_interchange_with_the_own_values_is_the_identity_and_all_neurons_of_a_donor_give_the_donor(case: ModelCase) -> None:
+def test_interchange_with_the_own_values_is_the_identity_and_all_neurons_of_a_donor_give_the_donor(
+    case: ModelCase,
+) -> None:
     model = case.build(dtype=torch.float32)
     recipient, donor = random_tokens(model, 1), random_tokens(model, 1, seed=1)
     own = node_values(model, recipient, ["L0/N3", "L1/N7"], positions=range(7))
@@ -224,7 +226,9 @@ def test_the_result_is_what_two_runs_give(case: ModelCase, untouched: Any) -> No
     torch.testing.assert_close(result.kl.double(), (p * (p / q).log()).sum(-1), rtol=1e-4, atol=1e-7)
     table = result.to_dataframe()
     for row in table.itertuples():
-        assert row.probability_change == pytest.approx(float(q[row.prompt, row.token_id] - p[row.prompt, row.token_id]), abs=1e-6)
+        assert row.probability_change == pytest.approx(
+            float(q[row.prompt, row.token_id] - p[row.prompt, row.token_id]), abs=1e-6
+        )
         assert row.logit_after == pytest.approx(float(after[row.prompt, row.token_id]))
     for prompt in (0, 1):
         ids = set(table[table["prompt"] == prompt]["token_id"])
@@ -311,7 +315,10 @@ def llama() -> Any:
         ([], "at least one node"),
         (pd.DataFrame({"hook": [], "unit": []}), "position'] missing"),
         (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [-1], "position": [0], "kind": ["error"]}), "error"),
-        (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [3], "position": [0], "label": ["L0/F3@0"]}), "another basis"),
+        (
+            pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [3], "position": [0], "label": ["L0/F3@0"]}),
+            "another basis",
+        ),
         (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [-2], "position": [0]}), "count from 0"),
     ],
 )

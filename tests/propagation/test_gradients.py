@@ -35,7 +35,9 @@ def test_gradients_are_the_replicas(case: ModelCase, reading: str, untouched: Un
     model, tokens = model_of(case), tokens_of(case)
     for rules in (*SINGLE_RULES, ALL_RULES):
         expected = expected_gradients(case, rules)
-        assert {"hook_embed", "blocks.0.mlp.hook_pre", "blocks.1.mlp.hook_post", "blocks.0.attn.hook_v"} <= set(expected)
+        assert {"hook_embed", "blocks.0.mlp.hook_pre", "blocks.1.mlp.hook_post", "blocks.0.attn.hook_v"} <= set(
+            expected
+        )
         with untouched(model), relp(model, rules):
             found = READINGS[reading](model, tokens, list(expected))
         assert_close(found, expected, case, rules)

@@ -35,9 +35,7 @@ Nodes = pd.DataFrame | str | Sequence[str] | HasNodes
 """Labels such as "L12/N345@7" (at position 7) or "L12/N345" (everywhere), rows of `NodeScores.top`, or a circuit."""
 
 
-def find_nodes(
-    model: TransformerLensModel, nodes: Nodes, positions: int | Sequence[int] | None = None
-) -> pd.DataFrame:
+def find_nodes(model: TransformerLensModel, nodes: Nodes, positions: int | Sequence[int] | None = None) -> pd.DataFrame:
     """The nodes as a DataFrame with columns label, hook, unit and position (-1: everywhere), checked against the model.
 
     With `positions`, every node stands at each of them: nodes outer, positions inner.
@@ -91,7 +89,9 @@ def _from_rows(nodes: pd.DataFrame) -> pd.DataFrame:
         raise SettingsError(f"expected nodes with columns hook, unit and position; {sorted(missing)} missing.")
     if "kind" in nodes.columns and not nodes["kind"].isin(_UNIT_KINDS).all():
         kinds = sorted(set(nodes["kind"]) - set(_UNIT_KINDS))
-        raise SettingsError(f"expected neurons or other units; got rows of the kinds {kinds}. Leave them out: df[df.kind == 'node'].")
+        raise SettingsError(
+            f"expected neurons or other units; got rows of the kinds {kinds}. Leave them out: df[df.kind == 'node']."
+        )
     labels = nodes["label"] if "label" in nodes.columns else [_name(*row) for row in _triples(nodes)]
     frame = pd.DataFrame({"label": list(labels), **{key: list(nodes[key]) for key in ("hook", "unit", "position")}})
     for label, hook in zip(frame["label"], frame["hook"], strict=True):
@@ -138,7 +138,9 @@ def _at(frame: pd.DataFrame, positions: int | Sequence[int]) -> pd.DataFrame:
         raise SettingsError(f"expected positions that count from 0 at the first token; got {places}.")
     repeated = frame.loc[frame.index.repeat(len(places))]
     repeated = repeated.assign(position=np.tile(places, len(frame)))
-    return repeated.assign(label=[f"{label}@{p}" for label, p in zip(repeated["label"], repeated["position"], strict=True)])
+    return repeated.assign(
+        label=[f"{label}@{p}" for label, p in zip(repeated["label"], repeated["position"], strict=True)]
+    )
 
 
 def _check_rows(frame: pd.DataFrame) -> None:
