@@ -111,8 +111,8 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
     )
 
 
-def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[int, tuple[int, ...]]:
-    """Shape of what each hook point saw, by the hook point's identity (a name may be an alias)."""
+def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shape of what each hook point saw, by every name it has."""
     seen: dict[int, tuple[int, ...]] = {}
     handles = []
     for point in set(hook_points(model).values()):
@@ -125,7 +125,7 @@ def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[int, tuple[int, .
         for handle in handles:
             handle.remove()
     points = hook_points(model)
-    return {name: seen[id(point)] for name, point in points.items() if id(point) in seen}  # pyright: ignore[reportReturnType]
+    return {name: seen[id(point)] for name, point in points.items() if id(point) in seen}
 
 
 def _rows(sites: ModelSites, fired: Any) -> Iterator[dict[str, Any]]:

@@ -95,9 +95,9 @@ class Session:
         return point.register_full_backward_pre_hook(lambda _, gradients: deliver(name, gradients, replace=replace))
 
     def _receive_inside(self, names: list[str]) -> None:
-        """Let hook points inside a norm receive while a backward hook makes `TransformerBridge` compute it step by step.
+        """Let hook points inside a norm receive while a backward hook makes the Bridge compute it step by step.
 
-        Not otherwise: receiving wraps the value, which `TransformerBridge` would take for an edit of it.
+        Not otherwise: receiving wraps the value, which the Bridge would take for an edit of it.
         """
         stepwise = any(hook_point(self.model, name).bwd_hooks for name in names)
         for name in names:
@@ -121,8 +121,8 @@ class Session:
     def _make_leaf(self, module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Frozen parameters leave no graph without a leaf; backward hooks would then capture nothing, silently.
 
-        The leaf comes before the hook point, so that torch does not warn of a backward hook there, and is copied, so that
-        a user's hook may edit the embeddings in place.
+        The leaf comes before the hook point, so that torch does not warn of a backward hook there, and is copied, so
+        that a user's hook may edit the embeddings in place.
         """
         if not torch.is_grad_enabled():
             raise PropagationError(
