@@ -95,10 +95,9 @@ class Session:
         return point.register_full_backward_pre_hook(lambda _, gradients: deliver(name, gradients, replace=replace))
 
     def _receive_inside(self, names: list[str]) -> None:
-        """Let hook points inside a norm receive while a backward hook makes `TransformerBridge` compute it step by
-        step.
+        """Let hook points inside a norm receive while a backward hook makes the Bridge compute it step by step.
 
-        Not otherwise: receiving wraps the value, which `TransformerBridge` would take for an edit of it.
+        Not otherwise: receiving wraps the value, which the Bridge would take for an edit of it.
         """
         stepwise = any(hook_point(self.model, name).bwd_hooks for name in names)
         for name in names:
