@@ -230,9 +230,9 @@ class _Prompt:
             self.largest_residual = max(self.largest_residual, float(relative.max()))
             if not self.largest_residual <= self._allowed:
                 raise NumericalError(
-                    f"incoming edges do not sum to their target's activation: off by {self.largest_residual:.1e} of the "
-                    f"sum of their sizes, allowed {self._allowed:.0e}. check_model(model) tells whether relevance is "
-                    "conserved on this model; in half precision use float32."
+                    f"incoming edges do not sum to their target's activation: off by {self.largest_residual:.1e} of "
+                    f"the sum of their sizes, allowed {self._allowed:.0e}. check_model(model) tells whether relevance "
+                    "is conserved on this model; in half precision use float32."
                 )
         else:
             weights[:, self._columns.residual] = residual
