@@ -42,7 +42,8 @@ def read_graph(graph: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, Ma
         "model": metadata["scan"], "prompt": metadata["prompt"], "tokens": tokens, "token_ids": None, "n_prompts": 1,
         "n_layers": max(layers, default=0) + 1, "d_mlp": None, "baseline": "zero", "pairs_hash": metadata["slug"],
         "target": [row["label"] for row in rows if row["kind"] == "logit"], "target_value": target_value,
-        "position": len(tokens) - 1, "rules": [], "versions": {}, "generator": metadata.get("info", {}).get("generator"),
+        "position": len(tokens) - 1, "rules": [], "versions": {},
+        "generator": metadata.get("info", {}).get("generator"),
     }  # fmt: skip
     return complete(nodes, edges, target_value), edge_table(edges), settings
 

@@ -1,7 +1,7 @@
 """Attribution graphs in Neuronpedia's JSON, as circuit-tracer writes them.
 
-A neuron is written as a unit `{layer}_{unit}_{position}`, a remainder, a bias or a residual as an error node. What that
-format has no place for (scores, attributions, settings) stands in `metadata.info`, so that our own files come back whole.
+A neuron is written as a unit `{layer}_{unit}_{position}`; a remainder, a bias or a residual as an error node. What that
+format has no place for (scores, attributions, settings) stands in `metadata.info`, so our own files come back whole.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def write(circuit: Circuit, path: Path, slug: str | None, scan: str | None) -> N
     nodes, settings = circuit.nodes, circuit.settings
     if (nodes["kind"] == "group").any() or settings.get("positions") == "sum" or not settings["tokens"]:
         raise SettingsError(
-            "expected a circuit with positions and without supernodes: the format has one unit and one position a node. "
-            "Export the circuit before collapse() or sum_positions(); its groups are written as supernodes."
+            "expected a circuit with positions and without supernodes: the format has one unit and one position a "
+            "node. Export the circuit before collapse() or sum_positions(); its groups are written as supernodes."
         )
     ids = _ids(nodes, settings["n_layers"])
     graph = {
@@ -81,12 +81,11 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
         ours = graph["metadata"].get("info", {}).get(_OURS)
         return read_graph(graph) if ours is None else _own(graph, ours)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(
-            f"expected an attribution graph as JSON at {path}; it cannot be read ({error})."
-        ) from error
+        raise FileFormatError(f"expected an attribution graph as JSON at {path}; cannot read it ({error}).") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise FileFormatError(
-            f"expected an attribution graph at {path} (metadata, qParams, nodes, links); it is none, or damaged ({error!r})."
+            f"expected an attribution graph at {path} (metadata, qParams, nodes, links); it is none, or damaged: "
+            f"{error!r}."
         ) from error
 
 

@@ -16,9 +16,9 @@ import pandas as pd
 
 NODE_COLUMNS = {
     "node": "str", "label": "str", "kind": "str", "layer": "int64", "unit": "int64", "position": "int64",
-    "token": "str", "activation": "float64", "change": "float64", "sign": "int64", "gate_sign": "int64", "up_sign": "int64",
-    "score": "float64", "share": "float64", "flow": "float64", "influence": "float64", "probability": "float64",
-    "group": "str",
+    "token": "str", "activation": "float64", "change": "float64", "sign": "int64", "gate_sign": "int64",
+    "up_sign": "int64", "score": "float64", "share": "float64", "flow": "float64", "influence": "float64",
+    "probability": "float64", "group": "str",
 }  # fmt: skip
 EDGE_COLUMNS = {
     "source": "str",
