@@ -5,7 +5,7 @@ sum_v (d m / d z_v) z_v with z the logits before any soft cap. 1 is exact. (The 
 soft cap, hence z.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +49,8 @@ class ModelReport:
         return int(self.parameter_bytes + self.graph_bytes_per_token * batch * pos)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a site: layer, role, hook name, whether it fired, its shape without the batch, the rule that acts there."""
-        return pd.DataFrame(list(self.sites))
+        """One row a site: layer, role, hook name, whether it fires, its shape without batch, the rule there."""
+        return pd.DataFrame(list(self.sites)).astype({"layer": "Int64"})  # missing: a site of no layer
 
     def __repr__(self) -> str:
         verdict = "ok" if self.ok else f"{len(self.problems)} problem(s): {self.problems[0]}"
@@ -114,24 +114,25 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
     )
 
 
-def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[int, tuple[int, ...]]:
-    """Shape of what each hook point saw, by the hook point's identity (a name may be an alias)."""
+def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shape of what each hook point saw, by every name it has."""
+    points = hook_points(model)
     seen: dict[int, tuple[int, ...]] = {}
-    handles = []
-    for point in set(hook_points(model).values()):
-        note = lambda module, arguments, value: seen.setdefault(id(module), tuple(getattr(value, "shape", ()))) and None  # noqa: E731
-        handles.append(point.register_forward_hook(note))
+
+    def note(module: Any, arguments: Any, value: Any) -> None:
+        seen[id(module)] = tuple(getattr(value, "shape", ()))
+
+    handles = [point.register_forward_hook(note) for point in set(points.values())]
     try:
         with torch.no_grad():
             model(tokens)
     finally:
         for handle in handles:
             handle.remove()
-    points = hook_points(model)
-    return {name: seen[id(point)] for name, point in points.items() if id(point) in seen}  # pyright: ignore[reportReturnType]
+    return {name: seen[id(point)] for name, point in points.items() if id(point) in seen}
 
 
-def _rows(sites: ModelSites, fired: Any) -> Iterator[dict[str, Any]]:
+def _rows(sites: ModelSites, fired: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, Any]]:
     def row(layer: int | None, role: str, hook: str, rule: str) -> dict[str, Any]:
         shape = fired.get(hook)
         return {
@@ -197,7 +198,11 @@ def _captured(model: TransformerLensModel) -> Iterator[tuple[list[Tensor], list[
         names.append("hook_pos_embed")
     unembed = submodule(model, "unembed")
     assert unembed is not None
-    handle = unembed.register_forward_hook(lambda module, arguments, output: raw_logits.append(output))
+
+    def keep_logits(module: Any, arguments: Any, output: Tensor) -> None:
+        raw_logits.append(output)
+
+    handle = unembed.register_forward_hook(keep_logits)
     try:
         with model.hooks(fwd_hooks=[(name, keep) for name in names]):
             yield embeddings, raw_logits
