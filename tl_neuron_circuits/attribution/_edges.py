@@ -231,9 +231,8 @@ class _Prompt:
             if not self.largest_residual <= self._allowed:
                 raise NumericalError(
                     f"incoming edges do not sum to their target's activation: off by {self.largest_residual:.1e} of "
-                    f"the "
-                    f"sum of their sizes, allowed {self._allowed:.0e}. check_model(model) tells whether relevance is "
-                    "conserved on this model; in half precision use float32."
+                    f"the sum of their sizes, allowed {self._allowed:.0e}. check_model(model) tells whether relevance "
+                    "is conserved on this model; in half precision use float32."
                 )
         else:
             weights[:, self._columns.residual] = residual

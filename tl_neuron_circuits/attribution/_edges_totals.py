@@ -23,12 +23,13 @@ from ._goals import Goal
 
 @dataclass(frozen=True)
 class Changes:
-    """Values minus their baseline: neurons by layer, the embedding, positions; and each goal's."""
+    """Values minus their baseline: neurons by layer, the embedding, positions, the goals; and the goals themselves."""
 
     neurons: Sequence[Float[Tensor, "1 pos d_mlp"]]
     embedding: Float[Tensor, "1 pos d_model"]
     positional: Float[Tensor, "1 pos d_model"] | None
     goals: Float[Tensor, " goal"]
+    goal_values: Float[Tensor, " goal"]
     paired: bool
 
 
@@ -38,6 +39,8 @@ class Totals:
 
     score: Sequence[Float[Tensor, "pos d_mlp"]]
     activation: Sequence[Float[Tensor, "pos d_mlp"]]
+    change: Sequence[Float[Tensor, "pos d_mlp"]]
+    """The activation minus its baseline."""
     gradient: Sequence[Float[Tensor, "pos d_mlp"]]
     gate: Sequence[Float[Tensor, "pos d_mlp"] | None]
     up: Sequence[Float[Tensor, "pos d_mlp"] | None]
@@ -45,25 +48,18 @@ class Totals:
     positional: float
     bias: float
     goals: Float[Tensor, " goal"]
+    """Minus their baseline."""
+    goal_values: Float[Tensor, " goal"]
 
     def plus(self, other: "Totals") -> "Totals":
         """The sum, number by number."""
-        return Totals(
-            *(_add(getattr(self, name), getattr(other, name)) for name in ("score", "activation", "gradient", "gate")),
-            up=_add(self.up, other.up),
-            embedding=self.embedding + other.embedding,
-            positional=self.positional + other.positional,
-            bias=self.bias + other.bias,
-            goals=self.goals + other.goals,
-        )
+        mine, theirs = vars(self), vars(other)
+        return Totals(**{k: _add(v, theirs[k]) if isinstance(v, list) else v + theirs[k] for k, v in mine.items()})
 
     def over(self, n: int) -> "Totals":
         """Every number divided by `n`."""
         share = lambda tensors: [None if t is None else t / n for t in tensors]  # noqa: E731
-        return Totals(
-            share(self.score), share(self.activation), share(self.gradient), share(self.gate), share(self.up),
-            self.embedding / n, self.positional / n, self.bias / n, self.goals / n,
-        )  # fmt: skip
+        return Totals(**{k: share(v) if isinstance(v, list) else v / n for k, v in vars(self).items()})
 
 
 def _add(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list:
@@ -76,7 +72,7 @@ def changes(model: TransformerLensModel, batch: Batch, goals: Sequence[Goal], *,
         clean = run_prompt(model, batch, cut=False)
         values = _goal_values(goals, clean, batch)
         if not paired:
-            return Changes(clean.written, clean.embedding, clean.positional, values, False)
+            return Changes(clean.written, clean.embedding, clean.positional, values, values, False)
         there = batch.on_corrupt()
         base = run_prompt(model, there, cut=False)
         return Changes(
@@ -84,6 +80,7 @@ def changes(model: TransformerLensModel, batch: Batch, goals: Sequence[Goal], *,
             clean.embedding - base.embedding,
             None,  # the same at every prompt
             values - _goal_values(goals, base, there),
+            values,
             True,
         )
 
@@ -106,7 +103,8 @@ def totals(model: TransformerLensModel, batch: Batch, goals: Sequence[Goal], cha
     positional = dot(change.positional, gradients[-1]) if change.positional is not None else 0.0
     return Totals(
         score=[wide(d[0]) * wide(g) for d, g in zip(change.neurons, neurons, strict=True)],
-        activation=[wide(d[0]) for d in change.neurons],
+        activation=[wide(value.detach()[0]) for value in run.written],
+        change=[wide(d[0]) for d in change.neurons],
         gradient=[wide(g) for g in neurons],
         gate=[None if v is None else v[0] for v in run.gate],
         up=[None if v is None else v[0] for v in run.up],
@@ -117,6 +115,7 @@ def totals(model: TransformerLensModel, batch: Batch, goals: Sequence[Goal], cha
         positional=positional,
         bias=float(bias),
         goals=change.goals,
+        goal_values=change.goal_values,
     )
 
 

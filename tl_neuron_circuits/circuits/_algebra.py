@@ -18,7 +18,7 @@ from ._table import CHOSEN, complete, edge_table, node_table, restrict
 if TYPE_CHECKING:
     from ._circuit import Circuit
 
-_MEANS = ("activation", "score", "probability")
+_MEANS = ("activation", "change", "score", "probability")
 
 
 def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:

@@ -1,6 +1,7 @@
 """From edges as numbers to the two tables of a circuit."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,42 +12,55 @@ from ..attribution import DirectEffects, Goal, label
 from ._table import complete, edge_table, node_table, remainder_row
 
 
+@dataclass(frozen=True)
+class Places:
+    """What stands where: texts and numbers of the tokens by position (-1 where prompts differ), and the goals."""
+
+    tokens: Sequence[str]
+    token_ids: Sequence[int]
+    position: int
+    """Where the goals are read."""
+    n_layers: int
+    goal_labels: Sequence[str]
+    probabilities: Sequence[float]
+
+
 def assemble(
-    effects: DirectEffects, goals: Sequence[Goal], goal_labels: Sequence[str], probabilities: Sequence[float],
-    tokens: Sequence[str], position: int, n_layers: int, *, paired: bool,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
-    """Nodes and edges. `tokens` are the texts by position, `position` is where the goals are read."""
-    sources = _neurons(effects, tokens)
-    sources += [_embedding(effects, p, token) for p, token in enumerate(tokens)]
-    sources += [remainder_row(p, token) for p, token in enumerate(tokens)]
+    effects: DirectEffects, goals: Sequence[Goal], places: Places, *, paired: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Nodes and edges."""
     totals = effects.totals
-    constant = {"kind": "bias", "score": 0.0 if paired else totals.positional}
-    sources += [{"node": "positions", "label": "positional embeddings", **constant}]
-    sources += [{"node": "bias", "label": "biases", **constant, "score": 0.0 if paired else totals.bias}]
-    sources += [{"node": "residual", "label": "not linear", "kind": "residual"}]
-    values = totals.goals.tolist()
-    outputs = [
-        {
-            "node": goal.name, "label": text, "kind": "logit", "layer": n_layers, "unit": goal.token,
-            "position": position, "token": text, "activation": value, "sign": int(np.sign(value)), "score": value,
-            "probability": probability,
-        }
-        for goal, text, value, probability in zip(goals, goal_labels, values, probabilities, strict=True)
-    ]  # fmt: skip
-    n = len(effects.neurons)
+    sources = _neurons(effects, places.tokens)
+    sources += [_embedding(effects, places, p) for p in range(len(places.tokens))]
+    sources += [remainder_row(p, token) for p, token in enumerate(places.tokens)]
+    for name, text, score in (
+        ("positions", "positional embeddings", totals.positional),
+        ("bias", "biases", totals.bias),
+    ):
+        sources.append({"node": name, "label": text, "kind": "bias", "score": 0.0 if paired else score})
+    sources.append({"node": "residual", "label": "not linear", "kind": "residual"})
+    outputs = [_output(effects, goal, places, k) for k, goal in enumerate(goals)]
     names = np.array([row["node"] for row in sources], dtype=object)
-    targets = np.array([row["node"] for row in [*sources[:n], *outputs]], dtype=object)
+    targets = np.array([row["node"] for row in [*sources[: len(effects.neurons)], *outputs]], dtype=object)
     edges = _edges(effects.edges, names, targets)
     used = set(edges["source"])
     always = ("neuron", "embedding")
-    rows = [row for row in sources if row["kind"] in always or row["node"] in used] + outputs
-    nodes = node_table(rows)
+    nodes = node_table([row for row in sources if row["kind"] in always or row["node"] in used] + outputs)
     edges["relative"] = relative_weights(nodes, edges)
-    return complete(nodes, edges, sum(values)), edge_table(edges)
+    return complete(nodes, edges, float(totals.goals.sum())), edge_table(edges)
+
+
+def _output(effects: DirectEffects, goal: Goal, places: Places, k: int) -> dict:
+    value, change = float(effects.totals.goal_values[k]), float(effects.totals.goals[k])
+    return {
+        "node": goal.name, "label": places.goal_labels[k], "kind": "logit", "layer": places.n_layers,
+        "unit": goal.token, "position": places.position, "token": places.goal_labels[k], "activation": value,
+        "change": change, "sign": int(np.sign(value)), "score": change, "probability": places.probabilities[k],
+    }  # fmt: skip
 
 
 def relative_weights(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
-    """Each edge's share of its target: of its score, which is the share of its activation on a single prompt."""
+    """Each edge's share of its target's score; on a single prompt that is its share of the activation too."""
     score = nodes.set_index("node")["score"][edges["target"]].to_numpy()
     attribution = edges["attribution"].to_numpy()
     return np.divide(attribution, score, out=np.zeros_like(attribution), where=score != 0)
@@ -74,6 +88,7 @@ def _neurons(effects: DirectEffects, tokens: Sequence[str]) -> list[dict]:
             {
                 "node": label(layer, "N", unit, position, "node"), "kind": "neuron", "layer": layer, "unit": unit,
                 "position": position, "token": tokens[position], "activation": activation,
+                "change": float(totals.change[layer][position, unit]),
                 "sign": int(np.sign(activation)), "gate_sign": _sign(totals.gate[layer], position, unit),
                 "up_sign": _sign(totals.up[layer], position, unit),
                 "score": float(totals.score[layer][position, unit]),
@@ -86,8 +101,9 @@ def _sign(values: Tensor | None, position: int, unit: int) -> int:
     return 0 if values is None else int(torch.sign(values[position, unit]))
 
 
-def _embedding(effects: DirectEffects, position: int, token: str) -> dict:
+def _embedding(effects: DirectEffects, places: Places, position: int) -> dict:
+    token = places.tokens[position]
     return {
-        "node": f"embed@{position}", "label": token, "kind": "embedding", "position": position, "token": token,
-        "score": float(effects.totals.embedding[position]),
+        "node": f"embed@{position}", "label": token, "kind": "embedding", "unit": places.token_ids[position],
+        "position": position, "token": token, "score": float(effects.totals.embedding[position]),
     }  # fmt: skip

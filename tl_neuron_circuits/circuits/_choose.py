@@ -20,14 +20,14 @@ def choose_neurons(
 ) -> Int[Tensor, "neuron 3"]:  # fmt: skip
     """Layer, position and unit of the chosen neurons, in that order.
 
-    Neurons whose activation is zero next to the layer's mean carry no edges and are never chosen.
+    Neurons whose score is zero next to the mean are never chosen: shares of zero would say nothing.
 
     Raises:
         NumericalError: the target is zero, so nothing has a share of it.
         SettingsError: a number out of its range, or nothing to choose from.
     """
     score = torch.stack([layer.cpu().double() for layer in totals.score])
-    allowed = torch.stack([a.abs() > _NEAR_ZERO * a.abs().mean() for a in totals.activation]).cpu() & (score != 0)
+    allowed = score.abs() > _NEAR_ZERO * score.abs().mean()
     allowed[:, list(skipped_positions)] = False
     for layer, unit in excluded:
         if not (0 <= layer < score.shape[0] and 0 <= unit < score.shape[2]):

@@ -23,9 +23,9 @@ class Circuit:
     through all paths and `share` its share of the target; `flow` is the part of the target that reaches it along edges
     of this circuit alone, and `influence` is circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
 
-    `edges` has one row an edge, largest |attribution| first. `weight` is the part of the target node's activation that
-    comes directly from the source, `relative` its share, `attribution` that share of the target node's score. Over all
-    sources they sum to the target's activation, to 1, and to its score.
+    `edges` has one row an edge, largest |attribution| first. `weight` is the part of the target node's `change` (its
+    activation minus the baseline's) that comes directly from the source, `attribution` that part of the target node's
+    score, and `relative` its share. Over all sources they sum to the change, to the score, and to 1.
     """
 
     nodes: pd.DataFrame

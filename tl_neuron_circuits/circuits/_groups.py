@@ -88,8 +88,8 @@ def _supernode(name: str, rows: pd.DataFrame) -> dict:
     layer = float(np.average(rows["layer"], weights=weights)) if weights.sum() else float(rows["layer"].mean())
     return {
         "node": name, "label": name, "kind": "group", "layer": round(layer), "position": one_of(rows["position"], -1),
-        "token": one_of(rows["token"], "…"), "activation": rows["activation"].sum(), "score": rows["score"].sum(),
-        "group": name,
+        "token": one_of(rows["token"], "…"), "group": name,
+        **{column: rows[column].sum() for column in ("activation", "change", "score")},
     }  # fmt: skip
 
 
@@ -102,14 +102,14 @@ def one_of(values: Iterable, otherwise: object) -> object:
 def joined(circuit: Circuit, names: pd.Series, nodes: pd.DataFrame, settings: Mapping) -> Circuit:
     """The circuit on `nodes`, to which `names` sends each node of today; edges are added up.
 
-    Edges inside one new node are gone, and so is their part of its activation and score.
+    Edges inside one new node are gone, and so is their part of its change and score.
     """
     sends = dict(zip(circuit.nodes["node"], names, strict=True))
     edges = circuit.edges.assign(source=circuit.edges["source"].map(sends), target=circuit.edges["target"].map(sends))
     inside = edges["source"] == edges["target"]
     internal = edges[inside].groupby("target")[["weight", "attribution"]].sum()
     nodes = nodes.copy()
-    for column, part in (("activation", "weight"), ("score", "attribution")):
+    for column, part in (("change", "weight"), ("score", "attribution")):
         nodes[column] = nodes[column] - nodes["node"].map(internal[part]).fillna(0.0)
     nodes["sign"] = np.sign(nodes["activation"]).fillna(0).astype("int64")
     edges = edges[~inside].groupby(["source", "target"], sort=False, as_index=False)[["weight", "attribution"]].sum()
@@ -129,7 +129,7 @@ def sum_positions(circuit: Circuit) -> Circuit:
         rows.append(
             first | {
                 "node": name, "label": label, "position": -1, "token": one_of(same["token"], "…"),
-                "activation": same["activation"].sum(min_count=1), "score": same["score"].sum(min_count=1),
+                **{column: same[column].sum(min_count=1) for column in ("activation", "change", "score")},
                 "gate_sign": one_of(same["gate_sign"], 0), "up_sign": one_of(same["up_sign"], 0),
                 "unit": one_of(same["unit"], -1), "group": one_of(same["group"], ""),
             }

@@ -16,9 +16,9 @@ import pandas as pd
 
 NODE_COLUMNS = {
     "node": "str", "label": "str", "kind": "str", "layer": "int64", "unit": "int64", "position": "int64",
-    "token": "str", "activation": "float64", "sign": "int64", "gate_sign": "int64", "up_sign": "int64",
-    "score": "float64", "share": "float64", "flow": "float64", "influence": "float64", "probability": "float64",
-    "group": "str",
+    "token": "str", "activation": "float64", "change": "float64", "sign": "int64", "gate_sign": "int64",
+    "up_sign": "int64", "score": "float64", "share": "float64", "flow": "float64", "influence": "float64",
+    "probability": "float64", "group": "str",
 }  # fmt: skip
 EDGE_COLUMNS = {
     "source": "str",
@@ -100,8 +100,11 @@ def logit_weights(nodes: pd.DataFrame) -> np.ndarray:
 
 
 def normalised(edges: pd.DataFrame) -> np.ndarray:
-    """|weight| over the sum of the target's incoming ones."""
-    size = edges["weight"].abs()
+    """|attribution| over the sum of the target's incoming ones.
+
+    On a single prompt that is circuit-tracer's |weight| over their sum; with pairs in both directions weights cancel.
+    """
+    size = edges["attribution"].abs()
     return (size / size.groupby(edges["target"]).transform("sum").clip(lower=np.finfo(float).tiny)).to_numpy()
 
 

@@ -15,7 +15,7 @@ from ..bases import logits_of
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
 from ..tasks import Batch, PromptPairs, TokenisedPairs, tokenise
-from ._assemble import assemble
+from ._assemble import Places, assemble
 from ._choose import Choice, choose_neurons
 from ._circuit import Circuit
 from ._targets import Target, find_goals, token_text
@@ -93,13 +93,13 @@ def trace(
     bos = [] if keep_bos else _bos_positions(model, pairs)
     neurons = choose_neurons(found, nodes, share=share, mass=mass, skipped_positions=bos, excluded=list(exclude))
     effects = direct_effects(model, batches, neurons, goals, paired=paired, max_bytes=max_bytes, verbose=verbose)
-    tokens = _texts(model, pairs)
+    ids = _common_tokens(pairs)
+    tokens = ["…" if one < 0 else token_text(model, one) for one in ids]
     position = int(pairs.position[0])
     labels = _goal_labels(model, goals)
-    table, edges = assemble(
-        effects, goals, labels, _probabilities(model, batches, goals), tokens, position, int(model.cfg.n_layers),
-        paired=paired,
-    )  # fmt: skip
+    probabilities = _probabilities(model, batches, goals)
+    places = Places(tokens, ids, position, int(model.cfg.n_layers), labels, probabilities)
+    table, edges = assemble(effects, goals, places, paired=paired)
     settings = {
         "model": str(getattr(model.cfg, "model_name", "unknown")), "n_layers": int(model.cfg.n_layers),
         "d_mlp": [int(layer.shape[-1]) for layer in found.score], "n_prompts": len(pairs),
@@ -121,8 +121,7 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int) 
         if len(lengths) > 1:
             raise PairsError(
                 f"a circuit has positions, so all prompts need one token length; got {lengths}. Trace the prompts of "
-                f"each "
-                "length, sum_positions() each circuit, and join them with Circuit.merge([...])."
+                "each length, sum_positions() each circuit, and join them with Circuit.merge([...])."
             )
         return pairs, []
     if isinstance(prompt, str):
@@ -150,8 +149,7 @@ def _is_paired(pairs: TokenisedPairs, baseline: str) -> bool:
         if len(clean) != len(corrupt):
             raise PairsError(
                 f"pair {index}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; nodes are compared position "
-                f"by "
-                "position. Choose prompts of equal token length, or baseline='zero'."
+                "by position. Choose prompts of equal token length, or baseline='zero'."
             )
     return True
 
@@ -163,10 +161,10 @@ def _bos_positions(model: Any, pairs: TokenisedPairs) -> list[int]:
     return [0] if bos is not None and starts else []
 
 
-def _texts(model: Any, pairs: TokenisedPairs) -> list[str]:
-    """The token at each position, "…" where prompts differ."""
+def _common_tokens(pairs: TokenisedPairs) -> list[int]:
+    """The token at each position, -1 where prompts differ."""
     columns = torch.stack(list(pairs.clean)).T
-    return [token_text(model, int(c[0])) if bool((c == c[0]).all()) else "…" for c in columns]
+    return [int(column[0]) if bool((column == column[0]).all()) else -1 for column in columns]
 
 
 def _goal_labels(model: Any, goals: Sequence[Goal]) -> list[str]:
