@@ -73,9 +73,9 @@ def load_model(name: str, backend: str) -> Any:
         try:
             return load(name)
         except ImportError:
-            reasons.append(f"{load.__name__.strip("_")}: not in the installed TransformerLens")
+            reasons.append(f"{load.__name__.strip('_')}: not in the installed TransformerLens")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reasons.append(f"{load.__name__.strip("_")}: {str(error).strip().splitlines()[0][:200]}")
+            reasons.append(f"{load.__name__.strip('_')}: {str(error).strip().splitlines()[0][:200]}")
     raise SettingsError(
         f"cannot load {name!r}. Give demo-gelu, demo-swiglu, a name that TransformerLens knows or a local Hugging Face "
         "folder (with TransformerLens 3.9 or later).\n" + "\n".join(reasons)
