@@ -155,7 +155,7 @@ class NodeScores:
         )
         letters = [self.sites[hook].letter for hook in hooks]
         labels = [
-            label(lay, letter, u, p, kind)
+            label(int(lay), letter, int(u), int(p), str(kind))
             for lay, letter, u, p, kind in zip(layer, letters, unit, position, kinds, strict=True)
         ]
         frame.insert(0, "label", labels)
