@@ -7,7 +7,7 @@ itself is used: Phi(x) for GELU, sigmoid(x) for SiLU, the step for ReLU, softmax
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -113,5 +113,5 @@ def _find_callable(model: TransformerLensModel, layer: int) -> Elementwise | Non
         for field in _CALLABLE_FIELDS:
             function = getattr(owner, field, None)
             if callable(function):
-                return function
+                return cast(Elementwise, function)
     return None

@@ -1,7 +1,8 @@
 """How a session knows that its rules really applied: what fired, and what each rule rebuilt.
 
-Every piece of the model that a rule stands for is rebuilt from its inputs and compared with the value the model computed.
-Deviations stay on their device and are read once, at the end of the forward pass, so that checks cost no synchronisation.
+Every piece of the model that a rule stands for is rebuilt from its inputs and compared with the value the model
+computed. Deviations stay on their device and are read once, at the end of the forward pass, so that checks cost no
+synchronisation.
 """
 
 import math
@@ -68,7 +69,8 @@ class Checks:
         missing = [name for name, layer in self._expected.items() if layer >= start and name not in fired]
         if missing:
             raise PropagationError(
-                f"expected the hooks of relp to fire at every site; {len(missing)} of {len(self._expected)} did not, the "
+                f"expected the hooks of relp to fire at every site; {len(missing)} of {len(self._expected)} did not, "
+                f"the "
                 f"first at {missing[0]}. Either reset_hooks() was called inside relp (call it before), or the model "
                 "skips that module (check_model(model) tells)."
             )
