@@ -225,8 +225,8 @@ class _Prompt:
     ) -> tuple[Tensor, Tensor]:
         """Check the sums, add the residual where one belongs, and keep what is not zero."""
         residual = activation - weights.sum(1)
+        relative = residual.abs() / (weights.abs().sum(1) + torch.finfo(torch.float32).tiny)
         if exact:
-            relative = residual.abs() / (weights.abs().sum(1) + torch.finfo(torch.float32).tiny)
             self.largest_residual = max(self.largest_residual, float(relative.max()))
             if not self.largest_residual <= self._allowed:
                 raise NumericalError(
@@ -235,7 +235,8 @@ class _Prompt:
                     "is conserved on this model; in half precision use float32."
                 )
         else:
-            weights[:, self._columns.residual] = residual
+            rounding = 100 * torch.finfo(self._change.embedding.dtype).eps
+            weights[:, self._columns.residual] = torch.where(relative > rounding, residual, 0.0)
         target, source = weights.nonzero(as_tuple=True)
         weight = weights[target, source]
         return torch.stack([rows[target], source]), torch.stack([weight, weight * slope[target]], 1)
