@@ -245,8 +245,7 @@ def test_a_fresh_process_evaluates_a_saved_circuit_alike(tmp_path: Path, stories
     script = (
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from tests.real_models import load_stories260K\nfrom tests.real_models import BACKENDS
-from tests.stories_tasks import pronoun_pairs\n"
+        "from tests.real_models import load_stories260K\nfrom tests.stories_tasks import pronoun_pairs\n"
         "from tl_neuron_circuits import Circuit, evaluate\n"
         f"model = load_stories260K(Path({str(_shared())!r}), {backend!r})\n"
         "pairs = pronoun_pairs('{name} was sad.', 'attribution', 4)\n"
