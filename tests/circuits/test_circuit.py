@@ -237,7 +237,7 @@ def test_what_is_saved_is_loaded(circuit: Circuit, groups: dict[str, list[str]],
 def test_a_fresh_process_evaluates_a_saved_circuit_alike(tmp_path: Path, stories260K: Any) -> None:
     if type(stories260K).__name__ != BACKENDS[0]:
         pytest.skip("one model class shows it, and starting a process takes seconds")
-    pairs = pronoun_pairs("{name} was sad.", "attribution", 4)
+    pairs = pronoun_pairs("{name} was sad.", "attribution", 2)
     circuit = trace(stories260K, pairs, nodes=40)
     circuit.save(tmp_path / "circuit")
     here = evaluate(stories260K, pairs, circuit)
@@ -248,7 +248,7 @@ def test_a_fresh_process_evaluates_a_saved_circuit_alike(tmp_path: Path, stories
         "from tests.real_models import load_stories260K\nfrom tests.stories_tasks import pronoun_pairs\n"
         "from tl_neuron_circuits import Circuit, evaluate\n"
         f"model = load_stories260K(Path({str(_shared())!r}), {backend!r})\n"
-        "pairs = pronoun_pairs('{name} was sad.', 'attribution', 4)\n"
+        "pairs = pronoun_pairs('{name} was sad.', 'attribution', 2)\n"
         f"curve = evaluate(model, pairs, Circuit.load({str(tmp_path / 'circuit')!r}))\n"
         "print(repr(curve.faithfulness.tolist()), repr(curve.completeness.tolist()))"
     )
@@ -282,7 +282,7 @@ def test_damaged_directories_are_errors(circuit: Circuit, tmp_path: Path, damage
 
 def test_evaluate_takes_circuits(stories260K: Any) -> None:
     """The same nodes by the same scores are the same set, however they are given."""
-    train, test = (pronoun_pairs("{name} was sad.", part, 4) for part in ("attribution", "evaluation"))
+    train, test = (pronoun_pairs("{name} was sad.", part, 2) for part in ("attribution", "evaluation"))
     circuit = trace(stories260K, train, nodes=50)
     by_circuit = evaluate(stories260K, test, circuit)
     by_scores = evaluate(stories260K, test, attribute(stories260K, train), sizes=[50])
