@@ -39,7 +39,9 @@ def write_directory(
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / f"{kind}.json").exists())):
-        raise FileFormatError(f"expected no file, or a directory of saved {kind}, at {path}; found something else there.")
+        raise FileFormatError(
+            f"expected no file, or a directory of saved {kind}, at {path}; found something else there."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -80,7 +82,9 @@ def read_directory(
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{note_file} is not readable JSON ({error}): it is truncated or foreign.") from error
     if not isinstance(notes, dict) or notes.get("generator") != _GENERATOR or notes.get("kind") != kind:
-        raise FileFormatError(f"expected {note_file} to describe {kind} saved by {_GENERATOR}; it describes something else.")
+        raise FileFormatError(
+            f"expected {note_file} to describe {kind} saved by {_GENERATOR}; it describes something else."
+        )
     if notes.get("schema") != schema:
         raise FileFormatError(
             f"expected schema {schema} in {note_file}; got {notes.get('schema')}. "

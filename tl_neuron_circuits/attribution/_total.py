@@ -1,12 +1,13 @@
 """Sums over batches, kept in float32 on the model's device: memory does not grow with the number of prompts."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bases import Basis
+from ..bases import Basis, VarianceSums
 from . import _controls
 from ._scores import NodeScores, site_labels
 from ._setting import Gradients, Runs, Setting
@@ -21,6 +22,7 @@ class Total:
         self._setting = setting
         self._sums: dict[tuple[str, str], Tensor] = {}
         self._generator = torch.Generator().manual_seed(seed)
+        self._variance: dict[str, VarianceSums] = {}
 
     def add(self, runs: Runs, gradients: Gradients) -> None:
         """(a - a_base) * gradient, summed over the batch; the clean run minus the corrupt one in either direction."""
@@ -33,6 +35,31 @@ class Total:
                 change = vector if base is None else vector - base.vectors[kind]
                 product = change.float() * site.vector_gradient(gradient).float()
                 self._add(site.hook, kind, sign * product.sum(-1))
+
+    def add_variance(self, values: Mapping[str, Tensor]) -> None:
+        """How much of the run's activations the nodes leave unexplained."""
+        for site in self._setting.sites:
+            sums = site.variance(values)
+            if sums is not None:
+                seen = self._variance.get(site.hook)
+                self._variance[site.hook] = sums if seen is None else seen + sums
+
+    def unexplained(self) -> dict[str, float]:
+        """Fraction of variance unexplained by hook point, on the prompts so far; nan where nothing varies.
+
+        Above 0.9 a dictionary is probably attached at the wrong place, and a warning says so.
+        """
+        fractions = {h: s.unexplained if s.variation > 0 else float("nan") for h, s in self._variance.items()}
+        wrong = {hook: round(fraction, 3) for hook, fraction in fractions.items() if fraction > 0.9}
+        if wrong:
+            message = (
+                f"dictionaries leave more than 0.9 of the variance unexplained on these prompts: {wrong}. They are "
+                f"probably "
+                "attached at the wrong place or made for another model; name their hooks with "
+                "as_dictionary(hook_in=...)."
+            )
+            warnings.warn(message, UserWarning, stacklevel=4)
+        return fractions
 
     def add_differences(self, runs: Runs) -> None:
         """|a - a_base|, summed over the batch."""

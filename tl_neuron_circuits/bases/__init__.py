@@ -6,6 +6,15 @@ from ._activations import AttentionWrites as AttentionWrites
 from ._activations import MLPOutputs as MLPOutputs
 from ._activations import Neurons as Neurons
 from ._activations import ResidualStream as ResidualStream
+from ._dictionaries import Dictionaries as Dictionaries
+from ._dictionary import Dictionary as Dictionary
+from ._dictionary_files import load_dictionary as load_dictionary
+from ._dictionary_files import save_dictionary as save_dictionary
+from ._dictionary_hooks import check_fires as check_fires
+from ._dictionary_hooks import resolve_hooks as resolve_hooks
+from ._dictionary_objects import as_dictionary as as_dictionary
+from ._dictionary_variance import VarianceSums as VarianceSums
+from ._dictionary_variance import fraction_variance_unexplained as fraction_variance_unexplained
 from ._runs import Values as Values
 from ._runs import capture as capture
 from ._runs import fired as fired

@@ -42,6 +42,9 @@ class ActivationSite:
         """The gradient itself."""
         return _flat(gradient)
 
+    def variance(self, values: Mapping[str, Tensor]) -> None:
+        """None: components leave nothing over."""
+
 
 def _flat(value: Tensor) -> Tensor:
     return value.flatten(2) if value.dim() > 3 else value
@@ -54,7 +57,12 @@ class _Activations:
     layers: Sequence[int] | None = None
     hook: ClassVar[str]
     letter: ClassVar[str]
-    name: ClassVar[str]
+    title: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """Its name in tables, plots and files."""
+        return self.title
 
     def sites(self, model: TransformerLensModel) -> tuple[Site, ...]:
         """One site a layer.
@@ -91,7 +99,7 @@ class Neurons(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.mlp.hook_post"
     letter: ClassVar[str] = "N"
-    name: ClassVar[str] = "neurons"
+    title: ClassVar[str] = "neurons"
 
     def sites(self, model: TransformerLensModel) -> tuple[Site, ...]:
         """One site a layer.
@@ -114,7 +122,7 @@ class MLPOutputs(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.hook_mlp_out"
     letter: ClassVar[str] = "M"
-    name: ClassVar[str] = "mlp_outputs"
+    title: ClassVar[str] = "mlp_outputs"
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ class AttentionOutputs(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.attn.hook_z"
     letter: ClassVar[str] = "A"
-    name: ClassVar[str] = "attention_outputs"
+    title: ClassVar[str] = "attention_outputs"
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class ResidualStream(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.hook_resid_post"
     letter: ClassVar[str] = "R"
-    name: ClassVar[str] = "residual_stream"
+    title: ClassVar[str] = "residual_stream"
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,9 @@ class AttentionWrites(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.hook_attn_out"
     letter: ClassVar[str] = "W"
-    name: ClassVar[str] = "attention_writes"
+    title: ClassVar[str] = "attention_writes"
 
 
-ACTIVATION_BASES = {b.name: b for b in (Neurons, MLPOutputs, AttentionOutputs, ResidualStream, AttentionWrites)}
+ACTIVATION_BASES = {
+    basis.title: basis for basis in (Neurons, MLPOutputs, AttentionOutputs, ResidualStream, AttentionWrites)
+}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from ..models import TransformerLensModel
+from ._dictionary_variance import VarianceSums
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Site(Protocol):
 
     def vector_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos d"]:
         """The gradient at each vector node: that at `hook`, flattened."""
+        ...
+
+    def variance(self, values: Mapping[str, Tensor]) -> VarianceSums | None:
+        """Sums for the fraction of variance that the nodes leave unexplained; None where nothing is left over."""
         ...
 
 

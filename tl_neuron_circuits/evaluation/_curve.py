@@ -1,4 +1,4 @@
-"""`SparsityCurve`: faithfulness and completeness of the best nodes, by how many they are.
+r"""`SparsityCurve`: faithfulness and completeness of the best nodes, by how many they are.
 
     faithfulness(C) = (F(C) - F(0)) / (F(M) - F(0))        ideal 1; more than 1 occurs
     completeness(C) = (F(M \\ C) - F(0)) / (F(M) - F(0))    ideal 0
@@ -7,7 +7,7 @@ F is the mean metric of the original model with every node outside the set ablat
 itself. Nodes of the set stay live. Source: Marks et al. 2025, arXiv 2403.19647; Arora et al. 2026; METHODS 1.4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._errors import FileFormatError
 from .._files import read_directory, write_directory
 
 SCHEMA = 1
+_TENSORS = ("kept", "removed", "full", "empty", "predicted")
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -37,8 +39,12 @@ class SparsityCurve:
     """Metric of each prompt in the original model."""
     empty: Float[Tensor, " pair"]
     """Metric of each prompt with every node ablated."""
+    predicted: Float[Tensor, " size"]
+    """Sum of the best nodes' scores: what the method expects `full - removed` to be."""
     n_nodes: int
     settings: Mapping[str, Any]
+    groups: tuple[str, ...] | None = None
+    """The lexical item of each pair, for bands."""
 
     @property
     def metric_full(self) -> float:
@@ -72,6 +78,19 @@ class SparsityCurve:
             }
         )
 
+    def size_at(self, level: float) -> float:
+        """The size from which faithfulness stays at `level` or above, log-interpolated; inf where it never does."""
+        return size_at(self.sizes, self.faithfulness, level)
+
+    def log_area(self, largest: int | None = None) -> float:
+        """Mean faithfulness over log(size), from 1 node to `largest` (by default all), on absolute counts."""
+        largest = largest or self.n_nodes
+        kept = [(size, f) for size, f in zip(self.sizes, self.faithfulness, strict=True) if 0 < size <= largest]
+        x = np.log([1, *(size for size, _ in kept), max(largest, 2)])
+        first = kept[0][1] if kept and kept[0][0] == 1 else 0.0
+        last = 1.0 if largest >= self.n_nodes else float(np.interp(x[-1], x[1:-1], [f for _, f in kept]))
+        return float(np.trapezoid([first, *(f for _, f in kept), last], x) / (x[-1] - x[0]))
+
     @property
     def cpr(self) -> float:
         """Area under faithfulness over MIB's fractions of all nodes, higher is better; MIB ranks by signed score."""
@@ -88,8 +107,9 @@ class SparsityCurve:
         Raises:
             FileFormatError: the path is something else than a directory of ours.
         """
-        tensors = {name: getattr(self, name).contiguous() for name in ("kept", "removed", "full", "empty")}
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         notes = {"sizes": list(self.sizes), "n_nodes": self.n_nodes, "settings": dict(self.settings)}
+        notes["groups"] = None if self.groups is None else list(self.groups)
         write_directory(path, "curve", SCHEMA, tensors, notes)
 
     @classmethod
@@ -99,8 +119,13 @@ class SparsityCurve:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "curve", SCHEMA, required=("sizes", "n_nodes", "settings"))
-        return cls(sizes=tuple(notes["sizes"]), n_nodes=notes["n_nodes"], settings=notes["settings"], **tensors)
+        tensors, notes = read_directory(path, "curve", SCHEMA, required=("sizes", "n_nodes", "settings", "groups"))
+        if set(tensors) != set(_TENSORS):
+            raise FileFormatError(f"expected the tensors {_TENSORS} in {path}; got {sorted(tensors)}: it is damaged.")
+        groups = None if notes["groups"] is None else tuple(notes["groups"])
+        return cls(
+            sizes=tuple(notes["sizes"]), n_nodes=notes["n_nodes"], settings=notes["settings"], groups=groups, **tensors
+        )
 
     def plot(self) -> Any:
         """A plotly figure of faithfulness and completeness, side by side."""
@@ -117,7 +142,7 @@ class SparsityCurve:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.to_dataframe().to_html(index=False, float_format='%.3f')}"
+        return f"<p>{self!r}</p>{self.to_dataframe().to_html(index=False, float_format='{:.3f}'.format)}"
 
     def _normalised(self, metric: Tensor) -> np.ndarray:
         low = self.empty.double().mean()
@@ -128,6 +153,20 @@ class SparsityCurve:
         x = np.array([0, *self.sizes, self.n_nodes]) / self.n_nodes
         y = np.array([0.0, *self.faithfulness, 1.0])
         return np.interp(MIB_FRACTIONS, x, y)
+
+
+def size_at(sizes: Sequence[int], faithfulness: np.ndarray, level: float) -> float:
+    """The size from which faithfulness stays at `level` or above, log-interpolated; inf where it never does."""
+    x = np.log(np.maximum(np.asarray(sizes, dtype=float), 0.5))
+    below = np.flatnonzero(~(faithfulness >= level))
+    if len(below) == 0:
+        return float(sizes[0])
+    last = int(below[-1])
+    if last == len(sizes) - 1:
+        return float("inf")
+    low, high = faithfulness[last], faithfulness[last + 1]
+    share = (level - low) / (high - low) if np.isfinite(low) else 1.0
+    return float(np.exp(x[last] + share * (x[last + 1] - x[last])))
 
 
 def stack(rows: list[Tensor]) -> Tensor:

@@ -27,11 +27,17 @@ class RankedNodes:
         flat = torch.cat([b.reshape(-1).cpu() for hook, kind, b in scores.blocks() if (hook, kind) not in self._fixed])
         key = flat.abs() if ranking == "abs" else flat
         key = torch.where(key.isnan(), torch.full_like(key, -torch.inf), key)
+        order = key.argsort(descending=True, stable=True)
         self.ranks = torch.empty(len(key), dtype=torch.long)
-        self.ranks[key.argsort(descending=True, stable=True)] = torch.arange(len(key))
+        self.ranks[order] = torch.arange(len(key))
+        self._sums = torch.cat([torch.zeros(1), flat[order].nan_to_num().double().cumsum(0).float()])
 
     def __len__(self) -> int:
         return len(self.ranks)
+
+    def sum_of_best(self, size: int) -> float:
+        """Sum of the `size` best nodes' scores."""
+        return float(self._sums[size])
 
     def best(self, size: int) -> Kept:
         """Masks that keep the `size` best nodes."""
@@ -66,5 +72,3 @@ def chosen_sizes(sizes: Sequence[int] | None, n_nodes: int) -> list[int]:
     if wrong or not sizes:
         raise SettingsError(f"expected sizes between 0 and the number of nodes, {n_nodes:,}; got {wrong or 'none'}.")
     return sorted(set(sizes))
-
-

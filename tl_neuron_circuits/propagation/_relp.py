@@ -13,9 +13,7 @@ from ._session import Session
 
 
 @checked
-def relp(
-    model: TransformerLensModel, rules: Sequence[str] = ALL_RULES, *, stabilizer: float | None = None
-) -> "Relp":
+def relp(model: TransformerLensModel, rules: Sequence[str] = ALL_RULES, *, stabilizer: float | None = None) -> "Relp":
     """Replace the backward pass of `model` by relevance propagation, for the length of a `with` block.
 
     Only gradients change, so the whole of TransformerLens works inside: `run_with_cache(incl_bwd=True)`, `hooks` with
@@ -87,7 +85,8 @@ class Relp:
         session.checks.verify(whole_forward=False)
         if not complete:
             raise PropagationError(
-                "hooks of relp were removed inside its context (model.reset_hooks()?), so gradients taken since were not "
+                "hooks of relp were removed inside its context (model.reset_hooks()?), so gradients taken since were "
+                "not "
                 "RelP's. Call reset_hooks before entering relp."
             )
 
