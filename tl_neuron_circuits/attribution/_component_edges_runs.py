@@ -9,6 +9,7 @@ which only the reader's own output is used.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,8 +110,9 @@ def run_with_edges(
     batch x (readers of the busiest hook point).
     """
     run = _Run(graph, kept.to(clean.writes.device), clean, corrupt, weights)
-    hooks = [(name, run.read) for name in run.readers]
-    hooks += [(name, run.write) for name in run.writers]
+    # TransformerBridge tells hooks another of a point's names than the one they were added under
+    hooks = [(name, partial(run.read, name)) for name in run.readers]
+    hooks += [(name, partial(run.write, name)) for name in run.writers]
     rows = batch.clean.repeat(len(kept) * run.copies, 1)
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         logits = logits_of(model, rows)
@@ -135,16 +137,16 @@ class _Run:
                     self.writers.setdefault(component.hook, []).append(index)
         self.copies = max(len(found) for found in self.readers.values())
 
-    def read(self, value: Tensor, hook: Any) -> Tensor:
+    def read(self, name: str, value: Tensor, hook: Any) -> Tensor:
         """Every copy of the rows reads what its component is to see."""
-        indices = self.readers[hook.name]
+        indices = self.readers[name]
         views = [self._view(index) for index in indices]
         views += [views[0]] * (self.copies - len(views))
         return torch.stack(views, 1).flatten(0, 2).to(value.dtype)
 
-    def write(self, value: Tensor, hook: Any) -> Tensor:
+    def write(self, name: str, value: Tensor, hook: Any) -> Tensor:
         """Keep each component's output from the copy in which it read its own stream."""
-        for index in self.writers[hook.name]:
+        for index in self.writers[name]:
             component = self._graph.components[index]
             copy = self.readers[component.reads].index(index)
             written = write_of(component, {component.hook: value}, self._weights, self._graph.n_heads)
