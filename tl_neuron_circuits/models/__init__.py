@@ -1,5 +1,8 @@
 """The models this package works on: their sites by role, and the two demo models it ships."""
 
+from ._demo import DEMO_MODELS as DEMO_MODELS
+from ._demo import demo_model_path as demo_model_path
+from ._demo import load_demo_model as load_demo_model
 from ._protocol import TransformerLensModel as TransformerLensModel
 from ._protocol import hook_point as hook_point
 from ._protocol import hook_points as hook_points

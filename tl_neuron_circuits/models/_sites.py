@@ -130,7 +130,9 @@ def _norm_sites(scale: str, points: dict[str, Any]) -> NormSites:
     return NormSites(path, scale, ends[0], ends[1], normalized)
 
 
-def _mlp_sites(model: TransformerLensModel, points: dict[str, Any], layer: int) -> tuple[MLPSites | None, Problem | None]:
+def _mlp_sites(
+    model: TransformerLensModel, points: dict[str, Any], layer: int
+) -> tuple[MLPSites | None, Problem | None]:
     path = f"blocks.{layer}.mlp"
     pre, up, mid, post = (f"{path}.{name}" for name in ("hook_pre", "hook_pre_linear", "hook_mid", "hook_post"))
     module = submodule(model, path)
@@ -172,4 +174,6 @@ def require(sites: ModelSites, rules: tuple[str, ...]) -> None:
     """
     problems = [p.message for p in sites.problems if set(p.rules) & set(rules)]
     if problems:
-        raise UnsupportedModelError(f"the rules {list(rules)} cannot be used on this model:\n- " + "\n- ".join(problems))
+        raise UnsupportedModelError(
+            f"the rules {list(rules)} cannot be used on this model:\n- " + "\n- ".join(problems)
+        )

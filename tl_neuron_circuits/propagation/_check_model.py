@@ -57,7 +57,9 @@ class ModelReport:
 
     def _repr_html_(self) -> str:
         problems = "".join(f"<li>{problem}</li>" for problem in self.problems)
-        memory = f"{self.parameter_bytes / 2**20:.1f} MiB of weights, {self.graph_bytes_per_token / 2**10:.1f} KiB a token"
+        memory = (
+            f"{self.parameter_bytes / 2**20:.1f} MiB of weights, {self.graph_bytes_per_token / 2**10:.1f} KiB a token"
+        )
         return (
             f"<p><b>{self.model_name}</b> ({self.model_class}): {'ok' if self.ok else 'not ok'}; conservation "
             f"{self.conservation:.7f}; {memory}</p><ul>{problems}</ul>{self.to_dataframe().to_html(index=False)}"
@@ -163,7 +165,9 @@ def _measure(model: TransformerLensModel, tokens: Tensor) -> tuple[float, float]
             logits = model(tokens)
             metric = logits[0, -1].max()
             if not raw_logits:
-                raise PropagationError("expected the unembedding to run as a module; it did not, so logits were not seen.")
+                raise PropagationError(
+                    "expected the unembedding to run as a module; it did not, so logits were not seen."
+                )
             leaves = [*embeddings, *biases.values()]
             gradients = torch.autograd.grad(metric, [*leaves, raw_logits[-1]], allow_unused=True)
         finally:

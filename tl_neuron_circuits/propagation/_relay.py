@@ -53,7 +53,9 @@ class Relay(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, bias: Tensor | None, rule: Callable[[Tensor], Gradients], box: Mailbox) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, bias: Tensor | None, rule: Callable[[Tensor], Gradients], box: Mailbox
+    ) -> Tensor:
         ctx.rule, ctx.box = rule, box
         ctx.bias_shape = None if bias is None else bias.shape
         return value.detach()

@@ -13,9 +13,7 @@ from ._session import Session
 
 
 @checked
-def relp(
-    model: TransformerLensModel, rules: Sequence[str] = ALL_RULES, *, stabilizer: float | None = None
-) -> "Relp":
+def relp(model: TransformerLensModel, rules: Sequence[str] = ALL_RULES, *, stabilizer: float | None = None) -> "Relp":
     """Replace the backward pass of `model` by relevance propagation, for the length of a `with` block.
 
     Only gradients change, so the whole of TransformerLens works inside: `run_with_cache(incl_bwd=True)`, `hooks` with

@@ -85,9 +85,7 @@ class Session:
     def _receive(self, name: str, *, replace: bool = False) -> None:
         """Let hook point `name` take gradients out of the mailbox."""
         point, deliver = hook_point(self.model, name), self.mailbox.deliver
-        handle = point.register_full_backward_pre_hook(
-            lambda _, gradients: deliver(name, gradients, replace=replace)
-        )
+        handle = point.register_full_backward_pre_hook(lambda _, gradients: deliver(name, gradients, replace=replace))
         self._raw_handles.append(handle)
 
     def _read(self, name: str, layer: int) -> None:
