@@ -80,7 +80,7 @@ def fidelity(
     dictionaries: Sequence[Dictionary],
     tokens: Int[Tensor, "prompt pos"] | Iterable[Any],
     *,
-    fit_tokens: Int[Tensor, "prompt pos"] | Sequence[Any] | None = None,
+    fit_tokens: Int[Tensor, "fit_prompt fit_pos"] | Sequence[Any] | None = None,
     baselines: bool = True,
     rank: int = 16,
     forward_rows: int = 32,

@@ -58,7 +58,7 @@ def pareto(
     config: TrainingConfig,
     values: Sequence[float | int],
     *,
-    evaluation_tokens: Int[Tensor, "prompt pos"] | Sequence[Any],
+    evaluation_tokens: Int[Tensor, "held_out_prompt held_out_pos"] | Sequence[Any],
     targets: Sequence[str] = ("transcoder", "sae"),
     verbose: bool = True,
 ) -> ParetoFront:
