@@ -15,6 +15,7 @@ from ._bootstrap import band, draw_weights, ratios
 from ._curve import SparsityCurve, size_at
 
 SCHEMA = 1
+INDEX = "index"
 
 
 class CurveKey(NamedTuple):
@@ -134,16 +135,19 @@ class Comparison:
         Raises:
             FileFormatError: the path is something else than a directory of ours.
         """
-        path = Path(path)
+        for key, curve in self.curves.items():
+            curve.save(Path(path) / key.folder)
+        self.save_index(path)
+
+    def save_index(self, path: str | Path) -> None:
+        """Write `comparison.json` alone, which lists the curves; last, so that what it lists is there."""
         notes = {
             "keys": [list(key) for key in self.curves],
             "settings": dict(self.settings),
             "mib": [[*key, *values] for key, values in self.mib.items()],
             "unexplained": [[*key, value] for key, value in self.unexplained.items()],
         }
-        for key, curve in self.curves.items():
-            curve.save(path / key.folder)
-        write_directory(path / "index", "comparison", SCHEMA, {}, notes)  # last: what it lists is there
+        write_directory(Path(path) / INDEX, "comparison", SCHEMA, {}, notes)
 
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
@@ -154,7 +158,7 @@ class Comparison:
         """
         path = Path(path)
         _, notes = read_directory(
-            path / "index", "comparison", SCHEMA, required=("keys", "settings", "mib", "unexplained")
+            path / INDEX, "comparison", SCHEMA, required=("keys", "settings", "mib", "unexplained")
         )
         try:
             keys = [CurveKey(*key) for key in notes["keys"]]
@@ -188,7 +192,8 @@ class Comparison:
         return f"Comparison({self.settings['model']}, tasks {self.tasks}, bases {bases}, methods {methods})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p><p>{self.headline()}</p>{self.summary().to_html(index=False, float_format='{:.3g}'.format)}"
+        table = self.summary().to_html(index=False, float_format="{:.3g}".format)
+        return f"<p>{self!r}</p><p>{self.headline()}</p>{table}"
 
     def _curve(self, task: str, basis: str, method: str) -> SparsityCurve:
         key = CurveKey(task, basis, method)
