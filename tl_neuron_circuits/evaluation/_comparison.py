@@ -90,7 +90,8 @@ class Comparison:
     ) -> tuple[float, float, float]:
         """How many times the nodes of `other` does `basis` need at `level` of faithfulness: value, low, high (95 %).
 
-        The two curves are drawn together over lexical items. inf or nan where a curve does not stay above the level.
+        The two curves are drawn together over lexical items. A curve that does not stay above the level counts as inf,
+        so the ratio may be inf, 0, or nan where neither does; draws in which neither does are left out of the band.
 
         Raises:
             SettingsError: there is no such curve.
@@ -114,19 +115,16 @@ class Comparison:
         sentences = []
         for task, other in itertools.product(self.tasks, bases[1:]):
             one = bases[0]
-            value, low, high = self.ratio(one, other, method=method, level=level, task=task)
             where = f"on {task}, " if len(self.tasks) > 1 else ""
-            if np.isfinite(value):
+            never = [b for b in (one, other) if not np.isfinite(self._curve(task, b, method).size_at(level))]
+            if never:
                 sentences.append(
-                    f"{where}at faithfulness {level:g} {one} need {value:.3g} x [{low:.3g}, {high:.3g}] the nodes of "
-                    f"{other}"
+                    f"{where}the faithfulness of {' and '.join(never)} does not stay above {level:g} at the sizes tried"
                 )
-            else:
-                sizes = {b: self._curve(task, b, method).size_at(level) for b in (one, other)}
-                never = [basis for basis, size in sizes.items() if not np.isfinite(size)]
-                sentences.append(
-                    f"{where}{' and '.join(never)} never stay above faithfulness {level:g} at the sizes tried"
-                )
+                continue
+            value, low, high = self.ratio(one, other, method=method, level=level, task=task)
+            times = f"{value:.3g} x [{low:.3g}, {high:.3g}]"
+            sentences.append(f"{where}at faithfulness {level:g} {one} need {times} the nodes of {other}")
         return "; ".join(sentences) + f" (scored by {method}; 95 % over lexical items)."
 
     def save(self, path: str | Path) -> None:
