@@ -39,7 +39,7 @@ class Family:
     gated: bool = False
     """The MLP multiplies two branches, so the half rule applies."""
     computes_in_float32: bool = False
-    """Hugging Face's code casts to float32 inside (RMSNorm, rotary), so float64 runs agree to 1e-5 only."""
+    """Hugging Face's code casts to float32 inside (RMSNorm, rotary, softmax): float64 runs agree to 1e-5 only."""
     embedding_scale: float = 0.5
     supported: bool = True
     """False: relevance propagation must refuse it."""
@@ -102,6 +102,13 @@ _ALL = [
         hooked=_LLAMA_HOOKED,
         architecture="LlamaForCausalLM",
         hugging_face=_LLAMA_LIKE,
+        gated=True,
+        computes_in_float32=True,
+    ),
+    Family(
+        "llama_biased",
+        architecture="LlamaForCausalLM",
+        hugging_face=_LLAMA_LIKE | {"attention_bias": True, "mlp_bias": True},
         gated=True,
         computes_in_float32=True,
     ),
@@ -178,6 +185,7 @@ _ALL = [
             "max_position_embeddings": N_CTX,
             "dropout": 0.0,
         },
+        computes_in_float32=True,
     ),
     Family("solu", hooked={"act_fn": "solu", "normalization_type": "LN"}),
     Family("solu_ln", hooked={"act_fn": "solu_ln", "normalization_type": "LN"}),

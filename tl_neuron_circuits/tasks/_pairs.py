@@ -276,7 +276,8 @@ def _read_line(path: Path, number: int, line: str) -> PromptPair:
         raise PairsError(
             f"{path}, line {number} lacks {' and '.join(missing)}; it has {', '.join(row) or 'no fields'}."
         )
-    wrong = [key for key in _JSON_FIELDS if row.get(key) is not None and not (isinstance(row[key], str) and row[key])]
+    given = [key for key in _JSON_FIELDS if key in ("clean_prefix", "clean_answer") or row.get(key) is not None]
+    wrong = [key for key in given if not (isinstance(row[key], str) and row[key])]
     if wrong:
         raise PairsError(f"{path}, line {number}: {wrong[0]} must be a non-empty string, got {row[wrong[0]]!r}.")
     optional = (row.get(key) for key in ("patch_prefix", "patch_answer", "case"))

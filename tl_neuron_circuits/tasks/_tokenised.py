@@ -8,7 +8,7 @@ an attention mask. Every row of a batch carries the position at which a metric r
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -53,6 +53,22 @@ class Batch:
         mask = self.corrupt_attention_mask
         return replace(self, clean=self.corrupt, position=self.corrupt_position, attention_mask=mask)
 
+    def repeat(self, n: int) -> "Batch":
+        """Return the rows `n` times over, block after block, without the corrupt run."""
+        return replace(
+            self,
+            index=self.index.repeat(n),
+            clean=self.clean.repeat(n, 1),
+            answer=self.answer.repeat(n),
+            wrong_answer=None if self.wrong_answer is None else self.wrong_answer.repeat(n),
+            position=self.position.repeat(n),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.repeat(n, 1),
+            corrupt=None,
+            corrupt_position=None,
+            corrupt_attention_mask=None,
+            labels=None if self.labels is None else [*self.labels] * n,
+        )
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenisedPairs:
@@ -74,10 +90,7 @@ class TokenisedPairs:
     def __post_init__(self) -> None:
         """Check that the columns fit together."""
         columns = {name: getattr(self, name) for name in ("clean", "answer", "position", "corrupt", "wrong_answer")}
-        columns |= {"corrupt_position": self.corrupt_position, "labels": self.labels}
-        lengths = {name: len(column) for name, column in columns.items() if column is not None}
-        if len(self.clean) == 0 or len(set(lengths.values())) > 1:
-            raise PairsError(f"every column needs one entry a pair and at least one pair, got lengths {lengths}.")
+        _check_lengths({**columns, "corrupt_position": self.corrupt_position, "labels": self.labels})
         for name, prompts, positions in (
             ("clean", self.clean, self.position),
             ("corrupt", self.corrupt or (), () if self.corrupt_position is None else self.corrupt_position),
@@ -113,6 +126,7 @@ class TokenisedPairs:
             >>> TokenisedPairs.from_tokens(torch.tensor([[1, 2, 0]]), torch.tensor([0])).lengths
             (3,)
         """
+        _check_lengths({"clean": clean, "answer": answer, "corrupt": corrupt, "labels": labels})
         device = answer.device
         corrupt_position = None
         if corrupt is not None:
@@ -201,6 +215,12 @@ class TokenisedPairs:
             corrupt_attention_mask=corrupt_mask if padded else None,
             labels=None if self.labels is None else tuple(self.labels[row] for row in rows),
         )
+
+
+def _check_lengths(columns: dict[str, Any]) -> None:
+    lengths = {name: len(column) for name, column in columns.items() if column is not None}
+    if lengths["clean"] == 0 or len(set(lengths.values())) > 1:
+        raise PairsError(f"every column needs one entry a pair and at least one pair, got lengths {lengths}.")
 
 
 def _last(prompts: Sequence[Int[Tensor, " _"]], device: torch.device) -> Int[Tensor, " n"]:

@@ -1,0 +1,49 @@
+"""How API pages are made: a hook of mkdocs and an extension of griffe, which reads the docstrings.
+
+An API page names its room and gets every name that the room re-exports: mkdocstrings leaves out what a module imports,
+and every public name here is imported from a private module.
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+
+ROOT = Path(__file__).parents[1]
+ENTRY = """    options:
+      show_root_heading: true
+      show_root_full_path: false
+      heading_level: 2
+"""
+
+
+def re_exports(room: str) -> list[str]:
+    """Names in `from ._x import y as y` statements of a room's `__init__.py`, in their order."""
+    source = ROOT.joinpath(*room.split("."), "__init__.py").read_text(encoding="utf-8")
+    imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
+    return [alias.name for node in imports for alias in node.names if alias.name == alias.asname]
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Follow each `::: package.room` of an API page by one entry for each public name."""
+    if not page.file.src_uri.startswith("api/"):
+        return markdown
+    lines = []
+    for line in markdown.splitlines():
+        lines.append(line)
+        room = line.removeprefix("::: ")
+        if room != line:
+            lines.append("    options:\n      members: false\n      show_root_toc_entry: false\n")
+            lines += [f"::: {room}.{name}\n{ENTRY}" for name in re_exports(room)]
+    return "\n".join(lines)
+
+
+class ExampleSections(griffe.Extension):
+    """Read `Example:` as `Examples:`: the one is a note to griffe, the other a console session."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rename the section in the docstring of each object."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)

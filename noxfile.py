@@ -1,0 +1,66 @@
+"""The checks of this repository: `nox` runs tests, lint, types and docs; `nox -l` lists the sessions.
+
+Only torch and the linters are pinned (constraints.txt): a session tests what a user's fresh install would get.
+"""
+
+import nox
+
+nox.needs_version = ">=2024.3"
+nox.options.sessions = ["lint", "typecheck", "tests", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# What is installed beside the package for each line of TransformerLens; sae-lens holds it below 4.
+REQUIREMENTS = {
+    "2.18": ("-c", "constraints-tl2.txt", "-e", ".[dev]", "transformer-lens==2.18.0"),
+    "3.9": ("-c", "constraints.txt", "-e", ".[saes,dev]", "transformer-lens==3.9.0"),
+    "4.3": ("-c", "constraints.txt", "-e", ".[dev]", "transformer-lens==4.3.0"),
+}
+
+
+@nox.session
+@nox.parametrize("transformer_lens", list(REQUIREMENTS), ids=list(REQUIREMENTS))
+def tests(session: nox.Session, transformer_lens: str) -> None:
+    """The suite on one line of TransformerLens: `nox -s "tests(2.18)" -- -k half_rule`."""
+    session.install(*REQUIREMENTS[transformer_lens])
+    session.run("python", "-m", "pytest", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: style, docstrings, imports, formatting."""
+    session.install("-c", "constraints.txt", "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Pyright, with sae-lens there so that its types are known."""
+    session.install(*REQUIREMENTS["3.9"])
+    session.run("pyright")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, where a broken link or reference is an error."""
+    session.install("-c", "constraints.txt", "-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict")
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Time and memory against a reference measured in the same run; needs an otherwise idle machine."""
+    session.install(*REQUIREMENTS["3.9"])
+    session.run("python", "-m", "pytest", "-s", "tests/benchmarks", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """An sdist and a wheel in dist/, and the wheel imported without the checkout."""
+    session.install("build")
+    session.run("python", "-m", "build", "--outdir", "dist", ".")
+    wheel = max(session.invoked_from_path.glob("dist/*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install("-c", "constraints.txt", str(wheel))
+    session.chdir(session.create_tmp())
+    session.run("tl-neuron-circuits", "--help")

@@ -1,0 +1,98 @@
+"""The README and the documentation agree with each other and with the files they point at."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import tl_neuron_circuits as tnc
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+
+
+def readme_command(name: str) -> str:
+    """The one line of the fenced block that README.md marks with `<!-- command: NAME -->`, as `.ci/run` reads it."""
+    found = re.findall(
+        rf"<!-- command: {name} -->\n```bash\n(.*)\n```\n", (ROOT / "README.md").read_text(encoding="utf-8")
+    )
+    assert len(found) == 1, f"README.md marks {len(found)} commands as {name}"
+    return found[0]
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_getting_started_gives_the_readmes_commands(name: str) -> None:
+    lines = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8").splitlines()
+    assert readme_command(name) in lines
+
+
+def test_contributing_sets_up_what_the_readmes_test_command_sets_up() -> None:
+    set_up = readme_command("test").rpartition(" && ")[0]
+    assert set_up in (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    script = ROOT / ".ci" / "run"
+    if not script.exists():
+        pytest.skip("an sdist has no .ci/run")
+    assert "$(readme_command test)" in script.read_text(encoding="utf-8")
+
+
+@each_page
+def test_relative_links_point_at_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@each_page
+def test_python_blocks_are_valid_python(page: Path) -> None:
+    for block in python_blocks(page):
+        compile(block, str(page), "exec")
+
+
+def missing_names(block: str) -> list[str]:
+    """Names `tnc.x` and `tnc.x.y` in a block of Python that the package does not have."""
+    missing = []
+    for node in ast.walk(ast.parse(block)):
+        parts, inner = [], node
+        while isinstance(inner, ast.Attribute):
+            parts.insert(0, inner.attr)
+            inner = inner.value
+        if parts and isinstance(inner, ast.Name) and inner.id == "tnc":
+            found: object = tnc
+            for part in parts:
+                if not hasattr(found, part):
+                    missing.append(".".join(["tnc", *parts]))
+                    break
+                found = getattr(found, part)
+    return missing
+
+
+whole_package = pytest.mark.skipif(
+    not (hasattr(tnc, "evaluate") and hasattr(tnc, "load_demo_model")),
+    reason="the package does not have evaluate and load_demo_model yet",
+)
+
+
+@whole_package
+@each_page
+def test_python_blocks_use_names_that_exist(page: Path) -> None:
+    assert [name for block in python_blocks(page) for name in missing_names(block)] == []
+
+
+def test_the_check_for_names_can_fail() -> None:
+    assert missing_names("tnc.no_such_name(1)") == ["tnc.no_such_name"]
+    assert missing_names("tnc.__doc__.no_such_name(1)") == ["tnc.__doc__.no_such_name"]
+    assert missing_names("tnc.__doc__") == []
+
+
+@whole_package
+def test_the_readmes_python_runs() -> None:
+    (block,) = python_blocks(ROOT / "README.md")
+    exec(compile(block, "README.md", "exec"), {})

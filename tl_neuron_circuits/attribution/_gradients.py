@@ -1,0 +1,32 @@
+"""One forward and one backward: values and gradients at every site of a basis."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..bases import Site, Values, capture, fired, logits_of, reads_of
+from ..models import TransformerLensModel
+from ..tasks import Batch, Metric, measure
+
+
+def run_gradients(
+    model: TransformerLensModel, batch: Batch, sites: Iterable[Site], metric: Metric, hooks: Any = ()
+) -> tuple[Values, Values]:
+    """Values at every hook a site reads, and the gradient of the metric's sum at every site's hook.
+
+    One forward and one backward. The caller has entered `relp`, whose rules say what the gradient means. `hooks` run
+    before the captures.
+    """
+    sites = tuple(sites)
+    names = reads_of(sites)
+    store: Values = {}
+    with model.hooks(fwd_hooks=[*hooks, *(capture(store, name) for name in names)]):
+        logits = logits_of(model, batch.clean, batch.attention_mask)
+    fired(store, names, model)
+    total = measure(metric, logits, batch).sum()
+    del logits
+    targets = [store[site.hook] for site in sites]
+    gradients = torch.autograd.grad(total, targets)
+    values = {name: value.detach() for name, value in store.items()}
+    return values, {site.hook: gradient for site, gradient in zip(sites, gradients, strict=True)}

@@ -1,0 +1,162 @@
+"""Bases made of the model's own activations: every component of a hook point is a node, and nothing is left over."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .._errors import SettingsError, UnsupportedModelError
+from ..models import TransformerLensModel, find_sites, hook_points
+from ._site import Parts, Site
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """A hook point whose components are the nodes; heads are concatenated."""
+
+    hook: str
+    layer: int
+    letter: str
+    vectors: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Only the hook point itself."""
+        return (self.hook,)
+
+    @property
+    def identity(self) -> str:
+        """The hook point says it all."""
+        return self.hook
+
+    def take_apart(self, values: Mapping[str, Tensor]) -> Parts:
+        """The components of the value."""
+        return Parts(_flat(values[self.hook]))
+
+    def put_together(self, parts: Parts, like: Tensor) -> Tensor:
+        """The value with these components."""
+        return parts.nodes.reshape(*parts.nodes.shape[:2], *like.shape[2:]).to(like.dtype)
+
+    def node_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos unit"]:
+        """The gradient itself."""
+        return _flat(gradient)
+
+    def vector_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos d"]:
+        """The gradient itself."""
+        return _flat(gradient)
+
+    def variance(self, values: Mapping[str, Tensor]) -> None:
+        """None: components leave nothing over."""
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value.flatten(2) if value.dim() > 3 else value
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """One hook point a layer. `layers` restricts the basis; None is all of them."""
+
+    layers: Sequence[int] | None = None
+    hook: ClassVar[str]
+    letter: ClassVar[str]
+    title: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """Its name in tables, plots and files."""
+        return self.title
+
+    def sites(self, model: TransformerLensModel) -> tuple[Site, ...]:
+        """One site a layer.
+
+        Raises:
+            UnsupportedModelError: a hook point is missing, or is not what its name says.
+            SettingsError: a layer that the model does not have.
+        """
+        n_layers = int(model.cfg.n_layers)
+        layers = range(n_layers) if self.layers is None else self.layers
+        wrong = [layer for layer in layers if not 0 <= layer < n_layers]
+        if wrong:
+            raise SettingsError(f"expected layers between 0 and {n_layers - 1}; got {wrong}.")
+        points = hook_points(model)
+        hooks = [self.hook.format(layer=layer) for layer in layers]
+        missing = [hook for hook in hooks if hook not in points]
+        if missing:
+            raise UnsupportedModelError(
+                f"the basis {self.name} expects {missing[0]}, which this {type(model).__name__} lacks "
+                f"({len(missing)} of {len(hooks)} layers). Restrict it with layers=, or choose another basis."
+            )
+        return tuple(ActivationSite(h, layer, self.letter) for h, layer in zip(hooks, layers, strict=True))
+
+
+@dataclass(frozen=True)
+class Neurons(_Activations):
+    """MLP neurons: `mlp.hook_post`, the input of the down projection, where the nonlinearity makes a privileged basis.
+
+    Example:
+        >>> from tl_neuron_circuits import bases
+        >>> bases.Neurons(layers=[0, 1]).name
+        'neurons'
+    """
+
+    hook: ClassVar[str] = "blocks.{layer}.mlp.hook_post"
+    letter: ClassVar[str] = "N"
+    title: ClassVar[str] = "neurons"
+
+    def sites(self, model: TransformerLensModel) -> tuple[Site, ...]:
+        """One site a layer.
+
+        Raises:
+            UnsupportedModelError: a layer's MLP has no neurons to read (a mixture of experts).
+        """
+        found = find_sites(model)
+        known = {mlp.layer for mlp in found.mlps}
+        wanted = range(found.n_layers) if self.layers is None else self.layers
+        problems = [p.message for p in found.problems if ".mlp" in p.message]
+        if problems and any(layer not in known for layer in wanted):
+            raise UnsupportedModelError("\n".join(problems))
+        return super().sites(model)
+
+
+@dataclass(frozen=True)
+class MLPOutputs(_Activations):
+    """What each MLP writes to the residual stream (after a post norm, where the model has one)."""
+
+    hook: ClassVar[str] = "blocks.{layer}.hook_mlp_out"
+    letter: ClassVar[str] = "M"
+    title: ClassVar[str] = "mlp_outputs"
+
+
+@dataclass(frozen=True)
+class AttentionOutputs(_Activations):
+    """The heads' outputs before the output projection (`attn.hook_z`), heads concatenated."""
+
+    hook: ClassVar[str] = "blocks.{layer}.attn.hook_z"
+    letter: ClassVar[str] = "A"
+    title: ClassVar[str] = "attention_outputs"
+
+
+@dataclass(frozen=True)
+class ResidualStream(_Activations):
+    """The residual stream after each layer (`hook_resid_post`)."""
+
+    hook: ClassVar[str] = "blocks.{layer}.hook_resid_post"
+    letter: ClassVar[str] = "R"
+    title: ClassVar[str] = "residual_stream"
+
+
+@dataclass(frozen=True)
+class AttentionWrites(_Activations):
+    """What each attention layer writes to the residual stream (`hook_attn_out`); for RelP's layer-by-position maps."""
+
+    hook: ClassVar[str] = "blocks.{layer}.hook_attn_out"
+    letter: ClassVar[str] = "W"
+    title: ClassVar[str] = "attention_writes"
+
+
+ACTIVATION_BASES = {
+    basis.title: basis for basis in (Neurons, MLPOutputs, AttentionOutputs, ResidualStream, AttentionWrites)
+}

@@ -1,0 +1,121 @@
+"""A site of a basis: one hook point whose activation is written as a sum of nodes.
+
+    value = decode(nodes) + sum of vector nodes
+
+`nodes` are scalars (neurons, components, dictionary features); vector nodes are what is left (a dictionary's error, a
+transcoder's skip connection), each one node a position. Attribution, evaluation and interventions use only what stands
+here and never ask which basis they work in.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .._errors import SettingsError
+from ..models import TransformerLensModel
+from ._dictionary_variance import VarianceSums
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An activation taken apart: scalar nodes, and vector nodes ("error", "skip") where the basis has them."""
+
+    nodes: Float[Tensor, "batch pos unit"]
+    vectors: Mapping[str, Float[Tensor, "batch pos d"]] = field(default_factory=dict)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Parts":
+        """The same parts with `function` applied to each tensor."""
+        return Parts(function(self.nodes), {name: function(vector) for name, vector in self.vectors.items()})
+
+    def plus(self, other: "Parts") -> "Parts":
+        """The sum, part by part."""
+        return Parts(self.nodes + other.nodes, {name: v + other.vectors[name] for name, v in self.vectors.items()})
+
+
+@runtime_checkable
+class Site(Protocol):
+    """One hook point in a basis."""
+
+    @property
+    def hook(self) -> str:
+        """Where nodes write, where gradients are taken; also the key of its scores."""
+        ...
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Hook points whose values `take_apart` needs, `hook` among them."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What tells this site from another at the same hook point, so that saved results are not mixed up."""
+        ...
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def letter(self) -> str:
+        """The letter of its nodes' labels: N for neurons, F for features."""
+        ...
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Names of its vector nodes."""
+        ...
+
+    def take_apart(self, values: Mapping[str, Tensor]) -> Parts:
+        """The nodes of a run, from its values at `reads`."""
+        ...
+
+    def put_together(self, parts: Parts, like: Tensor) -> Tensor:
+        """The value at `hook` that these parts give, in the shape and dtype of `like`."""
+        ...
+
+    def node_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos unit"]:
+        """From the gradient at `hook` to the gradient at each node; `put_together` is linear, so this is exact."""
+        ...
+
+    def vector_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos d"]:
+        """The gradient at each vector node: that at `hook`, flattened."""
+        ...
+
+    def variance(self, values: Mapping[str, Tensor]) -> VarianceSums | None:
+        """Sums for the fraction of variance that the nodes leave unexplained; None where nothing is left over."""
+        ...
+
+
+@runtime_checkable
+class Basis(Protocol):
+    """Where nodes live."""
+
+    @property
+    def name(self) -> str: ...
+
+    def sites(self, model: TransformerLensModel) -> tuple[Site, ...]:
+        """The sites of this basis on `model`, in the order of the layers."""
+        ...
+
+
+def sites_of(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tuple[Site, ...]:
+    """The sites of one basis or of several together.
+
+    Raises:
+        SettingsError: two bases claim the same hook point, whose nodes would count twice.
+    """
+    bases = [basis] if isinstance(basis, Basis) else list(basis)
+    sites = tuple(site for one in bases for site in one.sites(model))
+    hooks = [site.hook for site in sites]
+    twice = sorted({hook for hook in hooks if hooks.count(hook) > 1})
+    if twice or not sites:
+        found = f"{twice} more than once" if twice else "no site at all"
+        raise SettingsError(f"expected every hook point once over the bases {[b.name for b in bases]}; got {found}.")
+    return sites
+
+
+def name_of(basis: Basis | Sequence[Basis]) -> str:
+    """One name for one basis or several."""
+    return basis.name if isinstance(basis, Basis) else "+".join(one.name for one in basis)

@@ -1,0 +1,40 @@
+"""Bootstrap over lexical items: prompts that share a word are drawn together, and every curve sees the same draws.
+
+Bands are percentiles of ratios of means, each ratio recomputed on the drawn prompts; two bases evaluated on the same
+pairs are compared draw by draw.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ._curve import SparsityCurve
+
+
+def draw_weights(groups: Sequence[str] | None, n_pairs: int, n_draws: int, seed: int) -> np.ndarray:
+    """How often each pair is drawn, `[draw, pair]`; pairs of one group come together (without groups: each alone)."""
+    names = list(range(n_pairs)) if groups is None else list(groups)
+    order = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    member = torch.tensor([order[name] for name in names])
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(order), (n_draws, len(order)), generator=generator)
+    counts = torch.zeros(n_draws, len(order)).scatter_add_(1, drawn, torch.ones(drawn.shape))
+    return counts[:, member].double().numpy()
+
+
+def ratios(curve: SparsityCurve, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Faithfulness and completeness of every draw, `[draw, size]`; nan where a draw cannot be normalised."""
+    total = weights.sum(1, keepdims=True)
+    mean = lambda values: weights @ values.double().numpy().reshape(-1, weights.shape[1]).T / total  # noqa: E731
+    low = mean(curve.empty)
+    span = mean(curve.full) - low
+    with np.errstate(divide="ignore", invalid="ignore"):
+        span = np.where(np.abs(span) > 1e-9, span, np.nan)
+        return (mean(curve.kept) - low) / span, (mean(curve.removed) - low) / span
+
+
+def band(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper percentile over draws."""
+    tail = (1 - level) / 2 * 100
+    return np.nanpercentile(values, tail, axis=0), np.nanpercentile(values, 100 - tail, axis=0)

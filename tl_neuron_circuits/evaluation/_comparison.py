@@ -1,0 +1,203 @@
+"""`Comparison`: sparsity curves of several bases and methods on the same pairs."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .._errors import FileFormatError, SettingsError
+from .._files import read_directory, write_directory
+from ._bootstrap import band, draw_weights, ratios
+from ._curve import SparsityCurve, size_at
+
+SCHEMA = 1
+INDEX = "index"
+
+
+class CurveKey(NamedTuple):
+    """What a curve is of."""
+
+    task: str
+    basis: str
+    method: str
+
+    @property
+    def folder(self) -> str:
+        """Where it is saved."""
+        return "--".join(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """Curves by (task, basis, method), evaluated on the same pairs within a task.
+
+    `mib` holds CPR (signed ranking) and CMD (|score| ranking) on MIB's grid where they were asked for, `unexplained`
+    the mean fraction of variance that a basis leaves unexplained.
+    """
+
+    curves: Mapping[CurveKey, SparsityCurve]
+    settings: Mapping[str, Any]
+    mib: Mapping[CurveKey, tuple[float, float]] = field(default_factory=dict)
+    unexplained: Mapping[CurveKey, float] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in order."""
+        return list(dict.fromkeys(key.task for key in self.curves))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a task, basis, method and size, with 95 % bands over lexical items (columns `*_low`, `*_high`)."""
+        frames = []
+        for key, curve in self.curves.items():
+            frame = curve.to_dataframe()
+            both = ratios(curve, self._weights(curve))
+            for name, values in zip(("faithfulness", "completeness"), both, strict=True):
+                frame[f"{name}_low"], frame[f"{name}_high"] = band(values)
+            frames.append(frame.assign(task=key.task, basis=key.basis, method=key.method))
+        table = pd.concat(frames, ignore_index=True)
+        first = ["task", "basis", "method"]
+        return table.reindex(columns=[*first, *(column for column in table if column not in first)])
+
+    def summary(self, levels: tuple[float, ...] = (0.5, 0.8)) -> pd.DataFrame:
+        """One row a curve: F(full), F(empty), nodes, log area on absolute counts, size at each level, CPR, CMD, FVU."""
+        rows = []
+        largest = {t: max(c.n_nodes for k, c in self.curves.items() if k.task == t) for t in self.tasks}
+        for key, curve in self.curves.items():
+            cpr, cmd = self.mib.get(key, (float("nan"), float("nan")))
+            rows.append(
+                {
+                    **key._asdict(), "metric_full": curve.metric_full, "metric_empty": curve.metric_empty,
+                    "n_nodes": curve.n_nodes, "log_area": curve.log_area(largest[key.task]),
+                    **{f"size_at_{level:g}": curve.size_at(level) for level in levels},
+                    "cpr": cpr, "cmd": cmd, "unexplained": self.unexplained.get(key, float("nan")),
+                }
+            )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def ratio(
+        self,
+        basis: str,
+        other: str,
+        *,
+        method: str,
+        other_method: str | None = None,
+        level: float = 0.8,
+        task: str | None = None,
+    ) -> tuple[float, float, float]:
+        """How many times the nodes of `other` does `basis` need at `level` of faithfulness: value, low, high (95 %).
+
+        The two curves are drawn together over lexical items. A curve that does not stay above the level counts as inf,
+        so the ratio may be inf, 0, or nan where neither does; draws in which neither does are left out of the band.
+
+        Raises:
+            SettingsError: there is no such curve.
+        """
+        task = task or self.tasks[0]
+        curves = [self._curve(task, basis, method), self._curve(task, other, other_method or method)]
+        weights = self._weights(curves[0])
+        point = [curve.size_at(level) for curve in curves]
+        draws = [[size_at(c.sizes, f, level) for f in ratios(c, weights)[0]] for c in curves]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = np.array(draws[0]) / np.array(draws[1])
+            value = np.array(point[0]) / np.array(point[1])
+        values = values[~np.isnan(values)]
+        low, high = np.percentile(values, [2.5, 97.5], method="nearest") if len(values) else (np.nan, np.nan)
+        return float(value), float(low), float(high)
+
+    def headline(self, *, level: float = 0.8) -> str:
+        """How the first basis compares with each other one, by the first method, task by task."""
+        method = next(iter(self.curves)).method
+        bases = list(dict.fromkeys(key.basis for key in self.curves))
+        sentences = []
+        for task, other in itertools.product(self.tasks, bases[1:]):
+            one = bases[0]
+            where = f"on {task}, " if len(self.tasks) > 1 else ""
+            never = [b for b in (one, other) if not np.isfinite(self._curve(task, b, method).size_at(level))]
+            if never:
+                sentences.append(
+                    f"{where}the faithfulness of {' and '.join(never)} does not stay above {level:g} at the sizes tried"
+                )
+                continue
+            value, low, high = self.ratio(one, other, method=method, level=level, task=task)
+            times = f"{value:.3g} x [{low:.3g}, {high:.3g}]"
+            sentences.append(f"{where}at faithfulness {level:g} {one} need {times} the nodes of {other}")
+        return "; ".join(sentences) + f" (scored by {method}; 95 % over lexical items)."
+
+    def save(self, path: str | Path) -> None:
+        """Write a directory: one folder a curve, and `comparison.json`.
+
+        Raises:
+            FileFormatError: the path is something else than a directory of ours.
+        """
+        for key, curve in self.curves.items():
+            curve.save(Path(path) / key.folder)
+        self.save_index(path)
+
+    def save_index(self, path: str | Path) -> None:
+        """Write `comparison.json` alone, which lists the curves; last, so that what it lists is there."""
+        notes = {
+            "keys": [list(key) for key in self.curves],
+            "settings": dict(self.settings),
+            "mib": [[*key, *values] for key, values in self.mib.items()],
+            "unexplained": [[*key, value] for key, value in self.unexplained.items()],
+        }
+        write_directory(Path(path) / INDEX, "comparison", SCHEMA, {}, notes)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Comparison":
+        """Read what `save`, or a finished `compare(..., directory=path)`, wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, foreign, or of another schema.
+        """
+        path = Path(path)
+        _, notes = read_directory(
+            path / INDEX, "comparison", SCHEMA, required=("keys", "settings", "mib", "unexplained")
+        )
+        try:
+            keys = [CurveKey(*key) for key in notes["keys"]]
+            mib = {CurveKey(*row[:3]): (row[3], row[4]) for row in notes["mib"]}
+            unexplained = {CurveKey(*row[:3]): row[3] for row in notes["unexplained"]}
+        except (TypeError, IndexError) as error:
+            raise FileFormatError(
+                f"{path} does not list its curves as this version writes them: it is damaged."
+            ) from error
+        return cls({key: SparsityCurve.load(path / key.folder) for key in keys}, notes["settings"], mib, unexplained)
+
+    def plot(self, task: str | None = None) -> Any:
+        """A plotly figure: faithfulness and completeness against the number of nodes, one colour a basis, one dash a
+        method.
+
+        Several tasks are averaged over a common grid of sizes, as in Arora et al.; `task` shows one, with bands.
+        """
+        from ..plots import plot_comparison
+
+        return plot_comparison(self, task)
+
+    def plot_trust(self, task: str | None = None) -> Any:
+        """A plotly figure: the summed scores of the best nodes against the measured drop of the metric without them."""
+        from ..plots import plot_trust
+
+        return plot_trust(self, task)
+
+    def __repr__(self) -> str:
+        bases = list(dict.fromkeys(key.basis for key in self.curves))
+        methods = list(dict.fromkeys(key.method for key in self.curves))
+        return f"Comparison({self.settings['model']}, tasks {self.tasks}, bases {bases}, methods {methods})"
+
+    def _repr_html_(self) -> str:
+        table = self.summary().to_html(index=False, float_format="{:.3g}".format)
+        return f"<p>{self!r}</p><p>{self.headline()}</p>{table}"
+
+    def _curve(self, task: str, basis: str, method: str) -> SparsityCurve:
+        key = CurveKey(task, basis, method)
+        if key not in self.curves:
+            raise SettingsError(f"expected one of the curves {[tuple(k) for k in self.curves]}; got {tuple(key)}.")
+        return self.curves[key]
+
+    def _weights(self, curve: SparsityCurve) -> np.ndarray:
+        return draw_weights(curve.groups, len(curve.full), self.settings["bootstrap"], self.settings["seed"])

@@ -1,0 +1,194 @@
+r"""`SparsityCurve`: faithfulness and completeness of the best nodes, by how many they are.
+
+    faithfulness(C) = (F(C) - F(0)) / (F(M) - F(0))        ideal 1; more than 1 occurs
+    completeness(C) = (F(M \\ C) - F(0)) / (F(M) - F(0))    ideal 0
+
+F is the mean metric of the original model with every node outside the set ablated; M is all nodes, and F(M) the model
+itself. Nodes of the set stay live. Source: Marks et al. 2025, arXiv 2403.19647; Arora et al. 2026; METHODS 1.4.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .._errors import FileFormatError
+from .._files import read_directory, write_directory
+
+SCHEMA = 1
+_TENSORS = ("kept", "removed", "full", "empty", "predicted")
+MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparsityCurve:
+    """Metrics per prompt for every size, so that bands can be drawn from the same numbers."""
+
+    sizes: tuple[int, ...]
+    kept: Float[Tensor, "size pair"]
+    """Metric of each prompt with only the best nodes live."""
+    removed: Float[Tensor, "size pair"]
+    """Metric of each prompt with the best nodes ablated."""
+    full: Float[Tensor, " pair"]
+    """Metric of each prompt in the original model."""
+    empty: Float[Tensor, " pair"]
+    """Metric of each prompt with every node ablated."""
+    predicted: Float[Tensor, " size"]
+    """Sum of the best nodes' scores: what the method expects `full - removed` to be."""
+    n_nodes: int
+    settings: Mapping[str, Any]
+    groups: tuple[str, ...] | None = None
+    """The lexical item of each pair, for bands."""
+
+    @property
+    def metric_full(self) -> float:
+        """F(M): the original model's mean metric."""
+        return float(self.full.mean())
+
+    @property
+    def metric_empty(self) -> float:
+        """F(0): the mean metric with every node ablated."""
+        return float(self.empty.mean())
+
+    @property
+    def faithfulness(self) -> np.ndarray:
+        """One number a size."""
+        return self._normalised(self.kept)
+
+    @property
+    def completeness(self) -> np.ndarray:
+        """One number a size."""
+        return self._normalised(self.removed)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns size, fraction (of all nodes), faithfulness, completeness."""
+        sizes = np.array(self.sizes)
+        return pd.DataFrame(
+            {
+                "size": sizes,
+                "fraction": sizes / self.n_nodes,
+                "faithfulness": self.faithfulness,
+                "completeness": self.completeness,
+            }
+        )
+
+    def size_at(self, level: float) -> float:
+        """The size from which faithfulness stays at `level` or above, log-interpolated; inf where it never does."""
+        return size_at(self.sizes, self.faithfulness, level)
+
+    def log_area(self, largest: int | None = None) -> float:
+        """Mean faithfulness over log(size), from 1 node to `largest` (by default all), on absolute counts.
+
+        Where 1 is not among the sizes, faithfulness rises from 0 there; beyond all nodes it stays where it is.
+        """
+        sizes, faithfulness = self._points()
+        end = float(np.log(max(largest or self.n_nodes, 2)))
+        x, y = np.log(sizes[sizes > 0]), faithfulness[sizes > 0]
+        x, y = (x, y) if x[0] == 0 else (np.r_[0.0, x], np.r_[0.0, y])
+        grid = np.r_[x[x < end], end]
+        return area(np.interp(grid, x, y), grid) / end
+
+    @property
+    def cpr(self) -> float:
+        """Area under faithfulness over MIB's fractions of all nodes, higher is better; MIB ranks by signed score."""
+        return area(self._at_fractions(), MIB_FRACTIONS)
+
+    @property
+    def cmd(self) -> float:
+        """Area under |1 - faithfulness| over MIB's fractions, lower is better; MIB ranks by |score|."""
+        return area(np.abs(1 - self._at_fractions()), MIB_FRACTIONS)
+
+    def save(self, path: str | Path) -> None:
+        """Write a directory with `curve.safetensors` and `curve.json`.
+
+        Raises:
+            FileFormatError: the path is something else than a directory of ours.
+        """
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        notes = {"sizes": list(self.sizes), "n_nodes": self.n_nodes, "settings": dict(self.settings)}
+        notes["groups"] = None if self.groups is None else list(self.groups)
+        write_directory(path, "curve", SCHEMA, tensors, notes)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SparsityCurve":
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, foreign, or of another schema.
+        """
+        tensors, notes = read_directory(path, "curve", SCHEMA, required=("sizes", "n_nodes", "settings", "groups"))
+        if set(tensors) != set(_TENSORS):
+            raise FileFormatError(f"expected the tensors {_TENSORS} in {path}; got {sorted(tensors)}: it is damaged.")
+        groups = None if notes["groups"] is None else tuple(notes["groups"])
+        return cls(
+            sizes=tuple(notes["sizes"]), n_nodes=notes["n_nodes"], settings=notes["settings"], groups=groups, **tensors
+        )
+
+    def plot(self) -> Any:
+        """A plotly figure of faithfulness and completeness, side by side."""
+        from ..plots import plot_curves
+
+        return plot_curves([self])
+
+    def __repr__(self) -> str:
+        s = self.settings
+        return (
+            f"SparsityCurve({s['basis']} by {s['method']}, {len(self.sizes)} sizes of {self.n_nodes:,} nodes, "
+            f"{len(self.full)} pairs, ablation {s['ablation']}, F(full)={self.metric_full:.3f}, "
+            f"F(empty)={self.metric_empty:.3f})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.to_dataframe().to_html(index=False, float_format='{:.3f}'.format)}"
+
+    def _normalised(self, metric: Tensor) -> np.ndarray:
+        low = self.empty.double().mean()
+        return ((metric.double().mean(1) - low) / (self.full.double().mean() - low)).numpy()
+
+    def _at_fractions(self) -> np.ndarray:
+        """Faithfulness at MIB's fractions, linear between measured sizes."""
+        sizes, faithfulness = self._points()
+        return np.interp(MIB_FRACTIONS, sizes / self.n_nodes, faithfulness)
+
+    def _points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes and faithfulness, completed by what is known unmeasured: none gives 0, and all give 1.
+
+        Unless errors are ablated: then all give what the largest size gives.
+        """
+        sizes, values = [float(size) for size in self.sizes], [float(value) for value in self.faithfulness]
+        if sizes[0] > 0:
+            sizes, values = [0.0, *sizes], [0.0, *values]
+        if sizes[-1] < self.n_nodes:
+            last = values[-1] if self.settings.get("error") == "ablate" else 1.0
+            sizes, values = [*sizes, float(self.n_nodes)], [*values, last]
+        return np.array(sizes), np.array(values)
+
+
+def area(y: np.ndarray, x: Sequence[float] | np.ndarray) -> float:
+    """Area by trapezoids (NumPy renamed its own function between versions 1 and 2)."""
+    return float((np.diff(np.asarray(x)) * (y[1:] + y[:-1]) / 2).sum())
+
+
+def size_at(sizes: Sequence[int], faithfulness: np.ndarray, level: float) -> float:
+    """The size from which faithfulness stays at `level` or above, log-interpolated; inf where it never does."""
+    x = np.log(np.maximum(np.asarray(sizes, dtype=float), 0.5))
+    below = np.flatnonzero(~(faithfulness >= level))
+    if len(below) == 0:
+        return float(sizes[0])
+    last = int(below[-1])
+    if last == len(sizes) - 1:
+        return float("inf")
+    low, high = faithfulness[last], faithfulness[last + 1]
+    share = (level - low) / (high - low) if np.isfinite(low) else 1.0
+    return float(np.exp(x[last] + share * (x[last + 1] - x[last])))
+
+
+def stack(rows: list[Tensor]) -> Tensor:
+    """One row a size, on the CPU in float32."""
+    return torch.stack([row.float().cpu() for row in rows])

@@ -1,0 +1,66 @@
+"""One look for every figure: a colour-blind safe palette, dashes by method, a subtitle that says what was measured."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+# Okabe and Ito's palette, which readers with colour blindness can tell apart; black is left for text.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = {
+    "relp": "solid",
+    "gradient": "dash",
+    "integrated_gradients": "dot",
+    "integrated_gradients_inputs": "longdash",
+    "patching": "longdashdot",
+    "activation_difference": "dashdot",
+    "random": "2px,6px",
+}
+
+NAMES = {
+    "relp": "RelP",
+    "gradient": "gradient (AtP)",
+    "integrated_gradients": "integrated gradients",
+    "integrated_gradients_inputs": "IG over inputs",
+    "patching": "exact patching",
+    "activation_difference": "activation difference",
+}
+
+
+def shown(basis: str, method: str) -> str:
+    """A curve's name in a legend."""
+    return f"{basis.replace('_', ' ')}, {NAMES.get(method, method)}"
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, in order."""
+    return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(dict.fromkeys(names))}
+
+
+def dash(method: str) -> str:
+    """The line style of a method; unknown ones are solid."""
+    return DASHES.get(method, "solid")
+
+
+def translucent(colour: str, alpha: float = 0.15) -> str:
+    """The colour of a band."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
+
+
+def finish(figure: go.Figure, title: str, subtitle: str, *, height: int = 480) -> go.Figure:
+    """Title, subtitle, white background; the global plotly template is not touched."""
+    figure.update_layout(
+        title={"text": f"{title}<br><sub>{subtitle}</sub>", "x": 0.01, "xanchor": "left"},
+        template="plotly_white",
+        height=height,
+        margin={"t": 110, "l": 60, "r": 20, "b": 60},
+        legend={"tracegroupgap": 4},
+        font={"size": 13},
+    )
+    return figure
+
+
+def say(parts: Sequence[Any]) -> str:
+    """A subtitle from its parts."""
+    return " · ".join(str(part) for part in parts if part)
