@@ -1,8 +1,11 @@
 """Train the demo models: `python -m tl_neuron_circuits.models.train_demo [--name demo-gelu] [--evaluate-only]`.
 
-Ordinary next-token prediction on the synthetic English of `_text`, with Muon for the layers' matrices and AdamW for the
-rest, and an L1 penalty on the neurons' activations, which makes them sparse. Under 20 CPU minutes a model on one core.
-The weights are rounded to float16, so that they are the same numbers in float32, and measured after that.
+Next-token prediction on the synthetic English of `_text`, with Muon for the layers' matrices and AdamW for the
+rest, and an L1 penalty on the neurons' activations, which makes them sparse. So that the state is a hidden step of
+two-hop answers, two-hop prompts also get a counterfactual loss: with the neurons of another prompt at every
+position but the last, the answer must be the recipient's attribute of the donor's state (interchange intervention
+training, Geiger et al. 2022, arXiv 2112.00826). About 6 CPU minutes a model. The weights are rounded to float16, so
+that they are the same numbers in float32, and measured after that.
 """
 
 import argparse
