@@ -117,13 +117,13 @@ def _name(hook: str, unit: int, position: int) -> str:
 def _check_hooks(model: TransformerLensModel, frame: pd.DataFrame) -> None:
     known = None
     for hook in frame["hook"].unique():
-        hook_point(model, hook)
         neurons = _NEURONS.fullmatch(hook)
         if neurons:
             known = find_sites(model) if known is None else known
-            if int(neurons[1]) not in {mlp.layer for mlp in known.mlps}:
-                problems = [p.message for p in known.problems if f"blocks.{neurons[1]}.mlp" in p.message]
-                raise UnsupportedModelError("\n".join(problems) or f"{hook} holds no neurons on this model.")
+            problems = [p.message for p in known.problems if f"blocks.{neurons[1]}.mlp" in p.message]
+            if problems and int(neurons[1]) not in {mlp.layer for mlp in known.mlps}:
+                raise UnsupportedModelError("\n".join(problems))
+        hook_point(model, hook)
 
 
 def _at(frame: pd.DataFrame, positions: int | Sequence[int]) -> pd.DataFrame:
