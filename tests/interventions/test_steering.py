@@ -97,8 +97,8 @@ def test_labels_rows_and_circuits_name_the_same_nodes(case: ModelCase) -> None:
     rows = attribute(model, pairs, baseline="zero").top(5)
     by_rows = logits_with(model, tokens, steering_hooks(model, rows, scale=2))
     by_labels = logits_with(model, tokens, steering_hooks(model, list(rows["label"]), scale=2))
-    token_row = pd.DataFrame({"hook": ["hook_embed"], "unit": [-1], "position": [0], "kind": ["token"]})
-    circuit = SimpleNamespace(nodes=pd.concat([rows, token_row], ignore_index=True))
+    token_row = pd.DataFrame({"layer": [-1], "unit": [-1], "position": [0], "kind": ["embedding"]})
+    circuit = SimpleNamespace(nodes=pd.concat([rows.assign(kind="neuron"), token_row], ignore_index=True))
     by_circuit = logits_with(model, tokens, steering_hooks(model, circuit, scale=2))
     assert torch.equal(by_rows, by_labels) and torch.equal(by_rows, by_circuit)
     (one,) = (list(rows["label"])[:1],)
@@ -120,7 +120,9 @@ def test_a_batch_is_its_members(case: ModelCase) -> None:
 
 
 @few_models
-def test_interchange_with_the_own_values_is_the_identity_and_all_neurons_of_a_donor_give_the_donor(case: ModelCase) -> None:
+def test_interchange_with_the_own_values_is_the_identity_and_all_neurons_of_a_donor_give_the_donor(
+    case: ModelCase,
+) -> None:
     model = case.build(dtype=torch.float32)
     recipient, donor = random_tokens(model, 1), random_tokens(model, 1, seed=1)
     own = node_values(model, recipient, ["L0/N3", "L1/N7"], positions=range(7))
@@ -225,7 +227,9 @@ def test_the_result_is_what_two_runs_give(case: ModelCase, untouched: Any) -> No
     torch.testing.assert_close(result.kl.double(), (p * (p / q).log()).sum(-1), rtol=1e-4, atol=1e-7)
     table = result.to_dataframe()
     for row in table.itertuples():
-        assert row.probability_change == pytest.approx(float(q[row.prompt, row.token_id] - p[row.prompt, row.token_id]), abs=1e-6)
+        assert row.probability_change == pytest.approx(
+            float(q[row.prompt, row.token_id] - p[row.prompt, row.token_id]), abs=1e-6
+        )
         assert row.logit_after == pytest.approx(float(after[row.prompt, row.token_id]))
     for prompt in (0, 1):
         ids = set(table[table["prompt"] == prompt]["token_id"])
@@ -313,7 +317,10 @@ def llama() -> Any:
         ([], "at least one node"),
         (pd.DataFrame({"hook": [], "unit": []}), "position'] missing"),
         (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [-1], "position": [0], "kind": ["error"]}), "error"),
-        (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [3], "position": [0], "label": ["L0/F3@0"]}), "another basis"),
+        (
+            pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [3], "position": [0], "label": ["L0/F3@0"]}),
+            "another basis",
+        ),
         (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [-2], "position": [0]}), "count from 0"),
     ],
 )
@@ -328,15 +335,15 @@ def test_settings_that_contradict_each_other_are_refused(llama: Any, untouched: 
         for change in ({}, {"scale": 1, "add": 2}):
             with pytest.raises(SettingsError, match="exactly one of scale, value and add"):
                 steering_hooks(llama, "L0/N3", **change)
-        with pytest.raises(SettingsError, match="2 nodes .*shape"):
+        with pytest.raises(SettingsError, match=r"2 nodes .*shape"):
             steering_hooks(llama, ["L0/N3", "L0/N4"], scale=torch.ones(3))
         with pytest.raises(SettingsError, match="has its own"):
             steering_hooks(llama, "L0/N3@1", scale=0, positions=2)
         with pytest.raises(SettingsError, match="count from 0"):
             steering_hooks(llama, "L0/N3", scale=0, positions=-1)
-        with pytest.raises(SettingsError, match="positions below 7.*got 7"):
+        with pytest.raises(SettingsError, match=r"positions below 7.*got 7"):
             logits_with(llama, tokens, steering_hooks(llama, "L0/N3@7", scale=0))
-        with pytest.raises(SettingsError, match="units below 24.*got 24"):
+        with pytest.raises(SettingsError, match=r"units below 24.*got 24"):
             logits_with(llama, tokens, steering_hooks(llama, "L0/N24", scale=0))
         with pytest.raises(SettingsError, match="batch of 2 prompts"):
             logits_with(llama, tokens, steering_hooks(llama, "L0/N3", add=torch.ones(3, 1)))

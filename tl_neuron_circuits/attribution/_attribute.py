@@ -104,10 +104,7 @@ def attribute(
         units,
     )
     check_setting(setting, batch_size, nodes)
-    tokens = pairs
-    if isinstance(pairs, PromptPairs):
-        tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
-    assert isinstance(tokens, TokenisedPairs)
+    tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     check_pairs(tokens, setting)
     chosen = None if nodes is None else chosen_nodes(nodes, setting, tokens.lengths[0])
     means = mean_parts(model, setting.sites, tokens.batches(batch_size)) if baseline == "mean" else None
@@ -116,25 +113,7 @@ def attribute(
         for batch in tokens.batches(batch_size):
             _score(setting, batch, means, chosen, total, rows=8 * batch_size, verbose=verbose)
             bar.update(len(batch))
-    settings = {
-        "method": method,
-        "metric": metric_name(metric),
-        "basis": name_of(nodes_of),
-        "positions": positions,
-        "units": units,
-        "baseline": baseline,
-        "direction": direction,
-        "rules": list(rules),
-        "stabilizer": stabilizer,
-        "steps": steps,
-        "seed": seed,
-        "model": str(getattr(model.cfg, "model_name", "unknown")),
-        "n_pairs": len(tokens),
-        "pairs_hash": tokens.hash,
-        "lengths": sorted(set(tokens.lengths)),
-        "versions": versions(),
-        "variance_unexplained": total.unexplained(),
-    }
+    settings = _provenance(setting, tokens, name_of(nodes_of), seed) | {"variance_unexplained": total.unexplained()}
     scores = total.scores(len(tokens), settings, nodes_of)
     return scores if chosen is not None else require_finite(scores)
 
@@ -162,3 +141,19 @@ def _score(
             gradients = _integrated_gradients.along_inputs(setting, here)
         assert gradients is not None
         total.add(runs, gradients)
+
+
+def _provenance(setting: Setting, tokens: TokenisedPairs, basis: str, seed: int) -> dict[str, Any]:
+    """What a saved result says of how it came about."""
+    copied = ("method", "positions", "units", "baseline", "direction", "stabilizer", "steps")
+    return {name: getattr(setting, name) for name in copied} | {
+        "metric": metric_name(setting.metric),
+        "basis": basis,
+        "rules": list(setting.rules),
+        "seed": seed,
+        "model": str(getattr(setting.model.cfg, "model_name", "unknown")),
+        "n_pairs": len(tokens),
+        "pairs_hash": tokens.hash,
+        "lengths": sorted(set(tokens.lengths)),
+        "versions": versions(),
+    }

@@ -150,11 +150,8 @@ class NodeScores:
         frame = pd.DataFrame(
             {"layer": layer, "unit": unit, "position": position, "score": self.flat().numpy()[index], "kind": kinds}
         )
-        letters = [self.sites[hook].letter for hook in hooks]
-        labels = [
-            label(lay, letter, u, p, kind)
-            for lay, letter, u, p, kind in zip(layer, letters, unit, position, kinds, strict=True)
-        ]
+        columns = (layer.tolist(), unit.tolist(), position.tolist(), kinds.tolist(), hooks.tolist())
+        labels = [label(lay, self.sites[h].letter, u, p, kind) for lay, u, p, kind, h in zip(*columns, strict=True)]
         frame.insert(0, "label", labels)
         frame["hook"] = hooks
         return frame

@@ -188,7 +188,7 @@ class Comparison:
         return f"Comparison({self.settings['model']}, tasks {self.tasks}, bases {bases}, methods {methods})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p><p>{self.headline()}</p>{self.summary().to_html(index=False, float_format='%.3g')}"
+        return f"<p>{self!r}</p><p>{self.headline()}</p>{self.summary().to_html(index=False, float_format='{:.3g}'.format)}"
 
     def _curve(self, task: str, basis: str, method: str) -> SparsityCurve:
         key = CurveKey(task, basis, method)

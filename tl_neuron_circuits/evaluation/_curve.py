@@ -142,7 +142,7 @@ class SparsityCurve:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.to_dataframe().to_html(index=False, float_format='%.3f')}"
+        return f"<p>{self!r}</p>{self.to_dataframe().to_html(index=False, float_format='{:.3f}'.format)}"
 
     def _normalised(self, metric: Tensor) -> np.ndarray:
         low = self.empty.double().mean()

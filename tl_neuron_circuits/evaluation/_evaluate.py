@@ -12,6 +12,7 @@ from .._files import versions
 from .._typing import checked
 from ..attribution import NodeScores
 from ..bases import Basis, Parts, Site, logits_of, mean_parts, name_of, reads_of, run_values, sites_of, take_apart
+from ..circuits import Circuit
 from ..interventions import Ablation, Kept, ablation_hooks
 from ..models import TransformerLensModel
 from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, measure, metric_name, tokenise
@@ -25,7 +26,7 @@ Errors = Literal["nodes", "keep", "ablate"]
 def evaluate(
     model: TransformerLensModel,
     pairs: PromptPairs | TokenisedPairs,
-    scores: NodeScores,
+    scores: NodeScores | Circuit,
     *,
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
@@ -45,7 +46,8 @@ def evaluate(
     Args:
         model: the model that the scores were computed on.
         pairs: held-out pairs; ablation values come from their corrupt prompts.
-        scores: from `attribute`. With positions kept, the pairs must have the token length of the attribution pairs.
+        scores: from `attribute`, or a circuit, whose own size is then the default of `sizes`. With positions kept, the
+            pairs must have the token length of the attribution pairs.
         sizes: numbers of nodes; 20 log-spaced ones unless given. Where positions were summed, a node is a unit at all
             positions.
         ablation: value of an ablated node: "mean" over all corrupt prompts of these pairs (per position, among prompts
@@ -77,13 +79,13 @@ def evaluate(
         >>> list(curve.to_dataframe()["size"])
         [10, 100]
     """
+    if isinstance(scores, Circuit):
+        sizes = [len(scores)] if sizes is None else sizes
+        scores = scores.to_scores()
     basis = scores.basis if basis is None else basis
     if basis is None:
         raise SettingsError("these scores were loaded without their dictionaries: pass basis= as given to attribute.")
-    tokens = pairs
-    if isinstance(pairs, PromptPairs):
-        tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
-    assert isinstance(tokens, TokenisedPairs)
+    tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     sites = _matching_sites(sites_of(model, basis), scores)
     _check(tokens, scores, ablation)
     fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "nodes": {}}[error]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError, UnsupportedModelError
-from ..bases import ACTIVATION_BASES
+from ..bases import ACTIVATION_BASES, Neurons
 from ..models import TransformerLensModel, find_sites, hook_point
 
 _LABEL = re.compile(r"L(\d+)/([A-Z])(\d+)[+-]?(?:@(\d+))?")
@@ -27,7 +27,7 @@ class HasNodes(Protocol):
 
     @property
     def nodes(self) -> Any:
-        """Columns hook, unit and position, and optionally kind and label."""
+        """Columns kind, layer, unit and position; rows of the kind "neuron" are the neurons."""
         ...
 
 
@@ -35,9 +35,7 @@ Nodes = pd.DataFrame | str | Sequence[str] | HasNodes
 """Labels such as "L12/N345@7" (at position 7) or "L12/N345" (everywhere), rows of `NodeScores.top`, or a circuit."""
 
 
-def find_nodes(
-    model: TransformerLensModel, nodes: Nodes, positions: int | Sequence[int] | None = None
-) -> pd.DataFrame:
+def find_nodes(model: TransformerLensModel, nodes: Nodes, positions: int | Sequence[int] | None = None) -> pd.DataFrame:
     """The nodes as a DataFrame with columns label, hook, unit and position (-1: everywhere), checked against the model.
 
     With `positions`, every node stands at each of them: nodes outer, positions inner.
@@ -69,8 +67,8 @@ def _from_labels(model: TransformerLensModel, labels: Sequence[str]) -> pd.DataF
         read = _LABEL.fullmatch(label) if isinstance(label, str) else None
         if read is None or read[2] not in _BASES:
             raise SettingsError(
-                f"expected labels such as 'L12/N345@7' or 'L12/N345' with one of the letters {sorted(_BASES)}; got {label!r}. "
-                "Error nodes and dictionary features are not activations of the model, so they cannot be steered."
+                f"expected labels such as 'L12/N345@7' or 'L12/N345' with one of the letters {sorted(_BASES)}; got "
+                f"{label!r}. Error nodes and dictionary features are no activations of the model: they cannot be steered."
             )
         hook = _BASES[read[2]](layers=[int(read[1])]).sites(model)[0].hook
         rows.append((label, hook, int(read[3]), EVERYWHERE if read[4] is None else int(read[4])))
@@ -78,11 +76,18 @@ def _from_labels(model: TransformerLensModel, labels: Sequence[str]) -> pd.DataF
 
 
 def _from_circuit(circuit: HasNodes) -> pd.DataFrame:
-    """Its neurons: tokens, logits and remainders are no activations to steer."""
+    """Its neurons: tokens, logits, biases and remainders are no activations to steer."""
     nodes = circuit.nodes
-    if not isinstance(nodes, pd.DataFrame):
-        raise SettingsError(f"expected .nodes to be a DataFrame; got {type(nodes).__name__}.")
-    return _from_rows(nodes[nodes["kind"].isin(_UNIT_KINDS)] if "kind" in nodes.columns else nodes)
+    if not isinstance(nodes, pd.DataFrame) or not {"kind", "layer", "unit", "position"} <= set(nodes.columns):
+        raise SettingsError("expected .nodes to be a DataFrame with columns kind, layer, unit and position.")
+    if nodes["kind"].isin(("group", "feature")).any():
+        raise SettingsError(
+            "expected a circuit of neurons; it has supernodes or dictionary features. Steer the circuit before "
+            "collapse(), or give the members of a group."
+        )
+    neurons = nodes[nodes["kind"].isin(_UNIT_KINDS)]
+    hooks = [Neurons.hook.format(layer=layer) for layer in neurons["layer"]]
+    return _from_rows(neurons[["unit", "position"]].assign(hook=hooks))
 
 
 def _from_rows(nodes: pd.DataFrame) -> pd.DataFrame:
@@ -91,15 +96,17 @@ def _from_rows(nodes: pd.DataFrame) -> pd.DataFrame:
         raise SettingsError(f"expected nodes with columns hook, unit and position; {sorted(missing)} missing.")
     if "kind" in nodes.columns and not nodes["kind"].isin(_UNIT_KINDS).all():
         kinds = sorted(set(nodes["kind"]) - set(_UNIT_KINDS))
-        raise SettingsError(f"expected neurons or other units; got rows of the kinds {kinds}. Leave them out: df[df.kind == 'node'].")
+        raise SettingsError(
+            f"expected neurons or other units; got rows of the kinds {kinds}. Leave them out: df[df.kind == 'node']."
+        )
     labels = nodes["label"] if "label" in nodes.columns else [_name(*row) for row in _triples(nodes)]
     frame = pd.DataFrame({"label": list(labels), **{key: list(nodes[key]) for key in ("hook", "unit", "position")}})
     for label, hook in zip(frame["label"], frame["hook"], strict=True):
         read = _LABEL.fullmatch(str(label))
         if read is not None and (read[2] not in _BASES or _BASES[read[2]].hook.format(layer=read[1]) != hook):
             raise SettingsError(
-                f"expected units of activations; {label} at {hook} is a node of another basis (a dictionary feature), whose "
-                "number is no unit there. Steer neurons, or patch the dictionary's output."
+                f"expected units of activations; {label} at {hook} is a node of another basis (a dictionary feature), "
+                "whose number is no unit there. Steer neurons, or patch the dictionary's output."
             )
     return frame
 
@@ -130,15 +137,17 @@ def _at(frame: pd.DataFrame, positions: int | Sequence[int]) -> pd.DataFrame:
     if (frame["position"] >= 0).any():
         label = frame["label"][frame["position"] >= 0].iloc[0]
         raise SettingsError(
-            f"expected nodes without positions beside positions=; {label} has its own. Leave positions= out, or take the "
-            "nodes' positions away: nodes.assign(position=-1).drop_duplicates(['hook', 'unit'])."
+            f"expected nodes without positions beside positions=; {label} has its own. Leave positions= out, or take "
+            "the nodes' positions away: nodes.assign(position=-1).drop_duplicates(['hook', 'unit'])."
         )
     places = [positions] if isinstance(positions, int) else list(positions)
     if not places or min(places) < 0:
         raise SettingsError(f"expected positions that count from 0 at the first token; got {places}.")
     repeated = frame.loc[frame.index.repeat(len(places))]
     repeated = repeated.assign(position=np.tile(places, len(frame)))
-    return repeated.assign(label=[f"{label}@{p}" for label, p in zip(repeated["label"], repeated["position"], strict=True)])
+    return repeated.assign(
+        label=[f"{label}@{p}" for label, p in zip(repeated["label"], repeated["position"], strict=True)]
+    )
 
 
 def _check_rows(frame: pd.DataFrame) -> None:

@@ -68,7 +68,12 @@ class SteeringResult:
 
     def summary(self) -> pd.DataFrame:
         """One row a prompt: prompt, top_before, top_after, kl, one column a watched group, and any continuations."""
-        table = {"prompt": self.prompts, "top_before": self.top_before, "top_after": self.top_after, "kl": self.kl.numpy()}
+        table = {
+            "prompt": self.prompts,
+            "top_before": self.top_before,
+            "top_after": self.top_after,
+            "kl": self.kl.numpy(),
+        }
         table |= {f"change of {name}": change.numpy() for name, change in self.watched.items()}
         if self.continuations is not None:
             table["continuation_before"], table["continuation_after"] = zip(*self.continuations, strict=True)

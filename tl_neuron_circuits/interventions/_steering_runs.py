@@ -51,7 +51,7 @@ def steer(
         watch: other groups of nodes by name, whose relative change of activation is reported.
         top_k: tokens listed per prompt, before and after.
         generate: continue every prompt greedily by so many tokens (until the end-of-text token), with and without
-            steering. Nodes with positions are steered in the prompt only, nodes without positions at generated tokens too.
+            steering. Nodes with positions are steered in the prompt only, the others at generated tokens too.
             One forward pass of the whole text a token, without a cache: no setting of `generate` can matter.
         prepend_bos: None means the model's default.
         batch_size: prompts of one length in one pass. Cost: two forward passes a prompt.
@@ -110,9 +110,7 @@ def transplant(
         >>> len(result.nodes)
         1
     """
-    values = node_values(
-        model, donor, nodes, positions=positions, prepend_bos=prepend_bos, batch_size=batch_size
-    )
+    values = node_values(model, donor, nodes, positions=positions, prepend_bos=prepend_bos, batch_size=batch_size)
     return steer(
         model, prompt, nodes, value=values, positions=positions, watch=watch, top_k=top_k, generate=generate,
         prepend_bos=prepend_bos, batch_size=batch_size,
@@ -161,7 +159,9 @@ class Runs:
         self, model: TransformerLensModel, prompts: ReadPrompts, watch: Watch | None, batch_size: int, generate: int = 0
     ) -> None:
         if batch_size < 1 or generate < 0:
-            raise SettingsError(f"expected batch_size of at least 1 and generate of at least 0; got {batch_size}, {generate}.")
+            raise SettingsError(
+                f"expected batch_size of at least 1 and generate of at least 0; got {batch_size}, {generate}."
+            )
         self._model, self._prompts, self._generate = model, prompts, generate
         self._watch = {name: find_nodes(model, group) for name, group in (watch or {}).items()}
         self._names = list(dict.fromkeys(hook for group in self._watch.values() for hook in group["hook"]))
@@ -252,14 +252,19 @@ def relative_change(before: Values, after: Values, group: pd.DataFrame) -> Float
     total, change = 0.0, 0.0
     for hook, rows in group.groupby("hook", sort=False):
         old, new = (values[str(hook)].flatten(2).double().cpu() for values in (before, after))
-        units, positions = (torch.as_tensor(rows[key].to_numpy(dtype="int64", copy=True)) for key in ("unit", "position"))
+        units, positions = (
+            torch.as_tensor(rows[key].to_numpy(dtype="int64", copy=True)) for key in ("unit", "position")
+        )
         if int(units.max()) >= old.shape[2] or int(positions.max()) >= old.shape[1]:
             raise SettingsError(
                 f"expected units below {old.shape[2]} and positions below {old.shape[1]} at {hook}; got up to unit "
                 f"{int(units.max())} and position {int(positions.max())} in a watched group."
             )
         free, units_at, at = units[positions < 0], units[positions >= 0], positions[positions >= 0]
-        for a, b in ((old[:, :, free].flatten(1), new[:, :, free].flatten(1)), (old[:, at, units_at], new[:, at, units_at])):
+        for a, b in (
+            (old[:, :, free].flatten(1), new[:, :, free].flatten(1)),
+            (old[:, at, units_at], new[:, at, units_at]),
+        ):
             total, change = total + a.abs().sum(-1), change + (a.sign() * (b - a)).sum(-1)
     assert isinstance(total, Tensor) and isinstance(change, Tensor)
     return (change / total).float()

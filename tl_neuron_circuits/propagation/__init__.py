@@ -1,5 +1,6 @@
 """Relevance propagation as TransformerLens hooks: the rules, the context that installs them, and `check_model`."""
 
+from ._biases import biases_in_graph as biases_in_graph
 from ._check_model import ModelReport as ModelReport
 from ._check_model import check_model as check_model
 from ._relp import frozen as frozen

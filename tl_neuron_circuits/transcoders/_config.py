@@ -1,0 +1,188 @@
+"""What a training run is asked to do; a run is determined by it, the model, the tokens and the machine."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .._errors import SettingsError
+
+Target = Literal["transcoder", "sae"]
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+DeadFeatures = Literal["auxiliary", "resample", "none"]
+Precision = Literal["float32", "bfloat16"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "target": get_args(Target),
+    "activation": get_args(Activation),
+    "dead_features": get_args(DeadFeatures),
+    "precision": get_args(Precision),
+}
+_POSITIVE = (
+    *("d_dict", "k", "steps", "batch_size", "forward_rows", "learning_rate", "bandwidth", "dead_after"),
+    *("auxiliary_k", "log_every", "checkpoint_every"),
+)
+_NOT_NEGATIVE = (
+    *("penalty", "penalty_warmup", "learning_rate_warmup", "learning_rate_decay", "buffer_size", "resample_every"),
+    *("auxiliary_coefficient", "keep_checkpoints"),
+)
+
+KINDS: dict[tuple[str, str, bool], str] = {
+    ("sae", "relu", False): "standard",
+    ("sae", "topk", False): "topk",
+    ("sae", "batchtopk", False): "jumprelu",
+    ("sae", "jumprelu", False): "jumprelu",
+    ("transcoder", "relu", False): "transcoder",
+    ("transcoder", "relu", True): "skip_transcoder",
+    ("transcoder", "topk", False): "topk_transcoder",
+    ("transcoder", "topk", True): "topk_skip_transcoder",
+    ("transcoder", "batchtopk", False): "jumprelu_transcoder",
+    ("transcoder", "batchtopk", True): "jumprelu_skip_transcoder",
+    ("transcoder", "jumprelu", False): "jumprelu_transcoder",
+    ("transcoder", "jumprelu", True): "jumprelu_skip_transcoder",
+}
+"""SAELens' architecture of (target, activation, skip); sae-lens has no topk transcoders, batchtopk becomes jumprelu."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of `train`. Inputs and outputs are centred and scaled, so that no setting depends on units.
+
+    Attributes:
+        target: "transcoder" (MLP input to MLP output) or "sae" (MLP output to itself).
+        layers: the layers, one dictionary each from the same forward passes; None for all.
+        hook_in: the hook point read, with `{layer}` for the number. None: `blocks.{layer}.ln2.hook_normalized` for a
+            transcoder (one value on both model classes from TransformerLens 3 on; `mlp.hook_in` is after the norm's
+            weight), `hook_out` for an SAE.
+        hook_out: the hook point to rebuild.
+        activation: "relu" with an L1 penalty, "topk", "batchtopk", or "jumprelu" with an L0 penalty.
+        skip: an affine path beside the features, from zero (transcoders only).
+        d_dict: number of features.
+        k: features a position (topk), or on average (batchtopk).
+        penalty: weight of sum|f| / sqrt(d_out) (relu, about 0.1) or of L0 (jumprelu, about 0.003) beside the fraction
+            of variance unexplained.
+        penalty_warmup: share of the steps over which the penalty grows from 0.
+        bandwidth: width of the kernel that gives jumprelu's threshold a gradient.
+        steps: updates of the weights.
+        batch_size: positions an update.
+        learning_rate: Adam's.
+        learning_rate_warmup: share of the steps over which it grows from 0.
+        learning_rate_decay: share of the steps at the end over which it falls to 0.
+        buffer_size: positions in the shuffle buffer; it bounds memory: `buffer_size` and one forward pass of positions
+            of every hook point, in `precision`. 0: no shuffling, positions come as the forward passes give them.
+        forward_rows: prompts a forward pass, where tokens are one tensor.
+        ignore_tokens: positions with these tokens are left out (padding).
+        precision: of the buffer and of matrix products; weights and sums stay float32.
+        dead_features: "auxiliary" (Gao et al. 2024: they rebuild what is left), "resample" (Bricken et al. 2023: they
+            restart at badly rebuilt positions), "none".
+        dead_after: positions without firing after which a feature counts as dead.
+        auxiliary_k: dead features that join in rebuilding what is left.
+        auxiliary_coefficient: weight of that loss.
+        resample_every: steps between resamplings, which stop at half of the steps.
+        log_every: steps between rows of the report; numbers are means over them.
+        checkpoint_every: steps between checkpoints, where there is a directory.
+        keep_checkpoints: how many are kept, 0 for all.
+        seed: of weights, order of prompts and shuffling.
+
+    Raises:
+        SettingsError: a value is impossible.
+
+    Example:
+        >>> TrainingConfig(layers=(0,), activation="batchtopk", k=12).dictionary_kind
+        'jumprelu_transcoder'
+    """
+
+    target: Target = "transcoder"
+    layers: tuple[int, ...] | None = None
+    hook_in: str | None = None
+    hook_out: str = "blocks.{layer}.hook_mlp_out"
+    activation: Activation = "batchtopk"
+    skip: bool = False
+    d_dict: int = 1024
+    k: int = 16
+    penalty: float = 3e-3
+    penalty_warmup: float = 0.1
+    bandwidth: float = 0.1
+    steps: int = 2000
+    batch_size: int = 1024
+    learning_rate: float = 2e-3
+    learning_rate_warmup: float = 0.05
+    learning_rate_decay: float = 0.3
+    buffer_size: int = 32768
+    forward_rows: int = 32
+    ignore_tokens: tuple[int, ...] = ()
+    precision: Precision = "float32"
+    dead_features: DeadFeatures = "auxiliary"
+    dead_after: int = 50_000
+    auxiliary_k: int = 64
+    auxiliary_coefficient: float = 1 / 32
+    resample_every: int = 250
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise SettingsError(f"expected {name} to be one of {choices}; got {getattr(self, name)!r}.")
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
+            value, least = getattr(self, name), 0 if name in _NOT_NEGATIVE else None
+            if not (value > 0 if least is None else value >= 0):
+                raise SettingsError(f"expected {name} {'>= 0' if least == 0 else '> 0'}; got {value}.")
+        if self.skip and self.target == "sae":
+            raise SettingsError("an SAE with a skip would rebuild its input by the skip alone: pass skip=False.")
+        if self.k > self.d_dict:
+            raise SettingsError(f"expected k <= d_dict; got k = {self.k}, d_dict = {self.d_dict}.")
+        if 0 < self.buffer_size < 2 * self.batch_size:
+            raise SettingsError(
+                f"expected buffer_size to be 0 or at least two batches ({2 * self.batch_size}); got {self.buffer_size}."
+            )
+        if "{layer}" not in self.hook_out or "{layer}" not in self.input_template:
+            raise SettingsError(
+                f"expected '{{layer}}' in hook_in and hook_out; got {self.input_template!r} and {self.hook_out!r}."
+            )
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise SettingsError(f"expected layers to be distinct numbers, or None for all; got {self.layers}.")
+
+    @property
+    def input_template(self) -> str:
+        """`hook_in` with its default filled in."""
+        default = self.hook_out if self.target == "sae" else "blocks.{layer}.ln2.hook_normalized"
+        return default if self.hook_in is None else self.hook_in
+
+    @property
+    def dictionary_kind(self) -> str:
+        """SAELens' architecture of what comes out."""
+        return KINDS[self.target, self.activation, self.skip]
+
+    @property
+    def sparsity_setting(self) -> Literal["k", "penalty"]:
+        """The setting that decides how many features fire."""
+        return "k" if self.activation in ("topk", "batchtopk") else "penalty"
+
+    def replace(self, **changes: Any) -> "TrainingConfig":
+        """The same settings but for some.
+
+        Example:
+            >>> TrainingConfig().replace(k=8).k
+            8
+        """
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON holds them."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainingConfig":
+        """What `to_json` gave.
+
+        Raises:
+            SettingsError: a setting is unknown or impossible.
+        """
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise SettingsError(f"unknown settings of training: {sorted(unknown)}.")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
