@@ -1,7 +1,7 @@
 """Cost of collecting activations and of training transcoders, against plain forward passes of the same model.
 
-Run: `python -m tests.benchmarks.transcoder_throughput`. CPU time of this process, the best of several alternating rounds,
-so that other processes on the machine matter little.
+Run: `python -m tests.benchmarks.transcoder_throughput`. CPU time of this process, the best of several alternating
+rounds, so that other processes on the machine matter little.
 """
 
 import time
@@ -53,7 +53,6 @@ def main() -> None:
     for name, size in (("with the shuffle buffer", 4 * config.batch_size), ("without it", 0)):
         settings = config.replace(buffer_size=size)
         seconds = min(cpu_seconds(lambda s=settings: train(model, tokens, s, verbose=False)) for _ in range(2))
-        # What the buffer holds at the end was collected too, so it counts as served.
         positions = STEPS * config.batch_size
         print(
             f"training {model.cfg.n_layers} layers {name}: {positions / seconds:,.0f} positions/s, "

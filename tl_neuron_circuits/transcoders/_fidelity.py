@@ -5,8 +5,8 @@
 with L the next-token loss with the value at `hook_out` replaced by the dictionary's reconstruction (skip included), by
 zero, or by its mean over the tokens that baselines are fitted on. 1 is as good as the model, 0 as bad as the ablation.
 More than 1 is not more faithful: a replacement simpler than the layer may predict better than it does. `divergence`,
-the mean KL divergence of the predictions from the model's own, is 0 only where they are the same. FVU is the fraction of
-variance unexplained at `hook_out`, L0 the mean number of active features, the dead share that of the features that
+the mean KL divergence of the predictions from the model's own, is 0 only where they are the same. FVU is the fraction
+of variance unexplained at `hook_out`, L0 the mean number of active features, the dead share that of the features that
 never fired on these tokens. Source: METHODS.md 4.2.
 """
 
