@@ -16,10 +16,10 @@ PACKAGE = Path(tl_neuron_circuits.__file__).parent
 NAME = tl_neuron_circuits.__name__
 ROOMS = (
     *("models", "tasks", "propagation", "bases", "interventions", "attribution", "circuits", "evaluation", "explain"),
-    *("plots", "transcoders", "lasso", "cli"),
+    *("plots", "transcoders", "lasso", "demo", "cli"),
 )
 # Methods of results that may import from rooms to their right, inside the method.
-RIGHTWARD_METHODS = {"plot", "to_html", "to_neuronpedia", "_repr_html_"}
+RIGHTWARD_METHODS = {"plot", "plot_trust", "to_html", "to_neuronpedia", "_repr_html_"}
 OPTIONAL = ("sae_lens", "sklearn", "IPython", "matplotlib", "nbclient")
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "random.seed", "np.random.seed", "numpy.random.seed"}

@@ -1,5 +1,6 @@
 """How results are kept: a directory with one `*.safetensors` and one `*.json`, written at once or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +31,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Twelve hexadecimal digits that tell weights apart: a hash of up to 1024 spaced numbers of each tensor."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 1024)].to("cpu", torch.float32)
+        digest.update(str(tuple(tensor.shape)).encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def write_directory(
     path: str | Path, kind: str, schema: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]
 ) -> None:
@@ -39,7 +51,9 @@ def write_directory(
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / f"{kind}.json").exists())):
-        raise FileFormatError(f"expected no file, or a directory of saved {kind}, at {path}; found something else there.")
+        raise FileFormatError(
+            f"expected no file, or a directory of saved {kind}, at {path}; found something else there."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -80,7 +94,9 @@ def read_directory(
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{note_file} is not readable JSON ({error}): it is truncated or foreign.") from error
     if not isinstance(notes, dict) or notes.get("generator") != _GENERATOR or notes.get("kind") != kind:
-        raise FileFormatError(f"expected {note_file} to describe {kind} saved by {_GENERATOR}; it describes something else.")
+        raise FileFormatError(
+            f"expected {note_file} to describe {kind} saved by {_GENERATOR}; it describes something else."
+        )
     if notes.get("schema") != schema:
         raise FileFormatError(
             f"expected schema {schema} in {note_file}; got {notes.get('schema')}. "

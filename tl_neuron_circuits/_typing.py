@@ -14,7 +14,8 @@ _EVERY_ARGUMENT_IN_FULL = "\n----------------------\n"
 def checked(function: F) -> F:
     """Check the annotations of a public function, tensor shapes included, whenever it is called.
 
-    The error names the argument and both types; jaxtyping's list of all arguments, a whole model among them, is left out.
+    The error names the argument and both types; jaxtyping's list of all arguments, a whole model among them, is left
+    out.
     """
     typed = jaxtyped(typechecker=beartype)(function)  # pyright: ignore[reportCallIssue]
 

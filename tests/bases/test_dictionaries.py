@@ -88,6 +88,18 @@ def test_precision_is_the_widest_and_float32_at_least(dtype: str, x_dtype: torch
     assert torch.allclose(dictionary(x).double(), exact, atol=1e-5)
 
 
+def test_heads_are_concatenated_for_any_dictionary_on_hook_z() -> None:
+    """The hook's name is enough: the result has the input's heads, and is that of the flat input."""
+    tensors = STANDARD.tensors()
+    dictionary = Dictionary("standard", **tensors, hook_in="blocks.0.attn.hook_z")
+    x = STANDARD.inputs()
+    heads = x.unflatten(-1, (2, -1))
+    assert torch.equal(dictionary.encode(heads), dictionary.encode(x))
+    assert torch.equal(dictionary(heads), dictionary(x).unflatten(-1, (2, -1)))
+    with pytest.raises(DictionaryError, match="reads activations of width 8"):
+        Dictionary("standard", **tensors, hook_in="blocks.0.hook_mlp_out").encode(heads)
+
+
 @each_case
 def test_weights_follow_the_inputs_device(case: DictionaryCase, tmp_path: Path) -> None:
     """An input elsewhere is answered there, whether or not the dictionary was moved first."""

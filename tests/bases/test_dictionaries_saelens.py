@@ -118,6 +118,9 @@ def test_reads_the_layout_before_sae_lens_6(old: str, tmp_path: Path) -> None:
     assert_same(ours, theirs, x.unflatten(-1, (2, -1)) if old == "hook_z" else x)
     assert ours.kind == theirs.cfg.architecture() and ours.hook_in == theirs.cfg.metadata.hook_name
     assert ours.metadata["prepend_bos"] is True and ours.metadata["model_name"] == "gpt2-small"
+    again = sae_lens.SAE.load_from_disk(save_dictionary(ours, tmp_path / "new"))
+    assert again.cfg.metadata.hook_name == ours.hook_in
+    assert_same(ours, again, x.unflatten(-1, (2, -1)) if old == "hook_z" else x)
 
 
 def test_an_old_activation_that_sae_lens_would_drop_is_refused(tmp_path: Path) -> None:

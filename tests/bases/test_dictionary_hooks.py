@@ -71,7 +71,7 @@ def normalized(x: Tensor, rms: bool, eps: float) -> Tensor:
     "case", all_models("gpt2", "gpt2_folded", "pythia", "llama", "llama_folded", "gemma2", "qwen3", "relu")
 )
 def test_ln2_normalized_is_before_the_norms_weight_on_both_classes(case: ModelCase) -> None:
-    """`ln2.hook_normalized` is x over its scale (TransformerLens 2's LN: then weight and bias), `hook_mlp_out` added."""
+    """`ln2.hook_normalized` is x over its scale (TransformerLens 2's LN: with weight, bias), `hook_mlp_out` added."""
     model = case.build(dtype=torch.float32)
     names = resolve_hooks(model, at("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"))
     parallel = case.family == "pythia"

@@ -78,9 +78,10 @@ def test_pairs_that_do_not_fit_are_refused_by_name(word_model: Any, pairs: Promp
         tokenise(word_model, pairs)
 
 
-def test_an_answer_that_merges_into_the_prompt_is_refused(byte_model: Any) -> None:
-    with pytest.raises(PairsError, match=r"pair 1: after 'The ' .* the answer 'key' merges with the prompt"):
-        tokenise(byte_model, one("The ", "key"))
+@pytest.mark.parametrize("answer", ["key", "key is here"])  # fewer tokens than expected, or enough but others
+def test_an_answer_that_merges_into_the_prompt_is_refused(byte_model: Any, answer: str) -> None:
+    with pytest.raises(PairsError, match=rf"pair 1: after 'The ' .* the answer '{answer}' merges with the prompt"):
+        tokenise(byte_model, one("The ", answer), multi_token="first_difference")
 
 
 def test_the_first_differing_token_is_contrasted_on_request(word_model: Any) -> None:
@@ -103,6 +104,17 @@ def test_without_a_wrong_answer_the_first_token_is_taken_on_request(byte_model: 
 def test_an_answer_that_begins_the_other_has_no_difference(word_model: Any) -> None:
     with pytest.raises(PairsError, match="Choose answers neither of which begins the other"):
         tokenise(word_model, one("The key", " is", "The keys", " is here"), multi_token="first_difference")
+
+
+def test_an_answer_must_be_the_same_token_after_both_prompts(piece_model: Any) -> None:
+    pairs = PromptPairs(clean=["The year 17"], answer=["32"], corrupt=["The year ,"])
+    with pytest.raises(
+        PairsError, match=r"pair 0: the answer '32' is 1 token \['##32'\] after .* \['32'\] after 'The year ,'"
+    ):
+        tokenise(piece_model, pairs)
+    assert tokenise(
+        piece_model, PromptPairs(clean=["The year 17"], answer=["32"], corrupt=["The year 18"])
+    ).lengths == (4,)
 
 
 def test_unequal_lengths_are_allowed_on_request(word_model: Any) -> None:

@@ -36,6 +36,15 @@ def byte_level(folder: Path) -> Any:
     return _saved(tokenizer, folder, bos_token=END, eos_token=END, unk_token=END)
 
 
+def word_piece(folder: Path) -> Any:
+    """Like the demo models': a piece that continues a word is another token (`##32`) than one that begins a word."""
+    pieces = ["<s>", "</s>", "<pad>", "<unk>", "The", "year", ",", "17", "18", "32", "##17", "##32"]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return _saved(tokenizer, folder, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
 def _saved(tokenizer: Tokenizer, folder: Path, **special: str) -> Any:
     """Go through a folder: HookedTransformer reloads its tokenizer from where it came."""
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)

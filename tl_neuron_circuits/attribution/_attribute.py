@@ -6,7 +6,6 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .._errors import SettingsError
 from .._files import versions
 from .._typing import checked
 from ..bases import Basis, Neurons, mean_parts, name_of, reads_of, run_values, sites_of, take_apart
@@ -43,7 +42,8 @@ def attribute(
     seed: int = 0,
     verbose: bool = False,
 ) -> NodeScores:
-    """Score every node of `basis` by its support for `metric`: (a_clean - a_baseline) * d metric / d a, averaged over pairs.
+    """Score every node of `basis` by its support for `metric`: (a_clean - a_baseline) * d metric / d a, averaged over
+    pairs.
 
     One convention for every method: positive helps the answer; exact patching gives m(clean) - m(patched).
 
@@ -54,10 +54,11 @@ def attribute(
             "patching" (exact, one forward row a node and prompt); controls "activation_difference" and "random".
         basis: one basis or several; neurons unless given.
         metric: from logits and batch to one number a prompt.
-        positions: "keep" scores a node at each position (all prompts must have one token length); "sum" adds positions up.
+        positions: "keep" scores a node at each position (all prompts must have one token length); "sum" adds positions
+            up.
         units: "sum" adds up each activation's components, for maps over layer and position (patching: whole vectors).
-        baseline: what a node is compared with: its value on the corrupt prompt, zero, or its mean over the clean prompts
-            (per position, among prompts of the same length).
+        baseline: what a node is compared with: its value on the corrupt prompt, zero, or its mean over the clean
+            prompts (per position, among prompts of the same length).
         direction: "noising" takes gradients on the clean run; "denoising" on the corrupt run (RelP's own protocol).
         rules: of relevance propagation; by default all four for "relp" and none for the other methods.
         stabilizer: see `relp`.
@@ -87,16 +88,23 @@ def attribute(
         >>> len(scores.top(3))
         3
     """
-    basis = Neurons() if basis is None else basis
+    nodes_of = Neurons() if basis is None else basis
     rules = tuple((ALL_RULES if method == "relp" else ()) if rules is None else rules)
     setting = Setting(
-        model, sites_of(model, basis), metric, method, rules, stabilizer, steps, baseline, direction, positions, units
+        model,
+        sites_of(model, nodes_of),
+        metric,
+        method,
+        rules,
+        stabilizer,
+        steps,
+        baseline,
+        direction,
+        positions,
+        units,
     )
     check_setting(setting, batch_size, nodes)
-    tokens = pairs
-    if isinstance(pairs, PromptPairs):
-        tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
-    assert isinstance(tokens, TokenisedPairs)
+    tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     check_pairs(tokens, setting)
     chosen = None if nodes is None else chosen_nodes(nodes, setting, tokens.lengths[0])
     means = mean_parts(model, setting.sites, tokens.batches(batch_size)) if baseline == "mean" else None
@@ -105,14 +113,8 @@ def attribute(
         for batch in tokens.batches(batch_size):
             _score(setting, batch, means, chosen, total, rows=8 * batch_size, verbose=verbose)
             bar.update(len(batch))
-    settings = {
-        "method": method, "metric": metric_name(metric), "basis": name_of(basis), "positions": positions, "units": units,
-        "baseline": baseline, "direction": direction, "rules": list(rules), "stabilizer": stabilizer, "steps": steps,
-        "seed": seed, "model": str(getattr(model.cfg, "model_name", "unknown")), "n_pairs": len(tokens),
-        "pairs_hash": tokens.hash, "lengths": sorted(set(tokens.lengths)), "versions": versions(),
-        "variance_unexplained": total.unexplained(),
-    }  # fmt: skip
-    scores = total.scores(len(tokens), settings, basis)
+    settings = _provenance(setting, tokens, name_of(nodes_of), seed) | {"variance_unexplained": total.unexplained()}
+    scores = total.scores(len(tokens), settings, nodes_of)
     return scores if chosen is not None else require_finite(scores)
 
 
@@ -139,3 +141,19 @@ def _score(
             gradients = _integrated_gradients.along_inputs(setting, here)
         assert gradients is not None
         total.add(runs, gradients)
+
+
+def _provenance(setting: Setting, tokens: TokenisedPairs, basis: str, seed: int) -> dict[str, Any]:
+    """What a saved result says of how it came about."""
+    copied = ("method", "positions", "units", "baseline", "direction", "stabilizer", "steps")
+    return {name: getattr(setting, name) for name in copied} | {
+        "metric": metric_name(setting.metric),
+        "basis": basis,
+        "rules": list(setting.rules),
+        "seed": seed,
+        "model": str(getattr(setting.model.cfg, "model_name", "unknown")),
+        "n_pairs": len(tokens),
+        "pairs_hash": tokens.hash,
+        "lengths": sorted(set(tokens.lengths)),
+        "versions": versions(),
+    }

@@ -48,14 +48,16 @@ def check_pairs(tokens: TokenisedPairs, setting: Setting) -> None:
         for index, (clean, corrupt) in enumerate(zip(tokens.clean, tokens.corrupt, strict=True)):
             if len(clean) != len(corrupt):
                 raise PairsError(
-                    f"pair {index}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; nodes are compared position "
+                    f"pair {index}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; nodes are compared "
+                    f"position "
                     "by position. Choose prompts of equal token length, or baseline='zero' or 'mean'."
                 )
     lengths = sorted(set(tokens.lengths))
     if setting.positions == "keep" and len(lengths) > 1:
         counts = {length: tokens.lengths.count(length) for length in lengths}
         raise PairsError(
-            f"positions='keep' needs prompts of one token length; got {counts} (length: prompts). Use positions='sum', or "
+            f"positions='keep' needs prompts of one token length; got {counts} (length: prompts). Use "
+            f"positions='sum', or "
             "keep the prompts of one length."
         )
 
@@ -77,8 +79,11 @@ def chosen_nodes(nodes: pd.DataFrame, setting: Setting, length: int) -> Chosen:
     if kept and not nodes["position"].between(0, length - 1).all():
         raise SettingsError(f"expected positions from 0 to {length - 1} (positions='keep'); got others.")
     if setting.units == "sum":
-        raise SettingsError("nodes= chooses single nodes; units='sum' measures whole activations. Leave one of them out.")
+        raise SettingsError(
+            "nodes= chooses single nodes; units='sum' measures whole activations. Leave one of them out."
+        )
     out: Chosen = {}
-    for (hook, kind), group in nodes.groupby(["hook", "kind"], sort=False):
+    for key, group in nodes.groupby(["hook", "kind"], sort=False):
+        hook, kind = map(str, key)  # pyright: ignore[reportArgumentType]
         out[hook, kind] = torch.tensor(group[["position", "unit"]].to_numpy(copy=True))
     return out

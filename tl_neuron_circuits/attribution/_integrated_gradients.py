@@ -64,7 +64,7 @@ def along_inputs(setting: Setting, batch: Batch) -> Gradients:
             hook = (name, lambda value, hook, point=point: point.clone().requires_grad_(True))
             _, gradients = run_gradients(setting.model, batch, setting.sites, setting.metric, hooks=[hook])
         for site, gradient in gradients.items():
-            totals[site] = totals.get(site, 0) + gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / setting.steps
+            totals[site] = (
+                totals.get(site, 0) + gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / setting.steps
+            )
     return totals
-
-

@@ -2,8 +2,8 @@
 
     score(n) = (a_clean - a_baseline) * d metric / d a
 
-`relp` takes the gradient under the rules of relevance propagation, `gradient` (AtP) under none. With `direction="noising"`
-it is taken on the clean run, with "denoising" on the corrupt run, as in RelP's own protocol.
+`relp` takes the gradient under the rules of relevance propagation, `gradient` (AtP) under none. It is taken on the
+clean run, or with `direction="denoising"` on the corrupt run, as in RelP's own protocol.
 Sign: positive supports the answer. Cost: two forwards and one backward a batch.
 Source: Rezaei Jafari et al. 2025, arXiv 2508.21258; Syed et al. 2023 (AtP); METHODS 1.2 and 2.
 """

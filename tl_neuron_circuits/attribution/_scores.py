@@ -115,7 +115,7 @@ class NodeScores:
                 if f"{kind}/{hook}" in tensors:
                     found[hook] = tensors[f"{kind}/{hook}"]
         names = notes["settings"]["basis"].split("+")
-        bases = [ACTIVATION_BASES[name]() for name in names if name in ACTIVATION_BASES]
+        bases: list[Basis] = [ACTIVATION_BASES[name]() for name in names if name in ACTIVATION_BASES]
         basis = bases if len(bases) == len(names) else None
         return cls(by_kind["node"], by_kind["error"], by_kind["skip"], sites, notes["settings"], basis)
 
@@ -129,11 +129,8 @@ class NodeScores:
     def _repr_html_(self) -> str:
         table = self.top(20)
         largest = max(table["score"].abs().max(), 1e-30) if len(table) else 1.0
-        bars = [
-            f'<div style="background:{"#2a9d8f" if v > 0 else "#e76f51"};height:.8em;width:{abs(v) / largest * 120:.0f}px">'
-            "</div>"
-            for v in table["score"]
-        ]
+        bar = '<div style="background:{};height:.8em;width:{:.0f}px"></div>'
+        bars = [bar.format("#009E73" if v > 0 else "#D55E00", abs(v) / largest * 120) for v in table["score"]]
         shown = table.assign(bar=bars, score=table["score"].map("{:.4g}".format)).drop(columns="hook")
         return f"<p>{self!r}</p>{shown.to_html(index=False, escape=False)}"
 
@@ -153,11 +150,8 @@ class NodeScores:
         frame = pd.DataFrame(
             {"layer": layer, "unit": unit, "position": position, "score": self.flat().numpy()[index], "kind": kinds}
         )
-        letters = [self.sites[hook].letter for hook in hooks]
-        labels = [
-            label(lay, letter, u, p, kind)
-            for lay, letter, u, p, kind in zip(layer, letters, unit, position, kinds, strict=True)
-        ]
+        columns = (layer.tolist(), unit.tolist(), position.tolist(), kinds.tolist(), hooks.tolist())
+        labels = [label(lay, self.sites[h].letter, u, p, kind) for lay, u, p, kind, h in zip(*columns, strict=True)]
         frame.insert(0, "label", labels)
         frame["hook"] = hooks
         return frame
@@ -183,7 +177,8 @@ def require_finite(scores: NodeScores) -> NodeScores:
     bad = [f"{hook} ({kind})" for hook, kind, t in scores.blocks() if not torch.isfinite(t).all()]
     if bad:
         raise NumericalError(
-            f"expected finite scores; found NaN or infinite ones at {bad[:5]}. The model's values or gradients overflow: "
+            f"expected finite scores; found NaN or infinite ones at {bad[:5]}. The model's values or gradients "
+            f"overflow: "
             "try dtype float32 or bfloat16, and check_model(model)."
         )
     return scores

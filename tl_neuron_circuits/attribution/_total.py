@@ -53,8 +53,10 @@ class Total:
         wrong = {hook: round(fraction, 3) for hook, fraction in fractions.items() if fraction > 0.9}
         if wrong:
             message = (
-                f"dictionaries leave more than 0.9 of the variance unexplained on these prompts: {wrong}. They are probably "
-                "attached at the wrong place or made for another model; name their hooks with as_dictionary(hook_in=...)."
+                f"dictionaries leave more than 0.9 of the variance unexplained on these prompts: {wrong}. They are "
+                f"probably "
+                "attached at the wrong place or made for another model; name their hooks with "
+                "as_dictionary(hook_in=...)."
             )
             warnings.warn(message, UserWarning, stacklevel=4)
         return fractions

@@ -26,6 +26,11 @@ class ActivationSite:
         """Only the hook point itself."""
         return (self.hook,)
 
+    @property
+    def identity(self) -> str:
+        """The hook point says it all."""
+        return self.hook
+
     def take_apart(self, values: Mapping[str, Tensor]) -> Parts:
         """The components of the value."""
         return Parts(_flat(values[self.hook]))
@@ -57,7 +62,12 @@ class _Activations:
     layers: Sequence[int] | None = None
     hook: ClassVar[str]
     letter: ClassVar[str]
-    name: ClassVar[str]
+    title: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """Its name in tables, plots and files."""
+        return self.title
 
     def sites(self, model: TransformerLensModel) -> tuple[Site, ...]:
         """One site a layer.
@@ -94,7 +104,7 @@ class Neurons(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.mlp.hook_post"
     letter: ClassVar[str] = "N"
-    name: ClassVar[str] = "neurons"
+    title: ClassVar[str] = "neurons"
 
     def sites(self, model: TransformerLensModel) -> tuple[Site, ...]:
         """One site a layer.
@@ -117,7 +127,7 @@ class MLPOutputs(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.hook_mlp_out"
     letter: ClassVar[str] = "M"
-    name: ClassVar[str] = "mlp_outputs"
+    title: ClassVar[str] = "mlp_outputs"
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,7 @@ class AttentionOutputs(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.attn.hook_z"
     letter: ClassVar[str] = "A"
-    name: ClassVar[str] = "attention_outputs"
+    title: ClassVar[str] = "attention_outputs"
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ class ResidualStream(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.hook_resid_post"
     letter: ClassVar[str] = "R"
-    name: ClassVar[str] = "residual_stream"
+    title: ClassVar[str] = "residual_stream"
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,9 @@ class AttentionWrites(_Activations):
 
     hook: ClassVar[str] = "blocks.{layer}.hook_attn_out"
     letter: ClassVar[str] = "W"
-    name: ClassVar[str] = "attention_writes"
+    title: ClassVar[str] = "attention_writes"
 
 
-ACTIVATION_BASES = {b.name: b for b in (Neurons, MLPOutputs, AttentionOutputs, ResidualStream, AttentionWrites)}
+ACTIVATION_BASES = {
+    basis.title: basis for basis in (Neurons, MLPOutputs, AttentionOutputs, ResidualStream, AttentionWrites)
+}

@@ -143,6 +143,11 @@ class Dictionary:
     def _rescales(self) -> bool:
         return self.normalize_activations in ("layer_norm", "constant_norm_rescale")
 
+    @property
+    def _on_heads(self) -> bool:
+        """Whether an input may come as `[..., head_index, d_head]`: by SAELens' setting or the name of the hook."""
+        return self.reshape_activations == "hook_z" or (self.hook_in or "").endswith("attn.hook_z")
+
     def encode(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch d_dict"]:
         """The features of an activation `[..., d_in]`, or `[..., head_index, d_head]` on `attn.hook_z`."""
         flat = self._flat(x)
@@ -187,15 +192,15 @@ class Dictionary:
                     f"{self.name}: normalize_activations is {self.normalize_activations!r}, so the scale of a "
                     "reconstruction depends on the input: call decode(features, x)."
                 )
-            _, scale, shift = normalized(self._flat(x), self.normalize_activations)
-            output = output * scale + shift
+            _, undo = normalized(self._flat(x), self.normalize_activations)
+            output = output if undo is None else output * undo[0] + undo[1]
         return self._with_heads(output, x)
 
     def decoder_scale(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch 1"]:
         """What a row of `W_dec` is multiplied with at this input: 1 unless `scale_depends_on_input`."""
         flat = self._flat(x)
-        scale = normalized(flat, self.normalize_activations)[1] if self.scale_depends_on_input else None
-        return torch.ones_like(flat[..., :1]) if scale is None else scale
+        undo = normalized(flat, self.normalize_activations)[1] if self.scale_depends_on_input else None
+        return torch.ones_like(flat[..., :1]) if undo is None else undo[0]
 
     def bias(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """What is written with every feature at zero: `b_dec`, scaled and shifted where `scale_depends_on_input`."""
@@ -241,13 +246,13 @@ class Dictionary:
 
     def _flat(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch d_in"]:
         """`x` as `[..., d_in]` in the dtype of computation, heads concatenated; a last axis of d_in is flat already."""
-        if self.reshape_activations == "hook_z" and x.shape[-1] != self.d_in and x.ndim > 1:
+        if self._on_heads and x.shape[-1] != self.d_in and x.ndim > 1:
             x = x.flatten(-2)
         if x.shape[-1] != self.d_in:
             raise DictionaryError(f"{self.name} reads activations of width {self.d_in}, got shape {list(x.shape)}.")
         return x.to(self._compute_dtype(x.dtype))
 
     def _with_heads(self, output: Float[Tensor, "*batch d_out"], x: Tensor | None) -> Float[Tensor, "..."]:
-        if self.reshape_activations == "none" or x is None or x.shape[-1] == self.d_in:
+        if not self._on_heads or x is None or x.shape[-1] == self.d_in:
             return output
         return output.unflatten(-1, (-1, x.shape[-1]))

@@ -114,17 +114,17 @@ def jump_relu(
 
 def normalized(
     x: Float[Tensor, "*batch d_in"], how: str
-) -> tuple[Float[Tensor, "*batch d_in"], Float[Tensor, "*batch 1"] | None, Float[Tensor, "*batch 1"] | None]:
+) -> tuple[Float[Tensor, "*batch d_in"], tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]] | None]:
     """The input as the encoder sees it, and the scale and shift that bring a reconstruction back: `y * scale + shift`.
 
-    Both are None where nothing is done at run time. `layer_norm` divides by (standard deviation + 1e-5) and brings back
+    None for both where nothing is done at run time. `layer_norm` divides by (standard deviation + 1e-5) and brings back
     by the standard deviation alone, and its deviation has the n - 1 denominator: so SAELens does it.
     """
     if how == "layer_norm":
         shift = x.mean(dim=-1, keepdim=True)
         deviation = (x - shift).std(dim=-1, keepdim=True)
-        return (x - shift) / (deviation + LAYER_NORM_EPSILON), deviation, shift
+        return (x - shift) / (deviation + LAYER_NORM_EPSILON), (deviation, shift)
     if how == "constant_norm_rescale":
         factor = x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True)
-        return x * factor, 1 / factor, torch.zeros_like(factor)
-    return x, None, None
+        return x * factor, (1 / factor, torch.zeros_like(factor))
+    return x, None

@@ -80,10 +80,14 @@ def _saelens_kind(source: Any) -> str | None:
 
 
 def _metadata(source: Any) -> dict[str, Any]:
-    metadata = getattr(getattr(source, "cfg", None), "metadata", None)
-    if isinstance(metadata, Mapping):
-        return dict(metadata)
-    return dict(metadata.to_dict()) if hasattr(metadata, "to_dict") else {}
+    return _plain(getattr(getattr(source, "cfg", None), "metadata", None))
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """Settings as a dict, whether they are one or an object with `to_dict` or with attributes."""
+    if settings is None or isinstance(settings, Mapping):
+        return dict(settings or {})
+    return dict(settings.to_dict() if hasattr(settings, "to_dict") else vars(settings))
 
 
 def _from_saelens(source: Any, kind: str) -> Dictionary:
@@ -91,10 +95,8 @@ def _from_saelens(source: Any, kind: str) -> Dictionary:
     missing = [name for name in names if not isinstance(getattr(source, name, None), Tensor)]
     if missing:
         raise DictionaryError(f"The {type(source).__name__} says it is a {kind} and has no {', '.join(missing)}.")
-    to_dict = getattr(source.cfg, "to_dict", None)
-    settings = dict(to_dict() if callable(to_dict) else vars(source.cfg))
     form = {"architecture": kind, "sae_lens_version": FORMAT_VERSION, "metadata": _metadata(source)}
-    config = parse_config(settings | form)
+    config = parse_config(_plain(source.cfg) | form)
     tensors = {name: getattr(source, name) for name in names}
     dtype = tensors["W_enc"].dtype
     for tensor in tensors.values():  # a training SAE keeps its threshold in float32
@@ -113,7 +115,7 @@ def _from_protocol(source: Any) -> Dictionary:
             "encode, decode, W_enc and W_dec."
         )
     raw: dict[str, Any] = {name: getattr(source, name, None) for name in ("W_enc", "W_dec", "b_enc", "W_skip")}
-    tensors = {name: value.detach() for name, value in raw.items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {name: value.detach() for name, value in raw.items() if isinstance(value, Tensor)}
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if any(len(shapes.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
         raise DictionaryError(

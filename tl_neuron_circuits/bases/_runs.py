@@ -25,7 +25,7 @@ def logits_of(model: TransformerLensModel, tokens: Tensor, attention_mask: Tenso
 
 
 def capture(store: Values, name: str) -> tuple[str, Any]:
-    """A forward hook that keeps the value; returning it keeps reshaped views in the graph (`HookPoint.hook_conversion`)."""
+    """A forward hook that keeps the value. Returning it keeps reshaped views (`hook_conversion`) in the graph."""
 
     def keep(value: Tensor, hook: Any) -> Tensor:
         store[name] = value

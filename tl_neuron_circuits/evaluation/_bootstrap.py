@@ -1,7 +1,7 @@
 """Bootstrap over lexical items: prompts that share a word are drawn together, and every curve sees the same draws.
 
-Bands are percentiles of ratios of means, each ratio recomputed on the drawn prompts; two bases evaluated on the same pairs
-are compared draw by draw.
+Bands are percentiles of ratios of means, each ratio recomputed on the drawn prompts; two bases evaluated on the same
+pairs are compared draw by draw.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ._curve import SparsityCurve
 
 
 def draw_weights(groups: Sequence[str] | None, n_pairs: int, n_draws: int, seed: int) -> np.ndarray:
-    """How often each pair is drawn, `[draw, pair]`; pairs of one group come together, each pair alone without groups."""
+    """How often each pair is drawn, `[draw, pair]`; pairs of one group come together (without groups: each alone)."""
     names = list(range(n_pairs)) if groups is None else list(groups)
     order = {name: index for index, name in enumerate(dict.fromkeys(names))}
     member = torch.tensor([order[name] for name in names])

@@ -12,6 +12,7 @@ from .._files import versions
 from .._typing import checked
 from ..attribution import NodeScores
 from ..bases import Basis, Parts, Site, logits_of, mean_parts, name_of, reads_of, run_values, sites_of, take_apart
+from ..circuits import Circuit
 from ..interventions import Ablation, Kept, ablation_hooks
 from ..models import TransformerLensModel
 from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, measure, metric_name, tokenise
@@ -25,7 +26,7 @@ Errors = Literal["nodes", "keep", "ablate"]
 def evaluate(
     model: TransformerLensModel,
     pairs: PromptPairs | TokenisedPairs,
-    scores: NodeScores,
+    scores: NodeScores | Circuit,
     *,
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
@@ -45,11 +46,12 @@ def evaluate(
     Args:
         model: the model that the scores were computed on.
         pairs: held-out pairs; ablation values come from their corrupt prompts.
-        scores: from `attribute`. With positions kept, the pairs must have the token length of the attribution pairs.
+        scores: from `attribute`, or a circuit, whose own size is then the default of `sizes`. With positions kept, the
+            pairs must have the token length of the attribution pairs.
         sizes: numbers of nodes; 20 log-spaced ones unless given. Where positions were summed, a node is a unit at all
             positions.
-        ablation: value of an ablated node: "mean" over all corrupt prompts of these pairs (per position, among prompts of
-            one length), "zero", "resample" (a random other corrupt prompt), "corrupt" (the pair's own).
+        ablation: value of an ablated node: "mean" over all corrupt prompts of these pairs (per position, among prompts
+            of one length), "zero", "resample" (a random other corrupt prompt), "corrupt" (the pair's own).
         ranking: by |score|, or by score ("signed").
         error: a dictionary's error: ranked as a node, always kept, or always ablated.
         basis: needed where scores of a dictionary basis were loaded from disk.
@@ -77,13 +79,13 @@ def evaluate(
         >>> list(curve.to_dataframe()["size"])
         [10, 100]
     """
+    if isinstance(scores, Circuit):
+        sizes = [len(scores)] if sizes is None else sizes
+        scores = scores.to_scores()
     basis = scores.basis if basis is None else basis
     if basis is None:
         raise SettingsError("these scores were loaded without their dictionaries: pass basis= as given to attribute.")
-    tokens = pairs
-    if isinstance(pairs, PromptPairs):
-        tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
-    assert isinstance(tokens, TokenisedPairs)
+    tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     sites = _matching_sites(sites_of(model, basis), scores)
     _check(tokens, scores, ablation)
     fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "nodes": {}}[error]
@@ -98,9 +100,17 @@ def evaluate(
     _check_range(full, empty, ablation)
     settings = {
         **{key: scores.settings[key] for key in ("method", "positions", "rules", "model")},
-        "basis": name_of(basis), "ablation": ablation, "ranking": ranking, "error": error, "metric": metric_name(metric),
-        "attribution_hash": scores.settings["pairs_hash"], "pairs_hash": tokens.hash, "seed": seed, "versions": versions(),
-    }  # fmt: skip
+        "basis": name_of(basis),
+        "ablation": ablation,
+        "ranking": ranking,
+        "error": error,
+        "metric": metric_name(metric),
+        "attribution_hash": scores.settings["pairs_hash"],
+        "pairs_hash": tokens.hash,
+        "variance_unexplained": dict(scores.settings.get("variance_unexplained", {})),
+        "seed": seed,
+        "versions": versions(),
+    }
     predicted = torch.tensor([ranked.sum_of_best(size) for size in sizes])
     groups = None if tokens.labels is None else tuple(tokens.labels)
     return SparsityCurve(
@@ -112,9 +122,15 @@ class _Evaluation:
     """The pairs, in batches with their ablation values, on one model."""
 
     def __init__(
-        self, model: TransformerLensModel, sites: tuple[Site, ...], metric: Metric, tokens: TokenisedPairs,
-        ablation: Ablation, batch_size: int, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        model: TransformerLensModel,
+        sites: tuple[Site, ...],
+        metric: Metric,
+        tokens: TokenisedPairs,
+        ablation: Ablation,
+        batch_size: int,
+        seed: int,
+    ) -> None:
         self._model, self._sites, self._metric, self._n = model, sites, metric, len(tokens)
         self._batches = list(tokens.batches(batch_size))
         self._bases = self._baselines(ablation, torch.Generator().manual_seed(seed))
@@ -137,7 +153,7 @@ class _Evaluation:
             means = mean_parts(self._model, self._sites, (batch.on_corrupt() for batch in self._batches))
             return [{s.hook: means[s.hook, b.clean.shape[1]] for s in self._sites} for b in self._batches]
         own = [self._corrupt_parts(batch) for batch in self._batches]
-        return own if ablation == "corrupt" else self._shuffled(own, generator)
+        return [{**parts} for parts in own] if ablation == "corrupt" else self._shuffled(own, generator)
 
     def _corrupt_parts(self, batch: Batch) -> Mapping[str, Parts]:
         return take_apart(self._sites, run_values(self._model, batch.on_corrupt(), reads_of(self._sites)))
@@ -153,7 +169,9 @@ class _Evaluation:
             source = torch.empty_like(order)
             source[order] = order.roll(1)
             for site in self._sites:
-                nodes = torch.cat([own[i][site.hook].nodes for i in members])[source.to(own[members[0]][site.hook].nodes.device)]
+                nodes = torch.cat([own[i][site.hook].nodes for i in members])[
+                    source.to(own[members[0]][site.hook].nodes.device)
+                ]
                 vectors = {
                     name: torch.cat([own[i][site.hook].vectors[name] for i in members])[source.to(nodes.device)]
                     for name in site.vectors
@@ -168,19 +186,24 @@ def _matching_sites(sites: tuple[Site, ...], scores: NodeScores) -> tuple[Site, 
     found = {site.hook: site for site in sites}
     missing = [hook for hook in scores.values if hook not in found]
     if missing:
-        raise SettingsError(f"the scores have nodes at {missing}, which this model's basis has not. Is it the same model?")
+        raise SettingsError(
+            f"the scores have nodes at {missing}, which this model's basis has not. Is it the same model?"
+        )
     return tuple(found[hook] for hook in scores.values)
 
 
 def _check(tokens: TokenisedPairs, scores: NodeScores, ablation: Ablation) -> None:
     if ablation != "zero" and tokens.corrupt is None:
-        raise PairsError(f"ablation={ablation!r} takes values from corrupt prompts, and these pairs have none. Use 'zero'.")
+        raise PairsError(
+            f"ablation={ablation!r} takes values from corrupt prompts, and these pairs have none. Use 'zero'."
+        )
     if scores.positions == "keep":
         length = next(iter(scores.values.values())).shape[0]
         wrong = sorted(set(tokens.lengths) - {length})
         if wrong:
             raise PairsError(
-                f"the scores have {length} positions; some of these prompts have {wrong} tokens. Evaluate on prompts of "
+                f"the scores have {length} positions; some of these prompts have {wrong} tokens. Evaluate on prompts "
+                f"of "
                 f"{length} tokens, or attribute with positions='sum'."
             )
     if scores.settings.get("units") == "sum":
@@ -191,6 +214,7 @@ def _check_range(full: Tensor, empty: Tensor, ablation: Ablation) -> None:
     low, high = float(empty.double().mean()), float(full.double().mean())
     if not abs(high - low) > 1e-6 * max(abs(high), abs(low), 1e-6):
         raise NumericalError(
-            f"ablating every node ({ablation}) leaves the metric where it was ({high:.6g}), so faithfulness would divide by "
+            f"ablating every node ({ablation}) leaves the metric where it was ({high:.6g}), so faithfulness would "
+            f"divide by "
             "zero. Use a metric on which clean and ablated runs differ, or another ablation."
         )

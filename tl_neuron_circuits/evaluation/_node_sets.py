@@ -72,5 +72,3 @@ def chosen_sizes(sizes: Sequence[int] | None, n_nodes: int) -> list[int]:
     if wrong or not sizes:
         raise SettingsError(f"expected sizes between 0 and the number of nodes, {n_nodes:,}; got {wrong or 'none'}.")
     return sorted(set(sizes))
-
-

@@ -4,3 +4,12 @@ from ._ablation import Ablation as Ablation
 from ._ablation import Hooks as Hooks
 from ._ablation import Kept as Kept
 from ._ablation import ablation_hooks as ablation_hooks
+from ._steering import steering_hooks as steering_hooks
+from ._steering_nodes import Nodes as Nodes
+from ._steering_nodes import find_nodes as find_nodes
+from ._steering_result import SteeringResult as SteeringResult
+from ._steering_runs import steer as steer
+from ._steering_runs import sweep as sweep
+from ._steering_runs import transplant as transplant
+from ._steering_sweep import SteeringSweep as SteeringSweep
+from ._steering_values import node_values as node_values

@@ -1,17 +1,15 @@
 """Sparsity curves: faithfulness and completeness against the number of nodes, and what scores promised beside it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..evaluation import Comparison, SparsityCurve
 from ._style import colours, dash, finish, say, shown, translucent
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _MEASURES = ("faithfulness", "completeness")
 
@@ -34,7 +32,7 @@ def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figur
     keys = [key for key in comparison.curves if key.task in tasks]
     palette = colours(key.basis for key in keys)
     figure = _panels()
-    table = comparison.to_dataframe()
+    table: Any = comparison.to_dataframe()
     for basis, method in dict.fromkeys((key.basis, key.method) for key in keys):
         rows = table[(table["basis"] == basis) & (table["method"] == method) & table["task"].isin(tasks)]
         for column, measure in enumerate(_MEASURES, 1):
@@ -47,9 +45,11 @@ def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figur
 
 
 def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
-    """The summed scores of the best nodes against the measured drop without them; on the diagonal scores can be trusted."""
+    """Summed scores of the best nodes against the measured drop without them; on the diagonal they can be trusted."""
     task = task or comparison.tasks[0]
-    keys = [key for key in comparison.curves if key.task == task and key.method not in ("random", "activation_difference")]
+    keys = [
+        key for key in comparison.curves if key.task == task and key.method not in ("random", "activation_difference")
+    ]
     palette = colours(key.basis for key in keys)
     figure = go.Figure()
     limits: list[float] = [0.0]
@@ -58,9 +58,13 @@ def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
         drop = (curve.full.mean() - curve.removed.mean(1)).numpy()
         limits += [float(drop.max()), float(drop.min())]
         figure.add_scatter(
-            x=curve.predicted.numpy(), y=drop, name=shown(key.basis, key.method), mode="lines+markers",
-            text=[f"{size:,} nodes" for size in curve.sizes], line={"color": palette[key.basis], "dash": dash(key.method)},
-        )  # fmt: skip
+            x=curve.predicted.numpy(),
+            y=drop,
+            name=shown(key.basis, key.method),
+            mode="lines+markers",
+            text=[f"{size:,} nodes" for size in curve.sizes],
+            line={"color": palette[key.basis], "dash": dash(key.method)},
+        )
     ends = [min(limits), max(limits)]
     figure.add_scatter(x=ends, y=ends, name="as promised", mode="lines", line={"color": "#888", "width": 1})
     figure.update_xaxes(title="summed scores of the best nodes")
@@ -77,7 +81,7 @@ def _panels() -> go.Figure:
     return figure
 
 
-def _line(figure: go.Figure, column: int, table: "pd.DataFrame", measure: str, name: str, colour: str, method: str) -> None:
+def _line(figure: go.Figure, column: int, table: Any, measure: str, name: str, colour: str, method: str) -> None:
     table = table[table["size"] > 0]
     figure.add_scatter(
         x=table["size"], y=table[measure], name=name, legendgroup=name, showlegend=column == 1, mode="lines+markers",
@@ -86,7 +90,7 @@ def _line(figure: go.Figure, column: int, table: "pd.DataFrame", measure: str, n
     )  # fmt: skip
 
 
-def _band(figure: go.Figure, column: int, table: "pd.DataFrame", measure: str, colour: str) -> None:
+def _band(figure: go.Figure, column: int, table: Any, measure: str, colour: str) -> None:
     table = table[table["size"] > 0]
     x = [*table["size"], *table["size"][::-1]]
     y = [*table[f"{measure}_low"], *table[f"{measure}_high"][::-1]]
@@ -96,10 +100,8 @@ def _band(figure: go.Figure, column: int, table: "pd.DataFrame", measure: str, c
     )  # fmt: skip
 
 
-def _averaged(rows: "pd.DataFrame", measure: str) -> "pd.DataFrame":
+def _averaged(rows: Any, measure: str) -> pd.DataFrame:
     """Mean over tasks, each interpolated linearly over log size onto all sizes that occur."""
-    import pandas as pd
-
     rows = rows[rows["size"] > 0]
     sizes = np.unique(rows["size"])
     sizes = sizes[sizes <= rows.groupby("task")["size"].max().min()]
@@ -112,6 +114,12 @@ def _subtitle(curves: Sequence[SparsityCurve], tasks: Sequence[str]) -> str:
     counts = sorted({len(curve.full) for curve in curves})
     named = ", ".join(task for task in tasks if task != "task")
     pairs = f"{counts[0]} held-out pairs" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} held-out pairs"
-    return say([first["model"], named, pairs, f"{first['ablation']} ablation", "bands: 95 % over words" if len(tasks) == 1 else ""])
-
-
+    return say(
+        [
+            first["model"],
+            named,
+            pairs,
+            f"{first['ablation']} ablation",
+            "bands: 95 % over words" if len(tasks) == 1 else "",
+        ]
+    )

@@ -1,5 +1,8 @@
 """Relevance propagation as TransformerLens hooks: the rules, the context that installs them, and `check_model`."""
 
+from ._biases import biases_in_graph as biases_in_graph
+from ._check_model import ModelReport as ModelReport
+from ._check_model import check_model as check_model
 from ._relp import frozen as frozen
 from ._relp import relp as relp
 from ._rules import ALL_RULES as ALL_RULES
@@ -9,5 +12,3 @@ from ._rules import HalfRule as HalfRule
 from ._rules import IdentityRule as IdentityRule
 from ._rules import LnRule as LnRule
 from ._rules import Rule as Rule
-from ._check_model import ModelReport as ModelReport
-from ._check_model import check_model as check_model

@@ -5,7 +5,7 @@ sum_v (d m / d z_v) z_v with z the logits before any soft cap. 1 is exact. (The 
 soft cap, hence z.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from .._errors import NeuronCircuitsError, PropagationError
 from .._typing import checked
 from ..models import ModelSites, TransformerLensModel, find_sites, hook_points, require, submodule
+from ._biases import biases_in_graph
 from ._relp import relp
 from ._rules import ALL_RULES
 
@@ -48,8 +49,8 @@ class ModelReport:
         return int(self.parameter_bytes + self.graph_bytes_per_token * batch * pos)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a site: layer, role, hook name, whether it fired, its shape without the batch, the rule that acts there."""
-        return pd.DataFrame(list(self.sites))
+        """One row a site: layer, role, hook name, whether it fires, its shape without batch, the rule there."""
+        return pd.DataFrame(list(self.sites)).astype({"layer": "Int64"})  # missing: a site of no layer
 
     def __repr__(self) -> str:
         verdict = "ok" if self.ok else f"{len(self.problems)} problem(s): {self.problems[0]}"
@@ -113,24 +114,25 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
     )
 
 
-def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[int, tuple[int, ...]]:
-    """Shape of what each hook point saw, by the hook point's identity (a name may be an alias)."""
+def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shape of what each hook point saw, by every name it has."""
+    points = hook_points(model)
     seen: dict[int, tuple[int, ...]] = {}
-    handles = []
-    for point in set(hook_points(model).values()):
-        note = lambda module, arguments, value: seen.setdefault(id(module), tuple(getattr(value, "shape", ()))) and None  # noqa: E731
-        handles.append(point.register_forward_hook(note))
+
+    def note(module: Any, arguments: Any, value: Any) -> None:
+        seen[id(module)] = tuple(getattr(value, "shape", ()))
+
+    handles = [point.register_forward_hook(note) for point in set(points.values())]
     try:
         with torch.no_grad():
             model(tokens)
     finally:
         for handle in handles:
             handle.remove()
-    points = hook_points(model)
-    return {name: seen[id(point)] for name, point in points.items() if id(point) in seen}  # pyright: ignore[reportReturnType]
+    return {name: seen[id(point)] for name, point in points.items() if id(point) in seen}
 
 
-def _rows(sites: ModelSites, fired: Any) -> Iterator[dict[str, Any]]:
+def _rows(sites: ModelSites, fired: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, Any]]:
     def row(layer: int | None, role: str, hook: str, rule: str) -> dict[str, Any]:
         shape = fired.get(hook)
         return {
@@ -156,24 +158,18 @@ def _rows(sites: ModelSites, fired: Any) -> Iterator[dict[str, Any]]:
 
 def _measure(model: TransformerLensModel, tokens: Tensor) -> tuple[float, float]:
     """Conservation and graph size with all four rules, for the largest logit at the last position."""
-    biases = {name: p for name, p in _named_parameters(model) if _is_bias(name)}
-    wanted = {id(p): p.requires_grad for p in biases.values()}
-    with relp(model), _captured(model) as (embeddings, raw_logits), _graph_size(model) as size:
-        try:
-            for bias in biases.values():
-                bias.requires_grad_(True)
-            logits = model(tokens)
-            metric = logits[0, -1].max()
-            if not raw_logits:
-                raise PropagationError(
-                    "expected the unembedding to run as a module; it did not, so logits were not seen."
-                )
-            leaves = [*embeddings, *biases.values()]
-            gradients = torch.autograd.grad(metric, [*leaves, raw_logits[-1]], allow_unused=True)
-        finally:
-            for bias in biases.values():
-                bias.requires_grad_(False)
-    assert all(not p.requires_grad or wanted[id(p)] for p in biases.values())
+    with (
+        relp(model),
+        biases_in_graph(model) as biases,
+        _captured(model) as (embeddings, raw_logits),
+        _graph_size(model) as size,
+    ):
+        logits = model(tokens)
+        metric = logits[0, -1].max()
+        if not raw_logits:
+            raise PropagationError("expected the unembedding to run as a module; it did not, so logits were not seen.")
+        leaves = [*embeddings, *biases.values()]
+        gradients = torch.autograd.grad(metric, [*leaves, raw_logits[-1]], allow_unused=True)
     relevance = _dot(leaves, gradients[:-1])
     total = _dot(raw_logits[-1:], gradients[-1:])
     if total == 0:
@@ -184,17 +180,6 @@ def _measure(model: TransformerLensModel, tokens: Tensor) -> tuple[float, float]
 def _dot(values: list[Tensor], gradients: tuple[Tensor | None, ...]) -> float:
     pairs = ((v, g) for v, g in zip(values, gradients, strict=True) if g is not None)
     return float(sum((v.detach().double() * g.double()).sum().cpu() for v, g in pairs))
-
-
-def _named_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once; `TransformerBridge.named_parameters` leaves out what its adapter does not map."""
-    return torch.nn.Module.named_parameters(model)
-
-
-def _is_bias(name: str) -> bool:
-    """`bias` in Hugging Face's modules, `b`, `b_in`, `_b_K`, ... in HookedTransformer's."""
-    last = name.rsplit(".", 1)[-1].lstrip("_")
-    return last in ("b", "bias") or last.startswith("b_")
 
 
 @contextmanager
@@ -213,7 +198,11 @@ def _captured(model: TransformerLensModel) -> Iterator[tuple[list[Tensor], list[
         names.append("hook_pos_embed")
     unembed = submodule(model, "unembed")
     assert unembed is not None
-    handle = unembed.register_forward_hook(lambda module, arguments, output: raw_logits.append(output))
+
+    def keep_logits(module: Any, arguments: Any, output: Tensor) -> None:
+        raw_logits.append(output)
+
+    handle = unembed.register_forward_hook(keep_logits)
     try:
         with model.hooks(fwd_hooks=[(name, keep) for name in names]):
             yield embeddings, raw_logits

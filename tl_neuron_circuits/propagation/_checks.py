@@ -1,7 +1,8 @@
 """How a session knows that its rules really applied: what fired, and what each rule rebuilt.
 
-Every piece of the model that a rule stands for is rebuilt from its inputs and compared with the value the model computed.
-Deviations stay on their device and are read once, at the end of the forward pass, so that checks cost no synchronisation.
+Every piece of the model that a rule stands for is rebuilt from its inputs and compared with the value the model
+computed. Deviations stay on their device and are read once, at the end of the forward pass, so that checks cost no
+synchronisation.
 """
 
 import math
@@ -29,8 +30,7 @@ class Checks:
     def rebuilt(self, name: str, rebuilt: Tensor, value: Tensor) -> None:
         """Note how far `rebuilt` is from the model's own `value`, relative to the largest value."""
         with torch.no_grad():
-            off = torch.linalg.vector_norm(rebuilt - value, math.inf)
-            size = torch.linalg.vector_norm(value, math.inf)
+            off, size = (rebuilt - value).abs_().max(), value.abs().max()  # a tenth of vector_norm(inf)'s time
             relative = off.float() / (size.float() + torch.finfo(torch.float32).tiny)
         self._deviations.append((name, relative, _TOLERANCE[value.dtype] + self._slack))
 
@@ -68,7 +68,8 @@ class Checks:
         missing = [name for name, layer in self._expected.items() if layer >= start and name not in fired]
         if missing:
             raise PropagationError(
-                f"expected the hooks of relp to fire at every site; {len(missing)} of {len(self._expected)} did not, the "
+                f"expected the hooks of relp to fire at every site; {len(missing)} of {len(self._expected)} did not, "
+                f"the "
                 f"first at {missing[0]}. Either reset_hooks() was called inside relp (call it before), or the model "
                 "skips that module (check_model(model) tells)."
             )

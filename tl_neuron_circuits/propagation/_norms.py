@@ -1,4 +1,4 @@
-"""A norm as the ln rule sees it where only its input and output are in the graph: y = weight * centre(x) / scale + bias.
+"""A norm where only its input and output are in the graph: y = weight * centre(x) / scale + bias.
 
 That is so on `TransformerBridge` for most adapters. Elsewhere the scale itself is a hook point in the graph, and
 detaching it there is the whole rule.
@@ -44,8 +44,8 @@ def is_opaque(model: TransformerLensModel, path: str) -> bool:
 def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
     """Read a norm module of `TransformerBridge`; None for a slot that does not normalise.
 
-    Gemma's RMSNorm stores its weight as an offset from one. The caller compares what `rebuild` gives with the model's own
-    output, so that a convention unknown here is an error and never a number.
+    Gemma's RMSNorm stores its weight as an offset from one. The caller compares what `rebuild` gives with the model's
+    own output, so that a convention unknown here is an error and never a number.
 
     Raises:
         UnsupportedModelError: the module at `path` does not say what kind of norm it is.

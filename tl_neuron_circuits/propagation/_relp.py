@@ -85,7 +85,8 @@ class Relp:
         session.checks.verify(whole_forward=False)
         if not complete:
             raise PropagationError(
-                "hooks of relp were removed inside its context (model.reset_hooks()?), so gradients taken since were not "
+                "hooks of relp were removed inside its context (model.reset_hooks()?), so gradients taken since were "
+                "not "
                 "RelP's. Call reset_hooks before entering relp."
             )
 

@@ -33,6 +33,7 @@ class Session:
         self._inputs: dict[str, Tensor] = {}
         self._installed: list[tuple[Any, Any]] = []  # (hook point, TransformerLens' handle)
         self._raw_handles: list[Any] = []
+        self._inside: dict[str, Any] = {}  # handles at hook points inside norms
         self._frozen: list[Tensor] = []
         self._expected: dict[str, int] = {}
         self.checks = Checks(self._expected, slack=0.0 if stabilizer is None else 1e-3)
@@ -43,7 +44,8 @@ class Session:
             parameter.requires_grad_(False)
         for name in self.sites.embeddings:
             if name == "hook_embed" or self.model.cfg.positional_embedding_type == "standard":
-                self._add(name, self._make_leaf, first=True, layer=None)
+                point = hook_point(self.model, name)
+                self._raw_handles.append(point.register_forward_pre_hook(self._make_leaf))
         if "ln" in self.rules:
             for norm in self.sites.norms:
                 self._install_norm(norm)
@@ -66,12 +68,13 @@ class Session:
             else:
                 complete = False
             handle.hook.remove()
-        for raw in self._raw_handles:
+        for raw in (*self._raw_handles, *self._inside.values()):
             raw.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._installed, self._raw_handles, self._frozen = [], [], []
         self._inputs.clear()
+        self._inside.clear()
         self.mailbox.empty()
         return complete
 
@@ -84,9 +87,24 @@ class Session:
 
     def _receive(self, name: str, *, replace: bool = False) -> None:
         """Let hook point `name` take gradients out of the mailbox."""
-        point, deliver = hook_point(self.model, name), self.mailbox.deliver
-        handle = point.register_full_backward_pre_hook(lambda _, gradients: deliver(name, gradients, replace=replace))
-        self._raw_handles.append(handle)
+        self._raw_handles.append(self._receiver(name, replace=replace))
+
+    def _receiver(self, name: str, *, replace: bool) -> Any:
+        deliver = self.mailbox.deliver
+        point = hook_point(self.model, name)
+        return point.register_full_backward_pre_hook(lambda _, gradients: deliver(name, gradients, replace=replace))
+
+    def _receive_inside(self, names: list[str]) -> None:
+        """Let hook points inside a norm receive while a backward hook makes the Bridge compute it step by step.
+
+        Not otherwise: receiving wraps the value, which the Bridge would take for an edit of it.
+        """
+        stepwise = any(hook_point(self.model, name).bwd_hooks for name in names)
+        for name in names:
+            if stepwise and name not in self._inside:
+                self._inside[name] = self._receiver(name, replace=True)
+            elif not stepwise and name in self._inside:
+                self._inside.pop(name).remove()
 
     def _read(self, name: str, layer: int) -> None:
         def read(value: Tensor, hook: Any) -> None:
@@ -100,18 +118,28 @@ class Session:
             raise PropagationError(f"expected {name} to fire before {asked_by}; it did not. Was reset_hooks() called?")
         return self._inputs.pop(name)
 
-    def _make_leaf(self, value: Tensor, hook: Any) -> Tensor:
-        """Frozen parameters leave no graph without a leaf; backward hooks would then capture nothing, silently."""
+    def _make_leaf(self, module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Frozen parameters leave no graph without a leaf; backward hooks would then capture nothing, silently.
+
+        The leaf comes before the hook point, so that torch does not warn of a backward hook there, and is copied, so
+        that a user's hook may edit the embeddings in place.
+        """
         if not torch.is_grad_enabled():
             raise PropagationError(
                 "expected gradients to be enabled inside relp; the model was run under torch.no_grad() or "
                 "inference_mode(). Run it outside relp, where the values are the same."
             )
-        return value if value.requires_grad else value.requires_grad_(True)
+        value = arguments[0]
+        return arguments if value.requires_grad else (value.detach().requires_grad_(True).clone(), *arguments[1:])
 
-    def _end_of_forward(self, module: Any, arguments: Any, output: Any) -> None:
+    def _end_of_forward(self, module: Any, arguments: tuple[Tensor, ...], output: Any) -> None:
         self._inputs.clear()
         self.checks.verify(whole_forward=True)
+        if not arguments[0].requires_grad:
+            raise PropagationError(
+                "expected the forward pass to leave a graph; it did not, so no gradient would reach any hook. A hook "
+                "replaces the embeddings, or start_at_layer was given a residual, without requires_grad: set it."
+            )
 
     # --- attention ---
 
@@ -138,9 +166,9 @@ class Session:
             return
         self._read(norm.input, layer)
         self._receive(norm.input, replace=True)
-        for name in (norm.normalized, norm.scale):
-            if name is not None:
-                self._receive(name, replace=True)
+        inside = [name for name in (norm.normalized, norm.scale) if name is not None]
+        start = hook_point(self.model, norm.input)
+        self._raw_handles.append(start.register_forward_hook(lambda *_: self._receive_inside(inside)))
         self._add(norm.output, self._relay_norm(norm, frozen), first=True, layer=layer)
 
     def _detach_scale(self, name: str) -> Hook:

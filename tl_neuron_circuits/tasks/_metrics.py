@@ -9,7 +9,6 @@ The default, `logit_difference`, does not change when the unembedding is centred
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .._errors import NumericalError, PairsError, SettingsError
 from .._typing import checked
+from ..models import TransformerLensModel
 from ._pairs import PromptPairs
 from ._tokenise import tokenise
 from ._tokenised import Batch
@@ -69,7 +69,9 @@ class ProbabilityDifference:
 
     @classmethod
     @checked
-    def for_years(cls, model: Any, pairs: PromptPairs, *, prepend_bos: bool | None = None) -> "ProbabilityDifference":
+    def for_years(
+        cls, model: TransformerLensModel, pairs: PromptPairs, *, prepend_bos: bool | None = None
+    ) -> "ProbabilityDifference":
         """Use the tokens "00" to "99" as they are after the first prompt of `pairs`.
 
         Raises:

@@ -17,6 +17,7 @@ import torch
 
 from .._errors import PairsError, SettingsError
 from .._typing import checked
+from ..models import TransformerLensModel
 from ._pairs import PromptPair, PromptPairs
 from ._tokenised import TokenisedPairs
 
@@ -28,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 @checked
 def tokenise(
-    model: Any,
+    model: TransformerLensModel,
     pairs: PromptPairs | TokenisedPairs,
     *,
     prepend_bos: bool | None = None,
@@ -64,7 +65,7 @@ def tokenise(
 
 @checked
 def keep_fitting(
-    model: Any,
+    model: TransformerLensModel,
     pairs: PromptPairs,
     *,
     prepend_bos: bool | None = None,
@@ -128,7 +129,7 @@ class _Encoder:
         return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'} {names}"
 
 
-def _encoder(model: Any, prepend_bos: bool | None) -> _Encoder:
+def _encoder(model: TransformerLensModel, prepend_bos: bool | None) -> _Encoder:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise PairsError(

@@ -53,7 +53,6 @@ class Batch:
         mask = self.corrupt_attention_mask
         return replace(self, clean=self.corrupt, position=self.corrupt_position, attention_mask=mask)
 
-
     def repeat(self, n: int) -> "Batch":
         """Return the rows `n` times over, block after block, without the corrupt run."""
         return replace(

@@ -1,0 +1,115 @@
+"""CircuitLasso's solver against a loop over scikit-learn's Lasso with the precomputed Gram, in one run.
+
+    python tests/benchmarks/lasso.py [--units 2000] [--observations 100000] [--sample 10]
+
+Data: a linear structural model of ten sites; every unit is the target once, its sources are all units of earlier sites.
+Both sides get the data, standardise it and solve one penalty to the same relative duality gap. The loop is timed on a
+sample of targets spread over the sites and extrapolated to all (said in the output), in two forms: `Lasso.fit`, as its
+documentation has it, and `lasso_path` with Gram and X'y given, the least that scikit-learn's public interface can do.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import Lasso, lasso_path
+
+from tl_neuron_circuits.lasso import Accumulator, largest_penalty, solve_lasso, standardise
+
+GAP = 1e-6
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, object]:
+    """CPU seconds of this process, which other load on the machine does not move."""
+    start = time.process_time()
+    result = work()
+    return time.process_time() - start, result
+
+
+def linear_model(observations: int, units: int, sites: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 activations, and which pairs of units the order of the sites allows."""
+    generator = torch.Generator().manual_seed(seed)
+    site = torch.arange(units) * sites // units
+    allowed = site[:, None] < site[None]
+    parents = torch.rand(units, units, generator=generator) < 6 / (units * 0.45)
+    weights = torch.randn(units, units, generator=generator) * (parents & allowed) * 0.5
+    x = torch.randn(observations, units, generator=generator)
+    for index in range(1, sites):
+        here = site == index
+        x[:, here] += x @ weights[:, here]
+    return x, allowed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--units", type=int, default=2000)
+    parser.add_argument("--observations", type=int, default=100_000)
+    parser.add_argument("--sample", type=int, default=10)
+    parser.add_argument("--penalty", type=float, default=0.05, help="as a share of the largest penalty")
+    options = parser.parse_args()
+    x, allowed = linear_model(options.observations, options.units)
+
+    def accumulate() -> object:
+        accumulator = Accumulator()
+        for batch in x.split(8192):
+            accumulator.add(batch)
+        return standardise(accumulator.total())
+
+    to_gram, problem = seconds(accumulate)
+    penalty = options.penalty * largest_penalty(problem, allowed)
+    to_solve, solution = seconds(lambda: solve_lasso(problem, penalty, allowed=allowed, tolerance=GAP))
+    ours = to_gram + to_solve
+    print(f"{torch.get_num_threads()} threads, N = {options.units}, M = {options.observations}")
+    print(f"ours: statistics {to_gram:.1f} s + solve {to_solve:.1f} s = {ours:.1f} s, {solution.n_edges} weights, ")
+    print(f"      worst gap {float(solution.gap.max()):.1e}")
+
+    prepare, data = seconds(lambda: prepared(x))
+    standard, gram = data
+    first = int(allowed.any(0).nonzero()[0])
+    sample = np.linspace(first, options.units - 1, options.sample).round().astype(int)
+    alpha = penalty / (2 * options.observations)
+    for name, fit in (("Lasso(precompute=gram).fit", by_estimator), ("lasso_path(precompute=gram, Xy=...)", by_path)):
+        total, worst, unfinished = 0.0, 0.0, 0
+        for j in sample:
+            sources = allowed[:, j].numpy()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", ConvergenceWarning)
+                took, weights = seconds(lambda s=sources, j=j, fit=fit: fit(standard, gram, s, j, alpha))
+            unfinished += len(caught)
+            total += took
+            worst = max(worst, float(np.abs(weights - solution.weights[:, j].numpy()[sources]).max()))
+        n_targets = int(allowed.any(0).sum())
+        loop = prepare + total / len(sample) * n_targets
+        print(
+            f"scikit-learn, {name}: {total / len(sample):.3f} s a target on a sample of {len(sample)}, extrapolated to "
+            f"{n_targets} targets + Gram {prepare:.1f} s = {loop:.0f} s; largest difference in a weight {worst:.1e}; "
+            f"{unfinished} not converged. Ratio: {loop / ours:.1f}"
+        )
+
+
+def prepared(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    standard = x.double().numpy()
+    standard -= standard.mean(0)
+    standard /= standard.std(0)
+    return np.asfortranarray(standard), standard.T @ standard
+
+
+def by_estimator(x: np.ndarray, gram: np.ndarray, sources: np.ndarray, j: int, alpha: float) -> np.ndarray:
+    k = int(sources.sum())  # the first columns: a view, so that nothing is copied
+    model = Lasso(alpha=alpha, precompute=gram[:k, :k].copy(), fit_intercept=False, copy_X=False, tol=GAP)
+    return model.fit(x[:, :k], x[:, j]).coef_
+
+
+def by_path(x: np.ndarray, gram: np.ndarray, sources: np.ndarray, j: int, alpha: float) -> np.ndarray:
+    k = int(sources.sum())
+    given = {"precompute": gram[:k, :k].copy(), "Xy": gram[:k, j].copy()}
+    _, weights, _ = lasso_path(x[:, :k], x[:, j], alphas=[alpha], tol=GAP, check_input=False, **given)
+    return weights[:, 0]
+
+
+if __name__ == "__main__":
+    main()

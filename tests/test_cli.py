@@ -1,0 +1,102 @@
+"""The command line, as a person uses it: exit codes, messages, files, JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from tl_neuron_circuits import NodeScores
+from tl_neuron_circuits.cli import app, load_model
+
+runner = CliRunner()
+
+
+def run(*arguments: str | Path) -> "tuple[int, str, str]":
+    result = runner.invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def agreement_file(tmp_path: Path) -> Path:
+    nouns = ("boy", "girl", "dog", "cat")
+    rows = []
+    for noun in nouns:
+        one, many = (f"The {noun}", " is"), (f"The {noun}s", " are")
+        for clean, patch in ((one, many), (many, one)):
+            fields = ("clean_prefix", "clean_answer", "patch_prefix", "patch_answer")
+            rows.append(dict(zip(fields, (*clean, *patch), strict=True)))
+    file = tmp_path / "pairs.json"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+def test_check_says_ok_and_lists_the_sites() -> None:
+    code, out, err = run("check", "demo-gelu")
+    assert code == 0 and "ok" in out and "neurons" in out, err
+
+
+def test_check_prints_json_alone() -> None:
+    code, out, _ = run("check", "demo-gelu", "--json")
+    content = json.loads(out)
+    assert code == 0 and content["ok"] and abs(content["conservation"] - 1) < 1e-3
+
+
+def test_attribute_shows_the_best_and_saves_all(agreement_file: Path, tmp_path: Path) -> None:
+    where = tmp_path / "scores"
+    code, out, err = run("attribute", "demo-gelu", "--pairs", agreement_file, "--out", where, "--top", "5")
+    assert code == 0, err
+    assert NodeScores.load(where).settings["n_pairs"] == 8
+    assert out.count("│ L") == 5
+
+
+def test_attribute_prints_json_alone(agreement_file: Path) -> None:
+    code, out, _ = run("attribute", "demo-gelu", "--pairs", agreement_file, "--json", "--top", "3")
+    assert code == 0 and len(json.loads(out)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("check", "no-such-model-anywhere"), "cannot load"),
+        (("attribute", "demo-gelu", "--pairs", "missing.json"), "missing.json"),
+        (("demo", "--model", "demo-nothing"), "expected a demo model"),
+        (("check", "demo-gelu", "--backend", "Nothing"), "expected backend"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run(*arguments)
+    assert code == 2, err
+    assert message in " ".join(err.split())
+    assert "Traceback" not in out + err
+
+
+def test_a_wrong_basis_or_method_is_exit_code_2(agreement_file: Path) -> None:
+    for option in (("--basis", "nothing"), ("--method", "nothing"), ("--positions", "nothing")):
+        code, _, err = run("attribute", "demo-gelu", "--pairs", agreement_file, *option)
+        assert code == 2 and "nothing" in err and "Traceback" not in err
+
+
+def test_a_local_hugging_face_folder_loads(shared_models: Path) -> None:
+    pytest.importorskip("transformer_lens.model_bridge", reason="TransformerBridge needs TransformerLens 3.9 or later")
+    model = load_model(str(shared_models / "stories260K"), "auto")
+    assert type(model).__name__ == "TransformerBridge"
+
+
+def test_demo_runs_in_a_fresh_process_and_writes_what_it_names(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tl_neuron_circuits.cli", "demo", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Dallas" in done.stdout and "faithfulness" in done.stdout and "conservation" in done.stdout
+    table = pd.read_csv(tmp_path / "out" / "sparsity.csv")
+    assert set(table["method"]) == {"relp", "gradient", "integrated_gradients", "random"}
+    assert set(table["size"]) == {10, 30, 100, 300}
+    best = table[(table["task"] == "agreement") & (table["method"] == "relp")].set_index("size")
+    assert best.loc[300, "faithfulness"] > 0.7 and best.loc[300, "completeness"] < 0.3
+    assert (tmp_path / "out" / "sparsity.html").stat().st_size > 100_000

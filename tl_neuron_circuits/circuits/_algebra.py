@@ -1,0 +1,104 @@
+"""Sets of circuits: unions, intersections, differences. Numbers are means over prompts, zero where a node is absent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+from .._errors import SettingsError
+from ._assemble import relative_weights
+from ._groups import one_of
+from ._table import CHOSEN, complete, edge_table, node_table, restrict
+
+if TYPE_CHECKING:
+    from ._circuit import Circuit
+
+_MEANS = ("activation", "change", "score", "probability")
+
+
+def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
+    """Means over the prompts of all circuits; each circuit counts as often as it has prompts.
+
+    Raises:
+        SettingsError: no circuits, or circuits that do not fit together.
+    """
+    _check(circuits)
+    counts = np.array([circuit.settings["n_prompts"] for circuit in circuits], dtype=float)
+    weights = counts / counts.sum()
+    scaled = [
+        circuit.nodes.assign(**{column: circuit.nodes[column] * weight for column in _MEANS})
+        for circuit, weight in zip(circuits, weights, strict=True)
+    ]
+    rows = [_one_node(same) for _, same in pd.concat(scaled, ignore_index=True).groupby("node", sort=False)]
+    nodes = node_table(rows)
+    parts = [
+        circuit.edges.assign(weight=circuit.edges["weight"] * weight, attribution=circuit.edges["attribution"] * weight)
+        for circuit, weight in zip(circuits, weights, strict=True)
+    ]
+    edges = pd.concat(parts, ignore_index=True)
+    edges = edges.groupby(["source", "target"], sort=False, as_index=False)[["weight", "attribution"]].sum()
+    edges["relative"] = relative_weights(nodes, edges)
+    target_value = float(sum(circuit.target_value * weight for circuit, weight in zip(circuits, weights, strict=True)))
+    nodes, edges = complete(nodes, edges, target_value), edge_table(edges)
+    if how == "all":
+        common = frozenset.intersection(*(circuit.members for circuit in circuits))
+        nodes, edges = restrict(
+            nodes, edges, nodes["node"].isin(common).to_numpy(), np.ones(len(edges), bool), target_value
+        )
+    return replace(circuits[0], nodes=nodes, edges=edges, settings=_settings(circuits, target_value))
+
+
+def without(circuit: Circuit, other: Circuit) -> Circuit:
+    """The circuit without the other's nodes."""
+    _check([circuit, other])
+    kept = circuit.nodes["kind"].isin(CHOSEN) & ~circuit.nodes["node"].isin(other.members)
+    every = np.ones(len(circuit.edges), dtype=bool)
+    nodes, edges = restrict(circuit.nodes, circuit.edges, kept.to_numpy(), every, circuit.target_value)
+    return replace(circuit, nodes=nodes, edges=edges)
+
+
+def _one_node(same: pd.DataFrame) -> dict:
+    row = same.iloc[0].to_dict()
+    for column in _MEANS:
+        row[column] = same[column].sum(min_count=1)
+    for column, otherwise in (("token", "…"), ("gate_sign", 0), ("up_sign", 0)):
+        row[column] = one_of(same[column], otherwise)
+    row["unit"] = one_of(same["unit"], -1)
+    row["group"] = one_of((group for group in same["group"] if group), row["group"])
+    row["label"] = one_of(same["label"], "…" if row["kind"] == "embedding" else row["label"])
+    row["sign"] = 0 if np.isnan(row["activation"]) else int(np.sign(row["activation"]))
+    return row
+
+
+def _check(circuits: Sequence[Circuit]) -> None:
+    if not circuits:
+        raise SettingsError("expected at least one circuit; got none.")
+    for key in ("model", "d_mlp", "baseline"):
+        found = {str(circuit.settings.get(key)) for circuit in circuits}
+        if len(found) > 1:
+            raise SettingsError(f"expected circuits of one {key}; got {sorted(found)}.")
+    if len({circuit.settings.get("positions", "keep") for circuit in circuits}) > 1:
+        raise SettingsError("some of these circuits have positions and some do not: sum_positions() the others too.")
+
+
+def _settings(circuits: Sequence[Circuit], target_value: float) -> dict:
+    settings = dict(circuits[0].settings)
+    tokens = [circuit.settings["tokens"] for circuit in circuits]
+    aligned = len({len(one) for one in tokens}) == 1
+    hashes = "".join(circuit.settings["pairs_hash"] for circuit in circuits)
+    settings |= {
+        "n_prompts": int(sum(circuit.settings["n_prompts"] for circuit in circuits)),
+        "prompt": " | ".join(dict.fromkeys(circuit.settings["prompt"] for circuit in circuits)),
+        "tokens": [one_of(column, "…") for column in zip(*tokens, strict=False)] if aligned else [],
+        "token_ids": one_of((str(c.settings["token_ids"]) for c in circuits), None) and settings["token_ids"],
+        "target": list(dict.fromkeys(one for circuit in circuits for one in circuit.settings["target"])),
+        "target_value": target_value,
+        "pairs_hash": hashlib.sha256(hashes.encode()).hexdigest(),
+        "position": one_of((circuit.settings["position"] for circuit in circuits), -1),
+    }
+    return settings

@@ -1,0 +1,109 @@
+"""From edges as numbers to the two tables of a circuit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..attribution import DirectEffects, Goal, label
+from ._table import complete, edge_table, node_table, remainder_row
+
+
+@dataclass(frozen=True)
+class Places:
+    """What stands where: texts and numbers of the tokens by position (-1 where prompts differ), and the goals."""
+
+    tokens: Sequence[str]
+    token_ids: Sequence[int]
+    position: int
+    """Where the goals are read."""
+    n_layers: int
+    goal_labels: Sequence[str]
+    probabilities: Sequence[float]
+
+
+def assemble(
+    effects: DirectEffects, goals: Sequence[Goal], places: Places, *, paired: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Nodes and edges."""
+    totals = effects.totals
+    sources = _neurons(effects, places.tokens)
+    sources += [_embedding(effects, places, p) for p in range(len(places.tokens))]
+    sources += [remainder_row(p, token) for p, token in enumerate(places.tokens)]
+    for name, text, score in (
+        ("positions", "positional embeddings", totals.positional),
+        ("bias", "biases", totals.bias),
+    ):
+        sources.append({"node": name, "label": text, "kind": "bias", "score": 0.0 if paired else score})
+    sources.append({"node": "residual", "label": "not linear", "kind": "residual"})
+    outputs = [_output(effects, goal, places, k) for k, goal in enumerate(goals)]
+    names = np.array([row["node"] for row in sources], dtype=object)
+    targets = np.array([row["node"] for row in [*sources[: len(effects.neurons)], *outputs]], dtype=object)
+    edges = _edges(effects.edges, names, targets)
+    used = set(edges["source"])
+    always = ("neuron", "embedding")
+    nodes = node_table([row for row in sources if row["kind"] in always or row["node"] in used] + outputs)
+    edges["relative"] = relative_weights(nodes, edges)
+    return complete(nodes, edges, float(totals.goals.sum())), edge_table(edges)
+
+
+def _output(effects: DirectEffects, goal: Goal, places: Places, k: int) -> dict:
+    value, change = float(effects.totals.goal_values[k]), float(effects.totals.goals[k])
+    return {
+        "node": goal.name, "label": places.goal_labels[k], "kind": "logit", "layer": places.n_layers,
+        "unit": goal.token, "position": places.position, "token": places.goal_labels[k], "activation": value,
+        "change": change, "sign": int(np.sign(value)), "score": change, "probability": places.probabilities[k],
+    }  # fmt: skip
+
+
+def relative_weights(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
+    """Each edge's share of its target's score; on a single prompt that is its share of the activation too."""
+    score = nodes.set_index("node")["score"][edges["target"]].to_numpy()
+    attribution = edges["attribution"].to_numpy()
+    return np.divide(attribution, score, out=np.zeros_like(attribution), where=score != 0)
+
+
+def _edges(matrix: Tensor, names: np.ndarray, targets: np.ndarray) -> pd.DataFrame:
+    (target, source), values = matrix.indices().numpy(), matrix.values().numpy()
+    live = (values != 0).any(1)
+    return pd.DataFrame(
+        {
+            "source": names[source[live]],
+            "target": targets[target[live]],
+            "weight": values[live, 0],
+            "relative": 0.0,
+            "attribution": values[live, 1],
+        }
+    )
+
+
+def _neurons(effects: DirectEffects, tokens: Sequence[str]) -> list[dict]:
+    totals, rows = effects.totals, []
+    for layer, position, unit in effects.neurons.tolist():
+        activation = float(totals.activation[layer][position, unit])
+        rows.append(
+            {
+                "node": label(layer, "N", unit, position, "node"), "kind": "neuron", "layer": layer, "unit": unit,
+                "position": position, "token": tokens[position], "activation": activation,
+                "change": float(totals.change[layer][position, unit]),
+                "sign": int(np.sign(activation)), "gate_sign": _sign(totals.gate[layer], position, unit),
+                "up_sign": _sign(totals.up[layer], position, unit),
+                "score": float(totals.score[layer][position, unit]),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _sign(values: Tensor | None, position: int, unit: int) -> int:
+    return 0 if values is None else int(torch.sign(values[position, unit]))
+
+
+def _embedding(effects: DirectEffects, places: Places, position: int) -> dict:
+    token = places.tokens[position]
+    return {
+        "node": f"embed@{position}", "label": token, "kind": "embedding", "unit": places.token_ids[position],
+        "position": position, "token": token, "score": float(effects.totals.embedding[position]),
+    }  # fmt: skip

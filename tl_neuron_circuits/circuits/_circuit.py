@@ -1,0 +1,236 @@
+"""`Circuit`: chosen nodes, the edges between them, and the settings that gave them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import networkx
+import pandas as pd
+
+from ..attribution import NodeScores
+from . import _algebra, _groups, _neuronpedia, _prune, _saved, _scores
+from ._table import CHOSEN, EDGE_COLUMNS, NODE_COLUMNS, typed
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit:
+    """Nodes and the direct effects between them.
+
+    `nodes` has one row a node. `kind` is "neuron", "embedding" (one a position), "logit" (what is explained), "bias"
+    (biases; positional embeddings), "remainder" (per position, whatever was left out), "residual" (what the
+    linearisation of pairs or of a metric misses) or "group". `score` is the node's signed support for the target
+    through all paths and `share` its share of the target; `flow` is the part of the target that reaches it along edges
+    of this circuit alone, and `influence` is circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
+
+    `edges` has one row an edge, largest |attribution| first. `weight` is the part of the target node's `change` (its
+    activation minus the baseline's) that comes directly from the source, `attribution` that part of the target node's
+    score, and `relative` its share. Over all sources they sum to the change, to the score, and to 1.
+    """
+
+    nodes: pd.DataFrame
+    edges: pd.DataFrame
+    settings: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Give the columns one type each, whatever pandas made of them."""
+        object.__setattr__(self, "nodes", typed(self.nodes, NODE_COLUMNS))
+        object.__setattr__(self, "edges", typed(self.edges, EDGE_COLUMNS))
+
+    def __len__(self) -> int:
+        """How many scalar nodes were chosen (neurons or features); members of supernodes count."""
+        return int(self.nodes["kind"].isin(("neuron", "feature")).sum()) + int(self.settings.get("n_grouped", 0))
+
+    @property
+    def target_value(self) -> float:
+        """The number that the circuit explains: the sum of its logit nodes."""
+        return float(self.settings["target_value"])
+
+    @property
+    def unexplained(self) -> float:
+        """Share of the target that flows to remainders and the residual: nodes left out, edges cut, linearisation."""
+        left = self.nodes["kind"].isin(("remainder", "residual", "error"))
+        return float(self.nodes.loc[left, "flow"].sum() / self.target_value)
+
+    @property
+    def replacement_score(self) -> float:
+        """Influence of the embeddings over that of embeddings and remainders, 0 to 1. circuit-tracer; METHODS 4.5."""
+        return _prune.replacement_score(self.nodes)
+
+    @property
+    def completeness_score(self) -> float:
+        """Share of all nodes' inputs that does not come from remainders, weighted by influence. METHODS 4.5."""
+        return _prune.completeness_score(self.nodes, self.edges)
+
+    def prune(
+        self,
+        *,
+        share: float | None = None,
+        count: int | None = None,
+        edges: int | None = None,
+        relative: float | None = None,
+        node_influence: float | None = None,
+        edge_influence: float | None = None,
+    ) -> "Circuit":
+        """Fewer nodes and edges. Whatever goes, its part of each target moves to the remainder at its position.
+
+        Embeddings, logits, biases and remainders stay; then nodes without an incoming or an outgoing edge go, until
+        none is left. Criteria add up.
+
+        Args:
+            share: keep nodes with |score| of at least this share of the target.
+            count: keep the nodes with the largest |score|.
+            edges: keep the edges with the largest |attribution| (those of remainders and biases are not counted).
+            relative: keep edges with |relative weight| of at least this.
+            node_influence: keep the fewest nodes that make up this much of the influence (circuit-tracer's default .8).
+            edge_influence: the same for edges (.98).
+
+        Raises:
+            SettingsError: no criterion, or one out of its range.
+
+        Example:
+            >>> circuit.prune(node_influence=0.8, edge_influence=0.98)  # doctest: +SKIP
+        """
+        rule = _prune.Rule(share, count, edges, relative, node_influence, edge_influence)
+        nodes, kept = _prune.prune(self.nodes, self.edges, self.target_value, rule)
+        return replace(self, nodes=nodes, edges=kept)
+
+    def label(self, labels: Mapping[str, str]) -> "Circuit":
+        """Names for nodes: by node ("L3/N45@7"), or by neuron at all positions ("L3/N45").
+
+        Raises:
+            SettingsError: a name that no node has.
+        """
+        return replace(self, nodes=_groups.with_column(self.nodes, "label", labels))
+
+    def group(self, groups: Mapping[str, Sequence[str]]) -> "Circuit":
+        """Put nodes into named groups; `collapse` makes a supernode of each.
+
+        Args:
+            groups: members by node ("L3/N45@7"), or by neuron at all positions ("L3/N45"). Others keep their group.
+
+        Raises:
+            SettingsError: a name that no node has, a node in two groups, or a group named like a node.
+        """
+        return replace(self, nodes=_groups.with_groups(self.nodes, groups))
+
+    def collapse(self) -> "Circuit":
+        """One supernode a group.
+
+        Its score is that of its members minus the attribution of edges between them, which are gone; edges of its
+        members are added up. So incoming edges still sum to the score, and flow to the target. METHODS 1.7.
+        """
+        return _groups.collapse(self)
+
+    def sum_positions(self) -> "Circuit":
+        """One node a neuron, one embedding a token, one remainder: everything is added up over positions. METHODS 1.6.
+
+        So circuits of prompts of different lengths can be compared and merged.
+        """
+        return _groups.sum_positions(self)
+
+    @classmethod
+    def merge(cls, circuits: Sequence["Circuit"], *, how: Literal["any", "all"] = "any") -> "Circuit":
+        """Several prompts' circuits as one: every number is the mean over prompts, zero where a node is absent.
+
+        Args:
+            circuits: of one model. Sum positions first where prompts differ in length.
+            how: nodes of any circuit, or only those that all have.
+
+        Raises:
+            SettingsError: no circuits, or circuits of different models.
+        """
+        return _algebra.merge(circuits, how=how)
+
+    def __or__(self, other: "Circuit") -> "Circuit":
+        """Nodes of either, numbers averaged over all prompts."""
+        return _algebra.merge([self, other], how="any")
+
+    def __and__(self, other: "Circuit") -> "Circuit":
+        """Nodes of both, numbers averaged over all prompts."""
+        return _algebra.merge([self, other], how="all")
+
+    def __sub__(self, other: "Circuit") -> "Circuit":
+        """This circuit without the other's nodes, which join the remainders."""
+        return _algebra.without(self, other)
+
+    def jaccard(self, other: "Circuit") -> float:
+        """Nodes in both over nodes in either."""
+        mine, theirs = self.members, other.members
+        return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
+
+    @property
+    def members(self) -> frozenset[str]:
+        """The chosen nodes."""
+        return frozenset(self.nodes.loc[self.nodes["kind"].isin(CHOSEN), "node"])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The nodes, largest |score| first."""
+        order = self.nodes["score"].abs().sort_values(ascending=False, na_position="last", kind="stable").index
+        return self.nodes.loc[order].reset_index(drop=True)
+
+    def to_scores(self) -> NodeScores:
+        """The chosen neurons' scores as `evaluate` takes them; every other neuron is nan, so it ranks last.
+
+        Raises:
+            SettingsError: the nodes are not single neurons of a model (supernodes, imported features).
+        """
+        return _scores.to_scores(self)
+
+    def graph(self) -> networkx.DiGraph:
+        """The circuit as a networkx graph, with the tables' columns as attributes."""
+        graph = networkx.DiGraph(**dict(self.settings))
+        for row in self.nodes.to_dict("records"):
+            graph.add_node(row.pop("node"), **row)
+        for row in self.edges.to_dict("records"):
+            graph.add_edge(row.pop("source"), row.pop("target"), **row)
+        return graph
+
+    def save(self, path: str | Path) -> None:
+        """Write a directory with `circuit.safetensors` and `circuit.json`; an existing one is replaced at once.
+
+        Raises:
+            FileFormatError: the path is something else than a directory of ours.
+        """
+        _saved.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Circuit":
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, foreign, or of another schema.
+        """
+        return cls(*_saved.load(path))
+
+    def to_neuronpedia(self, path: str | Path, *, slug: str | None = None, scan: str | None = None) -> None:
+        """Write Neuronpedia's attribution-graph JSON, labels and groups included.
+
+        Args:
+            path: of the JSON file.
+            slug: name of the graph; from the prompt unless given.
+            scan: the model's name there; the model's own unless given.
+        """
+        _neuronpedia.write(self, Path(path), slug, scan)
+
+    @classmethod
+    def from_neuronpedia(cls, path: str | Path) -> "Circuit":
+        """Read an attribution graph: one that `to_neuronpedia` wrote comes back whole, others as far as they say.
+
+        Raises:
+            FileFormatError: missing, not JSON, or not an attribution graph.
+        """
+        return cls(*_neuronpedia.read(Path(path)))
+
+    def __repr__(self) -> str:
+        s = self.settings
+        target = ", ".join(map(repr, s["target"]))
+        return (
+            f"Circuit({len(self)} nodes, {len(self.edges):,} edges, target {target} = {self.target_value:.3f} on "
+            f"{s['model']}, {s['n_prompts']} prompt(s), {self.unexplained:.0%} left out)"
+        )
+
+    def _repr_html_(self) -> str:
+        shown = ["label", "kind", "layer", "position", "token", "activation", "score", "share", "group"]
+        table = self.to_dataframe()[shown].head(20)
+        return f"<p>{self!r}</p>{table.to_html(index=False, float_format='%.3g')}"

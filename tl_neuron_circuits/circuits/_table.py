@@ -1,0 +1,147 @@
+"""The two tables of a circuit: their columns, and what follows from them (flow, influence, remainders).
+
+A source's edges say what share of a target's activation comes from it, so a target's relevance can be handed down:
+
+    flow(s) = sum_t relative(s -> t) * flow(t),   flow(logit) = its score
+
+Whatever ends at embeddings, biases, remainders and the residual is then the whole of the logits again, after any
+pruning: an edge that is cut goes to the remainder at its source's position. What ends at remainders is what the
+circuit leaves unexplained.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+import pandas as pd
+
+NODE_COLUMNS = {
+    "node": "str", "label": "str", "kind": "str", "layer": "int64", "unit": "int64", "position": "int64",
+    "token": "str", "activation": "float64", "change": "float64", "sign": "int64", "gate_sign": "int64",
+    "up_sign": "int64", "score": "float64", "share": "float64", "flow": "float64", "influence": "float64",
+    "probability": "float64", "group": "str",
+}  # fmt: skip
+EDGE_COLUMNS = {
+    "source": "str",
+    "target": "str",
+    "weight": "float64",
+    "relative": "float64",
+    "attribution": "float64",
+}
+CHOSEN = ("neuron", "feature", "group")
+"""Kinds of nodes that pruning may drop; their scores stand beside each other."""
+ENDS = ("embedding", "bias", "remainder", "residual", "error")
+"""Kinds without incoming edges: where flow ends."""
+FIXED_SOURCES = ("bias", "remainder", "residual")
+
+
+def node_table(rows: Collection[dict]) -> pd.DataFrame:
+    """A table of nodes with every column; missing entries are neutral (-1 for places, 0 for signs, nan for numbers)."""
+    neutral = {"str": "", "int64": -1, "float64": np.nan}
+    signs = {"sign": 0, "gate_sign": 0, "up_sign": 0}
+    frame = pd.DataFrame(list(rows), columns=list(NODE_COLUMNS))
+    for column, kind in NODE_COLUMNS.items():
+        filled = frame[column].where(frame[column].notna(), signs.get(column, neutral[kind]))
+        frame[column] = filled.astype(object if kind == "str" else kind)
+    frame["label"] = frame["label"].where(frame["label"] != "", frame["node"])
+    return frame
+
+
+def typed(frame: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
+    """The table with exactly these columns, texts as objects."""
+    return frame[list(columns)].astype({c: object if kind == "str" else kind for c, kind in columns.items()})
+
+
+def edge_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A table of edges, largest |attribution| first."""
+    frame = typed(rows, EDGE_COLUMNS)
+    return frame.iloc[np.argsort(-frame["attribution"].abs().to_numpy(), kind="stable")].reset_index(drop=True)
+
+
+def remainder_name(position: int) -> str:
+    """The node that stands for whatever was left out at a position."""
+    return "remainder" if position < 0 else f"remainder@{position}"
+
+
+def handed_down(nodes: pd.DataFrame, edges: pd.DataFrame, start: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """x = start + sum over out-edges of column * x(target): exact, by as many steps as the graph is deep."""
+    index = pd.Series(np.arange(len(nodes)), index=nodes["node"])
+    source, target = index[edges["source"]].to_numpy(), index[edges["target"]].to_numpy()
+    x = start.copy()
+    for _ in range(int(nodes["layer"].nunique()) + 2):
+        before, x = x, start + np.bincount(source, column * x[target], len(nodes))
+        if np.array_equal(before, x):
+            return x
+    matrix = np.eye(len(nodes))  # supernodes over several layers may form cycles
+    np.subtract.at(matrix, (source, target), column)
+    return np.linalg.solve(matrix, start)
+
+
+def complete(nodes: pd.DataFrame, edges: pd.DataFrame, target_value: float) -> pd.DataFrame:
+    """The nodes with flow, influence, shares and the remainders' scores computed from the edges."""
+    nodes = nodes.copy()
+    goal = (nodes["kind"] == "logit").to_numpy()
+    start = np.where(goal, nodes["score"].fillna(0.0), 0.0)
+    nodes["flow"] = handed_down(nodes, edges, start, edges["relative"].to_numpy())
+    nodes["influence"] = influence(nodes, edges)
+    left = nodes["kind"].isin(["remainder", "residual"])
+    nodes.loc[left, "score"] = nodes.loc[left, "flow"]
+    nodes["share"] = nodes["score"] / target_value
+    return nodes
+
+
+def logit_weights(nodes: pd.DataFrame) -> np.ndarray:
+    """circuit-tracer's weights: the logits' probabilities; their shares of the score where they have none."""
+    goal = (nodes["kind"] == "logit").to_numpy()
+    probability = nodes["probability"].to_numpy()
+    if not np.isfinite(probability[goal]).all():
+        size = np.where(goal, nodes["score"].abs().fillna(0.0), 0.0)
+        return size / max(size.sum(), np.finfo(float).tiny)
+    return np.where(goal, probability, 0.0)
+
+
+def normalised(edges: pd.DataFrame) -> np.ndarray:
+    """|attribution| over the sum of the target's incoming ones.
+
+    On a single prompt that is circuit-tracer's |weight| over their sum; with pairs in both directions weights cancel.
+    """
+    size = edges["attribution"].abs()
+    return (size / size.groupby(edges["target"]).transform("sum").clip(lower=np.finfo(float).tiny)).to_numpy()
+
+
+def influence(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
+    """w (N + N^2 + ...) with N the normalised edges and w the logits' weights. Source: circuit-tracer; METHODS 4.5."""
+    weights = logit_weights(nodes)
+    return handed_down(nodes, edges, weights, normalised(edges)) - weights
+
+
+def restrict(
+    nodes: pd.DataFrame, edges: pd.DataFrame, kept_nodes: np.ndarray, kept_edges: np.ndarray, target_value: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Only the kept nodes and edges; what flowed along the others comes from remainders instead.
+
+    Edges of biases, remainders and residuals always stay; embeddings, logits and the like stay as nodes.
+    """
+    stays = kept_nodes | ~nodes["kind"].isin(CHOSEN).to_numpy()
+    table = nodes.assign(stays=stays).set_index("node")
+    sources = table.loc[edges["source"]]
+    into = table.loc[edges["target"], "stays"].to_numpy()
+    fixed = sources["kind"].isin(FIXED_SOURCES).to_numpy()
+    along = (kept_edges & sources["stays"].to_numpy()) | fixed
+    place = sources["position"].astype(object).to_numpy()  # plain integers
+    live, lost = edges[into & along], edges[into & ~along]
+    lost = lost.assign(source=[remainder_name(position) for position in place[into & ~along]])
+    edges = pd.concat([live, lost]).groupby(["source", "target"], sort=False, as_index=False).sum()
+    nodes = nodes[stays]
+    missing = {name: int(position) for name, position in zip(lost["source"], place[into & ~along], strict=True)}
+    new = [remainder_row(position) for name, position in missing.items() if name not in set(nodes["node"])]
+    nodes = pd.concat([nodes, node_table(new)], ignore_index=True) if new else nodes.reset_index(drop=True)
+    return complete(nodes, edges, target_value), edge_table(edges)
+
+
+def remainder_row(position: int, token: str = "") -> dict:
+    """A remainder, as a row of the nodes."""
+    where = "everywhere" if position < 0 else f"at {position}"
+    return {
+        "node": remainder_name(position), "label": f"left out {where}", "kind": "remainder", "position": position,
+        "token": token,
+    }  # fmt: skip

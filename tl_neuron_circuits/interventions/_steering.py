@@ -1,0 +1,205 @@
+"""Steering as TransformerLens hooks: multiply, set or add to chosen activations, at some positions or everywhere.
+
+    scale:  a <- scale * a      (0 ablates, 1 changes nothing, bit for bit)
+    value:  a <- value          (a number; or what the nodes were in another run: an interchange intervention)
+    add:    a <- a + add
+
+Positions count the tokens of the prompt from 0, BOS and padding included. In `generate` they belong to the prompt: a
+pass that continues a key-value cache is not touched by them (the cached keys and values keep what the prompt's pass
+computed), and without a cache every pass contains the prompt again, so both give the same text. Nodes without a
+position are steered at every position, generated ones included. The two kinds of passes are told apart by the shape
+[.., query, key] of an attention pattern.
+Source: METHODS 1.7.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .._errors import SettingsError, UnsupportedModelError
+from .._typing import checked
+from ..models import TransformerLensModel, hook_points
+from ._ablation import Hooks
+from ._steering_nodes import Nodes, find_nodes
+
+Amount = int | float | Float[Tensor, "..."]
+"""One number for all nodes, or a tensor [node], or [batch, node]: nodes in the order given."""
+How = Literal["scale", "value", "add"]
+
+_CHANGES: dict[How, Callable[[Tensor, Any], Tensor]] = {
+    "scale": lambda x, amount: x * amount,
+    "value": lambda x, amount: torch.as_tensor(amount).to(x).expand_as(x),
+    "add": lambda x, amount: x + amount,
+}
+
+
+@checked
+def steering_hooks(
+    model: TransformerLensModel,
+    nodes: Nodes,
+    *,
+    scale: Amount | None = None,
+    value: Amount | None = None,
+    add: Amount | None = None,
+    positions: int | Sequence[int] | None = None,
+) -> Hooks:
+    """Forward hooks that steer `nodes`, for `model.hooks(fwd_hooks=...)` or `model.run_with_hooks`; also in `generate`.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge; it is only read.
+        nodes: labels ("L12/N345@7", or "L12/N345" for every position), rows of `NodeScores.top` (columns hook, unit,
+            position; -1 is every position), or a `Circuit`, whose neurons are steered. Units of hook points with heads
+            (`attn.hook_z`) count over heads concatenated.
+        scale: multiply by it.
+        value: set to it; with `node_values` of another prompt this is an interchange intervention.
+        add: add it.
+        positions: steer every node at these positions of the prompt, counted from 0; only for nodes without positions of
+            their own. In `generate`, positions apply to the prompt; None applies to generated tokens too.
+
+    Exactly one of `scale`, `value` and `add`: a number, or a tensor [node] or [batch, node] in the order of the nodes
+    (with `positions`: nodes outer, positions inner).
+
+    Raises:
+        SettingsError: not exactly one change, a node that cannot be read or stands twice, a tensor of another shape; while
+            the model runs: a unit out of range, a position outside the prompt.
+        UnsupportedModelError: the model lacks a hook point; or, for positions, one that fires before the first attention
+            pattern, where the prompt's pass cannot be told from a generated token's.
+
+    Source: METHODS 1.7.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> hooks = tnc.steering_hooks(model, ["L2/N5", "L3/N7@4"], scale=0)
+        >>> logits = model.run_with_hooks("The dog near the cats", fwd_hooks=hooks)
+    """
+    how, amount = the_change(scale, value, add)
+    return hooks_for(model, find_nodes(model, nodes, positions), how, amount)
+
+
+def the_change(scale: Amount | None, value: Amount | None, add: Amount | None) -> tuple[How, Amount]:
+    """The one change that was asked for."""
+    given: list[tuple[How, Amount]] = [
+        (how, amount) for how, amount in (("scale", scale), ("value", value), ("add", add)) if amount is not None
+    ]
+    if len(given) != 1:
+        raise SettingsError(f"expected exactly one of scale, value and add; got {[how for how, _ in given] or 'none'}.")
+    return given[0]
+
+
+def hooks_for(model: TransformerLensModel, frame: pd.DataFrame, how: How, amount: Amount) -> Hooks:
+    """The hooks for nodes that `find_nodes` has checked."""
+    if isinstance(amount, Tensor) and (amount.dim() > 2 or (amount.dim() and amount.shape[-1] != len(frame))):
+        raise SettingsError(
+            f"expected {how} to be a number or a tensor [node] or [batch, node] of {len(frame)} nodes (a node at several "
+            f"positions counts at each); got the shape {list(amount.shape)}."
+        )
+    edits = [_edit(hook, rows, how, amount) for hook, rows in frame.groupby("hook", sort=False)]
+    if not any(len(edit.positions) for edit in edits):
+        return [(edit.hook, edit) for edit in edits]
+    passes = _Passes([edit for edit in edits if len(edit.positions)])
+    return [(_pattern(model), passes), *((edit.hook, edit) for edit in edits)]
+
+
+@dataclass(eq=False, repr=False)
+class _Edit:
+    """The hook at one hook point. `continues` is told by `_Passes` in every pass: None until then."""
+
+    hook: str
+    how: How
+    everywhere: Int[Tensor, " free"]
+    units: Int[Tensor, " fixed"]
+    positions: Int[Tensor, " fixed"]
+    amount_everywhere: Any
+    amount_fixed: Any
+    continues: bool | None = None
+
+    def __call__(self, value: Tensor, hook: Any) -> Tensor:
+        if value.dim() < 3:
+            raise SettingsError(f"expected {self.hook} to hold [batch, pos, unit]; got the shape {list(value.shape)}.")
+        out = value.flatten(2).clone()
+        self._check_units(out.shape[-1])
+        change = _CHANGES[self.how]
+        if len(self.everywhere):
+            amount = _fit(self.amount_everywhere, out, 1)
+            out[:, :, self.everywhere] = change(out[:, :, self.everywhere], amount)
+        if len(self.units) and not self._continues():
+            self._check_positions(out.shape[1])
+            amount = _fit(self.amount_fixed, out, 0)
+            out[:, self.positions, self.units] = change(out[:, self.positions, self.units], amount)
+        return out.reshape(value.shape)
+
+    def _continues(self) -> bool:
+        known, self.continues = self.continues, None
+        if known is None:
+            raise UnsupportedModelError(
+                f"{self.hook} fires before the first attention pattern (or the pattern did not fire), so the prompt's pass "
+                "cannot be told from a generated token's. Steer it without positions, or steer a later hook point."
+            )
+        return known
+
+    def _check_units(self, width: int) -> None:
+        units = torch.cat([self.everywhere, self.units])
+        if int(units.max()) >= width:
+            raise SettingsError(f"expected units below {width} at {self.hook}; got {int(units.max())}.")
+
+    def _check_positions(self, length: int) -> None:
+        if int(self.positions.max()) >= length:
+            raise SettingsError(
+                f"expected positions below {length}, the tokens of this prompt; got {int(self.positions.max())} at {self.hook}."
+            )
+
+
+@dataclass(eq=False, repr=False)
+class _Passes:
+    """Tells the edits with positions, in every pass, whether it continues a key-value cache: more keys than queries."""
+
+    edits: list[_Edit]
+
+    def __call__(self, pattern: Tensor, hook: Any) -> Tensor:
+        for edit in self.edits:
+            edit.continues = pattern.shape[-1] > pattern.shape[-2]
+        return pattern
+
+
+def _edit(hook: Any, rows: pd.DataFrame, how: How, amount: Amount) -> _Edit:
+    """`rows` keep their index in the whole frame, which says where their amounts are."""
+    fixed = rows["position"].to_numpy() >= 0
+    column = {key: torch.as_tensor(rows[key].to_numpy(dtype="int64", copy=True)) for key in ("unit", "position")}
+    index, keep = torch.as_tensor(rows.index.to_numpy(dtype="int64", copy=True)), torch.as_tensor(fixed)
+
+    def part(chosen: Tensor) -> Any:
+        return amount[..., index[chosen].to(amount.device)] if isinstance(amount, Tensor) and amount.dim() else amount
+
+    return _Edit(
+        str(hook), how, column["unit"][~keep], column["unit"][keep], column["position"][keep], part(~keep), part(keep)
+    )
+
+
+def _fit(amount: Any, like: Tensor, extra: int) -> Any:
+    """The amount on the activation's device and dtype; [batch, node] gets `extra` dimensions of positions between."""
+    if not isinstance(amount, Tensor):
+        return amount
+    if amount.dim() == 2 and amount.shape[0] not in (1, like.shape[0]):
+        raise SettingsError(
+            f"expected a tensor for a batch of {like.shape[0]} prompts; got one for {amount.shape[0]}: [batch, node]."
+        )
+    amount = amount.to(like)
+    return amount[:, None] if amount.dim() == 2 and extra else amount
+
+
+def _pattern(model: TransformerLensModel) -> str:
+    points = hook_points(model)
+    names = (f"blocks.{layer}.attn.hook_pattern" for layer in range(int(model.cfg.n_layers)))
+    name = next((name for name in names if name in points), None)
+    if name is None:
+        raise UnsupportedModelError(
+            f"expected attn.hook_pattern in some layer of this {type(model).__name__}, to tell the prompt's pass from a "
+            "generated token's; it has none. Steer without positions."
+        )
+    return name

@@ -1,0 +1,88 @@
+"""Prompts given as text or as tokens, one by one and unpadded, in batches of one length."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .._errors import PairsError
+from ..bases import Values, capture, fired
+from ..models import TransformerLensModel
+from ._ablation import Hooks
+
+Prompts = str | Sequence[str] | Int[Tensor, "batch pos"]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadPrompts:
+    """Tokens and text of every prompt."""
+
+    tokens: tuple[Int[Tensor, " _"], ...]
+    texts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[list[int], Int[Tensor, "batch pos"]]]:
+        """(places of the rows, their tokens), at most `batch_size` prompts of one length each."""
+        lengths: dict[int, list[int]] = {}
+        for index, prompt in enumerate(self.tokens):
+            lengths.setdefault(len(prompt), []).append(index)
+        for rows in lengths.values():
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                yield part, torch.stack([self.tokens[row] for row in part])
+
+
+def read_prompts(model: TransformerLensModel, prompts: Prompts, prepend_bos: bool | None = None) -> ReadPrompts:
+    """The prompts as `model(prompt)` would see them.
+
+    Raises:
+        PairsError: no prompts, an empty one, text without a tokenizer, or tokens with `prepend_bos`.
+    """
+    if isinstance(prompts, Tensor):
+        if prepend_bos is not None:
+            raise PairsError("prepend_bos cannot be applied to tokens: put BOS into them.")
+        rows = tuple(prompts.to(device_of(model)))
+        texts = tuple(text_of(model, row) for row in rows)
+    else:
+        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        if getattr(model, "tokenizer", None) is None:
+            raise PairsError(f"this {type(model).__name__} has no tokenizer: give the prompts as tokens [batch, pos].")
+        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+        rows = tuple(model.to_tokens(text, truncate=False, **options)[0].to(device_of(model)) for text in texts)
+    if not rows or not all(len(row) for row in rows):
+        raise PairsError(f"expected prompts of at least one token; got {list(texts)!r}.")
+    return ReadPrompts(rows, texts)
+
+
+def run(
+    model: TransformerLensModel, tokens: Int[Tensor, "batch pos"], names: Sequence[str] = (), hooks: Hooks | None = None
+) -> tuple[Tensor, Values]:
+    """Logits `[batch, pos, d_vocab]` and the values at `names`, without a graph, with `hooks` before the captures."""
+    store: Values = {}
+    with torch.no_grad(), model.hooks(fwd_hooks=[*(hooks or ()), *(capture(store, name) for name in names)]):
+        logits = model(tokens)
+    return logits, fired(store, names, model)
+
+
+def text_of(model: Any, tokens: Int[Tensor, " pos"]) -> str:
+    """The tokens as text; as numbers where the model has no tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return " ".join(str(token) for token in tokens.tolist()) if tokenizer is None else tokenizer.decode(tokens.tolist())
+
+
+def token_names(model: Any, tokens: Sequence[int]) -> list[str]:
+    """Every token as text of its own, spaces kept; as a number where the model has no tokenizer."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return [str(token) for token in tokens]
+    return [tokenizer.decode([token]) for token in tokens]
+
+
+def device_of(model: TransformerLensModel) -> torch.device:
+    """Where the model expects its tokens."""
+    return torch.device(model.cfg.device or "cpu")
