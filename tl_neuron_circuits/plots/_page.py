@@ -105,23 +105,34 @@ def _title(circuit: Circuit) -> str:
     return f"Circuit for “{target}” on {circuit.settings.get('model', 'unknown')}"
 
 
-def _facts(circuit: Circuit) -> list[tuple[str, str]]:
-    """What the head of the page says, beside the prompt."""
+def _facts(circuit: Circuit) -> list[tuple[str, str, str]]:
+    """What the head of the page says beside the prompt: names, texts, and what they mean."""
     settings = circuit.settings
-    prompts = int(settings.get("n_prompts", 1))
+    target, prompts = ", ".join(map(str, settings.get("target", []))), int(settings.get("n_prompts", 1))
     explained = 1 - circuit.unexplained if circuit.target_value else float("nan")
+    made_with = {"tl-neuron-circuits": versions()["tl-neuron-circuits"]} | dict(settings.get("versions") or {})
     facts = [
-        ("target", f"{', '.join(map(str, settings.get('target', [])))} = {circuit.target_value:.4g}"),
-        ("explained", _percent(explained)),
-        ("replacement", _percent(circuit.replacement_score)),
-        ("completeness", _percent(circuit.completeness_score)),
-        ("baseline", str(settings.get("baseline", ""))),
-        ("prompts", str(prompts) if prompts != 1 else ""),
-        *((settings.get("versions") or {}).items()),
+        ("target", f"{target} = {circuit.target_value:.4g}", "what the circuit explains: the sum of its logits"),
+        (
+            "explained",
+            _percent(explained),
+            "share of the target that ends at embeddings and biases, not at what was left out",
+        ),
+        (
+            "replacement",
+            _percent(circuit.replacement_score),
+            "influence of embeddings over that of embeddings and of what was left out",
+        ),
+        (
+            "completeness",
+            _percent(circuit.completeness_score),
+            "share of all nodes' inputs that does not come from what was left out",
+        ),
+        ("baseline", str(settings.get("baseline", "")), "scores are differences to this"),
+        ("prompts", str(prompts) if prompts != 1 else "", "numbers are means over them"),
+        *((name, str(version), "version the circuit was made with") for name, version in made_with.items()),
     ]
-    if "tl-neuron-circuits" not in (settings.get("versions") or {}):
-        facts.append(("tl-neuron-circuits", versions()["tl-neuron-circuits"]))
-    return [(name, text) for name, text in facts if text]
+    return [fact for fact in facts if fact[1]]
 
 
 def _percent(value: float) -> str:

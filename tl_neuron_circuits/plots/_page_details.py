@@ -62,7 +62,9 @@ def _example(name: str, example: Any) -> dict[str, Any]:
         raise SettingsError(f"expected an example as text, or with tokens and values; got {example!r} for {name!r}.")
     tokens, values = [str(token) for token in example["tokens"]], _finite(name, example["values"])
     if len(tokens) != len(values):
-        raise SettingsError(f"expected a value a token; got {len(tokens)} tokens and {len(values)} values for {name!r}.")
+        raise SettingsError(
+            f"expected a value a token; got {len(tokens)} tokens and {len(values)} values for {name!r}."
+        )
     return {"tokens": tokens, "values": values, "note": str(example.get("note", ""))}
 
 

@@ -35,11 +35,10 @@ function sayCounts() {
   const all = view.nodes.filter((node) => CHOSEN.has(node.kind)).length;
   const found = state.search ? `${count(state.shown.filter(matches).length)} found · ` : "";
   const hint = state.drawn.length === MOST_EDGES ? " (the strongest)" : "";
-  const ofTarget = SIZED_BY === "share" ? "" : " (by influence)";
   const limits = [["node", state.nodeLimit], ["edge", state.edgeLimit]];
   for (const [name, limit] of limits) {
-    const text = limit ? percent(Number(limit.toPrecision(2))) : "0 %";
-    $(name + "-limit").textContent = name === "node" ? text + ofTarget : text;
+    const text = limit ? percent(limit) : "0 %";
+    $(name + "-limit").textContent = text;
     $(name + "-slider").setAttribute("aria-valuetext", text);
   }
   $("counts").textContent = `${found}${count(chosen)} of ${count(all)} nodes, ${count(state.drawn.length)} of ${count(view.edges.length)} edges${hint}`;
@@ -190,9 +189,10 @@ function hover(key) {
 }
 
 $("prompt").textContent = [...data.prompt].map((character) => (character === "\n" ? character : clean(character))).join("");
-for (const [name, text] of data.facts) {
-  $("facts").append(element("div", {}, element("dt", {}, clean(name)), element("dd", { "data-fact": name }, clean(text))));
+for (const [name, text, title] of data.facts) {
+  $("facts").append(element("div", title ? { title } : {}, element("dt", {}, clean(name)), element("dd", { "data-fact": name }, clean(text))));
 }
+if (SIZED_BY === "influence") { $("node-measure").textContent = "influence"; $("edge-measure").value = state.measure = "relative"; }
 nameTheme();
 rebuildView();
 setScales();

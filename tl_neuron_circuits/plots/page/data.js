@@ -103,11 +103,12 @@ function number(value) {
   if (size !== 0 && (size < 1e-4 || size >= 1e6)) return value.toExponential(2);
   return String(Number(value.toPrecision(4)));
 }
-const percent = (value) => (value === null || value === undefined ? "—" : number(100 * value) + " %");
+const percent = (value) => (value === null || value === undefined ? "—" : number(Number((100 * value).toPrecision(3))) + " %");
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "0");
 const count = (value) => value.toLocaleString("en");
 const where = (node) => {
-  if (node.kind === "logit") return "at " + node.position;
+  if (node.kind === "logit" || (node.kind === "embedding" && node.position >= 0)) return "at " + node.position;
+  if (REST.has(node.kind) && node.position < 0) return "everywhere";
   if (node.position < 0) return node.token && node.token !== "…" ? "“" + showToken(node.token) + "”" : "several positions";
   return "at " + node.position + (node.token ? " “" + showToken(node.token) + "”" : "");
 };

@@ -67,7 +67,7 @@ function drawNodes() {
 function nodeMark(node) {
   const place = state.layout.places.get(node.key), { x, y, r } = place;
   const sign = signOf(node), group = GROUPS.get(node.group);
-  const classes = ["node", sign < 0 ? "minus" : sign > 0 ? "plus" : "none", REST.has(node.kind) ? "end" : ""];
+  const classes = ["node", sign < 0 ? "minus" : sign > 0 ? "plus" : "none", REST.has(node.kind) ? "end" : place.isPill ? "pill" : ""];
   const made = svg("g", {
     class: classes.join(" ").trim(), tabindex: 0, role: "button", "data-key": node.key, "aria-pressed": "false",
     "aria-label": `${nameOf(node)}, ${KINDS[node.kind] || node.kind} ${where(node)}, score ${number(node.score)}, share ${percent(node.share)}`,
@@ -109,9 +109,9 @@ function edgeMark(edge, emphasis) {
   const bend = Math.max(12, Math.abs(y1 - y2) * 0.45), strength = Math.sqrt(Math.min(1, strengthOf(edge, state.measure) / state.strongest));
   const f = (value) => value.toFixed(1);
   const mark = svg("path", {
-    class: edge.attribution < 0 ? "negative" : "positive",
+    class: (edge.attribution < 0 ? "negative" : "positive") + (REST.has(edge.source.kind) ? " end" : ""),
     d: `M${f(from.x)} ${f(y1)}C${f(from.x)} ${f(y1 - bend)} ${f(to.x)} ${f(y2 + bend)} ${f(to.x)} ${f(y2)}`,
-    "stroke-width": f(0.7 + 4 * strength * emphasis), "stroke-opacity": (emphasis > 1 ? 0.35 + 0.65 * strength : 0.12 + 0.75 * strength).toFixed(2),
+    "stroke-width": f(0.7 + 4 * strength * emphasis), "stroke-opacity": ((emphasis > 1 ? 0.35 + 0.65 * strength : 0.12 + 0.75 * strength) * (REST.has(edge.source.kind) ? 0.6 : 1)).toFixed(2),
   });
   mark.edge = edge;
   return mark;

@@ -1,7 +1,7 @@
 // Where things stand: a row a layer, a column a position. Nodes of one cell are set in lines, the largest first, so
 // that none covers another; rows and columns are as large as their fullest cell.
 
-const TEXT = 6.2, GAP = 3, AXIS_WIDTH = 74, LABELS_BELOW = 38;
+const TEXT = 6.8, GAP = 3, AXIS_WIDTH = 86, LABELS_BELOW = 38;
 const LARGEST = Math.max(1e-12, ...NODES.filter((node) => CHOSEN.has(node.kind)).map(sizeOf));
 const DEEPEST = Math.max(data.n_layers - 1, ...NODES.filter((node) => CHOSEN.has(node.kind)).map((node) => node.layer));
 
@@ -13,7 +13,7 @@ function captionOf(node, few) {
     return shorten(clean(node.label), 22) + (node.probability === null ? "" : "  " + percent(Number(node.probability.toPrecision(3))));
   }
   if (node.kind === "group") return shorten(clean(node.label), 22) + (node.members ? " · " + node.members.length : "");
-  if (node.kind === "bias" || node.kind === "residual") return shorten(clean(node.label), 22);
+  if (node.kind === "bias" || node.kind === "residual") return shorten(clean(node.node), 22);
   if (!CHOSEN.has(node.kind)) return node.position < 0 ? shorten(clean(node.label), 14) : "";
   if (node.label !== node.node) return shorten(clean(node.label), 18);
   return few && node.unit >= 0 ? "N" + node.unit : "";
@@ -47,7 +47,21 @@ function lines(boxes, width) {
   return { lines: made, h: made.reduce((sum, one) => sum + one.h, 0), w: Math.max(0, ...made.map((one) => one.w)) };
 }
 
+// From wide to narrow columns and captions: the first arrangement without scrolling, or the one with the least.
+const TRIES = [[3.6, 13], [2.4, 13], [1.6, 13], [1.1, 13], [0.8, 10], [0.55, 8], [0.4, 6], [0.4, 4]];
+
 function layout(nodes, room) {
+  let best = null;
+  for (const [aspect, letters] of TRIES) {
+    const made = arrange(nodes, room, aspect, letters);
+    made.overflow = Math.max(0, made.width - room.width - 1) + Math.max(0, made.height - room.height - 1);
+    if (!best || made.overflow < best.overflow) best = made;
+    if (!best.overflow) break;
+  }
+  return best;
+}
+
+function arrange(nodes, room, aspect, letters) {
   const few = nodes.filter((node) => CHOSEN.has(node.kind)).length <= 40;
   const rows = rowsOf(nodes), cells = new Map();
   const positions = new Set(data.tokens.map((_, position) => position));
@@ -59,13 +73,13 @@ function layout(nodes, room) {
   }
   for (const boxes of cells.values()) boxes.sort((a, b) => sizeOf(b.node) - sizeOf(a.node));
   const cell = (row, column) => cells.get(row.key + "|" + column.position) || [];
-  const columns = [...positions].sort((a, b) => a - b).map((position) => columnAt(position, nodes));
+  const columns = [...positions].sort((a, b) => a - b).map((position) => columnAt(position, nodes, letters));
   for (const column of columns) {
     for (const row of rows) {
       const boxes = cell(row, column);
       const area = boxes.reduce((sum, box) => sum + (box.w + GAP) * (box.h + GAP), 0);
       const widest = Math.max(0, ...boxes.map((box) => box.w + 4));
-      column.width = Math.max(column.width, widest, Math.min(Math.sqrt(area * 2.4) + 8, 420));
+      column.width = Math.max(column.width, widest, Math.sqrt(area * aspect) + 8);
     }
   }
   const needed = columns.reduce((sum, column) => sum + column.width, 0);
@@ -93,11 +107,11 @@ function rowsOf(nodes) {
   return rows;
 }
 
-function columnAt(position, nodes) {
+function columnAt(position, nodes, letters) {
   const own = nodes.find((node) => node.position === position && node.token && node.kind !== "logit");
   const token = position < 0 ? "everywhere" : position < data.tokens.length ? data.tokens[position] : own ? own.token : "";
-  const caption = shorten(showToken(token), 13);
-  return { position, token, caption, width: Math.max(30, [...caption].length * TEXT + 12) };
+  const caption = shorten(showToken(token), letters);
+  return { position, token, caption, width: Math.max(26, [...caption].length * TEXT + 10) };
 }
 
 function placed(rows, columns) {

@@ -9,7 +9,7 @@ function showPanel() {
 }
 
 function aboutNode(node) {
-  const parts = [element("h2", {}, nameOf(node)), element("p", { class: "where" }, `${KINDS[node.kind] || node.kind} ${where(node)}`)];
+  const parts = [element("h2", {}, nameOf(node)), element("p", { class: "where" }, `${KINDS[node.kind] || node.kind}${node.position < 0 ? "," : ""} ${where(node)}`)];
   parts.push(numbers(node));
   const actions = element("div", { class: "actions" });
   const group = GROUPS.get(node.group);
@@ -36,7 +36,7 @@ function numbers(node) {
   if (node.layer >= 0 && node.kind !== "logit") add("layer", String(node.layer));
   if (node.unit >= 0) add(CHOSEN.has(node.kind) ? "unit" : "token number", String(node.unit));
   if (node.position >= 0) add("position", String(node.position));
-  if (node.token && node.kind !== "logit") add("token", "“" + clean(node.token) + "”");
+  if (node.token && node.token !== "…" && node.kind !== "logit") add("token", "“" + clean(node.token) + "”");
   if (node.activation !== null) {
     add(node.kind === "logit" ? "logit" : "activation", `${number(node.activation)} (${signed(node.sign)})`);
     if (node.change !== null && node.change !== node.activation) {
