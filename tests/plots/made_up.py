@@ -13,13 +13,15 @@ NASTY = (
     "line\nbreak",
     "<img src=x onerror=window.broken=true>",
     "\x00\x07\x7f",
-    "\udc80\udcff",  # bytes that are no UTF-8, as surrogates
     "‮right to left\u200b",
     "&amp;[[data]]${window.broken = true}",
     "   ",
     "日本語 Größe 🙂",
     "",
 )
+
+BYTES = "\udc80\udcff"
+"""Bytes that are no UTF-8, as surrogates; pandas has no place for them, JSON has."""
 
 
 def large_circuit(n_nodes: int = 300, n_edges: int = 3000, *, layers: int = 12, positions: int = 12) -> Circuit:
@@ -70,13 +72,20 @@ def nasty_circuit() -> Circuit:
     rows = []
     for position, token in enumerate(NASTY):
         place = {"position": position, "token": token}
+        group = NASTY[0] if position < 2 else ""
         rows.append({"node": f"embed@{position}", "label": token or "empty", "kind": "embedding", "score": 1.0} | place)
         rows.append(
-            {"node": f"L0/N{position}@{position}", "label": token, "kind": "neuron", "layer": 0, "unit": position,
-             "activation": 1.0, "change": 1.0, "sign": 1, "score": 1.0, "group": NASTY[0] if position < 2 else ""} | place
+            {
+                "node": f"L0/N{position}@{position}", "label": token, "kind": "neuron", "layer": 0, "unit": position,
+                "activation": 1.0, "change": 1.0, "sign": 1, "score": 1.0, "group": group, **place,
+            }
         )  # fmt: skip
-    rows.append({"node": "logit/1", "label": NASTY[0], "kind": "logit", "layer": 1, "unit": 1, "position": 11,
-                 "token": NASTY[0], "activation": 12.0, "change": 12.0, "sign": 1, "score": 12.0})  # fmt: skip
+    rows.append(
+        {
+            "node": "logit/1", "label": NASTY[0], "kind": "logit", "layer": 1, "unit": 1, "position": len(NASTY) - 1,
+            "token": NASTY[0], "activation": 12.0, "change": 12.0, "sign": 1, "score": 12.0,
+        }
+    )  # fmt: skip
     names = [f"L0/N{position}@{position}" for position in range(len(NASTY))]
     edges = [(f"embed@{position}", name) for position, name in enumerate(names)] + [(name, "logit/1") for name in names]
     table = pd.DataFrame(edges, columns=["source", "target"]).assign(weight=1.0, relative=0.0, attribution=1.0)
@@ -89,7 +98,7 @@ def made(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], layers: in
     value = float(nodes.loc[nodes["kind"] == "logit", "score"].sum())
     target = nodes.loc[nodes["kind"] == "logit", "label"].tolist()
     settings = {
-        "model": "made up", "n_layers": layers, "d_mlp": None, "n_prompts": 1, "prompt": "".join(tokens),
+        "model": "made up", "n_layers": layers, "d_mlp": None, "n_prompts": 1, "prompt": "".join(tokens) + BYTES,
         "tokens": tokens, "token_ids": None, "target": target, "target_value": value, "position": len(tokens) - 1,
         "baseline": "zero", "pairs_hash": "", "versions": {"torch": "0"},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The three ways in which a TransformerLens user reads gradients, and what the replicas say they are under the rules."""
+"""The three ways in which a TransformerLens user reads gradients, and what the replicas say that they are."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
@@ -18,7 +18,7 @@ Gradients = dict[str, Tensor]
 ALL_RULES = ("ln", "identity", "half", "attention")
 SINGLE_RULES = tuple((rule,) for rule in ALL_RULES)
 STEPWISE_NORMS = pytest.mark.filterwarnings("ignore:Backward hooks on hook_scale/hook_normalized require")
-"""TransformerBridge warns, with or without relp, that a backward hook inside a norm makes it compute the norm itself."""
+"""TransformerBridge warns, relp or not, that a backward hook inside a norm makes it compute the norm itself."""
 PAIRS_OF_RULES = tuple((a, b) for i, a in enumerate(ALL_RULES) for b in ALL_RULES[i + 1 :])
 
 

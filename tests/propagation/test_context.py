@@ -194,7 +194,7 @@ def test_starting_at_a_layer(case: ModelCase, untouched: Untouched) -> None:
 @both_classes
 def test_wrong_arguments_are_refused(case: ModelCase) -> None:
     model = model_of(case)
-    with pytest.raises(SettingsError, match="expected rules out of .*'layernorm'"):
+    with pytest.raises(SettingsError, match=r"expected rules out of .*'layernorm'"):
         relp(model, ("ln", "layernorm"))
     for stabilizer in (0.0, -1e-6, 1.0):
         with pytest.raises(SettingsError, match="expected a stabilizer between 0 and 1"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.families import ModelCase, all_models, model_cases, random_tokens
-from tests.propagation.readings import ALL_RULES, SINGLE_RULES, STEPWISE_NORMS, model_of, tokens_of
+from tests.propagation.readings import ALL_RULES, STEPWISE_NORMS, model_of, tokens_of
 from tests.real_models import load_stories260K
 from tl_neuron_circuits.propagation import relp
 
@@ -31,9 +31,8 @@ def assert_identical(model: Any, tokens: Tensor, rules: tuple[str, ...] = ALL_RU
 @pytest.mark.parametrize("case", all_models())
 def test_forward_is_bit_identical(case: ModelCase) -> None:
     model, tokens = model_of(case), tokens_of(case)
-    for rules in (*SINGLE_RULES, ALL_RULES):
-        assert_identical(model, tokens, rules)
-    assert_identical(model, tokens, stabilizer=1e-6)
+    assert_identical(model, tokens)
+    assert_identical(model, tokens, ("half",), stabilizer=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,9 +1,10 @@
 """A padded batch gives every prompt its own gradients (trap 12).
 
-TransformerBridge's own logits are NaN where a row of left padding attends to nothing (most adapters, 3.9 and 4.3): there
-the claim is that no gradient comes out. `attribute` and `evaluate` never pad.
+TransformerBridge's own logits are NaN where a row of left padding attends to nothing (most adapters, 3.9 and 4.3):
+there the claim is that no gradient comes out. `attribute` and `evaluate` never pad.
 """
 
+from functools import cache
 from typing import Any, Literal
 
 import pytest
@@ -35,6 +36,13 @@ def gradients(model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return metric.detach(), dict(zip(NAMES, found, strict=True))
 
 
+@cache
+def one_by_one(case: ModelCase) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Each prompt alone, in their order."""
+    singles = sorted(pairs().batches(1), key=lambda batch: int(batch.index))
+    return [gradients(model_of(case), single) for single in singles]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("case", all_models())
 def test_a_padded_batch_is_its_members(case: ModelCase, side: Literal["left", "right"]) -> None:
@@ -46,9 +54,7 @@ def test_a_padded_batch_is_its_members(case: ModelCase, side: Literal["left", "r
             gradients(model, padded)
         return
     metric, together = gradients(model, padded)
-    singles = sorted(tokens.batches(1), key=lambda batch: int(batch.index))
-    for row, single in enumerate(singles):
-        alone, own = gradients(model, single)
+    for row, (alone, own) in enumerate(one_by_one(case)):
         torch.testing.assert_close(metric[row], alone[0], atol=1e-6, rtol=1e-6)
         real = padded.attention_mask[row].bool()
         for name in NAMES:

@@ -193,7 +193,7 @@ def test_values_that_are_not_finite_are_an_error(case: ModelCase, value: float, 
     weights = [p for name, p in torch.nn.Module.named_parameters(model) if "mlp" in name and p.dim() > 1]
     with torch.no_grad():
         weights[0][0, 0] = value
-    with untouched(model), pytest.raises(NumericalError, match="expected finite activations at blocks.0"), relp(model):
+    with untouched(model), pytest.raises(NumericalError, match="expected finite activations at blocks"), relp(model):
         model(tokens)
     assert not check_model(model).ok
 

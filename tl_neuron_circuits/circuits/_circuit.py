@@ -183,9 +183,11 @@ class Circuit:
     def graph(self) -> networkx.DiGraph:
         """The circuit as a networkx graph, with the tables' columns as attributes."""
         graph = networkx.DiGraph(**dict(self.settings))
-        for row in self.nodes.to_dict("records"):
+        rows: Any = self.nodes.to_dict("records")
+        for row in rows:
             graph.add_node(row.pop("node"), **row)
-        for row in self.edges.to_dict("records"):
+        rows = self.edges.to_dict("records")
+        for row in rows:
             graph.add_edge(row.pop("source"), row.pop("target"), **row)
         return graph
 

@@ -107,6 +107,7 @@ def evaluate(
         "metric": metric_name(metric),
         "attribution_hash": scores.settings["pairs_hash"],
         "pairs_hash": tokens.hash,
+        "variance_unexplained": dict(scores.settings.get("variance_unexplained", {})),
         "seed": seed,
         "versions": versions(),
     }

@@ -108,8 +108,8 @@ def _draw_nodes(figure: go.Figure, circuit: Circuit, places: dict[str, tuple[flo
     named = [row for row in named if row.kind not in (*_ENDS, "embedding")]
     figure.add_scatter(
         x=[places[row.node][0] for row in named], y=[places[row.node][1] for row in named], mode="text",
-        text=["  " + escape(_short(str(row.label), 24)) for row in named], textposition="middle right", showlegend=False,
-        hoverinfo="skip",
+        text=["  " + escape(_short(str(row.label), 24)) for row in named], textposition="middle right",
+        showlegend=False, hoverinfo="skip",
     )  # fmt: skip
 
 
