@@ -13,6 +13,7 @@ from ._dictionaries import Dictionaries as Dictionaries
 from ._dictionary import Dictionary as Dictionary
 from ._dictionary_files import load_dictionary as load_dictionary
 from ._dictionary_files import save_dictionary as save_dictionary
+from ._dictionary_folders import load_dictionaries as load_dictionaries
 from ._dictionary_hooks import check_fires as check_fires
 from ._dictionary_hooks import resolve_hooks as resolve_hooks
 from ._dictionary_objects import as_dictionary as as_dictionary

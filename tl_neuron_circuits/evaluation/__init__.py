@@ -2,6 +2,7 @@
 
 from ._agreement import Agreement as Agreement
 from ._agreement import agreement as agreement
+from ._compare import DEFAULT_METHODS as DEFAULT_METHODS
 from ._compare import compare as compare
 from ._comparison import Comparison as Comparison
 from ._comparison import CurveKey as CurveKey
