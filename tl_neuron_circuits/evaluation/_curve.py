@@ -89,17 +89,17 @@ class SparsityCurve:
         x = np.log([1, *(size for size, _ in kept), max(largest, 2)])
         first = kept[0][1] if kept and kept[0][0] == 1 else 0.0
         last = 1.0 if largest >= self.n_nodes else float(np.interp(x[-1], x[1:-1], [f for _, f in kept]))
-        return float(np.trapezoid([first, *(f for _, f in kept), last], x) / (x[-1] - x[0]))
+        return _area([first, *(f for _, f in kept), last], x) / (x[-1] - x[0])
 
     @property
     def cpr(self) -> float:
         """Area under faithfulness over MIB's fractions of all nodes, higher is better; MIB ranks by signed score."""
-        return float(np.trapezoid(self._at_fractions(), MIB_FRACTIONS))
+        return _area(self._at_fractions(), MIB_FRACTIONS)
 
     @property
     def cmd(self) -> float:
         """Area under |1 - faithfulness| over MIB's fractions, lower is better; MIB ranks by |score|."""
-        return float(np.trapezoid(np.abs(1 - self._at_fractions()), MIB_FRACTIONS))
+        return _area(np.abs(1 - self._at_fractions()), MIB_FRACTIONS)
 
     def save(self, path: str | Path) -> None:
         """Write a directory with `curve.safetensors` and `curve.json`.
@@ -167,6 +167,12 @@ def size_at(sizes: Sequence[int], faithfulness: np.ndarray, level: float) -> flo
     low, high = faithfulness[last], faithfulness[last + 1]
     share = (level - low) / (high - low) if np.isfinite(low) else 1.0
     return float(np.exp(x[last] + share * (x[last + 1] - x[last])))
+
+
+def _area(y: Sequence[float] | np.ndarray, x: Sequence[float] | np.ndarray) -> float:
+    """Trapezoids under y(x); numpy 1 has no `trapezoid`, numpy 2 no `trapz`."""
+    y, x = np.asarray(y, dtype=float), np.asarray(x, dtype=float)
+    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum())
 
 
 def stack(rows: list[Tensor]) -> Tensor:
