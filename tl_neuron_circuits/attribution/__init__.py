@@ -1,6 +1,10 @@
 """Node scores and edges: how much every node supports a metric, and through what. One method a file."""
 
 from ._attribute import attribute as attribute
+from ._component_edges_graph import Component as Component
+from ._component_edges_graph import ComponentGraph as ComponentGraph
+from ._component_edges_graph import component_graph as component_graph
+from ._component_edges_graph import split_heads as split_heads
 from ._edges import DirectEffects as DirectEffects
 from ._edges import direct_effects as direct_effects
 from ._edges import mean_totals as mean_totals

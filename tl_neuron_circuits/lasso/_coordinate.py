@@ -11,6 +11,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 _SWEEPS = 4
+_STEPS = 4
+_RIDGE = 1e-10
 
 
 def descend(
@@ -31,7 +33,8 @@ def descend(
     here = (gram, cross, squares, weights)
     for _ in range(max_rounds):
         b = _sweep(*here[:2], alpha, here[3])
-        b = _on_support(*here[:2], alpha, b)
+        for _ in range(_STEPS):
+            b = _on_support(*here[:2], alpha, b)
         weights[todo] = b
         open_ = _gap(*here[:3], alpha, b) > tolerance
         left = int(open_.sum())
@@ -62,15 +65,21 @@ def _sweep(gram: Tensor, cross: Tensor, alpha: float, weights: Tensor) -> Tensor
 
 
 def _on_support(gram: Tensor, cross: Tensor, alpha: float, weights: Tensor) -> Tensor:
-    """Step to the solution on the support, or as far towards it as no sign changes."""
+    """Step to the solution on the support, or as far towards it as no sign changes.
+
+    The ridge stands for exactly collinear columns: along their null space the step is long and ends where the first of
+    them is zero, which is where the penalty is least.
+    """
     support = weights != 0
     both = support[:, :, None] & support[:, None, :]
     system = torch.where(both, gram, 0.0)
-    system.diagonal(dim1=1, dim2=2).add_((~support).double())
-    right = torch.where(support, cross - alpha * weights.sign(), 0.0)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    ridge = _RIDGE * diagonal.amax(1, keepdim=True)
+    diagonal.add_(torch.where(support, ridge, 1.0))
+    gradient = cross - torch.bmm(gram, weights[:, :, None])[:, :, 0]
+    right = torch.where(support, gradient - alpha * weights.sign(), 0.0)
     factor, failed = torch.linalg.cholesky_ex(system)
-    solution = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
-    step = torch.where(support, solution - weights, 0.0)
+    step = torch.where(support, torch.cholesky_solve(right[:, :, None], factor)[:, :, 0], 0.0)
     crossing = torch.where(step * weights < 0, -weights / step, torch.inf)
     length = crossing.amin(1, keepdim=True).clamp(max=1.0)
     moved = torch.where(crossing <= length, 0.0, weights + length * step)

@@ -1,6 +1,6 @@
 """Label nodes: which features tell a class, by logistic regression with a lasso penalty.
 
-    minimise over b, intercept:  sum over observations of log(1 + exp(z)) - y z + penalty * ||b||_1,  z = X b + intercept
+    minimise over b, intercept:  sum over observations of log(1 + exp(z)) - y z + penalty * ||b||_1, z = X b + intercept
 
 scikit-learn's `LogisticRegression(penalty="l1", C=1 / penalty)`, the intercept free. Several labels are several
 independent regressions (one against the rest). A squared-error label is `solve_lasso` with the labels as targets.

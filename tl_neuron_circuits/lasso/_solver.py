@@ -127,7 +127,10 @@ def lasso_path(
 
 def explained(problem: Standardised, weights: Float64[Tensor, "source target"]) -> Float64[Tensor, " target"]:
     """R2 of these weights on the problem's observations (which need not be those they were fitted to)."""
-    residual = problem.squares - 2 * (problem.cross * weights).sum(0) + (weights * (problem.gram @ weights)).sum(0)
+    used = weights.any(1).nonzero().flatten()
+    some = weights[used]
+    residual = problem.squares - 2 * (problem.cross[used] * some).sum(0)
+    residual = residual + (some * (problem.gram[used][:, used] @ some)).sum(0)
     return torch.where(problem.target_constant, torch.nan, 1 - residual / problem.squares)
 
 

@@ -83,6 +83,4 @@ def check_fresh(directory: Path) -> None:
     """
     found = checkpoints(directory)
     if found:
-        raise SettingsError(
-            f"{directory} holds checkpoints already ({found[-1].name}): resume=True goes on; or choose another directory."
-        )
+        raise SettingsError(f"{directory} holds checkpoints already ({found[-1].name}): resume=True goes on from them.")

@@ -41,7 +41,7 @@ KINDS: dict[tuple[str, str, bool], str] = {
     ("transcoder", "jumprelu", False): "jumprelu_transcoder",
     ("transcoder", "jumprelu", True): "jumprelu_skip_transcoder",
 }
-"""SAELens' architecture of (target, activation, skip). sae-lens has no topk transcoders; batchtopk is saved as jumprelu."""
+"""SAELens' architecture of (target, activation, skip); sae-lens has no topk transcoders, batchtopk becomes jumprelu."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class TrainingConfig:
         skip: an affine path beside the features, from zero (transcoders only).
         d_dict: number of features.
         k: features a position (topk), or on average (batchtopk).
-        penalty: weight of sum|f| / sqrt(d_out) (relu, about 0.1) or of L0 (jumprelu, about 0.003) beside the fraction of
-            variance unexplained.
+        penalty: weight of sum|f| / sqrt(d_out) (relu, about 0.1) or of L0 (jumprelu, about 0.003) beside the fraction
+            of variance unexplained.
         penalty_warmup: share of the steps over which the penalty grows from 0.
         bandwidth: width of the kernel that gives jumprelu's threshold a gradient.
         steps: updates of the weights.
@@ -68,13 +68,13 @@ class TrainingConfig:
         learning_rate: Adam's.
         learning_rate_warmup: share of the steps over which it grows from 0.
         learning_rate_decay: share of the steps at the end over which it falls to 0.
-        buffer_size: positions in the shuffle buffer; what bounds memory: `buffer_size` and one forward pass of positions
+        buffer_size: positions in the shuffle buffer; it bounds memory: `buffer_size` and one forward pass of positions
             of every hook point, in `precision`. 0: no shuffling, positions come as the forward passes give them.
         forward_rows: prompts a forward pass, where tokens are one tensor.
         ignore_tokens: positions with these tokens are left out (padding).
         precision: of the buffer and of matrix products; weights and sums stay float32.
-        dead_features: "auxiliary" (Gao et al. 2024: dead features rebuild what is left), "resample" (Bricken et al. 2023:
-            they restart at badly rebuilt positions), "none".
+        dead_features: "auxiliary" (Gao et al. 2024: they rebuild what is left), "resample" (Bricken et al. 2023: they
+            restart at badly rebuilt positions), "none".
         dead_after: positions without firing after which a feature counts as dead.
         auxiliary_k: dead features that join in rebuilding what is left.
         auxiliary_coefficient: weight of that loss.

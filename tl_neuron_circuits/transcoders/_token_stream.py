@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,7 +18,7 @@ class TokenStream:
     sequence or any other re-iterable gives its own batches again and again; an iterator gives them once.
     """
 
-    def __init__(self, source: Tensor | Iterable[Tensor], rows: int, seed: int) -> None:
+    def __init__(self, source: Tensor | Iterable[Any], rows: int, seed: int) -> None:
         self._source, self._rows, self._seed = source, rows, seed
         self.batches = 0
         """How many batches were taken; all that a checkpoint needs to keep."""
@@ -64,7 +65,7 @@ class TokenStream:
             yield from (tokens[chunk] for chunk in chunks)
             skipped += len(chunks)
 
-    def _from_iterable(self, source: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _from_iterable(self, source: Iterable[Any]) -> Iterator[Tensor]:
         while True:
             given = 0
             for tokens in source:

@@ -82,7 +82,9 @@ class Trainee:
             weights["threshold"] = weights.pop("log_threshold").exp()
         if config.activation == "batchtopk":
             weights["threshold"] = self._threshold.expand(config.d_dict)
-        tensors = {name: value.contiguous().clone() for name, value in self.scaling.folded(weights).items()}
+        tensors: dict[str, Any] = {
+            name: value.contiguous().clone() for name, value in self.scaling.folded(weights).items()
+        }
         return Dictionary(
             config.dictionary_kind, **tensors, k=config.k if config.activation == "topk" else None,
             hook_in=site.named_in, hook_out=site.named_out, metadata=dict(metadata),
@@ -130,7 +132,7 @@ class Trainee:
         if dead.all():
             raise NumericalError(
                 f"every feature of layer {self.site.layer} is dead at step {step}: none fired in "
-                f"{self.config.dead_after:,} positions. Lower the penalty ({self.config.penalty:g}) or the learning rate "
+                f"{self.config.dead_after:,} positions. Lower penalty ({self.config.penalty:g}) or learning_rate "
                 f"({self.config.learning_rate:g})."
             )
 
@@ -163,7 +165,7 @@ class Trainee:
             self._silent_for = torch.where(dead, 0, self._silent_for)
 
 
-def _ramp(step: float, length: float) -> float:
+def _ramp(step: int, length: float) -> float:
     return min(1.0, step / length) if length > 0 else 1.0
 
 

@@ -1,0 +1,255 @@
+"""Observed activations as regressions: which columns there are, which may explain which, and their statistics.
+
+`regressors` says at which positions a source is read for a target at position t:
+
+    "same"     at t alone: rows are (prompt, position), attention's other positions stay unseen
+    "pooled"   at t and, for targets that attend, also the mean over the positions they can see
+    "earlier"  at every position they can see, a column each: rows are prompts, all of one length
+
+MLPs and logits read position t alone in every case, as they do in the model. Prompts are dealt into blocks, each with
+its own statistics: held-out error and bootstrap need no second pass.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .._errors import FileFormatError, SettingsError
+from .._files import read_directory, write_directory
+from ..tasks import Batch, TokenisedPairs
+from ._sites import Observer, Site
+from ._statistics import Accumulator, Statistics, sum_of
+
+Regressors = Literal["same", "pooled", "earlier"]
+SCHEMA = 1
+_NOW, _POOLED = -1, -2
+_FIELDS = ("mean", "products", "target_mean", "target_products", "target_squares")
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Columns of one side of a regression: site (an index), unit, and slot (a position, or -1 now, -2 pooled)."""
+
+    site: Int[Tensor, " column"]
+    unit: Int[Tensor, " column"]
+    slot: Int[Tensor, " column"]
+
+    def __len__(self) -> int:
+        """How many columns."""
+        return len(self.site)
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """One regression's columns, and which sources each target may use."""
+
+    sources: Columns
+    targets: Columns
+    allowed: Bool[Tensor, "source target"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Observations:
+    """Statistics of every regression, block by block; `+` joins what several processes saw of different prompts."""
+
+    sites: tuple[Site, ...]
+    regressions: tuple[Regression, ...]
+    blocks: tuple[tuple[Statistics, ...], ...]
+    """By regression, then by block."""
+    settings: Mapping[str, Any]
+
+    def __add__(self, other: "Observations") -> "Observations":
+        """The blocks of both.
+
+        Raises:
+            SettingsError: they were observed with other settings.
+        """
+        if not isinstance(other, Observations):
+            return NotImplemented
+        differ = [
+            k for k in self.settings if k not in ("pairs_hash", "n") and self.settings[k] != other.settings.get(k)
+        ]
+        if differ:
+            raise SettingsError(f"expected observations of the same settings; {differ} differ.")
+        blocks = tuple((*a, *b) for a, b in zip(self.blocks, other.blocks, strict=True))
+        hashes = hashlib.sha256((self.settings["pairs_hash"] + other.settings["pairs_hash"]).encode()).hexdigest()
+        settings = {**self.settings, "pairs_hash": hashes, "n": self.settings["n"] + other.settings["n"]}
+        return replace(self, blocks=blocks, settings=settings)
+
+    def total(self, times: Sequence[int] | None = None) -> list[Statistics]:
+        """Statistics by regression of all blocks, or of block k `times[k]` times."""
+        return [sum_of(parts, [1] * len(parts) if times is None else times) for parts in self.blocks]
+
+    def __repr__(self) -> str:
+        return f"Observations({self.settings['n']} prompts, {len(self.sites)} sites, {len(self.blocks[0])} blocks)"
+
+
+def observe(
+    watch: Observer,
+    tokens: TokenisedPairs,
+    *,
+    regressors: Regressors,
+    n_blocks: int,
+    skip: int,
+    batch_size: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    resume: str | Path | None = None,
+    verbose: bool = False,
+) -> Observations:
+    """Run the model on every prompt once and keep the statistics.
+
+    With `resume`, the statistics of finished blocks are kept in that directory and taken from there.
+
+    Raises:
+        SettingsError: prompts are too few or too short, or of several lengths where positions are columns.
+        FileFormatError: what is at `resume` is of another run.
+    """
+    _check(tokens, regressors, n_blocks, skip)
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    regressions: tuple[Regression, ...] = ()
+    blocks: list[tuple[Statistics, ...]] = []
+    done = {} if resume is None else _read_blocks(Path(resume), settings)
+    with tqdm(total=len(tokens), desc="observed prompts", disable=not verbose, unit="prompt") as bar:
+        for block in range(n_blocks):
+            chosen = sorted(order[block::n_blocks].tolist())
+            part = _subset(tokens, chosen)
+            if not regressions:
+                first = next(part.batches(1))
+                regressions = _regressions(watch, first, regressors, skip)
+            if block in done:
+                blocks.append(done[block])
+            else:
+                blocks.append(_block(watch, part.batches(batch_size), regressions, regressors, skip))
+                if resume is not None:
+                    _write_block(Path(resume), block, blocks[-1], settings)
+            bar.update(len(chosen))
+    return Observations(watch.sites, regressions, tuple(zip(*blocks, strict=True)), settings)
+
+
+def _block(
+    watch: Observer, batches: Iterator[Batch], regressions: Sequence[Regression], regressors: Regressors, skip: int
+) -> tuple[Statistics, ...]:
+    sums = [Accumulator() for _ in regressions]
+    for batch in batches:
+        values, readout = watch.values(batch)
+        now = torch.cat(values, 2)
+        if regressors == "earlier":
+            rows = now[:, skip:].flatten(1)
+            sums[0].add(rows)
+            if readout is not None:
+                sums[1].add(rows, readout)
+            continue
+        here = now[:, skip:].flatten(0, 1)
+        if regressors == "same":
+            sums[0].add(here)
+        else:
+            sums[0].add(torch.cat([here, _pooled(now, watch.bidirectional)[:, skip:].flatten(0, 1)], 1), here)
+        if readout is not None:
+            sums[1].add(now[torch.arange(len(batch), device=now.device), batch.position], readout)
+    return tuple(accumulator.total() for accumulator in sums)
+
+
+def _pooled(now: Tensor, bidirectional: bool) -> Tensor:
+    """Mean over the positions that attention at each position can see."""
+    if bidirectional:
+        return now.mean(1, keepdim=True).expand_as(now)
+    count = torch.arange(1, now.shape[1] + 1, device=now.device, dtype=torch.float64)[:, None]
+    return now.double().cumsum(1) / count
+
+
+def _regressions(watch: Observer, first: Batch, regressors: Regressors, skip: int) -> tuple[Regression, ...]:
+    values, readout = watch.values(first)
+    widths = [value.shape[2] for value in values]
+    site = torch.cat([torch.full((width,), index) for index, width in enumerate(widths)])
+    unit = torch.cat([torch.arange(width) for width in widths])
+    now = Columns(site, unit, torch.full_like(site, _NOW))
+    if regressors == "same":
+        sources = targets = now
+    elif regressors == "pooled":
+        sources = Columns(site.repeat(2), unit.repeat(2), torch.cat([now.slot, torch.full_like(site, _POOLED)]))
+        targets = now
+    else:
+        positions = torch.arange(skip, first.clean.shape[1])
+        slot = positions.repeat_interleave(len(site))
+        sources = targets = Columns(site.repeat(len(positions)), unit.repeat(len(positions)), slot)
+    main = Regression(sources, targets, _allowed(watch, sources, targets))
+    if readout is None:
+        return (main,)
+    width = readout.shape[1]
+    ends = Columns(*(torch.full((width,), v) for v in (len(widths), 0)), torch.full((width,), int(first.position[0])))
+    ends = replace(ends, unit=torch.arange(width))
+    if regressors == "earlier":
+        return main, Regression(sources, ends, (sources.slot == int(first.position[0]))[:, None].expand(-1, width))
+    return main, Regression(now, ends, torch.ones(len(now), width, dtype=torch.bool))
+
+
+def _allowed(watch: Observer, sources: Columns, targets: Columns) -> Tensor:
+    """Earlier stages only; MLPs and logits see their own position, attention what its mask lets it see."""
+    stage = torch.tensor([site.stage for site in watch.sites])
+    attends = torch.tensor([site.attends for site in watch.sites])[targets.site]
+    before = stage[sources.site][:, None] < stage[targets.site]
+    s, t = sources.slot[:, None], targets.slot[None]
+    seen = torch.ones_like(before) if watch.bidirectional else s <= t
+    return before & ((s == t) | (attends & ((s == _POOLED) | ((s >= 0) & seen))))
+
+
+def _check(tokens: TokenisedPairs, regressors: Regressors, n_blocks: int, skip: int) -> None:
+    if len(tokens) < n_blocks:
+        raise SettingsError(f"expected at least one prompt a block; got {len(tokens)} prompts for {n_blocks} blocks.")
+    shortest, longest = min(tokens.lengths), max(tokens.lengths)
+    if skip >= shortest or bool((tokens.position < skip).any()):
+        raise SettingsError(
+            f"skip_positions={skip} leaves nothing of the shortest prompt ({shortest} tokens), or skips the position "
+            "that the readout is taken at. Give longer prompts, or skip_positions=0."
+        )
+    several = shortest != longest or len(tokens.position.unique()) > 1
+    if regressors == "earlier" and several:
+        raise SettingsError(
+            "regressors='earlier' makes a column of every position, so prompts must have one length; got "
+            f"{shortest} to {longest} tokens. Keep the prompts of one length, or use 'pooled' or 'same'."
+        )
+
+
+def _subset(tokens: TokenisedPairs, rows: list[int]) -> TokenisedPairs:
+    index = torch.tensor(rows, device=tokens.answer.device)
+    wrong = None if tokens.wrong_answer is None else tokens.wrong_answer[index]
+    clean = tuple(tokens.clean[row] for row in rows)
+    return TokenisedPairs(clean, tokens.answer[index], tokens.position[index], wrong_answer=wrong)
+
+
+def _write_block(path: Path, block: int, parts: Sequence[Statistics], settings: Mapping[str, Any]) -> None:
+    tensors = {}
+    for k, part in enumerate(parts):
+        names = _FIELDS[:2] if part.square else _FIELDS
+        tensors |= {f"{k}/{name}": getattr(part, name).contiguous().cpu() for name in names}
+    notes = {"settings": dict(settings), "n": [part.n for part in parts], "square": [part.square for part in parts]}
+    write_directory(path / f"block{block}", "observations", SCHEMA, tensors, notes)
+
+
+def _read_blocks(path: Path, settings: Mapping[str, Any]) -> dict[int, tuple[Statistics, ...]]:
+    found = {}
+    for folder in sorted(path.glob("block*")):
+        tensors, notes = read_directory(folder, "observations", SCHEMA, required=("settings", "n", "square"))
+        if notes["settings"] != dict(settings):
+            differ = [key for key in settings if notes["settings"].get(key) != settings[key]]
+            raise FileFormatError(f"{folder} is of another run ({differ} differ). Resume from another directory.")
+        found[int(folder.name.removeprefix("block"))] = tuple(
+            _restored(tensors, k, n, square)
+            for k, (n, square) in enumerate(zip(notes["n"], notes["square"], strict=True))
+        )
+    return found
+
+
+def _restored(tensors: Mapping[str, Tensor], k: int, n: int, square: bool) -> Statistics:
+    mean, products = tensors[f"{k}/mean"], tensors[f"{k}/products"]
+    if square:
+        return Statistics(n, mean, products, mean, products, products.diagonal().clone())
+    return Statistics(n, mean, products, *(tensors[f"{k}/{name}"] for name in _FIELDS[2:]))

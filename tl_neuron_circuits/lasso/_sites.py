@@ -1,0 +1,142 @@
+"""What CircuitLasso observes: the values of every component, or of every node of a basis, in the model's order.
+
+A site is regressed on the sites of earlier stages. It is one node of the circuit (a head, an MLP: all its units
+together) or, where `split`, a node a unit (neurons, dictionary features).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .._errors import SettingsError
+from ..attribution import ComponentGraph, component_graph, label, split_heads
+from ..bases import Basis, Neurons, Values, capture, fired, logits_of, sites_of
+from ..bases import Site as BasisSite
+from ..models import TransformerLensModel
+from ..tasks import Batch, Metric, TokenisedPairs, measure
+
+Readout = Literal["answers", "metric", "logits", "none"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One regressor and target: `attends` says that it reads other positions; `split` that each unit is a node."""
+
+    name: str
+    kind: str
+    layer: int
+    stage: int
+    attends: bool
+    split: bool = False
+    hook: str = ""
+    head: int = -1
+    basis_site: BasisSite | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Hook points whose values it needs."""
+        return self.basis_site.reads if self.basis_site is not None else (self.hook,) if self.hook else ()
+
+    def node(self, unit: int) -> str:
+        """Name of the node that holds `unit`."""
+        if not self.split:
+            return self.name
+        letter = self.basis_site.letter if self.basis_site is not None else "U"
+        return label(self.layer, letter, unit, -1, "node")
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Runs the model and reads every site; `answers` are the tokens whose logits are the readout."""
+
+    model: TransformerLensModel
+    sites: tuple[Site, ...]
+    n_heads: int
+    bidirectional: bool
+    readout: Readout
+    metric: Metric
+    answers: Sequence[int]
+
+    def values(self, batch: Batch) -> tuple[list[Float[Tensor, "batch pos _"]], Float[Tensor, "batch answer"] | None]:
+        """Values of all sites at all positions, and the readout of a whole prompt where there is one.
+
+        Raises:
+            UnsupportedModelError: a hook point did not fire.
+        """
+        names = list(dict.fromkeys(name for site in self.sites for name in site.reads))
+        store: Values = {}
+        with torch.no_grad(), self.model.hooks(fwd_hooks=[capture(store, name) for name in names]):
+            logits = logits_of(self.model, batch.clean, batch.attention_mask)
+            store = fired(store, names, self.model)
+            found = [self._value(site, store, logits) for site in self.sites]
+            if self.readout == "metric":
+                return found, measure(self.metric, logits, batch)[:, None]
+            if self.readout == "answers":
+                rows = torch.arange(len(batch), device=logits.device)
+                return found, logits[rows, batch.position][:, list(self.answers)]
+        return found, None
+
+    def _value(self, site: Site, store: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+        if site.basis_site is not None:
+            return site.basis_site.take_apart(store).nodes
+        if not site.hook:
+            return logits
+        value = store[site.hook]
+        return split_heads(value, self.n_heads)[:, :, site.head] if site.head >= 0 else value.flatten(2)
+
+
+def component_sites(graph: ComponentGraph, model: TransformerLensModel, neurons: bool) -> Iterator[Site]:
+    """Embedding, attention and MLPs, or single neurons in their place."""
+    by_layer = {site.layer: site for site in Neurons().sites(model)} if neurons else {}
+    for c in graph.components:
+        if c.kind == "logits":
+            continue
+        attends = c.kind in ("head", "attention")
+        single = by_layer.get(c.layer) if c.kind == "mlp" else None
+        yield Site(c.name, c.kind, c.layer, c.stage, attends, single is not None, c.hook, c.head, single)
+
+
+def basis_sites(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> Iterator[Site]:
+    """Every scalar node of a basis; sites of one layer are one stage. Attention lies between stages, so all attend.
+
+    Error and skip nodes are vectors, no features: they are left out.
+    """
+    for site in sites_of(model, basis):
+        yield Site(site.hook, "unit", site.layer, site.layer, True, True, site.hook, basis_site=site)
+
+
+def observer(
+    model: TransformerLensModel,
+    tokens: TokenisedPairs,
+    *,
+    basis: Basis | Sequence[Basis] | None,
+    attention: Literal["heads", "layers"],
+    mlp: Literal["outputs", "neurons"],
+    readout: Readout,
+    metric: Metric,
+) -> Observer:
+    """The observer of these settings.
+
+    Raises:
+        SettingsError: the readout needs answers that differ, and there are none.
+        UnsupportedModelError: a hook point is missing.
+    """
+    graph = component_graph(model, attention)
+    sites = list(component_sites(graph, model, mlp == "neurons") if basis is None else basis_sites(model, basis))
+    if readout == "logits":
+        last = graph.components[-1]
+        sites.append(Site("logits", "logits", last.layer, max(s.stage for s in sites) + 1, False))
+    answers: list[int] = []
+    if readout == "answers":
+        columns = [tokens.answer] + ([] if tokens.wrong_answer is None else [tokens.wrong_answer])
+        answers = torch.cat(columns).unique().tolist()
+        if len(answers) < 2:
+            raise SettingsError(
+                "readout='answers' is the logits of the pairs' answers, of which there must be two at least; got token "
+                f"{answers}. Give pairs with different answers, or readout='logits', 'metric' or 'none'."
+            )
+    return Observer(model, tuple(sites), graph.n_heads, graph.bidirectional, readout, metric, answers)
