@@ -13,7 +13,7 @@ from tl_neuron_circuits.tasks import logit_difference, measure, tokenise
 
 
 def test_relp_beats_attribution_patching_on_seven_of_eight_templates(stories260K: Any) -> None:
-    """Faithfulness + (1 - completeness) summed over 20, 50, 100, 200, 400 neurons; both directions of every contrast."""
+    """Faithfulness + (1 - completeness) summed over 20, 50, 100, 200, 400 neurons, in both directions."""
     assert len(TEMPLATES) == 8
     wins, merits = 0, []
     for template in TEMPLATES:
@@ -50,7 +50,7 @@ def test_patching_a_real_models_neurons_is_one_forward_pass_each(stories260K: An
 
 
 def test_relps_own_protocol_gives_maps_over_layer_and_position(stories260K: Any) -> None:
-    """Denoising, gradient at the corrupt run; the map of the last residual stream has all of it at the last position."""
+    """Denoising, gradient at the corrupt run; the last residual stream has all of it at the last position."""
     basis = [ResidualStream(), AttentionWrites(), MLPOutputs()]
     pairs = pronoun_pairs(TEMPLATES[0], "attribution", 4)
     scores = attribute(stories260K, pairs, basis=basis, direction="denoising", units="sum")
