@@ -17,6 +17,12 @@ from .evaluation import SparsityCurve as SparsityCurve
 from .evaluation import agreement as agreement
 from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
+from .explain import cluster as cluster
+from .explain import logit_effects as logit_effects
+from .explain import profiles as profiles
+from .explain import prompt_scores as prompt_scores
+from .explain import score_features as score_features
+from .explain import strongest_examples as strongest_examples
 from .interventions import SteeringResult as SteeringResult
 from .interventions import SteeringSweep as SteeringSweep
 from .interventions import node_values as node_values
