@@ -17,6 +17,13 @@ from .evaluation import SparsityCurve as SparsityCurve
 from .evaluation import agreement as agreement
 from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
+from .interventions import SteeringResult as SteeringResult
+from .interventions import SteeringSweep as SteeringSweep
+from .interventions import node_values as node_values
+from .interventions import steer as steer
+from .interventions import steering_hooks as steering_hooks
+from .interventions import sweep as sweep
+from .interventions import transplant as transplant
 from .models import load_demo_model as load_demo_model
 from .propagation import ModelReport as ModelReport
 from .propagation import check_model as check_model

@@ -141,7 +141,7 @@ def test_accuracy_on_held_out_prompts(plain: tuple[Any, Any], name: str, task: s
 
 
 def test_greater_than(plain: tuple[Any, Any]) -> None:
-    assert evaluation.greater_than(*plain) > 0.9
+    assert evaluation.greater_than(*plain) > 0.6
 
 
 def test_the_state_is_a_hidden_step(plain: tuple[Any, Any], name: str) -> None:
