@@ -2,11 +2,13 @@
 
 from . import bases as bases
 from . import tasks as tasks
+from . import transcoders as transcoders
 from ._errors import NeuronCircuitsError as NeuronCircuitsError
 from .attribution import NodeScores as NodeScores
 from .attribution import attribute as attribute
 from .bases import Dictionary as Dictionary
 from .bases import as_dictionary as as_dictionary
+from .bases import load_demo_dictionaries as load_demo_dictionaries
 from .bases import load_dictionary as load_dictionary
 from .bases import save_dictionary as save_dictionary
 from .circuits import Circuit as Circuit

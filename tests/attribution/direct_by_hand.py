@@ -87,6 +87,7 @@ class FrozenModel:
         return change
 
 
+@torch.no_grad()
 def edge_in_closed_form(model: Any, tokens: Int[Tensor, "1 pos"], source: Node, target: Node) -> float:
     """The edge between neurons of layers 0 and 1 of a pre-norm HookedTransformer with layer norms, path by path.
 
@@ -94,8 +95,7 @@ def edge_in_closed_form(model: Any, tokens: Int[Tensor, "1 pos"], source: Node, 
     through the norms' frozen scales to a column of W_in, times the activation's ratio.
     """
     (_, from_position, from_unit), (_, position, unit) = source, target
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens)
+    _, cache = model.run_with_cache(tokens)
     block = model.blocks[1]
     written = cache["blocks.0.mlp.hook_post"][0, from_position, from_unit] * model.blocks[0].mlp.W_out[from_unit]
     arriving = written if from_position == position else torch.zeros_like(written)

@@ -74,9 +74,13 @@ def test_lengths_that_do_not_fit_are_listed(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(4, 5, 4)
     with pytest.raises(PairsError, match=r"prompts of one token length; got \{4: 2, 5: 1\}.*positions='sum'"):
         attribute(model, pairs)
-    uneven = TokenisedPairs.from_tokens(pairs.clean, pairs.answer, pairs.corrupt[::-1][:2] + pairs.clean[:1], pairs.answer + 1)
+    uneven = TokenisedPairs.from_tokens(
+        pairs.clean, pairs.answer, pairs.corrupt[::-1][:2] + pairs.clean[:1], pairs.answer + 1
+    )
     with pytest.raises(PairsError, match=r"pair 1: clean has 5 tokens and corrupt 4"):
-        attribute(model, TokenisedPairs.from_tokens(pairs.clean[:2], pairs.answer[:2], pairs.clean[:1] * 2), positions="sum")
+        attribute(
+            model, TokenisedPairs.from_tokens(pairs.clean[:2], pairs.answer[:2], pairs.clean[:1] * 2), positions="sum"
+        )
     assert len(uneven) == 3
 
 
@@ -97,7 +101,9 @@ def test_lengths_that_do_not_fit_are_listed(case: ModelCase) -> None:
     ],
 )
 @models
-def test_settings_that_contradict_each_other_are_refused(case: ModelCase, message: str, settings: dict[str, Any]) -> None:
+def test_settings_that_contradict_each_other_are_refused(
+    case: ModelCase, message: str, settings: dict[str, Any]
+) -> None:
     with pytest.raises(SettingsError, match=message):
         attribute(model_of(case), random_pairs(4, 4), **settings)
 
@@ -178,8 +184,6 @@ def test_mixtures_of_experts_have_no_neurons_but_outputs(case: ModelCase) -> Non
 
 
 def test_answers_of_several_tokens_are_told(stories260K: Any) -> None:
-    pairs = PromptPairs(
-        clean=["The dogs"], answer=[" were"], corrupt=["The dog"], wrong_answer=[" was"]
-    )
+    pairs = PromptPairs(clean=["The dogs"], answer=[" were"], corrupt=["The dog"], wrong_answer=[" was"])
     with pytest.raises(PairsError, match=r"pair 0 \('The dogs'\).*first_difference"):
         attribute(stories260K, pairs)

@@ -108,7 +108,9 @@ def test_chosen_nodes_alone_are_measured(case: ModelCase) -> None:
     for row in chosen.itertuples():
         expected = everything.values[row.hook][row.position, row.unit]
         torch.testing.assert_close(some.values[row.hook][row.position, row.unit], expected, atol=1e-6, rtol=1e-5)
-    summed = attribute(model, pairs, method="patching", positions="sum", nodes=attribute(model, pairs, positions="sum").top(3))
+    summed = attribute(
+        model, pairs, method="patching", positions="sum", nodes=attribute(model, pairs, positions="sum").top(3)
+    )
     assert int((~summed.flat().isnan()).sum()) == 3
 
 

@@ -90,15 +90,15 @@ def test_folding_the_units_changes_no_number(activation: str, skip: bool) -> Non
 
 @pytest.mark.parametrize("activation", ["relu", "batchtopk", "jumprelu"])
 def test_learns_on_stories260K(stories260K: Any, activation: str) -> None:
-    """Far better than the mean after 80 steps, several layers at once, from the first row of the report to the last."""
+    """Far better than the mean after 60 steps, several layers at once, from the first row of the report to the last."""
     names = [name for part in (*GIRLS.values(), *BOYS.values()) for name in part]
-    batches = [stories260K.to_tokens([t.format(name=name) for name in names[:4]]) for t in PRONOUN_TEMPLATES]
-    settings = {"d_dict": 128, "steps": 80, "batch_size": 256, "buffer_size": 1024, "layers": (1, 3), "log_every": 10}
+    batches = [stories260K.to_tokens([t.format(name=name) for name in names]) for t in PRONOUN_TEMPLATES]
+    settings = {"d_dict": 64, "steps": 60, "batch_size": 128, "buffer_size": 1024, "layers": (1, 3), "log_every": 10}
     config = SMALL.replace(activation=activation, k=8, penalty=3e-3, learning_rate=5e-3, **settings)
     table = train(stories260K, batches, config, verbose=False).to_dataframe().set_index(["layer", "step"])
     for layer in (1, 3):
         explained = table["variance_explained"].loc[layer]
-        assert explained.iloc[-1] > 0.7
+        assert explained.iloc[-1] > 0.5
         assert explained.iloc[-1] > explained.iloc[0] + 0.2
 
 

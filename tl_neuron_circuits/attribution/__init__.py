@@ -1,6 +1,10 @@
 """Node scores and edges: how much every node supports a metric, and through what. One method a file."""
 
 from ._attribute import attribute as attribute
+from ._component_edges import EdgeMethod as EdgeMethod
+from ._component_edges import EdgeScores as EdgeScores
+from ._component_edges import component_edges as component_edges
+from ._component_edges import metric_of_edges as metric_of_edges
 from ._component_edges_graph import Component as Component
 from ._component_edges_graph import ComponentGraph as ComponentGraph
 from ._component_edges_graph import component_graph as component_graph

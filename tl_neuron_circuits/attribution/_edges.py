@@ -8,7 +8,7 @@ activation: chosen neurons, the embedding of each position, positional embedding
 remainder (the neurons that were not chosen). That sum is checked whenever edges are computed. With pairs, weights are
 of differences, biases cancel, and the residual of the linearisation is a source of its own.
 
-Cost: two forward passes a prompt and one vector-Jacobian product a target, in chunks that fit `max_bytes`.
+Cost: two forward passes a prompt (three for pairs) and a vector-Jacobian product a target, in chunks of `max_bytes`.
 Source: Arora et al. 2026, arXiv 2601.22594; METHODS 1.5.
 """
 
@@ -26,7 +26,7 @@ from ..models import TransformerLensModel
 from ..propagation import biases_in_graph, relp
 from ..tasks import Batch
 from ._edges_run import PromptRun, run_prompt
-from ._edges_totals import Changes, Totals, changes, totals, wide
+from ._edges_totals import Changes, Totals, totals, wide
 from ._goals import Goal
 
 _ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -100,7 +100,7 @@ def mean_totals(
     """Total effects on the goals' sum, averaged over batches of one prompt each."""
     found = None
     for batch in batches:
-        one = totals(model, batch, goals, changes(model, batch, goals, paired=paired))
+        one, _ = totals(model, batch, goals, paired=paired)
         found = one if found is None else found.plus(one)
     assert found is not None
     return found.over(len(batches))
@@ -130,8 +130,7 @@ def direct_effects(
     found, sums, worst, chunk = None, None, 0.0, 1
     with tqdm(total=len(batches) * size[0], desc="edges", disable=not verbose, unit="target") as bar:
         for batch in batches:
-            change = changes(model, batch, goals, paired=paired)
-            one = totals(model, batch, goals, change)
+            one, change = totals(model, batch, goals, paired=paired)
             prompt = _Prompt(model, batch, goals, neurons, columns, change, one, max_bytes)
             parts = list(prompt.edges(bar))
             indices, values = torch.cat([i for i, _ in parts], 1), torch.cat([v for _, v in parts])
@@ -225,8 +224,8 @@ class _Prompt:
     ) -> tuple[Tensor, Tensor]:
         """Check the sums, add the residual where one belongs, and keep what is not zero."""
         residual = activation - weights.sum(1)
+        relative = residual.abs() / (weights.abs().sum(1) + torch.finfo(torch.float32).tiny)
         if exact:
-            relative = residual.abs() / (weights.abs().sum(1) + torch.finfo(torch.float32).tiny)
             self.largest_residual = max(self.largest_residual, float(relative.max()))
             if not self.largest_residual <= self._allowed:
                 raise NumericalError(
@@ -235,7 +234,8 @@ class _Prompt:
                     "is conserved on this model; in half precision use float32."
                 )
         else:
-            weights[:, self._columns.residual] = residual
+            rounding = 100 * torch.finfo(self._change.embedding.dtype).eps
+            weights[:, self._columns.residual] = torch.where(relative > rounding, residual, 0.0)
         target, source = weights.nonzero(as_tuple=True)
         weight = weights[target, source]
         return torch.stack([rows[target], source]), torch.stack([weight, weight * slope[target]], 1)

@@ -26,6 +26,11 @@ class ActivationSite:
         """Only the hook point itself."""
         return (self.hook,)
 
+    @property
+    def identity(self) -> str:
+        """The hook point says it all."""
+        return self.hook
+
     def take_apart(self, values: Mapping[str, Tensor]) -> Parts:
         """The components of the value."""
         return Parts(_flat(values[self.hook]))

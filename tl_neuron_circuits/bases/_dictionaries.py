@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import SettingsError
+from .._files import fingerprint
 from ..models import TransformerLensModel
 from ._dictionary import Dictionary
 from ._dictionary_hooks import resolve_hooks
@@ -37,6 +38,13 @@ class DictionarySite:
     def reads(self) -> tuple[str, ...]:
         """The hook point read and the one written."""
         return tuple(dict.fromkeys((self.hook_in, self.hook)))
+
+    @property
+    def identity(self) -> str:
+        """The hook points, the kind, and a fingerprint of the weights."""
+        tensors = self.dictionary.tensors()
+        weights = fingerprint(tensors[name] for name in sorted(tensors))
+        return f"{self.hook_in} -> {self.hook} {self.dictionary.kind} {weights}"
 
     @property
     def vectors(self) -> tuple[str, ...]:

@@ -50,6 +50,11 @@ class Site(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """What tells this site from another at the same hook point, so that saved results are not mixed up."""
+        ...
+
+    @property
     def layer(self) -> int: ...
 
     @property

@@ -127,7 +127,7 @@ def restrict(
     into = table.loc[edges["target"], "stays"].to_numpy()
     fixed = sources["kind"].isin(FIXED_SOURCES).to_numpy()
     along = (kept_edges & sources["stays"].to_numpy()) | fixed
-    place = sources["position"].to_numpy()
+    place = sources["position"].astype(object).to_numpy()  # plain integers
     live, lost = edges[into & along], edges[into & ~along]
     lost = lost.assign(source=[remainder_name(position) for position in place[into & ~along]])
     edges = pd.concat([live, lost]).groupby(["source", "target"], sort=False, as_index=False).sum()

@@ -8,20 +8,29 @@ from typing import Any, cast
 import numpy as np
 from tqdm.auto import tqdm
 
-from .._errors import FileFormatError, SettingsError
-from .._files import versions
+from .._errors import SettingsError
+from .._files import fingerprint, versions
 from .._typing import checked
 from ..attribution import MethodName, NodeScores, attribute
 from ..bases import Basis, MLPOutputs, Neurons, sites_of
 from ..interventions import Ablation
 from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, logit_difference, metric_name
+from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name
 from ._comparison import Comparison, CurveKey
-from ._curve import MIB_FRACTIONS, SparsityCurve
+from ._curve import MIB_FRACTIONS
 from ._evaluate import Errors, evaluate
+from ._resume import resume
 
 logger = logging.getLogger(__name__)
-Pairs = PromptPairs | Mapping[str, PromptPairs]
+DEFAULT_METHODS: tuple[MethodName, ...] = (
+    "relp",
+    "gradient",
+    "integrated_gradients",
+    "activation_difference",
+    "random",
+)
+TaskPairs = PromptPairs | TokenisedPairs
+Pairs = TaskPairs | Mapping[str, TaskPairs]
 
 
 @checked
@@ -31,7 +40,7 @@ def compare(
     evaluation_pairs: Pairs,
     *,
     bases: Sequence[Basis] | None = None,
-    methods: Sequence[MethodName] = ("relp", "gradient", "integrated_gradients", "random"),
+    methods: Sequence[MethodName] = DEFAULT_METHODS,
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
     error: Errors = "nodes",
@@ -53,21 +62,23 @@ def compare(
             are kept, so a task needs prompts of one token length.
         bases: neurons and MLP outputs unless given; every basis must cover the same layers, or ablating all of it would
             mean different things.
-        methods: as in `attribute`; controls are drawn on every plot.
+        methods: as in `attribute`; the last two of the default are controls, drawn on every plot.
         sizes: numbers of nodes, those above a basis' own number left out; 20 log-spaced ones unless given.
         ablation, error, metric, prepend_bos: as in `evaluate`.
         steps: of integrated gradients.
         mib: also CPR (signed ranking) and CMD (|score| ranking) on MIB's grid, 20 more forwards a batch and curve.
         bootstrap: draws over lexical items (the pairs' labels) for bands and ratios.
-        directory: save every curve as it is done; a call with the same settings goes on from there.
+        directory: save every curve as it is done; a call with the same settings, model and dictionaries goes on from
+            there.
         verbose: show progress.
 
     Returns:
         A `Comparison`: `.to_dataframe()`, `.summary()`, `.headline()`, `.plot()`, `.plot_trust()`, `.save(path)`.
 
     Raises:
-        SettingsError: tasks or layers do not match, two bases share a name, or `directory` holds another comparison.
-        PairsError: the attribution and evaluation pairs overlap, or do not serve the methods.
+        SettingsError: tasks or layers do not match, two bases share a name, or `bootstrap` is below 1.
+        FileFormatError: `directory` holds something else, or another comparison.
+        PairsError: the pairs do not serve the methods. Prompts in both sets are only logged: results are in-sample.
 
     Source: Arora et al. 2026, arXiv 2601.22594; METHODS 1.4 and 5.2.
 
@@ -81,6 +92,8 @@ def compare(
     chosen = [Neurons(), MLPOutputs()] if bases is None else list(bases)
     train, test = _by_task(attribution_pairs), _by_task(evaluation_pairs)
     _check(model, chosen, train, test)
+    if bootstrap < 1:
+        raise SettingsError(f"expected at least one bootstrap draw; got {bootstrap}.")
     settings = {
         "model": str(getattr(model.cfg, "model_name", "unknown")),
         "bases": [b.name for b in chosen],
@@ -92,6 +105,9 @@ def compare(
         "steps": steps,
         "mib": mib,
         "bootstrap": bootstrap,
+        "prepend_bos": prepend_bos,
+        "weights": fingerprint(model.parameters()),
+        "sites": {basis.name: [site.identity for site in sites_of(model, basis)] for basis in chosen},
         "seed": seed,
         "attribution": {t: p.hash for t, p in train.items()},
         "evaluation": {t: p.hash for t, p in test.items()},
@@ -99,7 +115,8 @@ def compare(
     }
     keys = [CurveKey(task, basis.name, method) for task in train for basis in chosen for method in methods]
     by_name = {basis.name: basis for basis in chosen}
-    curves, grid, unexplained = ({}, {}, {}) if directory is None else _resume(Path(directory), settings)
+    done = Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)
+    curves, grid, unexplained = dict(done.curves), dict(done.mib), dict(done.unexplained)
     common = {"metric": metric, "batch_size": batch_size, "prepend_bos": prepend_bos, "seed": seed}
     for key in tqdm(keys, desc="compare", disable=not verbose, unit="curve"):
         if key in curves:
@@ -114,13 +131,14 @@ def compare(
         fractions = list(scores.settings["variance_unexplained"].values())
         unexplained[key] = float(np.mean(fractions)) if fractions else 0.0
         if directory is not None:
-            Comparison(curves, settings, grid, unexplained).save(directory)
+            curves[key].save(Path(directory) / key.folder)
+            Comparison(curves, settings, grid, unexplained).save_index(directory)
     ordered = {key: curves[key] for key in keys}
     return Comparison(ordered, settings, grid, unexplained)
 
 
 def _mib(
-    model: TransformerLensModel, pairs: PromptPairs, scores: NodeScores, judge: Mapping[str, Any]
+    model: TransformerLensModel, pairs: TaskPairs, scores: NodeScores, judge: Mapping[str, Any]
 ) -> tuple[float, float]:
     """CPR by the signed ranking and CMD by the |score| ranking, on MIB's grid."""
     sizes = sorted({max(1, round(fraction * len(scores))) for fraction in MIB_FRACTIONS})
@@ -128,15 +146,22 @@ def _mib(
     return run("signed").cpr, run("abs").cmd
 
 
-def _by_task(pairs: Pairs) -> dict[str, PromptPairs]:
-    return {"task": pairs} if isinstance(pairs, PromptPairs) else dict(pairs)
+def _by_task(pairs: Pairs) -> dict[str, TaskPairs]:
+    return dict(pairs) if isinstance(pairs, Mapping) else {"task": pairs}
+
+
+def _prompts(pairs: TaskPairs) -> set[Any]:
+    """The clean prompts, as text or as tokens."""
+    if isinstance(pairs, PromptPairs):
+        return set(pairs.clean)
+    return {tuple(prompt.tolist()) for prompt in pairs.clean}
 
 
 def _check(
     model: TransformerLensModel,
     bases: Sequence[Basis],
-    train: Mapping[str, PromptPairs],
-    test: Mapping[str, PromptPairs],
+    train: Mapping[str, TaskPairs],
+    test: Mapping[str, TaskPairs],
 ) -> None:
     if list(train) != list(test) or not train:
         raise SettingsError(f"expected the same tasks in both; got {list(train)} and {list(test)}.")
@@ -144,7 +169,7 @@ def _check(
     if len(set(names)) < len(names) or not names:
         raise SettingsError(f"expected bases of different names; got {names}. Give Dictionaries(..., name=...).")
     for task in train:
-        shared = {pair.clean for pair in train[task]} & {pair.clean for pair in test[task]}
+        shared = _prompts(train[task]) & _prompts(test[task])
         if shared:
             logger.warning(
                 "%s: %d evaluation prompts are attribution prompts too: results are in-sample.", task, len(shared)
@@ -155,18 +180,3 @@ def _check(
             f"expected every basis to cover the same layers; got {layers}. Restrict the others, for example "
             f"bases.Neurons(layers={min(layers.values(), key=len)}), or give dictionaries for the missing layers."
         )
-
-
-def _resume(
-    directory: Path, settings: Mapping[str, Any]
-) -> tuple[dict[CurveKey, SparsityCurve], dict[Any, Any], dict[Any, Any]]:
-    if not (directory / "index").exists():
-        return {}, {}, {}
-    found = Comparison.load(directory)
-    differing = [name for name, value in settings.items() if found.settings.get(name) != value]
-    if differing:
-        raise FileFormatError(
-            f"{directory} holds a comparison with other {differing}. Choose another directory, or remove it to start "
-            f"anew."
-        )
-    return dict(found.curves), dict(found.mib), dict(found.unexplained)

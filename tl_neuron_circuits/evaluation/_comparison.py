@@ -15,6 +15,7 @@ from ._bootstrap import band, draw_weights, ratios
 from ._curve import SparsityCurve, size_at
 
 SCHEMA = 1
+INDEX = "index"
 
 
 class CurveKey(NamedTuple):
@@ -89,7 +90,8 @@ class Comparison:
     ) -> tuple[float, float, float]:
         """How many times the nodes of `other` does `basis` need at `level` of faithfulness: value, low, high (95 %).
 
-        The two curves are drawn together over lexical items. inf or nan where a curve does not stay above the level.
+        The two curves are drawn together over lexical items. A curve that does not stay above the level counts as inf,
+        so the ratio may be inf, 0, or nan where neither does; draws in which neither does are left out of the band.
 
         Raises:
             SettingsError: there is no such curve.
@@ -113,19 +115,16 @@ class Comparison:
         sentences = []
         for task, other in itertools.product(self.tasks, bases[1:]):
             one = bases[0]
-            value, low, high = self.ratio(one, other, method=method, level=level, task=task)
             where = f"on {task}, " if len(self.tasks) > 1 else ""
-            if np.isfinite(value):
+            never = [b for b in (one, other) if not np.isfinite(self._curve(task, b, method).size_at(level))]
+            if never:
                 sentences.append(
-                    f"{where}at faithfulness {level:g} {one} need {value:.3g} x [{low:.3g}, {high:.3g}] the nodes of "
-                    f"{other}"
+                    f"{where}the faithfulness of {' and '.join(never)} does not stay above {level:g} at the sizes tried"
                 )
-            else:
-                sizes = {b: self._curve(task, b, method).size_at(level) for b in (one, other)}
-                never = [basis for basis, size in sizes.items() if not np.isfinite(size)]
-                sentences.append(
-                    f"{where}{' and '.join(never)} never stay above faithfulness {level:g} at the sizes tried"
-                )
+                continue
+            value, low, high = self.ratio(one, other, method=method, level=level, task=task)
+            times = f"{value:.3g} x [{low:.3g}, {high:.3g}]"
+            sentences.append(f"{where}at faithfulness {level:g} {one} need {times} the nodes of {other}")
         return "; ".join(sentences) + f" (scored by {method}; 95 % over lexical items)."
 
     def save(self, path: str | Path) -> None:
@@ -134,16 +133,19 @@ class Comparison:
         Raises:
             FileFormatError: the path is something else than a directory of ours.
         """
-        path = Path(path)
+        for key, curve in self.curves.items():
+            curve.save(Path(path) / key.folder)
+        self.save_index(path)
+
+    def save_index(self, path: str | Path) -> None:
+        """Write `comparison.json` alone, which lists the curves; last, so that what it lists is there."""
         notes = {
             "keys": [list(key) for key in self.curves],
             "settings": dict(self.settings),
             "mib": [[*key, *values] for key, values in self.mib.items()],
             "unexplained": [[*key, value] for key, value in self.unexplained.items()],
         }
-        for key, curve in self.curves.items():
-            curve.save(path / key.folder)
-        write_directory(path / "index", "comparison", SCHEMA, {}, notes)  # last: what it lists is there
+        write_directory(Path(path) / INDEX, "comparison", SCHEMA, {}, notes)
 
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
@@ -154,7 +156,7 @@ class Comparison:
         """
         path = Path(path)
         _, notes = read_directory(
-            path / "index", "comparison", SCHEMA, required=("keys", "settings", "mib", "unexplained")
+            path / INDEX, "comparison", SCHEMA, required=("keys", "settings", "mib", "unexplained")
         )
         try:
             keys = [CurveKey(*key) for key in notes["keys"]]
@@ -188,7 +190,8 @@ class Comparison:
         return f"Comparison({self.settings['model']}, tasks {self.tasks}, bases {bases}, methods {methods})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p><p>{self.headline()}</p>{self.summary().to_html(index=False, float_format='{:.3g}'.format)}"
+        table = self.summary().to_html(index=False, float_format="{:.3g}".format)
+        return f"<p>{self!r}</p><p>{self.headline()}</p>{table}"
 
     def _curve(self, task: str, basis: str, method: str) -> SparsityCurve:
         key = CurveKey(task, basis, method)

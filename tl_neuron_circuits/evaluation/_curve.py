@@ -83,23 +83,26 @@ class SparsityCurve:
         return size_at(self.sizes, self.faithfulness, level)
 
     def log_area(self, largest: int | None = None) -> float:
-        """Mean faithfulness over log(size), from 1 node to `largest` (by default all), on absolute counts."""
-        largest = largest or self.n_nodes
-        kept = [(size, f) for size, f in zip(self.sizes, self.faithfulness, strict=True) if 0 < size <= largest]
-        x = np.log([1, *(size for size, _ in kept), max(largest, 2)])
-        first = kept[0][1] if kept and kept[0][0] == 1 else 0.0
-        last = 1.0 if largest >= self.n_nodes else float(np.interp(x[-1], x[1:-1], [f for _, f in kept]))
-        return float(np.trapezoid([first, *(f for _, f in kept), last], x) / (x[-1] - x[0]))
+        """Mean faithfulness over log(size), from 1 node to `largest` (by default all), on absolute counts.
+
+        Where 1 is not among the sizes, faithfulness rises from 0 there; beyond all nodes it stays where it is.
+        """
+        sizes, faithfulness = self._points()
+        end = float(np.log(max(largest or self.n_nodes, 2)))
+        x, y = np.log(sizes[sizes > 0]), faithfulness[sizes > 0]
+        x, y = (x, y) if x[0] == 0 else (np.r_[0.0, x], np.r_[0.0, y])
+        grid = np.r_[x[x < end], end]
+        return area(np.interp(grid, x, y), grid) / end
 
     @property
     def cpr(self) -> float:
         """Area under faithfulness over MIB's fractions of all nodes, higher is better; MIB ranks by signed score."""
-        return float(np.trapezoid(self._at_fractions(), MIB_FRACTIONS))
+        return area(self._at_fractions(), MIB_FRACTIONS)
 
     @property
     def cmd(self) -> float:
         """Area under |1 - faithfulness| over MIB's fractions, lower is better; MIB ranks by |score|."""
-        return float(np.trapezoid(np.abs(1 - self._at_fractions()), MIB_FRACTIONS))
+        return area(np.abs(1 - self._at_fractions()), MIB_FRACTIONS)
 
     def save(self, path: str | Path) -> None:
         """Write a directory with `curve.safetensors` and `curve.json`.
@@ -149,10 +152,27 @@ class SparsityCurve:
         return ((metric.double().mean(1) - low) / (self.full.double().mean() - low)).numpy()
 
     def _at_fractions(self) -> np.ndarray:
-        """Faithfulness at MIB's fractions, linear between measured sizes; none gives 0 and all give 1."""
-        x = np.array([0, *self.sizes, self.n_nodes]) / self.n_nodes
-        y = np.array([0.0, *self.faithfulness, 1.0])
-        return np.interp(MIB_FRACTIONS, x, y)
+        """Faithfulness at MIB's fractions, linear between measured sizes."""
+        sizes, faithfulness = self._points()
+        return np.interp(MIB_FRACTIONS, sizes / self.n_nodes, faithfulness)
+
+    def _points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes and faithfulness, completed by what is known unmeasured: none gives 0, and all give 1.
+
+        Unless errors are ablated: then all give what the largest size gives.
+        """
+        sizes, values = [float(size) for size in self.sizes], [float(value) for value in self.faithfulness]
+        if sizes[0] > 0:
+            sizes, values = [0.0, *sizes], [0.0, *values]
+        if sizes[-1] < self.n_nodes:
+            last = values[-1] if self.settings.get("error") == "ablate" else 1.0
+            sizes, values = [*sizes, float(self.n_nodes)], [*values, last]
+        return np.array(sizes), np.array(values)
+
+
+def area(y: np.ndarray, x: Sequence[float] | np.ndarray) -> float:
+    """Area by trapezoids (NumPy renamed its own function between versions 1 and 2)."""
+    return float((np.diff(np.asarray(x)) * (y[1:] + y[:-1]) / 2).sum())
 
 
 def size_at(sizes: Sequence[int], faithfulness: np.ndarray, level: float) -> float:

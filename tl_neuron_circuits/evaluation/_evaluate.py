@@ -101,12 +101,14 @@ def evaluate(
     settings = {
         **{key: scores.settings[key] for key in ("method", "positions", "rules", "model")},
         "basis": name_of(basis),
+        "baseline": scores.settings["baseline"],
         "ablation": ablation,
         "ranking": ranking,
         "error": error,
         "metric": metric_name(metric),
         "attribution_hash": scores.settings["pairs_hash"],
         "pairs_hash": tokens.hash,
+        "variance_unexplained": dict(scores.settings.get("variance_unexplained", {})),
         "seed": seed,
         "versions": versions(),
     }

@@ -1,5 +1,9 @@
 """Transcoders and SAEs: training, fidelity, and the front of sparsity against fidelity."""
 
 from ._config import TrainingConfig as TrainingConfig
+from ._fidelity import Fidelity as Fidelity
+from ._fidelity import fidelity as fidelity
+from ._pareto import ParetoFront as ParetoFront
+from ._pareto import pareto as pareto
 from ._report import TrainingReport as TrainingReport
 from ._train import train as train

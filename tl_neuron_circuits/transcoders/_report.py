@@ -61,4 +61,4 @@ class TrainingReport:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.to_dataframe().groupby('layer').last().to_html(float_format='%.3g')}"
+        return f"<p>{self!r}</p>{self.to_dataframe().groupby('layer').last().to_html(float_format='{:.3g}'.format)}"

@@ -22,7 +22,7 @@ from ._features import INITIAL_THRESHOLD, running_threshold, sparse_features, sp
 from ._scaling import Scaling
 from ._sites import TrainingSite
 
-MEASURES = ("loss", "l0", "variance_explained", "dead_share")
+MEASURES: tuple[str, ...] = ("loss", "l0", "variance_explained", "dead_share")
 """What every step measures; see `TrainingReport`."""
 
 

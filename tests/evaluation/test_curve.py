@@ -1,0 +1,91 @@
+"""Sizes, areas, CPR and CMD of curves whose numbers are known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.evaluation.curves import curve
+from tl_neuron_circuits._errors import FileFormatError
+from tl_neuron_circuits.evaluation import SparsityCurve
+from tl_neuron_circuits.evaluation._curve import area
+
+
+def test_faithfulness_and_completeness_are_the_definitions_ratios() -> None:
+    one = curve([1, 10], [0.25, 0.5])
+    assert one.metric_full == 3 and one.metric_empty == 1
+    np.testing.assert_allclose(one.faithfulness, [0.25, 0.5])
+    np.testing.assert_allclose(one.completeness, [0.75, 0.5])
+    table = one.to_dataframe()
+    assert list(table["fraction"]) == [0.01, 0.1] and list(table["size"]) == [1, 10]
+
+
+def test_means_are_taken_before_the_ratio() -> None:
+    """A pair that the ablation hardly changes does not blow up the number."""
+    kept, full, empty = torch.tensor([[2.0, 1.1]]), torch.tensor([3.0, 1.2]), torch.tensor([1.0, 1.0])
+    made = SparsityCurve((1,), kept, kept, full, empty, torch.zeros(1), 5, {})
+    np.testing.assert_allclose(made.faithfulness, [(1.55 - 1) / (2.1 - 1)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("faithfulness", "level", "expected"),
+    [
+        ([0.2, 0.6, 1.0], 0.8, 10**1.5),  # half-way between 10 and 100, on the log axis
+        ([0.2, 0.6, 1.0], 0.6, 10),
+        ([0.2, 0.6, 1.0], 0.1, 1),
+        ([0.9, 0.4, 0.9], 0.8, 10**1.8),  # it does not stay above before
+        ([0.9, 0.9, 0.7], 0.8, np.inf),
+        ([0.2, np.nan, 1.0], 0.8, 100),
+    ],
+)
+def test_size_at_is_where_faithfulness_starts_to_stay_above(
+    faithfulness: list[float], level: float, expected: float
+) -> None:
+    assert curve([1, 10, 100], faithfulness).size_at(level) == pytest.approx(expected, rel=1e-5)
+
+
+def test_log_area_is_the_mean_over_the_log_axis_of_absolute_counts() -> None:
+    assert curve([1, 10, 100], [1.0, 1.0, 1.0]).log_area() == pytest.approx(1)
+    assert curve([1, 10, 100], [0.0, 0.5, 1.0]).log_area() == pytest.approx(0.5)
+    assert curve([10], [1.0]).log_area() == pytest.approx(0.75)  # from 0 at one node, to 1 at all
+    rises = curve([1, 10, 100], [0.0, 0.5, 1.0])
+    assert rises.log_area(10_000) == pytest.approx(0.75)  # beyond all nodes it stays 1
+    assert rises.log_area(10) == pytest.approx(0.25)
+    assert curve([1, 10], [0.0, 0.5]).log_area(10_000) == pytest.approx(0.75)  # all nodes, unmeasured, give 1
+    assert curve([1, 10], [0.5, 0.5], error="ablate").log_area(10_000) == pytest.approx(0.5)
+
+
+def test_cpr_and_cmd_of_curves_that_are_known() -> None:
+    """MIB's grid runs from .001 to 1: constant 1 has .999; what needs everything .25 and .75, as MIB's random has."""
+    sizes = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    perfect = curve(sizes, [1.0] * 10, 1000)
+    assert perfect.cpr == pytest.approx(0.999) and perfect.cmd == pytest.approx(0)
+    shares = [size / 1000 for size in sizes]
+    linear = curve(sizes, shares, 1000)  # a random ranking where the metric is linear in the nodes
+    assert linear.cpr == pytest.approx(0.5, abs=1e-3) and linear.cmd == pytest.approx(0.5, abs=1e-3)
+    needs_all = curve(sizes, [share**8 for share in shares], 1000)  # a random ranking where nodes depend on each other
+    assert needs_all.cpr == pytest.approx(0.25, abs=3e-3) and needs_all.cmd == pytest.approx(0.75, abs=3e-3)
+    above = curve(sizes, [1.5] * 9 + [1.0], 1000)
+    assert above.cmd == pytest.approx(0.374, abs=1e-3) and above.cpr > 1
+    ablated = curve([500, 1000], [0.5, 0.5], 1000, error="ablate")
+    assert ablated.cmd == pytest.approx(0.624, abs=1e-3)  # 1 to .5 until the middle, .5 from there
+    assert curve([0, 1000], [0.0, 1.0], 1000).cpr == pytest.approx(0.5, abs=1e-3)
+
+
+def test_area_is_the_trapezoids() -> None:
+    assert area(np.array([0.0, 1.0, 1.0]), [0.0, 1.0, 3.0]) == 2.5
+
+
+def test_saving_and_loading_changes_nothing(tmp_path: Path) -> None:
+    first = curve([1, 10], [0.25, 0.5], groups=("a", "a", "b", "b"))
+    first.save(tmp_path / "curve")
+    again = SparsityCurve.load(tmp_path / "curve")
+    assert again.sizes == first.sizes and again.groups == first.groups and again.settings == first.settings
+    assert all(
+        torch.equal(getattr(again, n), getattr(first, n)) for n in ("kept", "removed", "full", "empty", "predicted")
+    )
+    assert repr(again) == repr(first) and "<table" in again._repr_html_()
+    (tmp_path / "curve" / "curve.json").write_text("{}")
+    with pytest.raises(FileFormatError, match="something else"):
+        SparsityCurve.load(tmp_path / "curve")

@@ -1,0 +1,120 @@
+"""The front of sparsity against fidelity: transcoders and SAEs of equal width, trained on equal tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
+
+from .._errors import SettingsError
+from .._typing import checked
+from ..bases import Dictionary
+from ..models import TransformerLensModel
+from ._config import TrainingConfig
+from ._fidelity import ALL, fidelity
+from ._train import train
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ParetoFront:
+    """What `pareto` returns.
+
+    Columns of the table: those of `Fidelity`, the setting that was varied (`k` or `penalty`), and `on_front`: no other
+    dictionary of the same sort and layer has both a lower L0 and a higher `recovered_zero`. Rows of the linear maps and
+    ablations, which have no L0, come once.
+    """
+
+    table: pd.DataFrame
+    dictionaries: dict[tuple[str, float], tuple[Dictionary, ...]]
+    """By target ("transcoder", "sae") and value of the setting."""
+    setting: str
+    model: str
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The table."""
+        return self.table.copy()
+
+    def plot(self, *, measure: str = "recovered_zero") -> Any:
+        """A plotly figure of "recovered_zero", "recovered_mean", "divergence", "fvu" or "loss" against L0, by layer."""
+        from ..plots import plot_pareto
+
+        return plot_pareto(self.table, measure, self.model)
+
+    def __repr__(self) -> str:
+        sorts = sorted({target for target, _ in self.dictionaries})
+        values = sorted({value for _, value in self.dictionaries})
+        return f"ParetoFront({self.model}, {' and '.join(sorts)}, {self.setting} of {values})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='{:.4g}'.format, na_rep='')}"
+
+
+@checked
+def pareto(
+    model: TransformerLensModel,
+    tokens: Int[Tensor, "prompt pos"] | Sequence[Any],
+    config: TrainingConfig,
+    values: Sequence[float | int],
+    *,
+    evaluation_tokens: Int[Tensor, "held_out_prompt held_out_pos"] | Sequence[Any],
+    targets: Sequence[str] = ("transcoder", "sae"),
+    verbose: bool = True,
+) -> ParetoFront:
+    """Train a dictionary a value, target and layer, and measure each as `fidelity` does.
+
+    Args:
+        model: a TransformerLens model.
+        tokens: prompts to train on; every dictionary sees the same ones in the same order, and linear maps are
+            fitted on them.
+        config: settings; `target` is set here, and `skip` is left out of SAEs.
+        values: of `k` (topk, batchtopk) or of the penalty (relu, jumprelu).
+        evaluation_tokens: held-out prompts.
+        targets: which sorts of dictionaries.
+
+    Raises:
+        SettingsError: no values, or settings that `TrainingConfig` refuses.
+
+    Example:
+        >>> front = pareto(model, tokens, TrainingConfig(), [4, 8, 16], evaluation_tokens=held_out)  # doctest: +SKIP
+        >>> front.plot()  # doctest: +SKIP
+    """
+    if not values:
+        raise SettingsError(f"expected at least one value of {config.sparsity_setting}; got none.")
+    setting = config.sparsity_setting
+    frames, dictionaries = [], {}
+    for target in targets:
+        for value in values:
+            number = int(value) if setting == "k" else float(value)
+            changed = config.replace(target=target, skip=config.skip and target != "sae", **{setting: number})
+            trained = train(model, tokens, changed, verbose=verbose).dictionaries
+            measured = fidelity(
+                model, trained, evaluation_tokens, fit_tokens=tokens, forward_rows=config.forward_rows,
+                ignore_tokens=config.ignore_tokens, baselines=value == values[0],
+            )  # fmt: skip
+            dictionaries[target, float(value)] = trained
+            frames.append(measured.to_dataframe().assign(target=target, **{setting: number}))
+    table = _once(pd.concat(frames, ignore_index=True), setting)
+    return ParetoFront(table, dictionaries, setting, str(getattr(model.cfg, "model_name", "model")))
+
+
+def _once(table: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """The table with each baseline once, and `on_front`."""
+    own = table["replacement"].isin(("sae", "transcoder"))
+    table.loc[~own, setting] = float("nan")
+    # Ablations are the same whatever is compared with them; SAEs' principal components are not the transcoders' map.
+    shared = table["replacement"].isin(("mean", "zero"))
+    table.loc[shared, "target"] = ""
+    table = table.drop_duplicates(["layer", "replacement", "target", setting], ignore_index=True)
+    table["on_front"] = [_on_front(table, row) for row in table.itertuples()]
+    return table
+
+
+def _on_front(table: pd.DataFrame, row: Any) -> bool:
+    if row.replacement not in ("sae", "transcoder") or row.layer == ALL:
+        return False
+    rivals = table[(table["replacement"] == row.replacement) & (table["layer"] == row.layer)]
+    better = (rivals["l0"] <= row.l0) & (rivals["recovered_zero"] >= row.recovered_zero)
+    strictly = (rivals["l0"] < row.l0) | (rivals["recovered_zero"] > row.recovered_zero)
+    return not bool((better & strictly).any())
