@@ -18,7 +18,7 @@ from torch import Tensor
 from .._errors import SettingsError
 from .._typing import checked
 from ..bases import Values, capture, fired
-from ..interventions import Nodes, find_nodes, read_prompts, token_names
+from ..interventions import Nodes, find_nodes, read_prompts, text_pieces, token_names
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES, relp
 
@@ -98,7 +98,7 @@ def profiles(
             parts = [_attributions(model, prompt, frame[i : i + chunk]) for i in range(0, len(frame), chunk)]
         contribution.append(effects)
         attribution.append(torch.cat(parts))
-        sources += token_names(model, prompt.tolist())
+        sources += text_pieces(model, prompt)
         names += token_names(model, tokens)
     columns = (torch.cat(attribution, 1), torch.cat(contribution, 1))
     return Profiles(tuple(frame["label"]), *columns, tuple(sources), tuple(names))
