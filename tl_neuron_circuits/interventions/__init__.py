@@ -10,6 +10,7 @@ from ._steering_nodes import find_nodes as find_nodes
 from ._steering_prompts import Prompts as Prompts
 from ._steering_prompts import read_prompts as read_prompts
 from ._steering_prompts import run as run
+from ._steering_prompts import text_pieces as text_pieces
 from ._steering_prompts import token_names as token_names
 from ._steering_result import SteeringResult as SteeringResult
 from ._steering_runs import steer as steer
