@@ -101,6 +101,7 @@ def evaluate(
     settings = {
         **{key: scores.settings[key] for key in ("method", "positions", "rules", "model")},
         "basis": name_of(basis),
+        "baseline": scores.settings["baseline"],
         "ablation": ablation,
         "ranking": ranking,
         "error": error,

@@ -11,6 +11,10 @@ from ._edge_ablation import run_with_edges as run_with_edges
 from ._steering import steering_hooks as steering_hooks
 from ._steering_nodes import Nodes as Nodes
 from ._steering_nodes import find_nodes as find_nodes
+from ._steering_prompts import Prompts as Prompts
+from ._steering_prompts import read_prompts as read_prompts
+from ._steering_prompts import run as run
+from ._steering_prompts import token_names as token_names
 from ._steering_result import SteeringResult as SteeringResult
 from ._steering_runs import steer as steer
 from ._steering_runs import sweep as sweep

@@ -27,8 +27,8 @@ def node_values(
 ) -> Float[Tensor, "batch node"]:
     """The activations of `nodes` on `prompts`, each at its position: what `steering_hooks(value=...)` takes.
 
-    Steering another prompt with them moves what these nodes carry from the donor to the recipient, at the same positions.
-    For other positions in the donor, give its nodes with those positions: values go by the order of the nodes.
+    Steering another prompt with them moves what these nodes carry from the donor to the recipient, at the same
+    positions. For other positions in the donor, give its nodes with those: values go by the order of the nodes.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
