@@ -1,5 +1,7 @@
 """Circuits whose tables are made up, as large or as nasty as a test needs."""
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 
@@ -24,6 +26,7 @@ BYTES = "\udc80\udcff"
 """Bytes that are no UTF-8, as surrogates; pandas has no place for them, JSON has."""
 
 
+@cache
 def large_circuit(n_nodes: int = 300, n_edges: int = 3000, *, layers: int = 12, positions: int = 12) -> Circuit:
     """Random neurons over layers and positions, crowded at the last position, with random edges upwards."""
     random = np.random.default_rng(0)

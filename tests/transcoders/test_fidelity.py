@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,6 +89,18 @@ def test_a_skip_is_part_of_what_is_written(tiny: Any) -> None:
     assert table.loc["transcoder", "loss"] == pytest.approx(table.loc["affine", "loss"], abs=1e-5)
     assert table.loc["transcoder", "fvu"] == pytest.approx(table.loc["affine", "fvu"], abs=1e-5)
     assert table.loc["affine", "fvu"] < table.loc["rank 4", "fvu"] < 1
+
+
+def test_a_dictionary_on_attention_heads(tiny: Any) -> None:
+    """`attn.hook_z` has heads; nothing is replaced by nothing else than it says."""
+    tokens = random_tokens(tiny, batch=8, pos=9)
+    hook = "blocks.0.attn.hook_z"
+    exact = replace(identity(0, 16), hook_in=hook, hook_out=hook, reshape_activations="hook_z")
+    found = fidelity(tiny, [exact], tokens, baselines=False)
+    assert found.of("sae")["divergence"].item() == pytest.approx(0, abs=1e-6)
+    assert found.of("sae")["fvu"].item() == pytest.approx(0, abs=1e-6)
+    zero = found.of("zero")["loss"].item()
+    assert zero == pytest.approx(slow_loss(tiny, tokens, -1, hook, torch.zeros(1)), abs=1e-5)
 
 
 def test_linear_maps_are_the_best_of_their_rank() -> None:

@@ -1,6 +1,7 @@
 """Where nodes live: neurons, MLP outputs, attention outputs, the residual stream, dictionaries."""
 
 from ._activations import ACTIVATION_BASES as ACTIVATION_BASES
+from ._activations import ActivationSite as ActivationSite
 from ._activations import AttentionOutputs as AttentionOutputs
 from ._activations import AttentionWrites as AttentionWrites
 from ._activations import MLPOutputs as MLPOutputs

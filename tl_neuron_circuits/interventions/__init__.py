@@ -7,6 +7,10 @@ from ._ablation import ablation_hooks as ablation_hooks
 from ._steering import steering_hooks as steering_hooks
 from ._steering_nodes import Nodes as Nodes
 from ._steering_nodes import find_nodes as find_nodes
+from ._steering_prompts import Prompts as Prompts
+from ._steering_prompts import read_prompts as read_prompts
+from ._steering_prompts import run as run
+from ._steering_prompts import token_names as token_names
 from ._steering_result import SteeringResult as SteeringResult
 from ._steering_runs import steer as steer
 from ._steering_runs import sweep as sweep

@@ -68,8 +68,7 @@ def _from_labels(model: TransformerLensModel, labels: Sequence[str]) -> pd.DataF
         if read is None or read[2] not in _BASES:
             raise SettingsError(
                 f"expected labels such as 'L12/N345@7' or 'L12/N345' with one of the letters {sorted(_BASES)}; got "
-                f"{label!r}. Error nodes and dictionary features are no activations of the model: they cannot be "
-                "steered."
+                f"{label!r}. Error nodes and dictionary features are no activations of the model."
             )
         hook = _BASES[read[2]](layers=[int(read[1])]).sites(model)[0].hook
         rows.append((label, hook, int(read[3]), EVERYWHERE if read[4] is None else int(read[4])))

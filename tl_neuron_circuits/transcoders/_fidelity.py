@@ -237,6 +237,8 @@ def _losses(
 
 
 def _replacement(function: Any, hook_in: str, hook_out: str) -> Replacement:
-    if hook_in == hook_out:
-        return lambda value, captured: function(value)
-    return lambda value, captured: function(captured[hook_in])
+    def write(value: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
+        x = value if hook_in == hook_out else captured[hook_in]
+        return function(x.flatten(2)).reshape(value.shape)  # heads concatenated
+
+    return write
