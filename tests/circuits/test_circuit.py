@@ -18,7 +18,7 @@ from tests.stories_tasks import pronoun_pairs
 from tl_neuron_circuits import Circuit, attribute, evaluate, trace
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 
-CASE = all_models("llama")[0].values[0]
+CASE = all_models("gpt2")[0].values[0]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_wrong_names_are_refused(circuit: Circuit, groups: dict[str, list[str]])
         lambda: circuit.prune(count=-1),
         lambda: circuit.group(groups).collapse().to_scores(),
         lambda: Circuit.merge([]),
-        lambda: circuit | small_circuit(all_models("gpt2")[0].values[0]).sum_positions(),
+        lambda: circuit | small_circuit(all_models("llama")[0].values[0]).sum_positions(),
     ):
         with pytest.raises(SettingsError):
             call()

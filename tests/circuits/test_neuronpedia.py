@@ -12,7 +12,7 @@ from tests.families import all_models
 from tl_neuron_circuits import Circuit, trace
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 
-CASE = all_models("llama")[0].values[0]
+CASE = all_models("gpt2")[0].values[0]
 TEXT, NUMBER = str, (int, float)
 METADATA = {"slug": TEXT, "scan": TEXT, "prompt_tokens": list, "prompt": TEXT, "transcoder_list": list}
 QUERY = {"pinnedIds": list, "supernodes": list, "linkType": TEXT, "clickedId": TEXT, "sg_pos": TEXT}

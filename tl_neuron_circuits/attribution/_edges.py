@@ -8,7 +8,7 @@ activation: chosen neurons, the embedding of each position, positional embedding
 remainder (the neurons that were not chosen). That sum is checked whenever edges are computed. With pairs, weights are
 of differences, biases cancel, and the residual of the linearisation is a source of its own.
 
-Cost: two forward passes a prompt (three for pairs) and one vector-Jacobian product a target, in chunks that fit `max_bytes`.
+Cost: two forward passes a prompt (three for pairs) and a vector-Jacobian product a target, in chunks of `max_bytes`.
 Source: Arora et al. 2026, arXiv 2601.22594; METHODS 1.5.
 """
 

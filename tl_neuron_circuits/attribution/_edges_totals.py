@@ -9,6 +9,7 @@ Source: METHODS 1.2, case studies (zero baseline); pairs take the corrupt prompt
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,12 +56,14 @@ class Totals:
     def plus(self, other: "Totals") -> "Totals":
         """The sum, number by number."""
         mine, theirs = vars(self), vars(other)
-        return Totals(**{k: _add(v, theirs[k]) if isinstance(v, list) else v + theirs[k] for k, v in mine.items()})
+        sums: Any = {k: _add(v, theirs[k]) if isinstance(v, list) else v + theirs[k] for k, v in mine.items()}
+        return Totals(**sums)
 
     def over(self, n: int) -> "Totals":
         """Every number divided by `n`."""
         share = lambda tensors: [None if t is None else t / n for t in tensors]  # noqa: E731
-        return Totals(**{k: share(v) if isinstance(v, list) else v / n for k, v in vars(self).items()})
+        means: Any = {k: share(v) if isinstance(v, list) else v / n for k, v in vars(self).items()}
+        return Totals(**means)
 
 
 def _add(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import networkx
 import pandas as pd
@@ -11,6 +11,9 @@ import pandas as pd
 from ..attribution import NodeScores
 from . import _algebra, _groups, _neuronpedia, _prune, _saved, _scores
 from ._table import CHOSEN, EDGE_COLUMNS, NODE_COLUMNS, typed
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -180,9 +183,11 @@ class Circuit:
     def graph(self) -> networkx.DiGraph:
         """The circuit as a networkx graph, with the tables' columns as attributes."""
         graph = networkx.DiGraph(**dict(self.settings))
-        for row in self.nodes.to_dict("records"):
+        rows: Any = self.nodes.to_dict("records")
+        for row in rows:
             graph.add_node(row.pop("node"), **row)
-        for row in self.edges.to_dict("records"):
+        rows = self.edges.to_dict("records")
+        for row in rows:
             graph.add_edge(row.pop("source"), row.pop("target"), **row)
         return graph
 
@@ -202,6 +207,32 @@ class Circuit:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
         return cls(*_saved.load(path))
+
+    def plot(self, *, max_edges: int = 200) -> "go.Figure":
+        """The circuit as a plotly figure: layers against positions, with the strongest edges."""
+        from ..plots import plot_circuit
+
+        return plot_circuit(self, max_edges=max_edges)
+
+    def to_html(self, path: str | Path, *, details: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Write an interactive page of the circuit: one file that needs no network.
+
+        Args:
+            path: of the HTML file; an existing one is replaced.
+            details: more about nodes, by node ("L3/N45@7"), by neuron at all positions ("L3/N45"), by label or by
+                group. Everything is shown as text, never as markup. `"logit_effects"` is a list of (token, number),
+                `"examples"` a list of texts or of `{"tokens": [...], "values": [...], "note": "..."}` whose tokens are
+                coloured by value, and any other key a heading with its text.
+
+        Raises:
+            SettingsError: details of a node that is not there, or of another form.
+
+        Example:
+            >>> circuit.to_html("dallas.html", details={"L0/N92": {"description": "Dallas"}})  # doctest: +SKIP
+        """
+        from ..plots import write_page
+
+        write_page(self, path, details)
 
     def to_neuronpedia(self, path: str | Path, *, slug: str | None = None, scan: str | None = None) -> None:
         """Write Neuronpedia's attribution-graph JSON, labels and groups included.

@@ -111,7 +111,7 @@ def joined(circuit: Circuit, names: pd.Series, nodes: pd.DataFrame, settings: Ma
     nodes = nodes.copy()
     for column, part in (("change", "weight"), ("score", "attribution")):
         nodes[column] = nodes[column] - nodes["node"].map(internal[part]).fillna(0.0)
-    nodes["sign"] = np.sign(nodes["activation"]).fillna(0).astype("int64")
+    nodes["sign"] = np.sign(nodes["activation"].fillna(0.0)).astype("int64")
     edges = edges[~inside].groupby(["source", "target"], sort=False, as_index=False)[["weight", "attribution"]].sum()
     edges["relative"] = relative_weights(nodes, edges)
     nodes = complete(nodes, edges, circuit.target_value)

@@ -110,7 +110,7 @@ def _ids(nodes: pd.DataFrame, n_layers: int) -> dict[str, str]:
     return ids
 
 
-def _node(row: dict[str, Any], node_id: str, cumulative: float, first: bool) -> dict[str, Any]:
+def _node(row: Mapping[Any, Any], node_id: str, cumulative: float, first: bool) -> dict[str, Any]:
     layer, unit, _ = node_id.split("_")
     kind = {"neuron": UNIT, "feature": UNIT, "embedding": "embedding", "logit": "logit"}.get(row["kind"], ERROR)
     logit, clerp = kind == "logit", row["label"]

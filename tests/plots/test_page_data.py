@@ -1,0 +1,117 @@
+"""The page as a text: small, whole, and with nothing in its JSON that HTML could read."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.plots.made_up import BYTES, NASTY, large_circuit, nasty_circuit
+from tl_neuron_circuits import Circuit
+from tl_neuron_circuits._errors import SettingsError
+from tl_neuron_circuits.circuits._table import NODE_COLUMNS
+from tl_neuron_circuits.plots._page import embedded_json, page, page_data
+
+
+class Scripts(HTMLParser):
+    """The contents of a page's scripts, and every address that it mentions in an attribute."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.inside, self.scripts, self.addresses = False, [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "action", "data")]
+        if tag == "script":
+            self.inside = True
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.scripts[-1] += data
+
+
+@pytest.mark.parametrize("text", [*NASTY, BYTES])
+def test_embedded_json_holds_nothing_that_html_could_read(text: str) -> None:
+    written = embedded_json({"text": text})
+    assert written.isascii() and not set("<>&\n\r") & set(written)
+    assert json.loads(written)["text"] == text
+
+
+def test_embedded_json_refuses_numbers_that_json_lacks() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        embedded_json([float("nan")])
+
+
+def test_the_page_holds_every_number_of_the_tables(dallas: Circuit) -> None:
+    data = json.loads(Scripts(page(dallas)).scripts[0])
+    assert data == json.loads(embedded_json(page_data(dallas)))
+    for name, kind in NODE_COLUMNS.items():
+        column, expected = data["nodes"][name], dallas.nodes[name]
+        if kind == "float64":
+            column = np.array([np.nan if value is None else value for value in column])
+            np.testing.assert_allclose(column, expected, rtol=1e-4)
+        else:
+            assert column == expected.tolist()
+    names = data["nodes"]["node"]
+    for end in ("source", "target"):
+        assert [names[index] for index in data["edges"][end]] == dallas.edges[end].tolist()
+    for name in ("weight", "relative", "attribution"):
+        np.testing.assert_allclose(data["edges"][name], dallas.edges[name], rtol=1e-4)
+
+
+def test_nasty_texts_come_back_and_open_no_element() -> None:
+    circuit = nasty_circuit()
+    text = page(circuit)
+    parsed = Scripts(text)
+    assert len(parsed.scripts) == 2
+    assert json.loads(parsed.scripts[0])["nodes"]["token"][: 2 * len(NASTY) : 2] == list(NASTY)
+    assert "<title>Circuit for “&lt;/script" in text.replace("&#8220;", "“")
+    assert BYTES not in text and text.encode("utf-8")
+
+
+def test_the_page_asks_for_nothing_from_outside(dallas: Circuit) -> None:
+    text = page(dallas)
+    assert set(Scripts(text).addresses) == {"data:,", "#panel"}
+    assert "default-src 'none'" in text
+    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text) == []
+    assert "@import" not in text and re.findall(r"\[\[(?!data)\w+\]\]", text) == []
+
+
+def test_a_page_of_300_nodes_and_3000_edges_is_small(tmp_path: Path) -> None:
+    large_circuit().to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 400_000
+
+
+def test_details_come_by_node_by_neuron_by_label_and_by_group(dallas: Circuit) -> None:
+    chosen = dallas.nodes[dallas.nodes["kind"] == "neuron"]["node"].tolist()
+    circuit = dallas.label({chosen[0]: "capital city"}).group({"places": chosen[1:3]})
+    neuron = chosen[3].rpartition("@")[0]
+    everywhere = [name for name in chosen if name.rpartition("@")[0] == neuron]
+    details = {chosen[1]: {"note": "a"}, "capital city": {"note": "b"}, "places": {"note": "c"}, neuron: {"note": "d"}}
+    found = page_data(circuit, details)["details"]
+    expected = {chosen[1]: "a", chosen[0]: "b", "places": "c"} | dict.fromkeys(everywhere, "d")
+    assert {name: dict(one["texts"])["note"] for name, one in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        ({"L9/N9": {}}, "got 'L9/N9'"),
+        ({"logit/539": {"logit_effects": ["Austin"]}}, "pairs of a token and a number"),
+        ({"logit/539": {"logit_effects": [("Austin", "x")]}}, "expected numbers"),
+        ({"logit/539": {"logit_effects": [("Austin", float("nan"))]}}, "finite"),
+        ({"logit/539": {"examples": [{"tokens": ["a"]}]}}, "with tokens and values"),
+        ({"logit/539": {"examples": [{"tokens": ["a"], "values": [1.0, 2.0]}]}}, "1 tokens and 2 values"),
+    ],
+)
+def test_details_of_another_form_are_refused(dallas: Circuit, tmp_path: Path, details: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        dallas.to_html(tmp_path / "page.html", details=details)
+    assert not (tmp_path / "page.html").exists()

@@ -1,0 +1,152 @@
+"""The page of a circuit: one self-contained HTML file with an interactive attribution graph, no network.
+
+The circuit is embedded as JSON, the graph is plain SVG, and the scripts in `page/` are put into the file as they are.
+Texts of the model and of the user reach the page only as JSON whose `<`, `>` and `&` are escaped, and the scripts set
+them as text, never as markup; a content security policy forbids everything that is not in the file.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .._files import versions
+from ..circuits import Circuit
+from ._page_details import checked_details
+from ._style import PALETTE
+
+_SCRIPTS = ("data.js", "layout.js", "graph.js", "panel.js", "controls.js")
+_DARK = {
+    "bg": "#14171c", "panel": "#1b1f26", "band": "#191d23", "fg": "#e7e9ec", "muted": "#9aa4b1", "line": "#343b46",
+    "positive": PALETTE[5], "negative": PALETTE[4], "focus": "#ffffff", "tip": "#e7e9ec", "tip-fg": "#14171c",
+}  # fmt: skip
+"""Against a dark background the palette's light pair stands out: sky blue and orange."""
+_GROUPS = (PALETTE[2], PALETTE[3], "#8C6BB1", "#999933", "#882255", "#44AA99")
+
+
+def write_page(circuit: Circuit, path: str | Path, details: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Write the page of a circuit; an existing file is replaced.
+
+    Args:
+        circuit: any circuit, grouped or not.
+        path: of the HTML file.
+        details: see `Circuit.to_html`.
+
+    Raises:
+        SettingsError: details of a node that is not there, or of another form.
+    """
+    Path(path).write_text(page(circuit, details), encoding="utf-8")
+
+
+def page(circuit: Circuit, details: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """The page as text."""
+    parts = {
+        "title": _ascii(escape(_title(circuit))),
+        "style": _part("page.css"),
+        "positive": PALETTE[0],
+        "negative": PALETTE[1],
+        "dark": " ".join(f"--{name}: {colour};" for name, colour in _DARK.items()),
+        "data": embedded_json(page_data(circuit, details)),
+        "script": "\n".join(_part(name) for name in _SCRIPTS),
+    }
+    filled = re.sub(r"\[\[(style|script)\]\]", lambda match: parts[match[1]], _part("page.html"))
+    return re.sub(r"\[\[(\w+)\]\]", lambda match: parts[match[1]], filled)
+
+
+def embedded_json(value: Any) -> str:
+    """JSON in ASCII that nothing inside a script element can end or open.
+
+    Raises:
+        ValueError: a number that JSON has no form for.
+    """
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def page_data(circuit: Circuit, details: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Everything that the page knows: columns of nodes and edges, numbers to five digits, None where there is none."""
+    nodes, edges, settings = circuit.nodes, circuit.edges, circuit.settings
+    index = {name: place for place, name in enumerate(nodes["node"])}
+    return {
+        "prompt": str(settings.get("prompt", "")),
+        "facts": _facts(circuit),
+        "tokens": [str(token) for token in settings.get("tokens") or []],
+        "n_layers": int(settings.get("n_layers", 0)),
+        "target_value": _number(circuit.target_value),
+        "nodes": {name: _column(nodes[name]) for name in nodes.columns},
+        "edges": {
+            "source": [index[name] for name in edges["source"]],
+            "target": [index[name] for name in edges["target"]],
+            **{name: _column(edges[name]) for name in ("weight", "relative", "attribution")},
+        },
+        "members": {str(group): list(members) for group, members in (settings.get("groups") or {}).items()},
+        "details": checked_details(nodes, details or {}),
+        "group_colours": list(_GROUPS),
+    }
+
+
+def _part(name: str) -> str:
+    return (files(__package__) / "page" / name).read_text(encoding="utf-8")
+
+
+def _ascii(text: str) -> str:
+    """Characters beyond ASCII as references; half surrogates, which bytes in tokens can leave, as question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8").encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
+def _title(circuit: Circuit) -> str:
+    target = ", ".join(str(one).strip() for one in circuit.settings.get("target", []))
+    return f"Circuit for “{target}” on {circuit.settings.get('model', 'unknown')}"
+
+
+def _facts(circuit: Circuit) -> list[tuple[str, str, str]]:
+    """What the head of the page says beside the prompt: names, texts, and what they mean."""
+    settings = circuit.settings
+    target, prompts = (
+        ", ".join(str(one).strip() for one in settings.get("target", [])),
+        int(settings.get("n_prompts", 1)),
+    )
+    explained = 1 - circuit.unexplained if circuit.target_value else float("nan")
+    made_with = {"tl-neuron-circuits": versions()["tl-neuron-circuits"]} | dict(settings.get("versions") or {})
+    facts = [
+        ("target", f"{target} = {circuit.target_value:.4g}", "what the circuit explains: the sum of its logits"),
+        (
+            "explained",
+            _percent(explained),
+            "share of the target that ends at embeddings and biases, not at what was left out",
+        ),
+        (
+            "replacement",
+            _percent(circuit.replacement_score),
+            "influence of embeddings over that of embeddings and of what was left out",
+        ),
+        (
+            "completeness",
+            _percent(circuit.completeness_score),
+            "share of all nodes' inputs that does not come from what was left out",
+        ),
+        ("baseline", str(settings.get("baseline", "")), "scores are differences to this"),
+        ("prompts", str(prompts) if prompts != 1 else "", "numbers are means over them"),
+        *((name, str(version), "version the circuit was made with") for name, version in made_with.items()),
+    ]
+    return [fact for fact in facts if fact[1]]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %" if np.isfinite(value) else ""
+
+
+def _column(values: pd.Series) -> list[Any]:
+    if values.dtype == "float64":
+        return [_number(value) for value in values]
+    return [int(value) for value in values] if values.dtype == "int64" else [str(value) for value in values]
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.5g}") if np.isfinite(value) else None

@@ -1,0 +1,137 @@
+// The circuit as objects, what is shown of it, and how texts and numbers are written.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const CHOSEN = new Set(["neuron", "feature", "group"]);
+const REST = new Set(["bias", "remainder", "residual", "error"]);
+const KINDS = {
+  neuron: "neuron", feature: "feature", group: "group", embedding: "embedding", logit: "logit", bias: "bias",
+  remainder: "what was left out", residual: "what is not linear", error: "error",
+};
+
+const NODES = data.nodes.node.map((name, index) => {
+  const node = { key: name, index };
+  for (const column in data.nodes) node[column] = data.nodes[column][index];
+  if (data.members[name]) node.members = data.members[name];
+  return node;
+});
+const EDGES = data.edges.source.map((source, index) => ({
+  source: NODES[source], target: NODES[data.edges.target[index]],
+  weight: data.edges.weight[index], relative: data.edges.relative[index], attribution: data.edges.attribution[index],
+}));
+const BY_NAME = new Map(NODES.map((node) => [node.node, node]));
+const GROUPS = new Map();
+for (const node of NODES) {
+  if (node.group && CHOSEN.has(node.kind) && node.kind !== "group") {
+    if (!GROUPS.has(node.group)) GROUPS.set(node.group, { name: node.group, members: [] });
+    GROUPS.get(node.group).members.push(node);
+  }
+}
+[...GROUPS.values()].forEach((group, index) => { group.colour = data.group_colours[index % data.group_colours.length]; });
+// Graphs of other programs have no scores; there influence says how large a node is.
+const SIZED_BY = NODES.some((node) => CHOSEN.has(node.kind) && node.share !== null) ? "share" : "influence";
+
+// What is shown: `nodes` and `edges` with chosen groups collapsed; every node knows its edges, strongest first.
+const view = { nodes: [], edges: [], collapsed: new Set(), byKey: new Map() };
+
+function rebuildView() {
+  const supers = new Map();
+  for (const name of view.collapsed) supers.set(name, supernode(GROUPS.get(name)));
+  const standsFor = (node) => supers.get(CHOSEN.has(node.kind) && node.kind !== "group" ? node.group : "") || node;
+  view.nodes = [...supers.values(), ...NODES.filter((node) => standsFor(node) === node)];
+  view.byKey = new Map(view.nodes.map((node) => [node.key, node]));
+  for (const node of view.nodes) { node.incoming = []; node.outgoing = []; }
+  const joined = new Map();
+  view.edges = [];
+  for (const edge of EDGES) {
+    const source = standsFor(edge.source), target = standsFor(edge.target);
+    if (source === edge.source && target === edge.target) { view.edges.push(edge); continue; }
+    if (source === target) {  // inside a supernode: gone, and so is its part of the supernode's score
+      target.score -= edge.attribution;
+      target.change -= edge.weight;
+      continue;
+    }
+    const key = source.key + "\u0000" + target.key;
+    let sum = joined.get(key);
+    if (!sum) { sum = { source, target, weight: 0, attribution: 0 }; joined.set(key, sum); view.edges.push(sum); }
+    sum.weight += edge.weight;
+    sum.attribution += edge.attribution;
+  }
+  for (const node of supers.values()) node.share = data.target_value ? node.score / data.target_value : null;
+  for (const edge of joined.values()) edge.relative = edge.target.score ? edge.attribution / edge.target.score : 0;
+  view.edges.sort((a, b) => Math.abs(b.attribution) - Math.abs(a.attribution));
+  for (const edge of view.edges) { edge.source.outgoing.push(edge); edge.target.incoming.push(edge); }
+}
+
+function supernode(group) {
+  const sum = (column) => group.members.reduce((total, node) => total + (node[column] || 0), 0);
+  const size = (node) => Math.abs(node.score) || 1e-12;
+  const total = group.members.reduce((all, node) => all + size(node), 0);
+  const largest = group.members.reduce((a, b) => (size(a) >= size(b) ? a : b));
+  const one = (column, other) => (new Set(group.members.map((node) => node[column])).size === 1 ? largest[column] : other);
+  return {
+    key: "group:" + group.name, node: group.name, label: group.name, kind: "group", group: group.name, unit: -1,
+    layer: Math.round(group.members.reduce((all, node) => all + node.layer * size(node), 0) / total),
+    position: one("position", -1), drawnAt: largest.position, token: one("token", "…"), gate_sign: 0, up_sign: 0,
+    activation: sum("activation"), sign: Math.sign(sum("activation")), change: sum("change"), score: sum("score"),
+    influence: SIZED_BY === "influence" ? sum("influence") : null, flow: null, probability: null,
+    members: group.members.map((node) => node.node),
+  };
+}
+
+const sizeOf = (node) => Math.abs(node[SIZED_BY] || 0);
+const signOf = (node) => Math.sign(node.score === null ? node.influence || 0 : node.score);
+const strengthOf = (edge, measure) =>
+  measure === "relative" ? Math.abs(edge.relative || 0) : Math.abs(edge.attribution / (data.target_value || 1));
+
+// Characters that would not show, or would disturb what stands beside them, in a form that does.
+const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+function clean(text) {
+  return String(text).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(HIDDEN, (character) => {
+    const code = character.charCodeAt(0);
+    return code < 256 ? "\\x" + code.toString(16).padStart(2, "0") : "\\u" + code.toString(16).padStart(4, "0");
+  });
+}
+const showToken = (token) => (token.trim() === "" ? token.replace(/ /g, "␣") : clean(token).trim());
+function shorten(text, length) {
+  const characters = [...text];
+  return characters.length > length ? characters.slice(0, length - 1).join("") + "…" : text;
+}
+function number(value) {
+  if (value === null || value === undefined) return "—";
+  const size = Math.abs(value);
+  if (size !== 0 && (size < 1e-4 || size >= 1e6)) return value.toExponential(2);
+  return String(Number(value.toPrecision(4)));
+}
+const percent = (value) => (value === null || value === undefined ? "—" : number(Number((100 * value).toPrecision(3))) + " %");
+const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "0");
+const count = (value) => value.toLocaleString("en");
+const where = (node) => {
+  if (node.kind === "logit" || (node.kind === "embedding" && node.position >= 0)) return "at " + node.position;
+  if (REST.has(node.kind) && node.position < 0) return "everywhere";
+  const token = node.token && node.token !== "…" ? "“" + showToken(node.token) + "”" : "";
+  if (node.position < 0) return token || "several positions";
+  return "at " + node.position + (token ? " " + token : "");
+};
+const nameOf = (node) => {
+  const label = showToken(node.label);
+  if (node.kind === "logit") return "logit “" + label + "”";
+  return node.kind === "embedding" ? "embedding “" + label + "”" : label;
+};
+
+function element(tag, properties, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties || {})) {
+    if (name === "class") made.className = value;
+    else if (name.startsWith("on")) made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child !== null));
+  return made;
+}
+function svg(tag, attributes, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const name in attributes) made.setAttribute(name, attributes[name]);
+  made.append(...children);
+  return made;
+}
