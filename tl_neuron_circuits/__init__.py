@@ -2,11 +2,13 @@
 
 from . import bases as bases
 from . import tasks as tasks
+from . import transcoders as transcoders
 from ._errors import NeuronCircuitsError as NeuronCircuitsError
 from .attribution import NodeScores as NodeScores
 from .attribution import attribute as attribute
 from .bases import Dictionary as Dictionary
 from .bases import as_dictionary as as_dictionary
+from .bases import load_demo_dictionaries as load_demo_dictionaries
 from .bases import load_dictionary as load_dictionary
 from .bases import save_dictionary as save_dictionary
 from .circuits import Circuit as Circuit
@@ -17,6 +19,19 @@ from .evaluation import SparsityCurve as SparsityCurve
 from .evaluation import agreement as agreement
 from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
+from .explain import cluster as cluster
+from .explain import logit_effects as logit_effects
+from .explain import profiles as profiles
+from .explain import prompt_scores as prompt_scores
+from .explain import score_features as score_features
+from .explain import strongest_examples as strongest_examples
+from .interventions import SteeringResult as SteeringResult
+from .interventions import SteeringSweep as SteeringSweep
+from .interventions import node_values as node_values
+from .interventions import steer as steer
+from .interventions import steering_hooks as steering_hooks
+from .interventions import sweep as sweep
+from .interventions import transplant as transplant
 from .models import load_demo_model as load_demo_model
 from .propagation import ModelReport as ModelReport
 from .propagation import check_model as check_model

@@ -210,6 +210,72 @@ def attribute(
         console.print(f"written: {out}")
 
 
+@app.command()
+@guarded
+def compare(
+    model: Model,
+    pairs: PairsFile,
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same call goes on from what is there.")],
+    evaluation_pairs: Annotated[Path | None, typer.Option(help="Held-out pairs; else half of the words.")] = None,
+    basis: Annotated[list[str] | None, typer.Option(help="neurons, mlp_outputs, ...; neurons, mlp_outputs.")] = None,
+    sae: Annotated[list[Path] | None, typer.Option(help="Folder of an SAE, or of folders of them.")] = None,
+    transcoder: Annotated[list[Path] | None, typer.Option(help="Likewise for transcoders.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="relp, gradient, integrated_gradients, random, ...")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Numbers of nodes; 20 log-spaced ones.")] = None,
+    ablation: Annotated[str, typer.Option(help="mean, zero, resample or corrupt.")] = "mean",
+    error: Annotated[str, typer.Option(help="A dictionary's error: nodes, keep or ablate.")] = "nodes",
+    mib: Annotated[bool, typer.Option("--mib", help="Also CPR and CMD on MIB's grid.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Prompts in one pass.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the split, resampling and bands.")] = 0,
+    backend: Backend = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare neurons, MLP outputs, SAEs and transcoders by how faithful their circuits are, on pairs from a file."""
+    from ._errors import SettingsError
+    from .bases import ACTIVATION_BASES, Dictionaries, load_dictionaries
+    from .evaluation import DEFAULT_METHODS
+    from .evaluation import compare as run
+    from .tasks import PromptPairs
+
+    names = basis or ["neurons", "mlp_outputs"]
+    if wrong := [name for name in names if name not in ACTIVATION_BASES]:
+        raise SettingsError(f"expected bases out of {list(ACTIVATION_BASES)}; got {wrong}.")
+    kinds = {"sae": load_dictionaries(sae or []), "transcoder": load_dictionaries(transcoder or [])}
+    layers = sorted({dictionary.layer for found in kinds.values() for dictionary in found}) or None
+    train = PromptPairs.from_jsonl(pairs)
+    if evaluation_pairs is None:
+        train, test = train.split(0.5, seed=seed, by="contrast" if train.labels is None else "label")
+    else:
+        test = PromptPairs.from_jsonl(evaluation_pairs)
+    result = run(
+        load_model(model, backend),
+        train,
+        test,
+        bases=[ACTIVATION_BASES[name](layers) for name in names]
+        + [Dictionaries(found, name=kind) for kind, found in kinds.items() if found],
+        methods=method or DEFAULT_METHODS,  # pyright: ignore[reportArgumentType]
+        sizes=size,
+        ablation=ablation,  # pyright: ignore[reportArgumentType]
+        error=error,  # pyright: ignore[reportArgumentType]
+        mib=mib,
+        batch_size=batch_size,
+        seed=seed,
+        directory=out / "comparison",
+        verbose=not as_json,
+    )
+    files = [out / "sparsity.html", out / "sparsity.csv", out / "summary.csv"]
+    result.plot().write_html(files[0], include_plotlyjs=True)
+    result.to_dataframe().to_csv(files[1], index=False)
+    result.summary().to_csv(files[2], index=False)
+    if as_json:
+        content = {"headline": result.headline(), "files": [str(file) for file in files]}
+        print(json.dumps({**content, "summary": json.loads(result.summary().to_json(orient="records"))}))
+        return
+    show(result.summary().drop(columns="task").dropna(axis="columns", how="all"), repr(result))
+    console.print(result.headline(), soft_wrap=True)
+    console.print("written: " + ", ".join(str(file) for file in files), soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of `tl-neuron-circuits`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

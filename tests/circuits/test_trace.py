@@ -12,7 +12,7 @@ import torch
 from tests.circuits.checks import assert_sums_hold, small_circuit
 from tests.families import ModelCase, all_models, random_tokens
 from tests.stories_tasks import pronoun_pairs
-from tl_neuron_circuits import Circuit, NeuronCircuitsError, attribute, trace
+from tl_neuron_circuits import Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.tasks import TokenisedPairs, logit_difference
 
@@ -209,3 +209,16 @@ def test_a_metric_can_be_the_target_of_pairs(case: ModelCase) -> None:
     by_name, by_default = trace(model, pairs, logit_difference, nodes=5), trace(model, pairs, nodes=5)
     pd.testing.assert_frame_equal(by_name.nodes, by_default.nodes)
     assert isinstance(by_name, Circuit)
+
+
+@pytest.mark.parametrize("name", ["demo-gelu", "demo-swiglu"])
+def test_the_demo_models_circuit_reads_the_city(name: str) -> None:
+    """The two-hop answer comes from the city's tokens and the attribute asked for, and all numbers add up."""
+    circuit = trace(load_demo_model(name), "The capital of the state containing Dallas is", " Austin")
+    assert_sums_hold(circuit, 1e-4)
+    assert circuit.settings["skipped_positions"] == [0]
+    logit = circuit.nodes.query("kind == 'logit'")
+    assert logit["label"].tolist() == ["Austin"] and logit["probability"].item() > 0.5
+    embeddings = circuit.nodes.query("kind == 'embedding'").nlargest(3, "score")["token"]
+    assert set(embeddings) == {"Dal", "##las", "capital"}
+    assert circuit.nodes.query("kind == 'neuron'")["share"].abs().min() >= circuit.settings["share"]

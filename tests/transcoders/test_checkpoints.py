@@ -149,6 +149,8 @@ def test_other_settings_are_refused(one_tiny: Any, tokens: Tensor, tmp_path: Pat
 
 def test_damaged_checkpoints_are_refused(one_tiny: Any, tokens: Tensor, tmp_path: Path) -> None:
     config = SMALL.replace(steps=2)
+    with pytest.raises(SettingsError, match="needs the directory"):
+        train(one_tiny, tokens, config, resume=True, verbose=False)
     with pytest.raises(FileFormatError, match="there is none"):
         train(one_tiny, tokens, config, directory=tmp_path, resume=True, verbose=False)
     train(one_tiny, tokens, config, directory=tmp_path, verbose=False)

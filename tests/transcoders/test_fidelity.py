@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def test_an_exact_dictionary_recovers_everything(tiny: Any, untouched: Untouched
         found = fidelity(tiny, [identity(1, 16), identity(0, 16)], tokens, baselines=False)
     rows = found.of("sae")
     assert list(rows.index) == [0, 1, "all"]
-    for column, ideal in (("recovered_zero", 1), ("recovered_mean", 1), ("fvu", 0), ("l0", 16)):
+    for column, ideal in (("recovered_zero", 1), ("recovered_mean", 1), ("fvu", 0), ("divergence", 0), ("l0", 16)):
         assert rows[column].dropna().tolist() == pytest.approx([ideal] * rows[column].count(), abs=1e-5)
     for ablation in ("zero", "mean"):
         assert found.of(ablation)[f"recovered_{ablation}"].tolist() == pytest.approx([0, 0, 0], abs=1e-7)
@@ -64,6 +65,13 @@ def test_losses_are_what_the_definition_gives(tiny: Any) -> None:
     assert found.model_loss == pytest.approx(slow_loss(tiny, tokens, ignore), abs=1e-5)
     for name, value in (("zero", torch.zeros(16)), ("mean", mean)):
         assert found.of(name)["loss"].item() == pytest.approx(slow_loss(tiny, tokens, ignore, hook, value), abs=1e-5)
+        with torch.no_grad():
+            log_p = tiny(tokens).log_softmax(-1)
+            with tiny.hooks(fwd_hooks=[(hook, lambda old, hook, new=value: new.expand_as(old))]):
+                log_q = tiny(tokens).log_softmax(-1)
+        kept = (tokens[:, :-1] != ignore) & (tokens[:, 1:] != ignore)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[:, :-1][kept].mean()
+        assert found.of(name)["divergence"].item() == pytest.approx(float(divergence), abs=1e-5)
 
 
 def test_a_skip_is_part_of_what_is_written(tiny: Any) -> None:
@@ -81,6 +89,18 @@ def test_a_skip_is_part_of_what_is_written(tiny: Any) -> None:
     assert table.loc["transcoder", "loss"] == pytest.approx(table.loc["affine", "loss"], abs=1e-5)
     assert table.loc["transcoder", "fvu"] == pytest.approx(table.loc["affine", "fvu"], abs=1e-5)
     assert table.loc["affine", "fvu"] < table.loc["rank 4", "fvu"] < 1
+
+
+def test_a_dictionary_on_attention_heads(tiny: Any) -> None:
+    """`attn.hook_z` has heads; nothing is replaced by nothing else than it says."""
+    tokens = random_tokens(tiny, batch=8, pos=9)
+    hook = "blocks.0.attn.hook_z"
+    exact = replace(identity(0, 16), hook_in=hook, hook_out=hook, reshape_activations="hook_z")
+    found = fidelity(tiny, [exact], tokens, baselines=False)
+    assert found.of("sae")["divergence"].item() == pytest.approx(0, abs=1e-6)
+    assert found.of("sae")["fvu"].item() == pytest.approx(0, abs=1e-6)
+    zero = found.of("zero")["loss"].item()
+    assert zero == pytest.approx(slow_loss(tiny, tokens, -1, hook, torch.zeros(1)), abs=1e-5)
 
 
 def test_linear_maps_are_the_best_of_their_rank() -> None:

@@ -76,7 +76,11 @@ def run_prompt(model: TransformerLensModel, batch: Batch, *, cut: bool) -> Promp
     unembed = submodule(model, "unembed")
     if unembed is None:
         raise PropagationError(f"expected an unembedding module on this {type(model).__name__}; it has none.")
-    handle = unembed.register_forward_hook(lambda module, arguments, output: ends.append((arguments[0], output)))
+
+    def end(module: Any, arguments: Any, output: Any) -> None:
+        ends.append((arguments[0], output))
+
+    handle = unembed.register_forward_hook(end)
     try:
         with model.hooks(fwd_hooks=hooks):
             logits = logits_of(model, batch.clean, batch.attention_mask)

@@ -39,7 +39,7 @@ def patch(
             shape = block_shape(setting, runs.clean[site.hook], kind)
             scores = torch.full((shape.numel(),), torch.nan)
             wanted = torch.arange(shape.numel()) if chosen is None else _flat(chosen, site.hook, kind, shape)
-            for chunk in wanted.split(max(1, rows // len(batch))):
+            for chunk in wanted.split(max(1, rows // len(batch))) if len(wanted) else ():
                 scores[chunk] = sign * _change(setting, batch, site, kind, shape, chunk, runs, start).float().cpu()
             out[site.hook, kind] = scores.reshape(shape)
     return out

@@ -1,15 +1,20 @@
 """Where nodes live: neurons, MLP outputs, attention outputs, the residual stream, dictionaries."""
 
 from ._activations import ACTIVATION_BASES as ACTIVATION_BASES
+from ._activations import ActivationSite as ActivationSite
 from ._activations import AttentionOutputs as AttentionOutputs
 from ._activations import AttentionWrites as AttentionWrites
 from ._activations import MLPOutputs as MLPOutputs
 from ._activations import Neurons as Neurons
 from ._activations import ResidualStream as ResidualStream
+from ._demo_dictionaries import DEMO_DICTIONARIES as DEMO_DICTIONARIES
+from ._demo_dictionaries import demo_dictionaries_path as demo_dictionaries_path
+from ._demo_dictionaries import load_demo_dictionaries as load_demo_dictionaries
 from ._dictionaries import Dictionaries as Dictionaries
 from ._dictionary import Dictionary as Dictionary
 from ._dictionary_files import load_dictionary as load_dictionary
 from ._dictionary_files import save_dictionary as save_dictionary
+from ._dictionary_folders import load_dictionaries as load_dictionaries
 from ._dictionary_hooks import check_fires as check_fires
 from ._dictionary_hooks import resolve_hooks as resolve_hooks
 from ._dictionary_objects import as_dictionary as as_dictionary

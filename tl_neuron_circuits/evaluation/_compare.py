@@ -22,6 +22,13 @@ from ._evaluate import Errors, evaluate
 from ._resume import resume
 
 logger = logging.getLogger(__name__)
+DEFAULT_METHODS: tuple[MethodName, ...] = (
+    "relp",
+    "gradient",
+    "integrated_gradients",
+    "activation_difference",
+    "random",
+)
 TaskPairs = PromptPairs | TokenisedPairs
 Pairs = TaskPairs | Mapping[str, TaskPairs]
 
@@ -33,13 +40,7 @@ def compare(
     evaluation_pairs: Pairs,
     *,
     bases: Sequence[Basis] | None = None,
-    methods: Sequence[MethodName] = (
-        "relp",
-        "gradient",
-        "integrated_gradients",
-        "activation_difference",
-        "random",
-    ),
+    methods: Sequence[MethodName] = DEFAULT_METHODS,
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
     error: Errors = "nodes",

@@ -1,1 +1,16 @@
-"""TODO: one line."""
+"""What neurons are about: hypothesis scores, clusters, logit effects, strongest examples."""
+
+from ._auroc import auroc as auroc
+from ._cluster import Clusters as Clusters
+from ._cluster import cluster as cluster
+from ._examples import Example as Example
+from ._examples import StrongestExamples as StrongestExamples
+from ._examples import strongest_examples as strongest_examples
+from ._logit_effects import LogitEffects as LogitEffects
+from ._logit_effects import logit_effects as logit_effects
+from ._profiles import Profiles as Profiles
+from ._profiles import profiles as profiles
+from ._prompt_scores import PromptScores as PromptScores
+from ._prompt_scores import prompt_scores as prompt_scores
+from ._score_features import FeatureScores as FeatureScores
+from ._score_features import score_features as score_features

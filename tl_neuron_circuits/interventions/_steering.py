@@ -58,17 +58,17 @@ def steering_hooks(
         scale: multiply by it.
         value: set to it; with `node_values` of another prompt this is an interchange intervention.
         add: add it.
-        positions: steer every node at these positions of the prompt, counted from 0; only for nodes without positions of
-            their own. In `generate`, positions apply to the prompt; None applies to generated tokens too.
+        positions: steer every node at these positions of the prompt, counted from 0; only for nodes without positions
+            of their own. In `generate`, positions apply to the prompt; None applies to generated tokens too.
 
     Exactly one of `scale`, `value` and `add`: a number, or a tensor [node] or [batch, node] in the order of the nodes
     (with `positions`: nodes outer, positions inner).
 
     Raises:
-        SettingsError: not exactly one change, a node that cannot be read or stands twice, a tensor of another shape; while
-            the model runs: a unit out of range, a position outside the prompt.
-        UnsupportedModelError: the model lacks a hook point; or, for positions, one that fires before the first attention
-            pattern, where the prompt's pass cannot be told from a generated token's.
+        SettingsError: not exactly one change, a node that cannot be read or stands twice, a tensor of another shape;
+            while the model runs: a unit out of range, a position outside the prompt.
+        UnsupportedModelError: the model lacks a hook point; or, for positions, one that fires before the first
+            attention pattern, where the prompt's pass cannot be told from a generated token's.
 
     Source: METHODS 1.7.
 
@@ -84,9 +84,8 @@ def steering_hooks(
 
 def the_change(scale: Amount | None, value: Amount | None, add: Amount | None) -> tuple[How, Amount]:
     """The one change that was asked for."""
-    given: list[tuple[How, Amount]] = [
-        (how, amount) for how, amount in (("scale", scale), ("value", value), ("add", add)) if amount is not None
-    ]
+    changes: tuple[tuple[How, Amount | None], ...] = (("scale", scale), ("value", value), ("add", add))
+    given: list[tuple[How, Amount]] = [(how, amount) for how, amount in changes if amount is not None]
     if len(given) != 1:
         raise SettingsError(f"expected exactly one of scale, value and add; got {[how for how, _ in given] or 'none'}.")
     return given[0]
@@ -96,8 +95,8 @@ def hooks_for(model: TransformerLensModel, frame: pd.DataFrame, how: How, amount
     """The hooks for nodes that `find_nodes` has checked."""
     if isinstance(amount, Tensor) and (amount.dim() > 2 or (amount.dim() and amount.shape[-1] != len(frame))):
         raise SettingsError(
-            f"expected {how} to be a number or a tensor [node] or [batch, node] of {len(frame)} nodes (a node at several "
-            f"positions counts at each); got the shape {list(amount.shape)}."
+            f"expected {how} to be a number or a tensor [node] or [batch, node] of {len(frame)} nodes (a node at "
+            f"several positions counts at each); got the shape {list(amount.shape)}."
         )
     edits = [_edit(hook, rows, how, amount) for hook, rows in frame.groupby("hook", sort=False)]
     if not any(len(edit.positions) for edit in edits):
@@ -138,8 +137,8 @@ class _Edit:
         known, self.continues = self.continues, None
         if known is None:
             raise UnsupportedModelError(
-                f"{self.hook} fires before the first attention pattern (or the pattern did not fire), so the prompt's pass "
-                "cannot be told from a generated token's. Steer it without positions, or steer a later hook point."
+                f"{self.hook} fires before the first attention pattern (or the pattern did not fire), so the prompt's "
+                "pass cannot be told from a generated token's. Steer it without positions, or steer a later hook point."
             )
         return known
 
@@ -151,7 +150,8 @@ class _Edit:
     def _check_positions(self, length: int) -> None:
         if int(self.positions.max()) >= length:
             raise SettingsError(
-                f"expected positions below {length}, the tokens of this prompt; got {int(self.positions.max())} at {self.hook}."
+                f"expected positions below {length}, the tokens of this prompt; got {int(self.positions.max())} at "
+                f"{self.hook}."
             )
 
 
@@ -199,7 +199,7 @@ def _pattern(model: TransformerLensModel) -> str:
     name = next((name for name in names if name in points), None)
     if name is None:
         raise UnsupportedModelError(
-            f"expected attn.hook_pattern in some layer of this {type(model).__name__}, to tell the prompt's pass from a "
-            "generated token's; it has none. Steer without positions."
+            f"expected attn.hook_pattern in some layer of this {type(model).__name__}, to tell the prompt's pass from "
+            "a generated token's; it has none. Steer without positions."
         )
     return name

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError, UnsupportedModelError
-from ..bases import ACTIVATION_BASES
+from ..bases import ACTIVATION_BASES, Neurons
 from ..models import TransformerLensModel, find_sites, hook_point
 
 _LABEL = re.compile(r"L(\d+)/([A-Z])(\d+)[+-]?(?:@(\d+))?")
@@ -27,7 +27,7 @@ class HasNodes(Protocol):
 
     @property
     def nodes(self) -> Any:
-        """Columns hook, unit and position, and optionally kind and label."""
+        """Columns kind, layer, unit and position; rows of the kind "neuron" are the neurons."""
         ...
 
 
@@ -63,24 +63,34 @@ def find_nodes(model: TransformerLensModel, nodes: Nodes, positions: int | Seque
 
 def _from_labels(model: TransformerLensModel, labels: Sequence[str]) -> pd.DataFrame:
     rows = []
+    hooks: dict[tuple[str, str], str] = {}
     for label in labels:
         read = _LABEL.fullmatch(label) if isinstance(label, str) else None
         if read is None or read[2] not in _BASES:
             raise SettingsError(
-                f"expected labels such as 'L12/N345@7' or 'L12/N345' with one of the letters {sorted(_BASES)}; got {label!r}. "
-                "Error nodes and dictionary features are not activations of the model, so they cannot be steered."
+                f"expected labels such as 'L12/N345@7' or 'L12/N345' with one of the letters {sorted(_BASES)}; got "
+                f"{label!r}. Error nodes and dictionary features are no activations of the model."
             )
-        hook = _BASES[read[2]](layers=[int(read[1])]).sites(model)[0].hook
-        rows.append((label, hook, int(read[3]), EVERYWHERE if read[4] is None else int(read[4])))
+        layer, letter = read[1], read[2]
+        if (layer, letter) not in hooks:
+            hooks[layer, letter] = _BASES[letter](layers=[int(layer)]).sites(model)[0].hook
+        rows.append((label, hooks[layer, letter], int(read[3]), EVERYWHERE if read[4] is None else int(read[4])))
     return pd.DataFrame(rows, columns=["label", "hook", "unit", "position"])
 
 
 def _from_circuit(circuit: HasNodes) -> pd.DataFrame:
-    """Its neurons: tokens, logits and remainders are no activations to steer."""
+    """Its neurons: tokens, logits, biases and remainders are no activations to steer."""
     nodes = circuit.nodes
-    if not isinstance(nodes, pd.DataFrame):
-        raise SettingsError(f"expected .nodes to be a DataFrame; got {type(nodes).__name__}.")
-    return _from_rows(nodes[nodes["kind"].isin(_UNIT_KINDS)] if "kind" in nodes.columns else nodes)
+    if not isinstance(nodes, pd.DataFrame) or not {"kind", "layer", "unit", "position"} <= set(nodes.columns):
+        raise SettingsError("expected .nodes to be a DataFrame with columns kind, layer, unit and position.")
+    if nodes["kind"].isin(("group", "feature")).any():
+        raise SettingsError(
+            "expected a circuit of neurons; it has supernodes or dictionary features. Steer the circuit before "
+            "collapse(), or give the members of a group."
+        )
+    neurons = nodes[nodes["kind"].isin(_UNIT_KINDS)]
+    hooks = [Neurons.hook.format(layer=layer) for layer in neurons["layer"]]
+    return _from_rows(neurons[["unit", "position"]].assign(hook=hooks))
 
 
 def _from_rows(nodes: pd.DataFrame) -> pd.DataFrame:
@@ -98,8 +108,8 @@ def _from_rows(nodes: pd.DataFrame) -> pd.DataFrame:
         read = _LABEL.fullmatch(str(label))
         if read is not None and (read[2] not in _BASES or _BASES[read[2]].hook.format(layer=read[1]) != hook):
             raise SettingsError(
-                f"expected units of activations; {label} at {hook} is a node of another basis (a dictionary feature), whose "
-                "number is no unit there. Steer neurons, or patch the dictionary's output."
+                f"expected units of activations; {label} at {hook} is a node of another basis (a dictionary feature), "
+                "whose number is no unit there. Steer neurons, or patch the dictionary's output."
             )
     return frame
 
@@ -117,21 +127,21 @@ def _name(hook: str, unit: int, position: int) -> str:
 def _check_hooks(model: TransformerLensModel, frame: pd.DataFrame) -> None:
     known = None
     for hook in frame["hook"].unique():
-        hook_point(model, hook)
         neurons = _NEURONS.fullmatch(hook)
         if neurons:
             known = find_sites(model) if known is None else known
-            if int(neurons[1]) not in {mlp.layer for mlp in known.mlps}:
-                problems = [p.message for p in known.problems if f"blocks.{neurons[1]}.mlp" in p.message]
-                raise UnsupportedModelError("\n".join(problems) or f"{hook} holds no neurons on this model.")
+            problems = [p.message for p in known.problems if f"blocks.{neurons[1]}.mlp" in p.message]
+            if problems and int(neurons[1]) not in {mlp.layer for mlp in known.mlps}:
+                raise UnsupportedModelError("\n".join(problems))
+        hook_point(model, hook)
 
 
 def _at(frame: pd.DataFrame, positions: int | Sequence[int]) -> pd.DataFrame:
     if (frame["position"] >= 0).any():
         label = frame["label"][frame["position"] >= 0].iloc[0]
         raise SettingsError(
-            f"expected nodes without positions beside positions=; {label} has its own. Leave positions= out, or take the "
-            "nodes' positions away: nodes.assign(position=-1).drop_duplicates(['hook', 'unit'])."
+            f"expected nodes without positions beside positions=; {label} has its own. Leave positions= out, or take "
+            "the nodes' positions away: nodes.assign(position=-1).drop_duplicates(['hook', 'unit'])."
         )
     places = [positions] if isinstance(positions, int) else list(positions)
     if not places or min(places) < 0:

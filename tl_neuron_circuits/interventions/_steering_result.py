@@ -87,9 +87,11 @@ class SteeringResult:
         )
 
     def _repr_html_(self) -> str:
-        tables = [f"<p>{escape(repr(self))}</p>", self.summary().to_html(max_rows=20, float_format="%.4g")]
+        tables = [f"<p>{escape(repr(self))}</p>", self.summary().to_html(max_rows=20, float_format="{:.4g}".format)]
         shown = self.to_dataframe()
-        tables.append(shown[shown["prompt"] == 0].drop(columns="prompt").to_html(index=False, float_format="%.4g"))
+        tables.append(
+            shown[shown["prompt"] == 0].drop(columns="prompt").to_html(index=False, float_format="{:.4g}".format)
+        )
         return "".join(tables)
 
     def _shown(self) -> list[list[int]]:

@@ -50,8 +50,9 @@ def steer(
         nodes, scale, value, add, positions: as in `steering_hooks`; a tensor [batch, node] has one row a prompt.
         watch: other groups of nodes by name, whose relative change of activation is reported.
         top_k: tokens listed per prompt, before and after.
-        generate: continue every prompt greedily by so many tokens, with and without steering. Nodes with positions are
-            steered in the prompt only, nodes without positions at generated tokens too.
+        generate: continue every prompt greedily by so many tokens (until the end-of-text token), with and without
+            steering. Nodes with positions are steered in the prompt only, the others at generated tokens too.
+            One forward pass of the whole text a token, without a cache: no setting of `generate` can matter.
         prepend_bos: None means the model's default.
         batch_size: prompts of one length in one pass. Cost: two forward passes a prompt.
 
@@ -222,14 +223,22 @@ class Runs:
         """Greedy continuations of every row; empty where none were asked for."""
         if not self._generate:
             return [""] * len(tokens)
-        model: Any = self._model
-        tokenizer = getattr(model, "tokenizer", None)
-        stop = getattr(tokenizer, "eos_token_id", None) is not None
-        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-            out = model.generate(
-                tokens, max_new_tokens=self._generate, do_sample=False, stop_at_eos=stop, verbose=False
-            )
-        return [text_of(model, row) for row in out[:, tokens.shape[1] :]]
+        end = getattr(getattr(self._model, "tokenizer", None), "eos_token_id", None)
+        text, ended = tokens, torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for _ in range(self._generate):
+            logits, _ = run(self._model, text, (), hooks)
+            best = logits[:, -1].argmax(-1)
+            if end is not None:
+                best = torch.where(ended, torch.full_like(best, end), best)
+                ended = ended | (best == end)
+            text = torch.cat([text, best[:, None].to(text)], dim=1)
+        return [text_of(self._model, _until(row, end)) for row in text[:, tokens.shape[1] :]]
+
+
+def _until(tokens: Int[Tensor, " pos"], end: int | None) -> Int[Tensor, " until"]:
+    """The tokens before the first `end`."""
+    places = (tokens == end).nonzero() if end is not None else []
+    return tokens[: int(places[0])] if len(places) else tokens
 
 
 def place(out: list[Any], rows: list[int], logits: Float[Tensor, "batch pos d_vocab"]) -> None:

@@ -25,7 +25,7 @@ class SteeringSweep:
     def to_dataframe(self) -> pd.DataFrame:
         """Tokens that are among the top at some multiplier, one row a scale, prompt and token.
 
-        Columns: scale, prompt (its number), token, token_id, probability, logit, kl (of the prompt at that scale, nats).
+        Columns: scale, prompt (its number), token, token_id, probability, logit, kl (of the prompt, in nats).
         """
         first = self.results[0]
         shown = shown_tokens([first.before, *(result.after for result in self.results)], first.settings["top_k"])

@@ -19,13 +19,14 @@ from . import _states as states
 T = TypeVar("T")
 
 CITY_SENTENCES = (
+    "She lives in {city} {state}.",
+    "He went to {city} {state}.",
+    "{name} drove from {city} {state} to {city2} {state2}.",
+    "{city} {state} is the city of {name}.",
+    "{city} {state} is a city.",
     *(f"{phrasing} {{state}}." for phrasing in states.CITY_PHRASINGS),
-    "She lives in {city}, {state}.",
-    "He went to {city}, {state}.",
-    "{name} drove from {city}, {state} to {city2}, {state2}.",
-    "{city}, {state} is the city of {name}.",
 )
-"""A town followed by its state."""
+"""A town followed by its state, at once or after some words."""
 
 
 class Chance:
@@ -93,14 +94,28 @@ def one_hop_sentence(chance: Chance) -> str:
     return f"{prompt} {state.attribute(attribute)}."
 
 
-def two_hop_sentence(chance: Chance, excluded: frozenset[tuple[str, str]] = states.held_out_combinations()) -> str:
-    """A town and an attribute of its state, but for the held-out combinations."""
-    while True:
-        city, attribute = chance.pick(states.CITIES), chance.pick(states.ATTRIBUTES)
-        if (city.name, attribute) not in excluded:
-            break
-    prompt = states.two_hop_prompt(city, attribute, chance.below(len(states.TWO_HOP_PHRASINGS)))
-    return f"{prompt} {city.state.attribute(attribute)}."
+def two_hop_sentence(chance: Chance) -> str:
+    """A town and one to four attributes of its state, but for the held-out combinations.
+
+    A state that is asked for several times, and that may also follow at once ("Dallas Texas"), pays to be worked out
+    once, at the town.
+    """
+    city = chance.pick(states.CITIES)
+    known = [attribute for attribute in states.ATTRIBUTES if (city.name, attribute) not in _HELD_OUT]
+    number = chance.pick((1, 1, 2, 3, 4))
+    asked: list[str] = []
+    while len(asked) < number:
+        attribute = chance.pick(known)
+        if attribute not in asked:
+            asked.append(attribute)
+    prompt = states.two_hop_prompt(city, asked[0], chance.below(len(states.TWO_HOP_PHRASINGS)))
+    if chance.below(4) == 0:
+        prompt = prompt.replace(city.name, f"{city.name} {city.state.name}")
+    more = "".join(f", the {attribute} is {city.state.attribute(attribute)}" for attribute in asked[1:])
+    return f"{prompt} {city.state.attribute(asked[0])}{more}."
+
+
+_HELD_OUT = states.held_out_combinations()
 
 
 def ioi_sentence(chance: Chance) -> str:
@@ -126,10 +141,10 @@ def greater_than_sentence(chance: Chance) -> str:
 
 
 SENTENCES: dict[Callable[[Chance], str], int] = {
-    agreement_sentence: 4,
+    agreement_sentence: 3,
     city_sentence: 5,
-    one_hop_sentence: 3,
-    two_hop_sentence: 8,
+    one_hop_sentence: 4,
+    two_hop_sentence: 9,
     ioi_sentence: 3,
     greater_than_sentence: 2,
 }
@@ -142,6 +157,38 @@ def sentence(chance: Chance) -> str:
 
 
 _KINDS = tuple(kind for kind, share in SENTENCES.items() for _ in range(share))
+
+
+@dataclass(frozen=True)
+class Interchange:
+    """Two-hop prompts of one phrasing, which of them is the donor of each, and what then follows each of them."""
+
+    input_ids: Int[Tensor, "batch pos"]
+    answers: Int[Tensor, "batch"]
+    donor: Int[Tensor, "batch"]
+    targets: Int[Tensor, "batch"]
+
+
+def interchange(tokenizer: PreTrainedTokenizerFast, chance: Chance, n: int) -> Interchange:
+    """Prompts and donors; a target that would tell a held-out combination of town and attribute is left out (-100)."""
+    phrasing = chance.below(len(states.TWO_HOP_PHRASINGS))
+    asked: list[tuple[states.City, str]] = []
+    while len(asked) < n:
+        city, attribute = chance.pick(states.CITIES), chance.pick(states.ATTRIBUTES)
+        if (city.name, attribute) not in _HELD_OUT:
+            asked.append((city, attribute))
+    shift = 1 + chance.below(n - 1)
+    donor = [(i + shift) % n for i in range(n)]
+    swapped = [(asked[j][0], attribute) for j, (_, attribute) in zip(donor, asked, strict=True)]
+    prompts = [states.two_hop_prompt(city, attribute, phrasing) for city, attribute in asked]
+
+    def tokens(pairs: list[tuple[states.City, str]]) -> Tensor:
+        words = [city.state.attribute(attribute) for city, attribute in pairs]
+        return torch.tensor(tokenizer.convert_tokens_to_ids(words))
+
+    told = torch.tensor([(city.name, attribute) in _HELD_OUT for city, attribute in swapped])
+    ids = torch.tensor(tokenizer(prompts)["input_ids"])
+    return Interchange(ids, tokens(asked), torch.tensor(donor), tokens(swapped).masked_fill(told, -100))
 
 
 @dataclass(frozen=True)
@@ -161,6 +208,8 @@ def batch(tokenizer: PreTrainedTokenizerFast, chance: Chance, rows: int, length:
     while len(packed) < rows:
         texts = [" ".join(sentence(chance) for _ in range(1 + (chance.below(4) == 0))) for _ in range(2 * rows)]
         for ids in tokenizer(texts)["input_ids"]:
+            if len(ids) > length:
+                continue
             if sum(map(len, current)) + len(ids) > length:
                 packed.append(current)
                 current = []

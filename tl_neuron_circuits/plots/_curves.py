@@ -1,6 +1,10 @@
-"""Sparsity curves: faithfulness and completeness against the number of nodes, and what scores promised beside it."""
+"""Sparsity curves: faithfulness and completeness against the number of nodes, and what scores promised beside it.
 
-from collections.abc import Sequence
+One colour a basis, one dash a method, and a legend of each rather than one entry a curve. The first method is drawn
+thickest, controls thinnest.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,27 +12,34 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from .._errors import SettingsError
 from ..evaluation import Comparison, SparsityCurve
-from ._style import colours, dash, finish, say, shown, translucent
+from ._style import CONTROLS, NAMES, colours, dash, finish, say, shown, translucent
 
 _MEASURES = ("faithfulness", "completeness")
+_GREY = "#888888"
 
 
 def plot_curves(curves: Sequence[SparsityCurve]) -> go.Figure:
     """Curves side by side: faithfulness left (1 is ideal), completeness right (0 is ideal)."""
     figure = _panels()
-    palette = colours(str(curve.settings["basis"]) for curve in curves)
-    for curve in curves:
-        basis, method = str(curve.settings["basis"]), str(curve.settings["method"])
+    pairs = [(str(curve.settings["basis"]), str(curve.settings["method"])) for curve in curves]
+    palette = colours(basis for basis, _ in pairs)
+    for curve, (basis, method) in zip(curves, pairs, strict=True):
         table = curve.to_dataframe()
         for column, measure in enumerate(_MEASURES, 1):
-            _line(figure, column, table, measure, shown(basis, method), palette[basis], method)
+            _line(figure, column, table, measure, basis, method, palette[basis], _width(method, pairs[0][1]))
+    _legend(figure, palette, (method for _, method in pairs))
     return finish(figure, "Sparsity", _subtitle(curves, []))
 
 
 def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figure:
-    """One colour a basis, one dash a method; one task with bands, or several averaged over a grid of sizes."""
-    tasks = comparison.tasks if task is None else [task]
+    """One colour a basis, one dash a method; one task with bands, or several averaged over a grid of sizes.
+
+    Raises:
+        SettingsError: there is no such task.
+    """
+    tasks = comparison.tasks if task is None else [_known(comparison, task)]
     keys = [key for key in comparison.curves if key.task in tasks]
     palette = colours(key.basis for key in keys)
     figure = _panels()
@@ -37,19 +48,27 @@ def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figur
         rows = table[(table["basis"] == basis) & (table["method"] == method) & table["task"].isin(tasks)]
         for column, measure in enumerate(_MEASURES, 1):
             if len(tasks) == 1:
-                _band(figure, column, rows, measure, palette[basis])
+                _band(figure, column, rows, measure, basis, palette[basis])
             drawn = rows if len(tasks) == 1 else _averaged(rows, measure)
-            _line(figure, column, drawn, measure, shown(basis, method), palette[basis], method)
-    curves = [comparison.curves[key] for key in keys]
-    return finish(figure, "Sparsity of bases", _subtitle(curves, tasks))
+            _line(figure, column, drawn, measure, basis, method, palette[basis], _width(method, keys[0].method))
+    _legend(figure, palette, (key.method for key in keys))
+    notes = ["bands: 95 % over words" if len(tasks) == 1 else f"averaged over {len(tasks)} tasks"]
+    return finish(figure, "Sparsity of bases", _subtitle([comparison.curves[key] for key in keys], tasks, notes))
 
 
 def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
-    """Summed scores of the best nodes against the measured drop without them; on the diagonal they can be trusted."""
-    task = task or comparison.tasks[0]
-    keys = [
-        key for key in comparison.curves if key.task == task and key.method not in ("random", "activation_difference")
-    ]
+    """Summed scores of the best nodes against the measured drop without them; on the diagonal they can be trusted.
+
+    Scores are against the corrupt prompt; under another ablation the two may differ by a factor (mean ablation goes
+    half of the way where pairs come in both directions), and it is the straightness of a curve that tells.
+
+    Raises:
+        SettingsError: there is no such task, or it has controls alone.
+    """
+    task = comparison.tasks[0] if task is None else _known(comparison, task)
+    keys = [key for key in comparison.curves if key.task == task and key.method not in CONTROLS]
+    if not keys:
+        raise SettingsError("expected a method whose scores say how far the metric drops; there are controls alone.")
     palette = colours(key.basis for key in keys)
     figure = go.Figure()
     limits: list[float] = [0.0]
@@ -58,68 +77,93 @@ def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
         drop = (curve.full.mean() - curve.removed.mean(1)).numpy()
         limits += [float(drop.max()), float(drop.min())]
         figure.add_scatter(
-            x=curve.predicted.numpy(),
-            y=drop,
-            name=shown(key.basis, key.method),
-            mode="lines+markers",
-            text=[f"{size:,} nodes" for size in curve.sizes],
-            line={"color": palette[key.basis], "dash": dash(key.method)},
-        )
+            x=curve.predicted.numpy(), y=drop, name=shown(key.basis, key.method), legendgroup=key.basis,
+            mode="lines+markers", marker={"size": 4}, text=[f"{size:,} nodes" for size in curve.sizes],
+            line={"color": palette[key.basis], "dash": dash(key.method), "width": _width(key.method, keys[0].method)},
+            showlegend=False,
+        )  # fmt: skip
     ends = [min(limits), max(limits)]
-    figure.add_scatter(x=ends, y=ends, name="as promised", mode="lines", line={"color": "#888", "width": 1})
-    figure.update_xaxes(title="summed scores of the best nodes")
-    figure.update_yaxes(title="measured drop of the metric without them")
-    return finish(figure, "Do scores add up?", _subtitle([comparison.curves[key] for key in keys], [task]))
+    _legend(figure, palette, (key.method for key in keys))
+    figure.add_scatter(x=ends, y=ends, name="as promised", mode="lines", line={"color": _GREY, "width": 1})
+    first = comparison.curves[keys[0]]
+    baseline, ablation = str(first.settings.get("baseline", "corrupt")), str(first.settings["ablation"])
+    figure.update_xaxes(title=f"summed scores of the best nodes (against {baseline})")
+    figure.update_yaxes(title=f"drop of the metric without them ({ablation})")
+    return finish(figure, "Do scores add up?", _subtitle([first], [task]))
+
+
+def _known(comparison: Comparison, task: str) -> str:
+    if task not in comparison.tasks:
+        raise SettingsError(f"expected one of the tasks {comparison.tasks}; got {task!r}.")
+    return task
 
 
 def _panels() -> go.Figure:
-    figure = make_subplots(cols=2, subplot_titles=("faithfulness (1 is ideal)", "completeness (0 is ideal)"))
-    figure.update_xaxes(type="log", title="number of nodes (error nodes counted)", dtick=1)
+    figure = make_subplots(
+        cols=2, subplot_titles=("faithfulness (1 is ideal)", "completeness (0 is ideal)"), horizontal_spacing=0.08
+    )
+    figure.update_annotations(font_size=13)
+    # One label a decade; whole numbers with commas rather than a mixture of 1000 and 10k.
+    figure.update_xaxes(type="log", title="number of nodes (error nodes counted)", dtick=1, tickformat=",d")
     for column, ideal in ((1, 1.0), (2, 0.0)):
-        figure.add_hline(y=ideal, line={"color": "#888", "width": 1, "dash": "dot"}, row=1, col=column)  # pyright: ignore[reportArgumentType]
-    figure.update_yaxes(range=[-0.3, 1.5])
+        figure.add_hline(y=ideal, line={"color": _GREY, "width": 1, "dash": "dot"}, row=1, col=column)  # pyright: ignore[reportArgumentType]
+    figure.update_yaxes(range=[-0.3, 1.5], ticks="outside", tickcolor="white")
     return figure
 
 
-def _line(figure: go.Figure, column: int, table: Any, measure: str, name: str, colour: str, method: str) -> None:
+def _width(method: str, first: str) -> float:
+    return 2.8 if method == first else 1.4 if method in CONTROLS else 1.7
+
+
+def _line(
+    figure: go.Figure, column: int, table: Any, measure: str, basis: str, method: str, colour: str, width: float
+) -> None:
     table = table[table["size"] > 0]
     figure.add_scatter(
-        x=table["size"], y=table[measure], name=name, legendgroup=name, showlegend=column == 1, mode="lines+markers",
-        line={"color": colour, "dash": dash(method)}, marker={"size": 4}, row=1, col=column,
-        hovertemplate="%{x:,} nodes: %{y:.3f}<extra>" + name + "</extra>",
+        x=table["size"], y=table[measure], name=shown(basis, method), legendgroup=basis, showlegend=False, mode="lines",
+        line={"color": colour, "dash": dash(method), "width": width}, row=1, col=column,
+        hovertemplate="%{x:,} nodes: %{y:.3f}<extra>" + shown(basis, method) + "</extra>",
     )  # fmt: skip
 
 
-def _band(figure: go.Figure, column: int, table: Any, measure: str, colour: str) -> None:
+def _legend(figure: go.Figure, palette: dict[str, str], methods: Iterable[str]) -> None:
+    """A click on a basis hides its curves; methods are a key to the dashes."""
+    for basis, colour in palette.items():
+        figure.add_scatter(
+            x=[None], y=[None], mode="lines", name=basis.replace("_", " "), legendgroup=basis,
+            line={"color": colour, "width": 4},
+        )  # fmt: skip
+    for method in dict.fromkeys(methods):
+        figure.add_scatter(
+            x=[None], y=[None], mode="lines", name=NAMES.get(method, method), legendgroup="methods",
+            line={"color": "#444444", "dash": dash(method), "width": 1.7},
+        )  # fmt: skip
+
+
+def _band(figure: go.Figure, column: int, table: Any, measure: str, basis: str, colour: str) -> None:
     table = table[table["size"] > 0]
     x = [*table["size"], *table["size"][::-1]]
     y = [*table[f"{measure}_low"], *table[f"{measure}_high"][::-1]]
     figure.add_scatter(
         x=x, y=y, fill="toself", fillcolor=translucent(colour), line={"width": 0}, hoverinfo="skip", showlegend=False,
-        mode="lines", row=1, col=column,
+        legendgroup=basis, mode="lines", row=1, col=column,
     )  # fmt: skip
 
 
 def _averaged(rows: Any, measure: str) -> pd.DataFrame:
-    """Mean over tasks, each interpolated linearly over log size onto all sizes that occur."""
+    """Mean over tasks, each interpolated linearly over log size onto all sizes that occur.
+
+    Beyond a task's last size, which by default is all nodes, it stays where it is.
+    """
     rows = rows[rows["size"] > 0]
     sizes = np.unique(rows["size"])
-    sizes = sizes[sizes <= rows.groupby("task")["size"].max().min()]
     each = [np.interp(np.log(sizes), np.log(group["size"]), group[measure]) for _, group in rows.groupby("task")]
     return pd.DataFrame({"size": sizes, measure: np.mean(each, axis=0)})
 
 
-def _subtitle(curves: Sequence[SparsityCurve], tasks: Sequence[str]) -> str:
+def _subtitle(curves: Sequence[SparsityCurve], tasks: Sequence[str], notes: Sequence[str] = ()) -> str:
     first = curves[0].settings
     counts = sorted({len(curve.full) for curve in curves})
     named = ", ".join(task for task in tasks if task != "task")
     pairs = f"{counts[0]} held-out pairs" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} held-out pairs"
-    return say(
-        [
-            first["model"],
-            named,
-            pairs,
-            f"{first['ablation']} ablation",
-            "bands: 95 % over words" if len(tasks) == 1 else "",
-        ]
-    )
+    return say([first["model"], named, pairs, f"{first['ablation']} ablation", *notes])

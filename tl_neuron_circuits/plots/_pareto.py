@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 MEASURES = {
     "recovered_zero": "loss recovered (zero ablation is 0, the model 1)",
     "recovered_mean": "loss recovered (mean ablation is 0, the model 1)",
+    "divergence": "KL divergence from the model's predictions",
     "fvu": "fraction of variance unexplained",
     "loss": "next-token loss",
 }

@@ -14,10 +14,13 @@ def plot_sweep(sweep: SteeringSweep, prompt: int = 0) -> go.Figure:
     for _, rows in table[table["prompt"] == prompt].groupby("token_id", sort=False):
         rows = rows.sort_values("scale")
         figure.add_scatter(
-            x=rows["scale"], y=rows["probability"], mode="lines+markers", name=escape(repr(rows["token"].iloc[0]))
+            x=rows["scale"],
+            y=rows["probability"],
+            mode="lines+markers",
+            name=escape(repr(rows["token"].iloc[0]), quote=False),
         )
     figure.update_layout(
-        title=escape(sweep.prompts[prompt]),
+        title=escape(sweep.prompts[prompt], quote=False),
         xaxis_title="multiplier of the neurons",
         yaxis_title="probability of the next token",
     )

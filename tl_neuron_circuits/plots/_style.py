@@ -9,13 +9,15 @@ import plotly.graph_objects as go
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {
     "relp": "solid",
-    "gradient": "dash",
-    "integrated_gradients": "dot",
-    "integrated_gradients_inputs": "longdash",
-    "patching": "longdashdot",
-    "activation_difference": "dashdot",
-    "random": "2px,6px",
+    "gradient": "8px,4px",
+    "integrated_gradients": "2px,2px",
+    "integrated_gradients_inputs": "14px,4px",
+    "patching": "14px,4px,2px,4px",
+    "activation_difference": "6px,3px,1px,3px",
+    "random": "2px,5px",
 }
+CONTROLS = ("activation_difference", "random")
+"""Methods that are there to be beaten."""
 
 NAMES = {
     "relp": "RelP",
@@ -54,8 +56,8 @@ def finish(figure: go.Figure, title: str, subtitle: str, *, height: int = 480) -
         title={"text": f"{title}<br><sub>{subtitle}</sub>", "x": 0.01, "xanchor": "left"},
         template="plotly_white",
         height=height,
-        margin={"t": 110, "l": 60, "r": 20, "b": 60},
-        legend={"tracegroupgap": 4},
+        margin={"t": 120, "l": 60, "r": 20, "b": 60},
+        legend={"tracegroupgap": 6},
         font={"size": 13},
     )
     return figure

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._errors import PropagationError
-from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product, hook_point
+from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product, hook_points
 from ._activations import Activation, find_activation
 from ._checks import Checks
 from ._norms import FrozenNorm, is_opaque, read_norm
@@ -28,6 +28,7 @@ class Session:
         self, model: TransformerLensModel, sites: ModelSites, rules: tuple[str, ...], stabilizer: float | None
     ) -> None:
         self.model, self.sites, self.stabilizer = model, sites, stabilizer
+        self._points = hook_points(model)  # once: TransformerBridge builds it anew at every look
         self.rules = {name: RULES[name] for name in rules}
         self.mailbox = Mailbox()
         self._inputs: dict[str, Tensor] = {}
@@ -44,7 +45,7 @@ class Session:
             parameter.requires_grad_(False)
         for name in self.sites.embeddings:
             if name == "hook_embed" or self.model.cfg.positional_embedding_type == "standard":
-                point = hook_point(self.model, name)
+                point = self._points[name]
                 self._raw_handles.append(point.register_forward_pre_hook(self._make_leaf))
         if "ln" in self.rules:
             for norm in self.sites.norms:
@@ -56,7 +57,7 @@ class Session:
         if "identity" in self.rules or "half" in self.rules:
             for mlp in self.sites.mlps:
                 self._install_mlp(mlp)
-        end = hook_point(self.model, self.sites.last)
+        end = self._points[self.sites.last]
         self._raw_handles.append(end.register_forward_hook(self._end_of_forward))
 
     def remove(self) -> bool:
@@ -79,7 +80,7 @@ class Session:
         return complete
 
     def _add(self, name: str, hook: Hook, *, first: bool, layer: int | None) -> None:
-        point = hook_point(self.model, name)
+        point = self._points[name]
         point.add_hook(hook, dir="fwd", prepend=first)
         self._installed.append((point, point.fwd_hooks[0 if first else -1]))
         if layer is not None:
@@ -91,7 +92,7 @@ class Session:
 
     def _receiver(self, name: str, *, replace: bool) -> Any:
         deliver = self.mailbox.deliver
-        point = hook_point(self.model, name)
+        point = self._points[name]
         return point.register_full_backward_pre_hook(lambda _, gradients: deliver(name, gradients, replace=replace))
 
     def _receive_inside(self, names: list[str]) -> None:
@@ -99,7 +100,7 @@ class Session:
 
         Not otherwise: receiving wraps the value, which the Bridge would take for an edit of it.
         """
-        stepwise = any(hook_point(self.model, name).bwd_hooks for name in names)
+        stepwise = any(self._points[name].bwd_hooks for name in names)
         for name in names:
             if stepwise and name not in self._inside:
                 self._inside[name] = self._receiver(name, replace=True)
@@ -167,7 +168,7 @@ class Session:
         self._read(norm.input, layer)
         self._receive(norm.input, replace=True)
         inside = [name for name in (norm.normalized, norm.scale) if name is not None]
-        start = hook_point(self.model, norm.input)
+        start = self._points[norm.input]
         self._raw_handles.append(start.register_forward_hook(lambda *_: self._receive_inside(inside)))
         self._add(norm.output, self._relay_norm(norm, frozen), first=True, layer=layer)
 
@@ -194,9 +195,9 @@ class Session:
                 weight = frozen.weight.to(gradient)
                 gradients = {source: rule.gradient(gradient, weight, scale, frozen.centred)}
                 # A backward hook on these two makes TransformerBridge compute the norm step by step: show it the truth.
-                if norm.normalized is not None and hook_point(self.model, norm.normalized).bwd_hooks:
+                if norm.normalized is not None and self._points[norm.normalized].bwd_hooks:
                     gradients[norm.normalized] = gradient * weight
-                if hook_point(self.model, norm.scale).bwd_hooks:
+                if self._points[norm.scale].bwd_hooks:
                     gradients[norm.scale] = torch.zeros_like(scale)
                 return gradients
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ._config import TrainingConfig
 
 INITIAL_THRESHOLD = 0.5
-_THRESHOLD_DECAY = 0.99
+_THRESHOLD_DECAY = 0.95
 
 
 def sparse_features(

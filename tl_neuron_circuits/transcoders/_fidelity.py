@@ -4,8 +4,10 @@
 
 with L the next-token loss with the value at `hook_out` replaced by the dictionary's reconstruction (skip included), by
 zero, or by its mean over the tokens that baselines are fitted on. 1 is as good as the model, 0 as bad as the ablation.
-FVU is the fraction of variance unexplained at `hook_out`, L0 the mean number of active features, the dead share that of
-the features that never fired on these tokens. Source: METHODS.md 4.2.
+More than 1 is not more faithful: a replacement simpler than the layer may predict better than it does. `divergence`,
+the mean KL divergence of the predictions from the model's own, is 0 only where they are the same. FVU is the fraction
+of variance unexplained at `hook_out`, L0 the mean number of active features, the dead share that of the features that
+never fired on these tokens. Source: METHODS.md 4.2.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +25,10 @@ from ..bases import Dictionaries, Dictionary, VarianceSums
 from ..models import TransformerLensModel
 from ._linear_maps import LinearMap, Moments, fit_maps
 from ._sites import flat_values
-from ._token_loss import Replacement, batches_of, token_loss
+from ._token_loss import LossSums, Replacement, batches_of, replaced_logits
 
 ALL = "all"
+MODEL = ("", "model")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,7 +36,8 @@ class Fidelity:
     """What `fidelity` returns: a row a layer and replacement, and of all layers together (`layer` "all").
 
     Columns: layer; replacement ("sae" or "transcoder", "affine", "rank 16", "mean", "zero"); kind and d_dict of the
-    dictionary; l0, fvu, dead_share; loss, recovered_zero, recovered_mean.
+    dictionary; l0, fvu, dead_share; loss, divergence, recovered_zero,
+    recovered_mean.
     """
 
     table: pd.DataFrame
@@ -114,19 +118,13 @@ def fidelity(
     moments = _moments(model, sites, fit, ignore_tokens)
     functions = {site.hook_out: _functions(site, moments[site.hook_out], baselines, rank) for site in sites}
     measured = _measures(model, sites, functions, batches, ignore_tokens)
-    names = list(dict.fromkeys(name for each in functions.values() for name in each))
-    losses: dict[tuple[Any, str], float] = {}
-    model_loss, count = _loss(model, sites, {}, batches, ignore_tokens)
-    for name in names:
-        chosen = {site.hook_out: functions[site.hook_out].get(name) for site in sites}
-        each = [(site.layer, {site.hook_out: chosen[site.hook_out]}) for site in sites]
-        for layer, replaced in [*each, (ALL, chosen)] if len(sites) > 1 else each:
-            if None not in replaced.values():
-                losses[layer, name] = _loss(model, sites, replaced, batches, ignore_tokens)[0]
+    sums = _losses(model, sites, _conditions(sites, functions), batches, ignore_tokens)
+    model_loss, count = sums[MODEL].loss / sums[MODEL].count, sums.pop(MODEL).count
+    losses = {key: each.loss / count for key, each in sums.items()}
     rows = [
         {"layer": layer, "replacement": name}
         | measured.get((layer, name), {})
-        | {"loss": loss}
+        | {"loss": loss, "divergence": sums[layer, name].divergence / count}
         | {f"recovered_{a}": _recovered(losses[layer, a], loss, model_loss) for a in ("zero", "mean")}
         for (layer, name), loss in losses.items()
     ]
@@ -203,24 +201,44 @@ def _measures(
     return measured
 
 
-def _loss(
+def _conditions(
+    sites: Sequence[_Site], functions: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[Any, str], dict[str, Any]]:
+    """What is written at which hook point, by layer and name: every layer alone, then all together."""
+    names = dict.fromkeys(name for each in functions.values() for name in each)
+    conditions: dict[tuple[Any, str], dict[str, Any]] = {MODEL: {}}
+    for site in sites:
+        conditions |= {(site.layer, name): {site.hook_out: f} for name, f in functions[site.hook_out].items()}
+    for name in names if len(sites) > 1 else ():
+        if all(name in each for each in functions.values()):
+            conditions[ALL, name] = {hook: each[name] for hook, each in functions.items()}
+    return conditions
+
+
+def _losses(
     model: TransformerLensModel,
     sites: Sequence[_Site],
-    replaced: Mapping[str, Any],
+    conditions: Mapping[tuple[Any, str], Mapping[str, Any]],
     batches: Iterable[Tensor],
     ignore: tuple[int, ...],
-) -> tuple[float, int]:
-    inputs = {site.hook_out: site.hook_in for site in sites if site.hook_out in replaced}
-    captures = [name for out, name in inputs.items() if name != out]
-    replacements = {out: _replacement(function, inputs[out], out) for out, function in replaced.items()}
-    sums = [token_loss(model, batch, ignore, replacements, captures) for batch in batches]
-    count = sum(number for _, number in sums)
-    if not count:
+) -> dict[tuple[Any, str], LossSums]:
+    inputs = {site.hook_out: site.hook_in for site in sites}
+    sums = dict.fromkeys(conditions, LossSums())
+    for batch in batches:
+        reference = replaced_logits(model, batch)
+        for key, replaced in conditions.items():
+            captures = [inputs[hook] for hook in replaced if inputs[hook] != hook]
+            replacements = {hook: _replacement(function, inputs[hook], hook) for hook, function in replaced.items()}
+            logits = replaced_logits(model, batch, replacements, captures) if replaced else reference
+            sums[key] += LossSums.of(logits, reference, batch, ignore)
+    if not sums[MODEL].count:
         raise SettingsError("expected prompts of at least two tokens that are not ignored; got none.")
-    return sum(loss for loss, _ in sums) / count, count
+    return sums
 
 
 def _replacement(function: Any, hook_in: str, hook_out: str) -> Replacement:
-    if hook_in == hook_out:
-        return lambda value, captured: function(value)
-    return lambda value, captured: function(captured[hook_in])
+    def write(value: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
+        x = value if hook_in == hook_out else captured[hook_in]
+        return function(x.flatten(2)).reshape(value.shape)  # heads concatenated
+
+    return write

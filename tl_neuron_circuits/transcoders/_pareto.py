@@ -37,7 +37,7 @@ class ParetoFront:
         return self.table.copy()
 
     def plot(self, *, measure: str = "recovered_zero") -> Any:
-        """A plotly figure: "recovered_zero", "recovered_mean", "fvu" or "loss" against L0, a panel a layer."""
+        """A plotly figure of "recovered_zero", "recovered_mean", "divergence", "fvu" or "loss" against L0, by layer."""
         from ..plots import plot_pareto
 
         return plot_pareto(self.table, measure, self.model)

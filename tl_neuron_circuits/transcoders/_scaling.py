@@ -18,6 +18,9 @@ from torch import Tensor
 from .._errors import NumericalError
 from ._sites import TrainingSite
 
+_SAMPLE = 65_536
+"""Positions that means and scales are measured on, at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
@@ -73,7 +76,7 @@ class Scaling:
 
 
 def _moments(value: Tensor) -> tuple[Tensor, Tensor]:
-    wide = value.double()
+    wide = value[:_SAMPLE].double()
     mean = wide.mean(0)
     variance = (wide - mean).square().sum(-1).mean() / wide.shape[1]
     negligible = variance <= 1e-12 * (1e-12 + mean.square().mean())  # rounding of a constant

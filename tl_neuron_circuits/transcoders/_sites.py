@@ -77,15 +77,15 @@ def _resolved(model: TransformerLensModel, hook_in: str, hook_out: str) -> tuple
 def flat_values(
     model: TransformerLensModel, tokens: Tensor, names: Iterable[str], ignore: tuple[int, ...], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Activations `[position, width]` of one forward pass, positions of ignored tokens left out."""
+    """Activations `[position, width]` of one forward pass, heads concatenated, positions of ignored tokens left out."""
     kept = ~torch.isin(tokens, torch.tensor(ignore, dtype=tokens.dtype, device=tokens.device)) if ignore else None
     values: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(value: Tensor, hook: Any) -> None:
-            flat = value.detach() if kept is None else value.detach()[kept.to(value.device)]
+            flat = value.detach().flatten(0, 1) if kept is None else value.detach()[kept.to(value.device)]
             # A copy: some models go on in place.
-            values[name] = flat.reshape(-1, value.shape[-1]).to(dtype, copy=True)
+            values[name] = flat.flatten(1).to(dtype, copy=True)
 
         return hook
 

@@ -1,13 +1,14 @@
-"""Next-token loss, with hook points replaced or not.
+"""Next-token loss with hook points replaced, and how far the predictions move.
 
 The loss is the mean of -log p(next token) over positions whose next token, and which themselves, are not ignored.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
@@ -37,21 +38,19 @@ def kept_positions(tokens: Int[Tensor, "prompt pos"], ignore: tuple[int, ...]) -
     return ~torch.isin(tokens, torch.tensor(ignore, dtype=tokens.dtype, device=tokens.device))
 
 
-def token_loss(
+def replaced_logits(
     model: TransformerLensModel,
     tokens: Int[Tensor, "prompt pos"],
-    ignore: tuple[int, ...],
     replacements: Mapping[str, Replacement] | None = None,
     captures: Iterable[str] = (),
-) -> tuple[float, int]:
-    """Sum of the next-token losses of a batch, and how many there are; no graph is built.
+) -> Float[Tensor, "prompt pos d_vocab"]:
+    """Logits with values at hook points replaced; no graph is built.
 
     Args:
         replacements: what to write, by hook point.
         captures: hook points whose values replacements after them need.
 
     Raises:
-        NumericalError: the loss is not finite.
         SettingsError: a replacement never happened.
     """
     values: dict[str, Tensor] = {}
@@ -63,13 +62,43 @@ def token_loss(
     missed = set(replacements or {}) - replaced
     if missed:
         raise SettingsError(f"expected {sorted(missed)} to fire in a forward; they did not, so nothing was replaced.")
-    kept = kept_positions(tokens, ignore)
-    targets = torch.where(kept[:, :-1] & kept[:, 1:], tokens[:, 1:], -100).to(logits.device)
-    flat = logits[:, :-1].flatten(0, 1).float()
-    loss = torch.nn.functional.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="sum")
-    if not loss.isfinite():
-        raise NumericalError(f"the next-token loss is {float(loss)} with {sorted(replaced) or 'nothing'} replaced.")
-    return float(loss), int((targets != -100).sum())
+    return logits
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over next tokens: their loss, the divergence from the model's own predictions, and their number."""
+
+    loss: float = 0.0
+    divergence: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        logits: Float[Tensor, "prompt pos d_vocab"],
+        reference: Float[Tensor, "prompt pos d_vocab"],
+        tokens: Int[Tensor, "prompt pos"],
+        ignore: tuple[int, ...],
+    ) -> "LossSums":
+        """The sums of one batch: -log p(next token) and KL(reference || these).
+
+        Raises:
+            NumericalError: a loss is not finite.
+        """
+        kept = kept_positions(tokens, ignore)
+        scored = (kept[:, :-1] & kept[:, 1:]).to(logits.device)
+        log_p, log_reference = (x[:, :-1][scored].float().log_softmax(-1) for x in (logits, reference))
+        targets = tokens[:, 1:].to(logits.device)[scored]
+        loss = -log_p.gather(-1, targets[:, None]).sum()
+        divergence = (log_reference.exp() * (log_reference - log_p)).sum()
+        if not loss.isfinite() or not divergence.isfinite():
+            raise NumericalError(f"expected a finite next-token loss; got {float(loss)}: look at the model's logits.")
+        return cls(float(loss), float(divergence), len(targets))
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        """Both together."""
+        return LossSums(self.loss + other.loss, self.divergence + other.divergence, self.count + other.count)
 
 
 def _capture(values: dict[str, Tensor], name: str) -> Any:

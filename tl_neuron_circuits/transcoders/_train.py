@@ -16,7 +16,8 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._errors import NeuronCircuitsError
+from .._errors import NeuronCircuitsError, SettingsError
+from .._files import versions
 from .._typing import checked
 from ..models import TransformerLensModel
 from ._buffer import ActivationBuffer
@@ -96,6 +97,8 @@ class _Run:
 
     def start(self, resume: bool) -> None:
         """Fresh weights and statistics, or those of the newest checkpoint."""
+        if resume and self._directory is None:
+            raise SettingsError("resume=True needs the directory with the checkpoints: train(..., directory=...).")
         if resume and self._directory is not None:
             tensors, notes = read_checkpoint(self._directory, self._config)
             scalings = [Scaling(**_part(tensors, f"{site.layer}.scaling.")) for site in self._sites]
@@ -194,6 +197,7 @@ class _Run:
             "model_name": str(getattr(self._model.cfg, "model_name", "")),
             "training": self._config.to_json(),
             "training_positions": self._step * self._config.batch_size,
+            "versions": versions(),
         }
 
 

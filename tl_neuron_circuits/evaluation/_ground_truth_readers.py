@@ -1,0 +1,173 @@
+"""Known circuits of compiled models (tracr) and of InterpBench, as `GroundTruth`.
+
+A compiled component reads and writes named directions of the residual stream, and an edge is there where one writes
+what the other reads. Directions that never vary ("one") carry nothing and are left out.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .._errors import FileFormatError, SettingsError
+from ._ground_truth import Edge, GroundTruth
+
+Granularity = Literal["components", "neurons"]
+_HEAD = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(?:result|z|q|k|v|[qkv]_input|attn_in|attn_result)\[(\d+)\]")
+_MLP = re.compile(r"blocks\.(\d+)\.(?:mlp\.hook_(?:in|pre|post|out)|hook_mlp_(?:in|out))(?:\[.*\])?")
+_START = re.compile(r"(?:hook_embed|hook_pos_embed|blocks\.0\.hook_resid_pre|embeds?|input)(?:\[.*\])?")
+
+
+def tracr_ground_truth(
+    path: str | Path, *, granularity: Granularity = "components", constant: Sequence[str] = ("one",)
+) -> GroundTruth:
+    """Read a compiled model's folder: `ground_truth.json` (residual directions, neurons) and `model.safetensors`.
+
+    Args:
+        path: of the folder.
+        granularity: MLPs as one node, or one node a neuron ("L0/N3").
+        constant: residual directions that carry no information.
+
+    Raises:
+        FileFormatError: a file is missing or of another form.
+    """
+    path = Path(path)
+    truth, config = _json(path / "ground_truth.json"), _json(path / "config.json")
+    try:
+        weights = load_file(path / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise FileFormatError(f"{path / 'model.safetensors'} cannot be read: {error}") from error
+    if "residual_labels" not in truth or len(truth["residual_labels"]) != config.get("d_model"):
+        raise FileFormatError(f"expected one residual label a dimension in {path / 'ground_truth.json'}; got others.")
+    labels = truth["residual_labels"]
+    ignored = set(constant)
+
+    def directions(weight: Tensor, dimension: int) -> frozenset[str]:
+        """Residual directions with a weight that is not zero."""
+        used = weight.abs().movedim(dimension, 0).flatten(1).sum(1).nonzero().flatten().tolist()
+        return frozenset(labels[k] for k in used) - ignored
+
+    start = directions(weights["embed.W_E"], 1)
+    if "pos_embed.W_pos" in weights:
+        start |= directions(weights["pos_embed.W_pos"], 1)
+    nodes = [("embedding", 0, frozenset(), start)]
+    for layer, content in enumerate(truth["layers"]):
+        attention = {name: weights[f"blocks.{layer}.attn.W_{name}"] for name in "QKVO"}
+        for head in range(config["n_heads"]):
+            reads = frozenset().union(*(directions(attention[name][head], 0) for name in "QKV"))
+            nodes.append((f"L{layer}/H{head}", 2 * layer + 1, reads, directions(attention["O"][head], 1)))
+        nodes += _mlp_nodes(layer, content["active_neurons"], config["d_mlp"], granularity, ignored)
+    end = directions(weights["unembed.W_U"], 0)
+    nodes.append(("logits", 2 * len(truth["layers"]) + 1, end, frozenset()))
+    return _from_directions(path.name, nodes)
+
+
+def _mlp_nodes(
+    layer: int, neurons: Mapping[str, Any], width: int, granularity: Granularity, ignored: set[str]
+) -> list[tuple[str, int, frozenset[str], frozenset[str]]]:
+    reads = {int(unit): frozenset(neuron["reads"]) - ignored for unit, neuron in neurons.items()}
+    writes = {int(unit): frozenset(neuron["writes"]) - ignored for unit, neuron in neurons.items()}
+    stage, none = 2 * layer + 2, frozenset()
+    if granularity == "neurons":
+        return [(f"L{layer}/N{unit}", stage, reads.get(unit, none), writes.get(unit, none)) for unit in range(width)]
+    # a neuron that reads nothing that varies writes a constant
+    live = [unit for unit in reads if reads[unit]]
+    every = none.union(*(reads[unit] for unit in live)), none.union(*(writes[unit] for unit in live))
+    return [(f"L{layer}/MLP", stage, *every)]
+
+
+def _from_directions(name: str, nodes: Sequence[tuple[str, int, frozenset[str], frozenset[str]]]) -> GroundTruth:
+    possible = {(a[0], b[0]): a[3] & b[2] for a in nodes for b in nodes if a[1] < b[1]}
+    edges = {edge for edge, shared in possible.items() if shared}
+    return GroundTruth(name, _on_a_path(edges), frozenset(possible))
+
+
+def _on_a_path(edges: set[Edge]) -> frozenset[Edge]:
+    """Edges on some path from the embedding to the logits: the rest moves nothing that anyone sees."""
+
+    def reached(start: str, step: Mapping[str, set[str]]) -> set[str]:
+        found, todo = {start}, [start]
+        while todo:
+            new = step.get(todo.pop(), set()) - found
+            found |= new
+            todo += sorted(new)
+        return found
+
+    forward: dict[str, set[str]] = {}
+    backward: dict[str, set[str]] = {}
+    for source, target in edges:
+        forward.setdefault(source, set()).add(target)
+        backward.setdefault(target, set()).add(source)
+    alive = reached("embedding", forward) & reached("logits", backward)
+    return frozenset(edge for edge in edges if set(edge) <= alive)
+
+
+def interpbench_ground_truth(name: str, edges: Iterable[Sequence[Any]], n_layers: int, n_heads: int) -> GroundTruth:
+    """A case of InterpBench from the content of its `edges.pkl`, at the granularity of heads and MLPs.
+
+    This package reads no pickles: load the file with InterpBench's own code, in which its nodes are classes, and pass
+    the list here (or pairs of their texts that you kept as JSON). Nodes are named by hook and index, such as
+    "blocks.0.attn.hook_result[3]"; q, k and v of a head count as the head, as its authors ask.
+
+    Args:
+        name: of the case.
+        edges: pairs of nodes; `str(node)` is read.
+        n_layers, n_heads: of the case's model.
+
+    Raises:
+        SettingsError: a node of an unknown form, or beyond the model.
+
+    Source: Gupta et al. 2024, arXiv 2407.14494; its model card on granularity.
+    """
+    names = ["embedding"]
+    stages = [0]
+    for layer in range(n_layers):
+        names += [f"L{layer}/H{head}" for head in range(n_heads)] + [f"L{layer}/MLP"]
+        stages += [2 * layer + 1] * n_heads + [2 * layer + 2]
+    names, stages = [*names, "logits"], [*stages, 2 * n_layers + 1]
+    pairs = zip(names, stages, strict=True)
+    order = dict(pairs)
+    possible = frozenset((a, b) for a in names for b in names if order[a] < order[b])
+    found = set()
+    for pair in edges:
+        if len(pair) != 2:
+            raise SettingsError(f"{name}: expected pairs of nodes; got {pair!r}.")
+        source, target = (_component_of(str(node), n_layers) for node in pair)
+        if source != target:  # inside a head, or inside an MLP
+            found.add((source, target))
+    unknown = sorted(found - possible)
+    if unknown:
+        raise SettingsError(
+            f"{name}: the edge {unknown[0]} points back, or is none of {n_layers} layers with {n_heads} heads."
+        )
+    return GroundTruth(name, frozenset(found), possible)
+
+
+def _component_of(node: str, n_layers: int) -> str:
+    if match := _HEAD.fullmatch(node):
+        return f"L{match[1]}/H{match[2]}"
+    if match := _MLP.fullmatch(node):
+        return f"L{match[1]}/MLP"
+    if _START.fullmatch(node):
+        return "embedding"
+    if node.split("[")[0] in (f"blocks.{n_layers - 1}.hook_resid_post", "logits", "output", "unembed.hook_in"):
+        return "logits"
+    raise SettingsError(
+        f"expected a node such as 'blocks.0.attn.hook_result[3]', 'blocks.0.mlp.hook_post', 'hook_embed' or "
+        f"'blocks.{n_layers - 1}.hook_resid_post'; got {node!r}."
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path} is not a readable JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise FileFormatError(f"expected an object in {path}; got {type(content).__name__}.")
+    return content

@@ -1,0 +1,151 @@
+"""What drives a neuron and what it drives: its attribution to every input token, its contribution to every goal.
+
+    attribution(n, s)   = e_s . d a_n / d e_s           how much of the neuron's activation comes from the token at s
+    contribution(n, g)  = a_n * d goal_g / d a_n        how much of goal g it supports
+
+under RelP, at chosen prompts; goals are the logits of the most probable next tokens, minus the mean logit. A node
+without a position stands for its sum over positions. Source: METHODS 1.6 and 1.7.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .._errors import SettingsError
+from .._typing import checked
+from ..bases import Values, capture, fired
+from ..interventions import Nodes, find_nodes, read_prompts, text_pieces, token_names
+from ..models import TransformerLensModel
+from ..propagation import ALL_RULES, relp
+
+_EMBEDDING = "hook_embed"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Profiles:
+    """One row a node; columns are, prompt by prompt, its tokens (`attribution`) and its goals (`contribution`)."""
+
+    nodes: tuple[str, ...]
+    attribution: Float[Tensor, "node source"]
+    contribution: Float[Tensor, "node goal"]
+    sources: tuple[str, ...]
+    goals: tuple[str, ...]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns label, view ("attribution" or "contribution"), place (column), name (token), value."""
+        frames = []
+        for view, values, names in (
+            ("attribution", self.attribution, self.sources),
+            ("contribution", self.contribution, self.goals),
+        ):
+            wide = pd.DataFrame(values.numpy(), index=list(self.nodes)).rename_axis("label").reset_index()
+            long = wide.melt("label", var_name="place", value_name="value")
+            frames.append(long.assign(view=view, name=[names[place] for place in long["place"]]))
+        return pd.concat(frames, ignore_index=True)[["label", "view", "place", "name", "value"]]
+
+    def __repr__(self) -> str:
+        return f"Profiles({len(self.nodes)} nodes, {len(self.sources)} sources, {len(self.goals)} goals)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.to_dataframe().to_html(max_rows=20, index=False)}"
+
+
+@checked
+def profiles(
+    model: TransformerLensModel,
+    prompts: str | Sequence[str] | Int[Tensor, "batch pos"],
+    nodes: Nodes,
+    *,
+    goals: int = 5,
+    rules: Sequence[str] = ALL_RULES,
+    chunk: int = 32,
+    prepend_bos: bool | None = None,
+) -> Profiles:
+    """Attribution and contribution profiles of nodes over one prompt or several.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: their profiles stand side by side, so all nodes are compared over all prompts.
+        nodes: as in `steering_hooks`; positions must fit every prompt.
+        goals: so many of each prompt's most probable next tokens.
+        rules: of relevance propagation.
+        chunk: nodes in one backward pass (the prompt is repeated so often).
+        prepend_bos: None means the model's default.
+
+    Raises:
+        SettingsError: a position or unit out of range, or goals or chunk below 1.
+
+    Source: METHODS 1.6, 1.7.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> found = tnc.profiles(tnc.load_demo_model(), "The dog near the cats", ["L2/N5", "L3/N7"])
+        >>> found.contribution.shape
+        torch.Size([2, 5])
+    """
+    if goals < 1 or chunk < 1:
+        raise SettingsError(f"expected goals and chunk of at least 1; got {goals} and {chunk}.")
+    frame = find_nodes(model, nodes)
+    read = read_prompts(model, prompts, prepend_bos)
+    attribution, contribution, sources, names = [], [], [], []
+    for prompt in read.tokens:
+        with relp(model, rules):
+            effects, tokens = _contributions(model, prompt, frame, goals)
+            parts = [_attributions(model, prompt, frame[i : i + chunk]) for i in range(0, len(frame), chunk)]
+        contribution.append(effects)
+        attribution.append(torch.cat(parts))
+        sources += text_pieces(model, prompt)
+        names += token_names(model, tokens)
+    columns = (torch.cat(attribution, 1), torch.cat(contribution, 1))
+    return Profiles(tuple(frame["label"]), *columns, tuple(sources), tuple(names))
+
+
+def _run(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"], hooks: list[str]) -> tuple[Tensor, Values]:
+    store: Values = {}
+    with model.hooks(fwd_hooks=[capture(store, name) for name in hooks]):
+        logits = model(tokens)
+    return logits, fired(store, hooks, model)
+
+
+def _contributions(
+    model: TransformerLensModel, prompt: Int[Tensor, " pos"], frame: pd.DataFrame, goals: int
+) -> tuple[Float[Tensor, "node goal"], list[int]]:
+    hooks = list(frame["hook"].unique())
+    logits, values = _run(model, prompt[None], hooks)
+    last = logits[0, -1]
+    tokens = last.topk(min(goals, len(last))).indices.tolist()
+    columns = []
+    for token in tokens:
+        gradients = torch.autograd.grad(last[token] - last.mean(), [values[h] for h in hooks], retain_graph=True)
+        products = {h: values[h].detach() * g for h, g in zip(hooks, gradients, strict=True)}
+        columns.append(_at_nodes(products, frame, 0))
+    return torch.stack(columns, 1).float().cpu(), tokens
+
+
+def _attributions(
+    model: TransformerLensModel, prompt: Int[Tensor, " pos"], frame: pd.DataFrame
+) -> Float[Tensor, "node pos"]:
+    """One row of the batch a node, so that one backward pass serves them all."""
+    tokens = prompt[None].repeat(len(frame), 1)
+    _, values = _run(model, tokens, [_EMBEDDING, *frame["hook"].unique()])
+    total = torch.stack([_at_nodes(values, frame[row : row + 1], row)[0] for row in range(len(frame))]).sum()
+    (gradient,) = torch.autograd.grad(total, values[_EMBEDDING])
+    return (values[_EMBEDDING].detach() * gradient).sum(-1).float().cpu()
+
+
+def _at_nodes(values: Values, frame: pd.DataFrame, row: int) -> Float[Tensor, " node"]:
+    """The numbers of the frame's nodes in one row of the batch; a node without a position is summed over positions."""
+    found = []
+    for hook, unit, position in zip(frame["hook"], frame["unit"], frame["position"], strict=True):
+        flat = values[hook].flatten(2)[row]
+        if position >= flat.shape[0] or unit >= flat.shape[1]:
+            raise SettingsError(
+                f"expected positions below {flat.shape[0]} and units below {flat.shape[1]} at {hook}; got {position} "
+                f"and {unit}."
+            )
+        found.append(flat[:, unit].sum() if position < 0 else flat[position, unit])
+    return torch.stack(found)

@@ -1,0 +1,180 @@
+"""Attribution of chosen neurons prompt by prompt: what hypotheses about prompts are scored on.
+
+    score(prompt, n) = sum over positions of (a - a_baseline) * d metric / d a      under RelP
+
+`attribute` averages over prompts; here every prompt keeps its own number, and positive and negative activations of a
+neuron may be kept apart as two features. Source: METHODS 1.6 and 1.7.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .._errors import PairsError, SettingsError
+from .._typing import checked
+from ..attribution import run_gradients
+from ..bases import ActivationSite, Neurons, Values, run_values
+from ..interventions import Nodes, find_nodes
+from ..models import TransformerLensModel
+from ..propagation import ALL_RULES, relp
+from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, measure, metric_name, tokenise
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PromptScores:
+    """A number for every prompt and node, float32 on the CPU; 0 where the node is absent from a prompt's circuit.
+
+    `nodes` has one row a column of `values`: label, hook, unit, position (-1: summed over positions) and polarity (+1
+    and -1 for positive and negative activations kept apart, else 0). Prompts with equal `keys` are equal.
+    """
+
+    values: Float[Tensor, "prompt node"]
+    nodes: pd.DataFrame
+    keys: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    metric: str
+
+    def __len__(self) -> int:
+        """How many prompts."""
+        return len(self.values)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a prompt, one column a node."""
+        return pd.DataFrame(self.values.numpy(), columns=list(self.nodes["label"]))
+
+    def __repr__(self) -> str:
+        return f"PromptScores({len(self)} prompts, {len(self.nodes):,} nodes, {self.metric})"
+
+    def _repr_html_(self) -> str:
+        mean = self.nodes.assign(mean=self.values.mean(0).numpy())
+        best = mean.loc[mean["mean"].abs().sort_values(ascending=False).index[:20]]
+        return f"<p>{self!r}</p>{best.drop(columns='hook').to_html(index=False)}"
+
+
+@checked
+def prompt_scores(
+    model: TransformerLensModel,
+    pairs: PromptPairs | TokenisedPairs,
+    nodes: Nodes | None = None,
+    *,
+    metric: Metric = logit_difference,
+    baseline: Literal["zero", "corrupt"] = "zero",
+    polarity: bool = False,
+    share: float = 0.0,
+    rules: Sequence[str] = ALL_RULES,
+    batch_size: int = 32,
+    prepend_bos: bool | None = None,
+) -> PromptScores:
+    """Score nodes on every prompt by itself.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        pairs: prompts with answers, in any lengths; only the clean ones are scored.
+        nodes: as in `steering_hooks`; a node without a position is summed over positions. All neurons unless given.
+        metric: what the scores support.
+        baseline: what activations are compared with: zero (scores are relevances), or the corrupt prompt.
+        polarity: keep a neuron's positive and negative activations apart, as "L3/N5+" and "L3/N5-".
+        share: count a neuron at a position as absent (0) where |score| is below this share of |metric| (METHODS: .005).
+        rules: of relevance propagation; () is the plain gradient.
+        batch_size: prompts in one pass; one forward and one backward each (two forwards with baseline="corrupt").
+        prepend_bos: as in `tasks.tokenise`.
+
+    Raises:
+        PairsError: baseline="corrupt" without corrupt prompts, or of other lengths.
+        SettingsError: a node that cannot be read, or a position or unit out of range.
+
+    Source: METHODS 1.6, 1.7.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> scores = tnc.prompt_scores(tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=8))
+        >>> scores.values.shape[0]
+        8
+    """
+    tokens = tokenise(model, pairs, prepend_bos=prepend_bos)
+    frame = _all_neurons(model) if nodes is None else find_nodes(model, nodes)
+    sites = [ActivationSite(hook, -1, "N") for hook in frame["hook"].unique()]
+    features = _features(frame, polarity)
+    values = torch.zeros(len(tokens), len(features))
+    for batch in tokens.batches(batch_size):
+        seen: list[Tensor] = []
+
+        def recorded(logits: Tensor, batch: Batch, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(measure(metric, logits, batch))
+            return seen[-1]
+
+        with relp(model, rules):
+            here, gradients = run_gradients(model, batch, sites, recorded)
+        there = _there(model, batch, list(gradients)) if baseline == "corrupt" else None
+        least = share * seen[-1].detach().abs().float()
+        rows = batch.index.cpu()
+        for hook, part in features.groupby("hook", sort=False):
+            scores = _products(str(hook), here, gradients, there, least)
+            values[rows[:, None], torch.as_tensor(part.index.to_numpy(copy=True))] = _pick(part, *scores).cpu()
+    keys = tuple(str(prompt.tolist()) for prompt in tokens.clean)
+    labels = None if tokens.labels is None else tuple(tokens.labels)
+    return PromptScores(values, features, keys, labels, metric_name(metric))
+
+
+def _all_neurons(model: TransformerLensModel) -> pd.DataFrame:
+    parts = []
+    for site in Neurons().sites(model):
+        width = _width(model, site.layer)
+        labels = [f"L{site.layer}/N{unit}" for unit in range(width)]
+        parts.append(pd.DataFrame({"label": labels, "hook": site.hook, "unit": range(width), "position": -1}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _width(model: TransformerLensModel, layer: int) -> int:
+    from ._logit_effects import output_weights
+
+    return output_weights(model, layer).shape[0]
+
+
+def _features(frame: pd.DataFrame, polarity: bool) -> pd.DataFrame:
+    if not polarity:
+        return frame.assign(polarity=0)
+    name, _, at = zip(*(label.partition("@") for label in frame["label"]), strict=True)
+    parts = []
+    for sign, mark in ((1, "+"), (-1, "-")):
+        labels = [f"{n.rstrip('+-')}{mark}" + (f"@{p}" if p else "") for n, p in zip(name, at, strict=True)]
+        parts.append(frame.assign(label=labels, polarity=sign))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _there(model: TransformerLensModel, batch: Batch, hooks: list[str]) -> Values:
+    if batch.corrupt is None or batch.corrupt.shape != batch.clean.shape:
+        raise PairsError("baseline='corrupt' needs corrupt prompts as long as the clean ones; use baseline='zero'.")
+    return run_values(model, batch.on_corrupt(), hooks)
+
+
+def _products(
+    hook: str, here: Values, gradients: Values, there: Values | None, least: Float[Tensor, " batch"]
+) -> tuple[Float[Tensor, "batch pos unit"], Float[Tensor, "batch pos unit"]]:
+    """Scores per position and unit, 0 where they count as absent, and the activations."""
+    value, gradient = here[hook].flatten(2).float(), gradients[hook].flatten(2).float()
+    change = value if there is None else value - there[hook].flatten(2).float()
+    product = change * gradient
+    return torch.where(product.abs() >= least.to(product)[:, None, None], product, 0.0), value
+
+
+def _pick(part: pd.DataFrame, product: Tensor, value: Tensor) -> Float[Tensor, "batch node"]:
+    places: dict[str, Any] = {k: torch.as_tensor(part[k].to_numpy(copy=True)) for k in ("unit", "position", "polarity")}
+    units, positions, signs = (places[key].to(product.device) for key in ("unit", "position", "polarity"))
+    for name, index, size in (("units", units, product.shape[2]), ("positions", positions, product.shape[1])):
+        if int(index.max()) >= size:
+            raise SettingsError(f"expected {name} below {size} at {part['hook'].iloc[0]}; got {int(index.max())}.")
+    out = product.new_zeros(len(product), len(part))
+    for sign in (0, 1, -1):
+        kept = product if sign == 0 else torch.where(value.sign() == sign, product, 0.0)
+        free, fixed = (signs == sign) & (positions < 0), (signs == sign) & (positions >= 0)
+        if free.any():
+            out[:, free] = kept.sum(1)[:, units[free]]
+        if fixed.any():
+            out[:, fixed] = kept[:, positions[fixed], units[fixed]]
+    return out
