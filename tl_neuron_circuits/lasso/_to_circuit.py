@@ -23,7 +23,7 @@ def to_circuit(nodes: pd.DataFrame, edges: pd.DataFrame, settings: Mapping[str, 
         {
             "node": nodes["node"],
             "label": nodes["node"],
-            "kind": [_kind(row.kind, row.unit, row.node) for row in nodes.itertuples()],
+            "kind": [_kind(*row) for row in zip(nodes["kind"], nodes["unit"], nodes["node"], strict=True)],
             "layer": nodes["layer"],
             "unit": nodes["unit"],
             "position": nodes["position"],
