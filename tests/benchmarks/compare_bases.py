@@ -65,7 +65,7 @@ STORIES = ("saw a ball", "went to the park", "had a ball", "a kid named")
 def bases_of(name: str) -> list[Basis]:
     """Neurons, MLP outputs, and the dictionaries that the package has for this model."""
     found: list[Basis] = [Neurons(), MLPOutputs()]
-    if name == "demo-gelu" and hasattr(tnc, "load_demo_dictionaries"):
+    if name == "demo-gelu":
         for kind in ("sae", "transcoder"):
             try:
                 found.append(Dictionaries(tnc.load_demo_dictionaries(kind), name=kind))

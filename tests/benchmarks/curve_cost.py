@@ -39,8 +39,8 @@ def main() -> None:
     train, test = tnc.tasks.subject_verb_agreement("nounpp", n=2 * options.pairs).split(0.5, by="label")
     (batch, *_) = tokenise(model, test[: options.pairs]).batches(options.pairs)
     bases: dict[str, Basis | list[Basis]] = {"neurons": Neurons(), "mlp_outputs": MLPOutputs()}
-    if options.model == "demo-gelu" and hasattr(tnc, "load_demo_dictionaries"):
-        bases["transcoder"] = Dictionaries(tnc.load_demo_dictionaries("transcoder"))
+    if options.model == "demo-gelu" and (found := tnc.load_demo_dictionaries("transcoder")):
+        bases["transcoder"] = Dictionaries(found)
 
     def forwards(n: int) -> None:
         with torch.no_grad():

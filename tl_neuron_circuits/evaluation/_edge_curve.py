@@ -8,7 +8,7 @@ remainders are not ranked. Two protocols, on the scale of `evaluate` (1 the orig
 - "edges": the edges themselves are kept, or cut, by path patching.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import pandas as pd
@@ -142,7 +142,7 @@ def _patched(
     return out
 
 
-def _masks(like: dict[str, Tensor], alive: pd.DataFrame) -> Kept:
+def _masks(like: Mapping[str, Tensor], alive: pd.DataFrame) -> Kept:
     masks = {(hook, "node"): torch.zeros_like(value, dtype=torch.bool) for hook, value in like.items()}
     for row in alive.to_dict("records"):
         masks[Neurons.hook.format(layer=row["layer"]), "node"][row["position"], row["unit"]] = True

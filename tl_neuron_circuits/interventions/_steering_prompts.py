@@ -88,7 +88,7 @@ def token_names(model: Any, tokens: Sequence[int]) -> list[str]:
 
 
 def text_pieces(model: Any, tokens: Int[Tensor, " pos"]) -> list[str]:
-    """A prompt cut at its tokens: joined, the pieces are its text wherever the tokenizer decodes prefixes to prefixes."""
+    """A prompt cut at its tokens; joined, they are its text wherever the tokenizer decodes prefixes to prefixes."""
     tokenizer = getattr(model, "tokenizer", None)
     names = token_names(model, tokens.tolist())
     if tokenizer is None:

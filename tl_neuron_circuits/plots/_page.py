@@ -92,7 +92,7 @@ def page_data(circuit: Circuit, details: Mapping[str, Mapping[str, Any]] | None 
 
 
 def _part(name: str) -> str:
-    return (files(__package__) / "page" / name).read_text(encoding="utf-8")
+    return (files(__name__.rpartition(".")[0]) / "page" / name).read_text(encoding="utf-8")
 
 
 def _ascii(text: str) -> str:
