@@ -33,7 +33,12 @@ def gradients_of_logits(model: Any, tokens: Any, name: str) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("case", [p for p in all_models() if p.values[0].family not in ("solu", "solu_ln")])
+@pytest.mark.parametrize(
+    "case",
+    all_models(
+        "gpt2", "gpt2_folded", "llama", "llama_folded", "gemma2", "gemma3", "pythia", "opt", "solu_ln", "no_norm"
+    ),
+)
 def test_the_effect_is_the_gradient_through_frozen_norms_up_to_their_scale(case: ModelCase, untouched: Any) -> None:
     overrides = _CAPS[case.backend] if case.family == "gemma2" else {}
     model = case.build(**overrides)

@@ -33,7 +33,7 @@ def test_their_mean_is_what_attribute_gives(case: ModelCase, baseline: Any, unto
     torch.testing.assert_close(
         scores.values.mean(0), torch.tensor(expected["score"].to_numpy(copy=True)), rtol=1e-4, atol=1e-5
     )
-    for row in range(len(pairs)):
+    for row in (0, 3):
         one = TokenisedPairs.from_tokens(
             [pairs.clean[row]], pairs.answer[row : row + 1], [pairs.corrupt[row]], pairs.wrong_answer[row : row + 1]
         )
@@ -60,16 +60,17 @@ def test_positions_polarity_and_absence(case: ModelCase) -> None:
     assert ((apart.values[:, 1] != 0) == positive).all() and ((apart.values[:, 4] != 0) == ~positive).all()
 
     share = 0.02
-    pruned = prompt_scores(model, pairs, share=share)
+    pruned = prompt_scores(model, pairs, [f"L1/N{unit}" for unit in range(24)], share=share)
     with torch.no_grad():
         logits = model(torch.stack(list(pairs.clean)))[:, -1]
     rows = torch.arange(4)
     metric = (logits[rows, pairs.answer] - logits[rows, pairs.wrong_answer]).abs()
-    for position in range(5):
-        labels = [f"{label}@{position}" for label in pruned.nodes["label"]]
-        here, cut = prompt_scores(model, pairs, labels), prompt_scores(model, pairs, labels, share=share)
-        present = here.values.abs() >= (share * metric)[:, None]
-        torch.testing.assert_close(cut.values, torch.where(present, here.values, 0.0))
+    labels = [f"L1/N{unit}@{position}" for unit in range(24) for position in range(5)]
+    each = prompt_scores(model, pairs, labels).values
+    present = each.abs() >= (share * metric)[:, None]
+    assert 0 < present.float().mean() < 1
+    summed = torch.where(present, each, 0.0).unflatten(1, (24, 5)).sum(-1)
+    torch.testing.assert_close(pruned.values, summed)
 
 
 @few_models
@@ -90,6 +91,6 @@ def test_on_a_real_model(stories260K: Any) -> None:
 
     pairs = pronoun_pairs(PRONOUN_TEMPLATES[0], "attribution", 6)
     scores = prompt_scores(stories260K, pairs, share=0.005)
-    assert scores.values.shape == (12, 5 * 172) and 0 < (scores.values != 0).float().mean() < 0.5
+    assert scores.values.shape == (12, 5 * 172) and 0.2 < (scores.values != 0).float().mean() < 0.8
     assert "12 prompts" in repr(scores) and "<table" in scores._repr_html_()
     assert list(scores.to_dataframe().columns) == list(scores.nodes["label"])

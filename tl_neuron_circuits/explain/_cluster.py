@@ -1,7 +1,7 @@
 """Groups of neurons that are driven by the same inputs and drive the same outputs: spectral clustering on two views.
 
-The affinity of two nodes in a view is the cosine of their profiles, 0 where it is negative; the two views are combined by
-their harmonic mean, which is high only where both are. Spectral clustering is scikit-learn's (extra `explain`).
+The affinity of two nodes in a view is the cosine of their profiles, 0 where it is negative; the two views are combined
+by their harmonic mean, which is high only where both are. Spectral clustering is scikit-learn's (extra `explain`).
 Source: METHODS 1.7 (multi-view spectral clustering, combined harmonically).
 """
 

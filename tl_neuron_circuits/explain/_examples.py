@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from .._typing import checked
-from ..interventions import Nodes, find_nodes, read_prompts, run, token_names
+from ..interventions import Nodes, find_nodes, read_prompts, run, text_pieces
 from ..models import TransformerLensModel
 from ._highlight import highlight
 
@@ -171,8 +171,7 @@ def _merge(
 
 def _example(model: TransformerLensModel, row: int, tokens: Tensor, values: Tensor, by: By, bos: int | None) -> Example:
     key = _key(values, by).masked_fill(~_searched(tokens.cpu()[None], bos)[0], -torch.inf)
-    names = token_names(model, tokens.tolist())
-    return Example(row, tuple(names), tuple(values.tolist()), int(key.argmax()))
+    return Example(row, tuple(text_pieces(model, tokens)), tuple(values.tolist()), int(key.argmax()))
 
 
 def _described(result: StrongestExamples, describe: Describe) -> StrongestExamples:

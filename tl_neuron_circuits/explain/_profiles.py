@@ -3,8 +3,8 @@
     attribution(n, s)   = e_s . d a_n / d e_s           how much of the neuron's activation comes from the token at s
     contribution(n, g)  = a_n * d goal_g / d a_n        how much of goal g it supports
 
-under RelP, at chosen prompts; goals are the logits of the most probable next tokens, minus the mean logit. A node without
-a position stands for its sum over positions. Source: METHODS 1.6 and 1.7.
+under RelP, at chosen prompts; goals are the logits of the most probable next tokens, minus the mean logit. A node
+without a position stands for its sum over positions. Source: METHODS 1.6 and 1.7.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 from .._errors import SettingsError
 from .._typing import checked
 from ..bases import Values, capture, fired
-from ..interventions import Nodes, find_nodes, read_prompts, token_names
+from ..interventions import Nodes, find_nodes, read_prompts, text_pieces, token_names
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES, relp
 
@@ -27,7 +27,7 @@ _EMBEDDING = "hook_embed"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Profiles:
-    """One row a node. Columns of `attribution` are the prompts' tokens, of `contribution` their goals, prompt by prompt."""
+    """One row a node; columns are, prompt by prompt, its tokens (`attribution`) and its goals (`contribution`)."""
 
     nodes: tuple[str, ...]
     attribution: Float[Tensor, "node source"]
@@ -98,7 +98,7 @@ def profiles(
             parts = [_attributions(model, prompt, frame[i : i + chunk]) for i in range(0, len(frame), chunk)]
         contribution.append(effects)
         attribution.append(torch.cat(parts))
-        sources += token_names(model, prompt.tolist())
+        sources += text_pieces(model, prompt)
         names += token_names(model, tokens)
     columns = (torch.cat(attribution, 1), torch.cat(contribution, 1))
     return Profiles(tuple(frame["label"]), *columns, tuple(sources), tuple(names))
@@ -144,7 +144,8 @@ def _at_nodes(values: Values, frame: pd.DataFrame, row: int) -> Float[Tensor, " 
         flat = values[hook].flatten(2)[row]
         if position >= flat.shape[0] or unit >= flat.shape[1]:
             raise SettingsError(
-                f"expected positions below {flat.shape[0]} and units below {flat.shape[1]} at {hook}; got {position}, {unit}."
+                f"expected positions below {flat.shape[0]} and units below {flat.shape[1]} at {hook}; got {position} "
+                f"and {unit}."
             )
         found.append(flat[:, unit].sum() if position < 0 else flat[position, unit])
     return torch.stack(found)

@@ -63,6 +63,7 @@ def find_nodes(model: TransformerLensModel, nodes: Nodes, positions: int | Seque
 
 def _from_labels(model: TransformerLensModel, labels: Sequence[str]) -> pd.DataFrame:
     rows = []
+    hooks: dict[tuple[str, str], str] = {}
     for label in labels:
         read = _LABEL.fullmatch(label) if isinstance(label, str) else None
         if read is None or read[2] not in _BASES:
@@ -70,8 +71,10 @@ def _from_labels(model: TransformerLensModel, labels: Sequence[str]) -> pd.DataF
                 f"expected labels such as 'L12/N345@7' or 'L12/N345' with one of the letters {sorted(_BASES)}; got "
                 f"{label!r}. Error nodes and dictionary features are no activations of the model."
             )
-        hook = _BASES[read[2]](layers=[int(read[1])]).sites(model)[0].hook
-        rows.append((label, hook, int(read[3]), EVERYWHERE if read[4] is None else int(read[4])))
+        layer, letter = read[1], read[2]
+        if (layer, letter) not in hooks:
+            hooks[layer, letter] = _BASES[letter](layers=[int(layer)]).sites(model)[0].hook
+        rows.append((label, hooks[layer, letter], int(read[3]), EVERYWHERE if read[4] is None else int(read[4])))
     return pd.DataFrame(rows, columns=["label", "hook", "unit", "position"])
 
 

@@ -76,11 +76,29 @@ def text_of(model: Any, tokens: Int[Tensor, " pos"]) -> str:
 
 
 def token_names(model: Any, tokens: Sequence[int]) -> list[str]:
-    """Every token as text of its own, spaces kept; as a number where the model has no tokenizer."""
+    """Every token as text of its own, with the space that begins it; as a number where the model has no tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return [str(token) for token in tokens]
-    return [tokenizer.decode([token]) for token in tokens]
+    names = [tokenizer.decode([token]) for token in tokens]
+    pieces = tokenizer.convert_ids_to_tokens(list(tokens))
+    # Sentencepiece writes a word's space as this sign, and decoding a single token drops it.
+    dropped = [str(p).startswith("▁") and not name.startswith(" ") for p, name in zip(pieces, names, strict=True)]
+    return [f" {name}" if space else name for space, name in zip(dropped, names, strict=True)]
+
+
+def text_pieces(model: Any, tokens: Int[Tensor, " pos"]) -> list[str]:
+    """A prompt cut at its tokens; joined, they are its text wherever the tokenizer decodes prefixes to prefixes."""
+    tokenizer = getattr(model, "tokenizer", None)
+    names = token_names(model, tokens.tolist())
+    if tokenizer is None:
+        return [name if place == 0 else f" {name}" for place, name in enumerate(names)]
+    pieces, before = [], ""
+    for place, name in enumerate(names):
+        text = tokenizer.decode(tokens[: place + 1].tolist())
+        pieces.append(text[len(before) :] if text.startswith(before) else name)
+        before = text
+    return pieces
 
 
 def device_of(model: TransformerLensModel) -> torch.device:

@@ -70,13 +70,13 @@ def pick(values: Values, frame: pd.DataFrame) -> Float[Tensor, "batch node"]:
     Raises:
         SettingsError: a position outside the prompt or a unit out of range.
     """
-    columns: list[Tensor] = [torch.empty(0)] * len(frame)
+    like = next(iter(values.values()))
+    out = like.new_empty(len(like), len(frame))
     for hook, rows in frame.reset_index(drop=True).groupby("hook", sort=False):
         flat = values[str(hook)].flatten(2)
         units, places = (torch.as_tensor(rows[key].to_numpy(dtype="int64", copy=True)) for key in ("unit", "position"))
         for name, index, size in (("positions", places, flat.shape[1]), ("units", units, flat.shape[2])):
             if int(index.max()) >= size:
                 raise SettingsError(f"expected {name} below {size} at {hook}; got {int(index.max())}.")
-        for row, column in zip(rows.index, flat[:, places, units].unbind(1), strict=True):
-            columns[row] = column
-    return torch.stack([column.to(columns[0]) for column in columns], dim=1)
+        out[:, torch.as_tensor(rows.index.to_numpy(dtype="int64", copy=True))] = flat[:, places, units].to(out)
+    return out
