@@ -72,7 +72,7 @@ def test_over_a_full_cut_many_steps_sum_to_the_whole_effect(case: ModelCase, met
     """At the embeddings: m(clean) - m(corrupt)."""
     model, pairs = model_of(case), random_pairs(4)
     whole = metric_at(model(pairs.clean[0][None]), pairs, 0) - metric_at(model(pairs.corrupt[0][None]), pairs, 0)
-    coarse, fine = (attribute(model, pairs, method=method, steps=k, basis=Embeddings()).flat() for k in (30, 60))
+    coarse, fine = (attribute(model, pairs, method=method, steps=k, basis=Embeddings()).flat() for k in (20, 40))
     assert_converges(coarse, fine, float(whole.detach()))
 
 
@@ -82,7 +82,7 @@ def test_the_residual_stream_is_a_full_cut_too(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(4)
     effect = metric_with(model, pairs, 0, pairs.clean[0], {}) - metric_with(model, pairs, 0, pairs.corrupt[0], {})
     coarse, fine = (
-        attribute(model, pairs, method="integrated_gradients", steps=k, basis=ResidualStream()).values for k in (30, 60)
+        attribute(model, pairs, method="integrated_gradients", steps=k, basis=ResidualStream()).values for k in (20, 40)
     )
     for name in fine:
         assert_converges(coarse[name], fine[name], effect)
