@@ -242,6 +242,8 @@ def compare(
         raise SettingsError(f"expected bases out of {list(ACTIVATION_BASES)}; got {wrong}.")
     kinds = {"sae": load_dictionaries(sae or []), "transcoder": load_dictionaries(transcoder or [])}
     layers = sorted({dictionary.layer for found in kinds.values() for dictionary in found}) or None
+    dictionaries = [Dictionaries(found, name=kind) for kind, found in kinds.items() if found]
+    bases = [ACTIVATION_BASES[name](layers) for name in names] + dictionaries
     train = PromptPairs.from_jsonl(pairs)
     if evaluation_pairs is None:
         train, test = train.split(0.5, seed=seed, by="contrast" if train.labels is None else "label")
@@ -251,8 +253,7 @@ def compare(
         load_model(model, backend),
         train,
         test,
-        bases=[ACTIVATION_BASES[name](layers) for name in names]
-        + [Dictionaries(found, name=kind) for kind, found in kinds.items() if found],
+        bases=bases,
         methods=method or DEFAULT_METHODS,  # pyright: ignore[reportArgumentType]
         sizes=size,
         ablation=ablation,  # pyright: ignore[reportArgumentType]
@@ -263,13 +264,13 @@ def compare(
         directory=out / "comparison",
         verbose=not as_json,
     )
-    files = [out / "sparsity.html", out / "sparsity.csv", out / "summary.csv"]
+    files = [out / name for name in ("sparsity.html", "sparsity.csv", "summary.csv")]
     result.plot().write_html(files[0], include_plotlyjs=True)
     result.to_dataframe().to_csv(files[1], index=False)
     result.summary().to_csv(files[2], index=False)
     if as_json:
-        content = {"headline": result.headline(), "files": [str(file) for file in files]}
-        print(json.dumps({**content, "summary": json.loads(result.summary().to_json(orient="records"))}))
+        rows = result.summary().to_dict(orient="records")
+        print(json.dumps({"headline": result.headline(), "files": [str(file) for file in files], "summary": rows}))
         return
     show(result.summary().drop(columns="task").dropna(axis="columns", how="all"), repr(result))
     console.print(result.headline(), soft_wrap=True)

@@ -8,12 +8,14 @@ A random 12-layer 768-wide GPT-2-like model, 8 prompts of 32 tokens, frozen para
   (`autograd.grad` of the same metric on the same tensors: the neurons of all layers), alternating, medians after a
   warm-up; and integrated gradients with 10 steps a layer over RelP, through `attribute`'s own code paths.
 - memory: peak resident memory above the model's, each in a process of its own (`VmHWM` of /proc/self/status, reset
-  through /proc/self/clear_refs after the model is built). tracemalloc does not see torch's memory, and torch's profiler
-  counts what the allocator hands out but not what it keeps; resident memory is what a user's machine must have.
+  through /proc/self/clear_refs after the model is built; malloc told to give freed blocks back). tracemalloc does not
+  see torch's memory, and torch's profiler counts what the allocator hands out but not what it keeps; resident memory
+  is what a user's machine must have.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -79,14 +81,14 @@ def propagated(model: Any, tokens: Tensor) -> None:
         gradients(model, tokens, leaf=False)
 
 
-def alternating(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def alternating(runs: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """CPU seconds of every run, one after the other, round by round: a busy machine slows all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm_up):
         for name, run in runs.items():
             start = time.process_time()
             run()
-            if number:  # the first round warms up
+            if number >= warm_up:
                 times[name].append(time.process_time() - start)
     return times
 
@@ -100,9 +102,14 @@ def measure_time(backend: str, arguments: argparse.Namespace) -> dict[str, float
     pairs = TokenisedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1])
     methods = {
         "attribute_relp": lambda: attribute(model, pairs),
+        "attribute_inputs": lambda: attribute(model, pairs, method="integrated_gradients_inputs", steps=10),
         "attribute_ig": lambda: attribute(model, pairs, method="integrated_gradients", steps=10),
     }
-    whole = alternating(methods, arguments.ig_rounds) if arguments.ig_rounds else {name: [0.0] for name in methods}
+    whole = (
+        alternating(methods, arguments.ig_rounds, warm_up=0)
+        if arguments.ig_rounds
+        else {name: [0.0] for name in methods}
+    )
     out = {name: statistics.median(values) for name, values in (seconds | whole).items()}
     return out | {"ratio": statistics.median(ratios)}
 
@@ -131,6 +138,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backend", help="only this model class")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -138,7 +146,7 @@ def main() -> None:
         print(json.dumps(peak_memory(*arguments.child, arguments)))
         return
     built = {"HookedTransformer": HookedTransformer, "TransformerBridge": build_bridge_from_module}
-    for backend in [name for name, there in built.items() if there is not None]:
+    for backend in [name for name, there in built.items() if there is not None and arguments.backend in (None, name)]:
         seconds = measure_time(backend, arguments)
         memory = {what: _in_child(backend, what) for what in ("plain", "relp")}
         print(f"\n{backend}, {arguments.layers} layers, {arguments.width} wide, {BATCH} x {POS} tokens")
@@ -148,15 +156,19 @@ def main() -> None:
             print(f"| {title} | {seconds[name]:.2f} | {memory[name]:.0f} |")
         print(f"| RelP / (forward + backward) | {seconds['ratio']:.2f} | {memory['relp'] / memory['plain']:.2f} |")
         if arguments.ig_rounds:
-            relp_seconds, ig_seconds = seconds["attribute_relp"], seconds["attribute_ig"]
-            print(f"| attribute, RelP | {relp_seconds:.2f} | |\n| attribute, IG-10 | {ig_seconds:.2f} | |")
-            print(f"| IG-10 / RelP | {ig_seconds / relp_seconds:.1f} | |")
+            relp_seconds = seconds["attribute_relp"]
+            print(f"| attribute, RelP (its corrupt run included) | {relp_seconds:.2f} | |")
+            for name, title in (("attribute_ig", "IG-10, layer by layer"), ("attribute_inputs", "IG-10 over inputs")):
+                print(f"| attribute, {title} | {seconds[name]:.1f} | |")
+                print(f"| {title} / RelP | {seconds[name] / relp_seconds:.1f} | |")
         sys.stdout.flush()
 
 
 def _in_child(backend: str, what: str) -> float:
     command = [sys.executable, "-m", "tests.benchmarks.relp_cost", *sys.argv[1:], "--child", backend, what]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # freed blocks leave resident memory
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **exact})
+    return float(done.stdout)
 
 
 if __name__ == "__main__":

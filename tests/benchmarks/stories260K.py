@@ -22,6 +22,7 @@ from tests.stories_tasks import PRONOUN_TEMPLATES, pronoun_pairs
 from tl_neuron_circuits.attribution import NodeScores, attribute
 from tl_neuron_circuits.evaluation import SparsityCurve, agreement, evaluate
 
+PATCHED = 2  # contrasts for exact patching of every neuron, both directions of each
 SIZES = (20, 50, 100, 200, 400)
 TEMPLATES = PRONOUN_TEMPLATES[:8]
 METHODS: Mapping[str, Mapping[str, Any]] = {
@@ -62,13 +63,13 @@ def table(model: Any, templates: Sequence[str], n_contrasts: int, patching: bool
     pearson: dict[str, list[float]] = {name: [] for name in METHODS}
     spearman: dict[str, list[float]] = {name: [] for name in METHODS}
     for template in templates:
-        exact = scores_of(model, template, {"method": "patching"}, 4) if patching else None
+        exact = scores_of(model, template, {"method": "patching"}, PATCHED) if patching else None
         for name, settings in METHODS.items():
             curve = curve_of(model, template, scores_of(model, template, settings, n_contrasts), n_contrasts)
             merits[name].append(merit(curve))
             distances[name].append(distance(curve))
             if exact is not None:
-                found = agreement(scores_of(model, template, settings, 4), exact)
+                found = agreement(scores_of(model, template, settings, PATCHED), exact)
                 pearson[name].append(found.pearson)
                 spearman[name].append(found.spearman)
         print(f"{template}: " + ", ".join(f"{n} {m[-1]:.2f}" for n, m in merits.items()), file=sys.stderr, flush=True)

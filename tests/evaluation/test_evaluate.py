@@ -235,3 +235,13 @@ def test_default_sizes_are_log_spaced_to_all_nodes() -> None:
     (case, *_) = (p.values[0] for p in all_models("gpt2"))
     sizes: Sequence[int] = evaluate(built(case), pairs(built(case)), scored(case, "neurons")).sizes
     assert sizes[0] == 1 and sizes[-1] == 240 and len(sizes) <= 20 and list(sizes) == sorted(set(sizes))
+
+
+@both_classes
+def test_twenty_sizes_with_completeness_cost_at_most_45_forwards_a_batch(case: ModelCase) -> None:
+    model, tokens, scores = built(case), pairs(built(case)), scored(case, "neurons")
+    forwards: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    evaluate(model, tokens, scores, sizes=range(1, 21))
+    assert 40 <= len(forwards) <= 45
+    handle.remove()

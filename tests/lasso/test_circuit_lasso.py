@@ -13,6 +13,7 @@ from tests.families import ModelCase, model_cases, random_tokens
 from tests.lasso.problems import standardised_columns
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
 from tl_neuron_circuits.bases import Neurons
+from tl_neuron_circuits.circuits import Circuit
 from tl_neuron_circuits.lasso import CircuitLasso, LassoCircuit
 from tl_neuron_circuits.tasks import TokenisedPairs
 
@@ -251,6 +252,36 @@ def test_activations_that_are_not_finite_are_refused() -> None:
         next(p for n, p in model.named_parameters() if n.endswith("mlp.b_out")).fill_(torch.nan)
     with pytest.raises(NumericalError, match="finite sources"):
         CircuitLasso(share=0.5, **SMALL).fit(model, random_tokens(model, batch=8, pos=4))
+
+
+def test_reach_is_the_weight_times_the_best_path_to_the_readout(gpt2) -> None:
+    lasso = CircuitLasso(readout="logits", attention="layers", share=0.1, shares=(0.3,), blocks=1, regressors="same")
+    edges = lasso.fit(gpt2, random_tokens(gpt2, batch=30, pos=5)).edges
+
+    def best(node: str) -> float:  # every path, one by one
+        if node == "logits":
+            return 1.0
+        onward = edges[edges["source"] == node]
+        return max((min(1.0, abs(row.weight)) * best(row.target) for row in onward.itertuples()), default=0.0)
+
+    for row in edges.itertuples():
+        assert row.reach == pytest.approx(abs(row.weight) * best(row.target))
+    assert (edges.loc[edges["target"] == "logits", "reach"] == edges.loc[edges["target"] == "logits", "weight"]).all()
+    silent = CircuitLasso(share=0.3, **SMALL).fit(gpt2, random_tokens(gpt2, batch=10, pos=5))
+    assert silent.edges["reach"].isna().all()
+
+
+def test_as_a_circuit_it_is_saved_and_is_a_graph(gpt2, tmp_path: Path) -> None:
+    lasso = CircuitLasso(readout="logits", mlp="neurons", share=0.2, shares=(0.4,), blocks=1, regressors="same")
+    found = lasso.fit(gpt2, random_tokens(gpt2, batch=20, pos=5))
+    circuit = found.to_circuit()
+    assert len(circuit) == 2 * gpt2.cfg.d_mlp  # neurons; heads are components
+    circuit.save(tmp_path / "circuit")
+    again = Circuit.load(tmp_path / "circuit")
+    assert np.allclose(again.edges["weight"], found.edges["weight"])
+    assert again.graph().number_of_edges() == len(found.edges)
+    assert circuit.nodes.set_index("node").loc["logits", "score"] == 1
+    assert circuit.nodes["score"].between(0, 1).all()
 
 
 def test_compiled_models_have_no_edges_of_unused_parts(tracr) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tl_neuron_circuits.models import DEMO_MODELS, _demo_report, demo_model_path
+from tl_neuron_circuits.models import _demo_evaluation as evaluation
 from tl_neuron_circuits.models import _demo_files as files
 from tl_neuron_circuits.models import _english as english
 from tl_neuron_circuits.models import _states as states
@@ -70,6 +71,29 @@ def test_what_is_held_out_is_never_in_the_text() -> None:
                 assert not any(f"{a} and {b}" in s for s in SENTENCES)
 
 
+def test_interchanges_ask_for_the_donors_state_and_never_for_what_is_held_out() -> None:
+    owner = {city.name: city.state for city in states.CITIES}
+    held_out, chance, left_out = states.held_out_combinations(), text.Chance(5), 0
+    for _ in range(6):
+        swaps = text.interchange(TOKENIZER, chance, 32)
+        prompts = TOKENIZER.batch_decode(swaps.input_ids, skip_special_tokens=True)
+        asked = [
+            next((c, a) for c in owner for a in states.ATTRIBUTES if f" {c}" in prompt and f"he {a} " in prompt)
+            for prompt in prompts
+        ]
+        for i, (donor, target) in enumerate(zip(swaps.donor.tolist(), swaps.targets.tolist(), strict=True)):
+            (town, attribute), combination = asked[i], (asked[donor][0], asked[i][1])
+            assert donor != i
+            assert (town, attribute) not in held_out
+            assert TOKENIZER.convert_ids_to_tokens(swaps.answers[i].item()) == owner[town].attribute(attribute)
+            if combination in held_out:
+                left_out += 1
+                assert target == -100
+            else:
+                assert TOKENIZER.convert_ids_to_tokens(target) == owner[combination[0]].attribute(attribute)
+    assert left_out > 0
+
+
 def test_documents_are_packed_whole_and_apart() -> None:
     packed = text.batch(TOKENIZER, text.Chance(0), rows=8, length=40)
     starts = packed.input_ids == TOKENIZER.bos_token_id
@@ -109,6 +133,7 @@ def test_what_is_saved_is_what_was_trained(name: str, tmp_path: Path) -> None:
 
 def test_the_command_writes_a_model_its_card_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_demo_report, "SWAPS", 4)
+    monkeypatch.setattr(evaluation, "TASKS", {"IOI": evaluation.TASKS["IOI"]})
     page = tmp_path / "page.md"
     main(["--name", "demo-gelu", "--steps", "2", "--out", str(tmp_path), "--documentation", str(page)])
     folder = tmp_path / "demo-gelu"

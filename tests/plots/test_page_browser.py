@@ -1,8 +1,10 @@
 """The page in a browser: what it shows is what the tables say, by pointer and by keyboard, and nothing goes wrong."""
 
+import json
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,3 +300,34 @@ def test_summed_positions_and_pruned_circuits_have_pages_too(dallas: Circuit, op
         assert shown(page)[0] == len(circuit)
         assert page.locator(".node").count() == len(circuit.nodes)
         page.close()
+
+
+def test_graphs_of_other_programs_are_sized_by_influence(dallas: Circuit, open_page: Opener, tmp_path: Path) -> None:
+    dallas.to_neuronpedia(tmp_path / "graph.json")
+    graph = json.loads((tmp_path / "graph.json").read_text(encoding="utf-8"))
+    del graph["metadata"]["info"]
+    (tmp_path / "graph.json").write_text(json.dumps(graph), encoding="utf-8")
+    foreign = Circuit.from_neuronpedia(tmp_path / "graph.json")
+    page = open_page(foreign)
+    slide(page, "node", 50)
+    nodes, _ = shown(page)
+    influence = foreign.nodes.loc[foreign.nodes["kind"] == "feature", "influence"]
+    least = limit(page, "node")
+    assert "of influence" in page.locator("#controls").inner_text()
+    assert (influence >= least * 1.006).sum() <= nodes <= (influence >= least * 0.994).sum()
+    assert 0 < nodes < len(influence)
+
+
+def test_a_hidden_node_comes_back_when_an_edge_leads_to_it(dallas: Circuit, open_page: Opener) -> None:
+    page = open_page(dallas)
+    slide(page, "node", 90)
+    kept, _ = shown(page)
+    node(page, "logit/539").click()
+    chosen = set(neurons(dallas)["node"])
+    for button in page.locator('#panel [data-edges="source"] button').all():
+        name = button.get_attribute("data-target")
+        if name in chosen and node(page, name).count() == 0:
+            button.click()
+            break
+    assert page.locator(".node.selected").get_attribute("data-key") == name and heading(page) == name
+    assert shown(page)[0] > kept

@@ -12,6 +12,7 @@ from tests.plots.made_up import BYTES, NASTY, large_circuit, nasty_circuit
 from tl_neuron_circuits import Circuit
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.circuits._table import NODE_COLUMNS
+from tl_neuron_circuits.explain import Example
 from tl_neuron_circuits.plots._page import embedded_json, page, page_data
 
 
@@ -98,6 +99,12 @@ def test_details_come_by_node_by_neuron_by_label_and_by_group(dallas: Circuit) -
     found = page_data(circuit, details)["details"]
     expected = {chosen[1]: "a", chosen[0]: "b", "places": "c"} | dict.fromkeys(everywhere, "d")
     assert {name: dict(one["texts"])["note"] for name, one in found.items()} == expected
+
+
+def test_strongest_examples_can_be_given_as_they_are(dallas: Circuit) -> None:
+    given = Example(prompt=0, tokens=("Dal", "las"), activations=(0.0, 2.0), position=1)
+    found = page_data(dallas, {"logit/539": {"examples": [given]}})["details"]["logit/539"]["examples"]
+    assert found == [{"tokens": ["Dal", "las"], "values": [0.0, 2.0], "note": ""}]
 
 
 @pytest.mark.parametrize(

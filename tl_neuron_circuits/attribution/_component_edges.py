@@ -91,7 +91,7 @@ class EdgeScores:
         return f"EdgeScores({s['method']} of {s['metric']} on {s['model']}, {len(self)} edges, {s['n_pairs']} pairs)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.top(20).to_html(index=False, float_format='%.3g')}"
+        return f"<p>{self!r}</p>{self.top(20).to_html(index=False, float_format='{:.3g}'.format)}"
 
 
 @checked

@@ -221,8 +221,9 @@ class Circuit:
             path: of the HTML file; an existing one is replaced.
             details: more about nodes, by node ("L3/N45@7"), by neuron at all positions ("L3/N45"), by label or by
                 group. Everything is shown as text, never as markup. `"logit_effects"` is a list of (token, number),
-                `"examples"` a list of texts or of `{"tokens": [...], "values": [...], "note": "..."}` whose tokens are
-                coloured by value, and any other key a heading with its text.
+                `"examples"` a list of texts, of `Example`s of `strongest_examples`, or of
+                `{"tokens": [...], "values": [...], "note": "..."}`, tokens coloured by value; any other key is a
+                heading with its text.
 
         Raises:
             SettingsError: details of a node that is not there, or of another form.

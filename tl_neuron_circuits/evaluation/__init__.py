@@ -8,6 +8,7 @@ from ._comparison import Comparison as Comparison
 from ._comparison import CurveKey as CurveKey
 from ._curve import MIB_FRACTIONS as MIB_FRACTIONS
 from ._curve import SparsityCurve as SparsityCurve
+from ._edge_curve import evaluate_edges as evaluate_edges
 from ._evaluate import evaluate as evaluate
 from ._ground_truth import GroundTruth as GroundTruth
 from ._ground_truth import edge_auroc as edge_auroc

@@ -94,25 +94,9 @@ def compare(
     _check(model, chosen, train, test)
     if bootstrap < 1:
         raise SettingsError(f"expected at least one bootstrap draw; got {bootstrap}.")
-    settings = {
-        "model": str(getattr(model.cfg, "model_name", "unknown")),
-        "bases": [b.name for b in chosen],
-        "methods": list(methods),
-        "sizes": None if sizes is None else list(sizes),
-        "ablation": ablation,
-        "error": error,
-        "metric": metric_name(metric),
-        "steps": steps,
-        "mib": mib,
-        "bootstrap": bootstrap,
-        "prepend_bos": prepend_bos,
-        "weights": fingerprint(model.parameters()),
-        "sites": {basis.name: [site.identity for site in sites_of(model, basis)] for basis in chosen},
-        "seed": seed,
-        "attribution": {t: p.hash for t, p in train.items()},
-        "evaluation": {t: p.hash for t, p in test.items()},
-        "versions": versions(),
-    }
+    plain = {"methods": list(methods), "sizes": None if sizes is None else list(sizes), "ablation": ablation}
+    plain |= {"error": error, "metric": metric_name(metric), "steps": steps, "mib": mib, "bootstrap": bootstrap}
+    settings = _provenance(model, chosen, train, test) | plain | {"prepend_bos": prepend_bos, "seed": seed}
     keys = [CurveKey(task, basis.name, method) for task in train for basis in chosen for method in methods]
     by_name = {basis.name: basis for basis in chosen}
     done = Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)
@@ -135,6 +119,24 @@ def compare(
             Comparison(curves, settings, grid, unexplained).save_index(directory)
     ordered = {key: curves[key] for key in keys}
     return Comparison(ordered, settings, grid, unexplained)
+
+
+def _provenance(
+    model: TransformerLensModel,
+    bases: Sequence[Basis],
+    train: Mapping[str, TaskPairs],
+    test: Mapping[str, TaskPairs],
+) -> dict[str, Any]:
+    """What was compared on what: a later call goes on only where all of it is the same."""
+    return {
+        "model": str(getattr(model.cfg, "model_name", "unknown")),
+        "weights": fingerprint(model.parameters()),
+        "bases": [basis.name for basis in bases],
+        "sites": {basis.name: [site.identity for site in sites_of(model, basis)] for basis in bases},
+        "attribution": {task: pairs.hash for task, pairs in train.items()},
+        "evaluation": {task: pairs.hash for task, pairs in test.items()},
+        "versions": versions(),
+    }
 
 
 def _mib(

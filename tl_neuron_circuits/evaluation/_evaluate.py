@@ -136,6 +136,14 @@ class _Evaluation:
         self._batches = list(tokens.batches(batch_size))
         self._bases = self._baselines(ablation, torch.Generator().manual_seed(seed))
 
+    @property
+    def n_pairs(self) -> int:
+        return self._n
+
+    @property
+    def batches(self) -> list[tuple[Batch, Mapping[str, Parts | None]]]:
+        return list(zip(self._batches, self._bases, strict=True))
+
     def metric(self, kept: Kept | None, bar: tqdm) -> Tensor:
         """The metric of every prompt with only `kept` live; the original model's for None."""
         out = torch.empty(self._n)

@@ -4,6 +4,10 @@ from ._ablation import Ablation as Ablation
 from ._ablation import Hooks as Hooks
 from ._ablation import Kept as Kept
 from ._ablation import ablation_hooks as ablation_hooks
+from ._edge_ablation import Edge as Edge
+from ._edge_ablation import EdgeMode as EdgeMode
+from ._edge_ablation import Neuron as Neuron
+from ._edge_ablation import run_with_edges as run_with_edges
 from ._steering import steering_hooks as steering_hooks
 from ._steering_nodes import Nodes as Nodes
 from ._steering_nodes import find_nodes as find_nodes

@@ -22,12 +22,14 @@ from .._errors import SettingsError
 from .._files import versions
 from .._typing import checked
 from ..bases import name_of
+from ..circuits import Circuit
 from ..models import TransformerLensModel
 from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
 from ._edges import Nodes, edge_keys, edge_table, node_table, nodes_of
 from ._observations import Observations, Regressors, observe
 from ._selection import Fitted, Joint, Solving, fit_path, held_out_errors, one_standard_error, smallest_empty
 from ._sites import Readout, observer
+from ._to_circuit import to_circuit
 
 Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenisedPairs
 
@@ -36,9 +38,11 @@ Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenisedPai
 class LassoCircuit:
     """Nodes, edges, and how they came about.
 
-    `edges`: source, target, weight, norm, n_weights, and stability (share of bootstrap resamples that have the edge;
-    nan without them). `nodes`: node, kind, layer, unit, position, r2 (mean over its units; nan where nothing comes
-    before). `path`: one row a penalty: share, n_edges, n_weights, r2, held-out error with its standard error.
+    `edges`: source, target, weight, norm, n_weights, reach, and stability (share of bootstrap resamples that have the
+    edge; nan without them). Weights are in standard deviations of the target; `reach` is the weight times the strongest
+    path from the target on to the readout (ours, not the paper's). `nodes`: node, kind, layer, unit, position, r2 (mean
+    over its units; nan where nothing comes before). `path`: one row a penalty: share, n_edges, n_weights, r2, held-out
+    error with its standard error.
     """
 
     nodes: pd.DataFrame
@@ -49,6 +53,10 @@ class LassoCircuit:
     def to_dataframe(self) -> pd.DataFrame:
         """The edges, strongest first."""
         return self.edges
+
+    def to_circuit(self) -> Circuit:
+        """The same as a `Circuit`, for its graph, groups, labels, saving and export."""
+        return to_circuit(self.nodes, self.edges, self.settings)
 
     def __len__(self) -> int:
         """How many nodes there are."""

@@ -6,6 +6,11 @@
 in standard deviations of the target: 1 means that i alone moves j as much as j varies. Between two single columns it is
 |weight|, and then the edge carries the sign. `norm` is the Frobenius norm of the block, the paper's ranking; it depends
 on how collinear the columns of i are, which `weight` does not.
+
+    reach(i -> j) = |weight(i -> j)| * the largest product of |weights| (each at most 1) on a path from j to the readout
+
+An observational edge into a component that nothing later depends on is as real as any other, but no part of what the
+model answers: `weight` ranks dependencies, `reach` those that the answer hangs on. It is ours, not the paper's.
 """
 
 from collections.abc import Sequence
@@ -20,6 +25,7 @@ from ._observations import Columns, Site
 from ._selection import Fitted
 
 _EDGE_COLUMNS = ("source", "target", "weight", "norm", "n_weights")
+_READOUT = "logits"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +53,7 @@ def nodes_of(sites: Sequence[Site], fits: Sequence[Fitted]) -> Nodes:
 
 def _name(site: Site | None, unit: int, position: int) -> str:
     if site is None:
-        return "logits"
+        return _READOUT
     return site.node(unit) + (f"@{position}" if position >= 0 and site.split else "")
 
 
@@ -70,11 +76,27 @@ def column_nodes(sites: Sequence[Site], side: Columns, nodes: Nodes) -> Int[Tens
 
 
 def edge_table(sites: Sequence[Site], fits: Sequence[Fitted], nodes: Nodes) -> pd.DataFrame:
-    """One row an edge, strongest first: source, target, weight, norm, n_weights (how many are not zero)."""
+    """One row an edge, strongest first: source, target, weight, norm, n_weights (how many are not zero), reach."""
     tables = [_edges_of(sites, fit, nodes) for fit in fits]
     table = pd.concat([t for t in tables if len(t)] or [pd.DataFrame(columns=list(_EDGE_COLUMNS))], ignore_index=True)
+    table["reach"] = _reach(table, nodes)
     order = table["weight"].abs().sort_values(ascending=False, kind="stable").index
     return table.loc[order].reset_index(drop=True)
+
+
+def _reach(edges: pd.DataFrame, nodes: Nodes) -> pd.Series:
+    """Weight times the best path from the target on to the readout; nan without a readout."""
+    if _READOUT not in nodes.names:
+        return pd.Series(float("nan"), index=edges.index)
+    stage = nodes.rows.set_index("node")["stage"]
+    best = {_READOUT: 1.0}
+    size = edges["weight"].abs()
+    order = stage[edges["source"]].sort_values(ascending=False, kind="stable").index.unique()
+    by_source = {name: rows for name, rows in edges.assign(size=size.clip(upper=1.0)).groupby("source")}
+    for source in order:  # later stages first: a source's targets are done before it
+        rows = by_source[source]
+        best[source] = max(w * best.get(t, 0.0) for w, t in zip(rows["size"], rows["target"], strict=True))
+    return size * edges["target"].map(best).fillna(0.0)
 
 
 def edge_keys(sites: Sequence[Site], fits: Sequence[Fitted], nodes: Nodes) -> set[tuple[int, int]]:

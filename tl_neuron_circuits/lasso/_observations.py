@@ -184,8 +184,8 @@ def _regressions(watch: Observer, first: Batch, regressors: Regressors, skip: in
     if readout is None:
         return (main,)
     width = readout.shape[1]
-    ends = Columns(*(torch.full((width,), v) for v in (len(widths), 0)), torch.full((width,), int(first.position[0])))
-    ends = replace(ends, unit=torch.arange(width))
+    site, slot = torch.full((width,), len(widths)), torch.full((width,), int(first.position[0]))
+    ends = Columns(site, torch.arange(width), slot)
     if regressors == "earlier":
         return main, Regression(sources, ends, (sources.slot == int(first.position[0]))[:, None].expand(-1, width))
     return main, Regression(now, ends, torch.ones(len(now), width, dtype=torch.bool))

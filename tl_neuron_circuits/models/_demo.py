@@ -110,7 +110,8 @@ def _hooked_transformer(folder: Path, device: str | torch.device, dtype: torch.d
             "backend='TransformerBridge', or install transformer-lens<4"
         ) from error
 
-    source = AutoModelForCausalLM.from_pretrained(folder).to(dtype)
+    source: Any = AutoModelForCausalLM.from_pretrained(folder)
+    source = source.to(dtype)
     is_gpt2 = source.config.model_type == "gpt2"
     fields = _gpt2_fields(source) if is_gpt2 else _llama_fields(source)
     cfg = HookedTransformerConfig(**fields, device=str(device), dtype=dtype, default_prepend_bos=True)

@@ -42,12 +42,13 @@ def hidden_step(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, phra
     """Patch the neurons of one layer or all, at one place or all but the last, and count the swaps that succeed."""
     swaps = evaluation.state_swaps(n, phrasing)
     ids = evaluation.encode(tokenizer, [swaps[0].recipient])[0]
+    tokens = [str(tokenizer.convert_ids_to_tokens(int(i))) for i in ids]
     layers = evaluation.down_projections(model)
-    width = int(layers[0].weight.numel()) // model.config.hidden_size
+    width = sum(p.numel() for n, p in layers[0].named_parameters() if n == "weight") // model.config.hidden_size
     nothing = torch.zeros(len(layers), len(ids), width, dtype=torch.bool)
     table: dict[str, dict[str, float]] = {}
     for layer in (*range(len(layers)), "all"):
-        for place, positions in places(tokenizer.convert_ids_to_tokens(ids.tolist())).items():
+        for place, positions in places(tokens).items():
             where = nothing.clone()
             where[slice(None) if layer == "all" else layer, positions] = True
             share = float(evaluation.swap_success(model, tokenizer, swaps, where).mean())

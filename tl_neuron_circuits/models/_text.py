@@ -214,7 +214,7 @@ def batch(tokenizer: PreTrainedTokenizerFast, chance: Chance, rows: int, length:
                 packed.append(current)
                 current = []
             current = [*current, ids]
-    tokens = torch.full((rows, length), tokenizer.pad_token_id)
+    tokens = torch.full((rows, length), int(tokenizer.pad_token_id))  # pyright: ignore[reportArgumentType]
     targets = torch.full((rows, length), -100)
     places = torch.zeros(rows, length, dtype=torch.long)
     owner = torch.full((rows, length), -1)

@@ -91,8 +91,9 @@ def train(
             f"training the demo models needs torch>=2.9 for its Muon optimizer, got {torch.__version__}"
         )
     tokenizer, model, chance = build_tokenizer(), untrained(name, recipe), Chance(recipe.seed)
-    for block in model.transformer.h if name == "demo-gelu" else ():
-        block.mlp.act = nn.GELU(approximate="tanh")  # GPT-2's own formula, in one fused operation
+    for name_of, module in model.named_modules():
+        if name == "demo-gelu" and name_of.endswith(".mlp"):
+            module.act = nn.GELU(approximate="tanh")  # GPT-2's own formula, in one fused operation
     optimizers, schedules = _optimizers(model, recipe)
     with tqdm(range(recipe.steps), desc=f"training {name}", disable=not progress) as bar:
         for step in bar:

@@ -45,7 +45,7 @@ def plot_circuit(circuit: Circuit, *, max_edges: int = 200, height: int = 640) -
             f"explained {1 - circuit.unexplained:.0%}" if circuit.target_value else "",
         ]
     )  # fmt: skip
-    target = ", ".join(map(str, settings.get("target", [])))
+    target = ", ".join(str(one).strip() for one in settings.get("target", []))
     figure = finish(
         figure, f"Circuit for “{escape(target)}” = {circuit.target_value:.3g}", escape(subtitle), height=height
     )

@@ -92,7 +92,7 @@ def page_data(circuit: Circuit, details: Mapping[str, Mapping[str, Any]] | None 
 
 
 def _part(name: str) -> str:
-    return (files(__package__) / "page" / name).read_text(encoding="utf-8")
+    return (files(__name__.rpartition(".")[0]) / "page" / name).read_text(encoding="utf-8")
 
 
 def _ascii(text: str) -> str:
@@ -101,14 +101,17 @@ def _ascii(text: str) -> str:
 
 
 def _title(circuit: Circuit) -> str:
-    target = ", ".join(map(str, circuit.settings.get("target", [])))
+    target = ", ".join(str(one).strip() for one in circuit.settings.get("target", []))
     return f"Circuit for “{target}” on {circuit.settings.get('model', 'unknown')}"
 
 
 def _facts(circuit: Circuit) -> list[tuple[str, str, str]]:
     """What the head of the page says beside the prompt: names, texts, and what they mean."""
     settings = circuit.settings
-    target, prompts = ", ".join(map(str, settings.get("target", []))), int(settings.get("n_prompts", 1))
+    target, prompts = (
+        ", ".join(str(one).strip() for one in settings.get("target", [])),
+        int(settings.get("n_prompts", 1)),
+    )
     explained = 1 - circuit.unexplained if circuit.target_value else float("nan")
     made_with = {"tl-neuron-circuits": versions()["tl-neuron-circuits"]} | dict(settings.get("versions") or {})
     facts = [

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
+from ..explain import Example
 
 _FORM = (
     '{"description": "...", "logit_effects": [(token, number), ...], '
@@ -58,6 +59,8 @@ def _effect(name: str, pair: Any) -> tuple[str, float]:
 def _example(name: str, example: Any) -> dict[str, Any]:
     if isinstance(example, str):
         return {"tokens": [example], "values": [0.0], "note": ""}
+    if isinstance(example, Example):
+        example = {"tokens": example.tokens, "values": example.activations}
     if not isinstance(example, Mapping) or not {"tokens", "values"} <= set(example):
         raise SettingsError(f"expected an example as text, or with tokens and values; got {example!r} for {name!r}.")
     tokens, values = [str(token) for token in example["tokens"]], _finite(name, example["values"])

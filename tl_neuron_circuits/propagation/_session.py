@@ -221,6 +221,24 @@ class Session:
         bias = bias_after_product(self.model, mlp.layer)
         self._add(mlp.post, self._relay_product(mlp, activation, bias), first=True, layer=mlp.layer)
 
+    def _coefficient(
+        self, rule: IdentityRule, activation: Activation, pre: Tensor, activated: Tensor | None
+    ) -> Callable[[], Tensor]:
+        """The constant of the identity rule, computed anew at every call where its closed form allows.
+
+        Kept from the forward to the backward pass it would be the largest tensor that relp adds to the graph.
+        """
+
+        def compute() -> Tensor:
+            with torch.no_grad():
+                return rule.ratio(activation, pre, activated, self.stabilizer)
+
+        if activation.ratio is not None and self.stabilizer is None:
+            activated = None  # not needed then
+            return compute
+        kept = compute()
+        return lambda: kept
+
     def _relay_activation(self, mlp: MLPSites, activation: Activation) -> Hook:
         rule = self.rules["identity"]
         assert isinstance(rule, IdentityRule)
@@ -228,10 +246,9 @@ class Session:
         def relay(value: Tensor, hook: Any) -> Tensor:
             self.checks.fired(mlp.activated)
             pre = self._take(mlp.pre, mlp.activated)
-            with torch.no_grad():
-                ratio = rule.ratio(activation, pre, value, self.stabilizer)
-            self.checks.rebuilt(mlp.activated, pre * ratio, value)
-            share = lambda gradient: {mlp.pre: gradient * ratio}  # noqa: E731
+            ratio = self._coefficient(rule, activation, pre, value)
+            self.checks.rebuilt(mlp.activated, pre * ratio(), value)
+            share = lambda gradient: {mlp.pre: gradient * ratio()}  # noqa: E731
             return Relay.apply(value, None, share, self.mailbox)  # pyright: ignore[reportReturnType]
 
         return relay
@@ -245,20 +262,19 @@ class Session:
         def relay(value: Tensor, hook: Any) -> Tensor:
             self.checks.fired(mlp.post)
             gate, linear = self._take(pre, mlp.post), self._take(up, mlp.post)
+            ratio = None
+            if isinstance(identity, IdentityRule):
+                ratio = self._coefficient(identity, activation, gate, None)
             with torch.no_grad():
-                if isinstance(identity, IdentityRule):
-                    slope = identity.ratio(activation, gate, None, self.stabilizer)
-                    activated = gate * slope
-                else:
-                    activated, slope = activation.apply(gate), None
-                product = activated * linear
+                product = (activation.apply(gate) if ratio is None else gate * ratio()) * linear
                 self.checks.rebuilt(mlp.post, product if bias is None else product + bias, value)
                 del product
 
             def send(gradient: Tensor) -> Gradients:
                 gradient = gradient * share
-                gate_slope = _derivative(activation, gate) if slope is None else slope
-                return {pre: gradient * linear * gate_slope, up: gradient * activated}
+                slope = _derivative(activation, gate) if ratio is None else ratio()
+                activated = activation.apply(gate) if ratio is None else gate * slope
+                return {pre: gradient * linear * slope, up: gradient * activated}
 
             return Relay.apply(value, bias, send, self.mailbox)  # pyright: ignore[reportReturnType]
 

@@ -109,13 +109,14 @@ const count = (value) => value.toLocaleString("en");
 const where = (node) => {
   if (node.kind === "logit" || (node.kind === "embedding" && node.position >= 0)) return "at " + node.position;
   if (REST.has(node.kind) && node.position < 0) return "everywhere";
-  if (node.position < 0) return node.token && node.token !== "…" ? "“" + showToken(node.token) + "”" : "several positions";
-  return "at " + node.position + (node.token ? " “" + showToken(node.token) + "”" : "");
+  const token = node.token && node.token !== "…" ? "“" + showToken(node.token) + "”" : "";
+  if (node.position < 0) return token || "several positions";
+  return "at " + node.position + (token ? " " + token : "");
 };
 const nameOf = (node) => {
-  const label = clean(node.label);
+  const label = showToken(node.label);
   if (node.kind === "logit") return "logit “" + label + "”";
-  return node.kind === "embedding" ? "embedding “" + showToken(node.label) + "”" : label;
+  return node.kind === "embedding" ? "embedding “" + label + "”" : label;
 };
 
 function element(tag, properties, ...children) {

@@ -8,19 +8,19 @@ const DEEPEST = Math.max(data.n_layers - 1, ...NODES.filter((node) => CHOSEN.has
 // Area by size. Embeddings and what was left out are often far larger than any neuron: they stop at twice the largest.
 const radiusOf = (node) => 3.5 + 7.5 * Math.sqrt(Math.min(sizeOf(node) / LARGEST, 2));
 
-function captionOf(node, few) {
+function captionOf(node, few, letters) {
   if (node.kind === "logit") {
     return shorten(clean(node.label), 22) + (node.probability === null ? "" : "  " + percent(Number(node.probability.toPrecision(3))));
   }
   if (node.kind === "group") return shorten(clean(node.label), 22) + (node.members ? " · " + node.members.length : "");
   if (node.kind === "bias" || node.kind === "residual") return shorten(clean(node.node), 22);
-  if (!CHOSEN.has(node.kind)) return node.position < 0 ? shorten(clean(node.label), 14) : "";
-  if (node.label !== node.node) return shorten(clean(node.label), 18);
-  return few && node.unit >= 0 ? "N" + node.unit : "";
+  if (!CHOSEN.has(node.kind)) return node.position < 0 ? shorten(clean(node.label), letters + 1) : "";
+  if (node.label !== node.node) return shorten(clean(node.label), letters + 5);
+  return few && letters > 8 && node.unit >= 0 ? "N" + node.unit : "";
 }
 
-function boxOf(node, few) {
-  const caption = captionOf(node, few), text = caption ? [...caption].length * TEXT : 0;
+function boxOf(node, few, letters) {
+  const caption = captionOf(node, few, letters), text = caption ? [...caption].length * TEXT : 0;
   const isPill = node.kind === "logit" || node.kind === "group";
   const r = radiusOf(node);
   if (isPill) return { node, caption, isPill, r: 11, w: text + 18, h: 24 };
@@ -64,13 +64,14 @@ function layout(nodes, room) {
 function arrange(nodes, room, aspect, letters) {
   const few = nodes.filter((node) => CHOSEN.has(node.kind)).length <= 40;
   const rows = rowsOf(nodes), cells = new Map();
-  const positions = new Set(data.tokens.map((_, position) => position));
+  const positions = new Set();
   for (const node of nodes) {
     positions.add(columnOf(node));
     const key = rowOf(node) + "|" + columnOf(node);
     if (!cells.has(key)) cells.set(key, []);
-    cells.get(key).push(boxOf(node, few));
+    cells.get(key).push(boxOf(node, few, letters));
   }
+  if (Math.max(...positions) >= 0) data.tokens.forEach((_, position) => positions.add(position));
   for (const boxes of cells.values()) boxes.sort((a, b) => sizeOf(b.node) - sizeOf(a.node));
   const cell = (row, column) => cells.get(row.key + "|" + column.position) || [];
   const columns = [...positions].sort((a, b) => a - b).map((position) => columnAt(position, nodes, letters));
@@ -85,7 +86,12 @@ function arrange(nodes, room, aspect, letters) {
   const needed = columns.reduce((sum, column) => sum + column.width, 0);
   const spare = Math.max(0, room.width - needed) / columns.length;
   let x = 0;
-  for (const column of columns) { column.width += spare; column.x = x; x += column.width; }
+  for (const column of columns) {
+    column.width += spare;
+    column.x = x;
+    column.caption = shorten(showToken(column.token), Math.max(letters, Math.floor((column.width - 6) / TEXT)));
+    x += column.width;
+  }
   for (const row of rows) {
     row.filled = columns.map((column) => lines(cell(row, column), column.width - 6));
     row.height = Math.max(row.least, ...row.filled.map((one) => one.h + 10));

@@ -1,0 +1,155 @@
+"""Every edge method against known circuits, in one run: SHD, AUROC, seconds, mean and spread over seeds.
+
+    python -m tests.benchmarks.ground_truth [--seeds 3] [--prompts 256] [--pairs 64] [--out results.csv]
+
+Cases: the planted circuits of `tests/planted`, and the compiled models of `../shared/models` where they are (apart:
+there unused parts are zeros, so finding them is trivial). A seed draws the prompts. CircuitLasso sees `--prompts` clean
+prompts and is ranked by its weights (the paper) and by `reach`; the others see `--pairs` pairs. Thresholds are chosen
+on the other cases of the same kind and seed, for every method alike. CPU seconds a case, without loading the model.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tests.planted.load import load_planted, planted_seeds
+from tests.real_models import TRACR_PROGRAMS, load_hooked_form
+from tl_neuron_circuits.attribution import component_edges
+from tl_neuron_circuits.evaluation import judge_edges, tracr_ground_truth
+from tl_neuron_circuits.lasso import CircuitLasso
+from tl_neuron_circuits.tasks import Batch, TokenisedPairs
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "models"
+SHARED = SHARED if SHARED.is_dir() else Path("/work/shared/models")
+SHARE = 0.05  # of the smallest penalty that leaves no edge; fixed beforehand, the same for all cases
+Case = tuple[Any, Any, Callable[[int, int], tuple[TokenisedPairs, Any]]]
+
+
+def lasso(**settings: Any) -> Callable[..., Any]:
+    def run(model: Any, pairs: TokenisedPairs, metric: Any, seed: int) -> Any:
+        given = {"blocks": 4, "seed": seed, "skip_positions": 0, **settings}
+        edges = CircuitLasso(**given).fit(model, pairs, metric=metric, batch_size=64).edges
+        return {"": edges, ", reach": edges[["source", "target", "reach"]].rename(columns={"reach": "score"})}
+
+    return run
+
+
+def gradient(method: str, **settings: Any) -> Callable[..., Any]:
+    def run(model: Any, pairs: TokenisedPairs, metric: Any, seed: int) -> Any:
+        return {"": component_edges(model, pairs, method=method, metric=metric, seed=seed, batch_size=64, **settings)}
+
+    return run
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "CircuitLasso (same)": lasso(regressors="same", share=SHARE),
+    "CircuitLasso (pooled)": lasso(regressors="pooled", share=SHARE),
+    "CircuitLasso (earlier)": lasso(regressors="earlier", share=SHARE),
+    "EAP": gradient("eap"),
+    "EAP-IG (5 steps)": gradient("eap_ig_inputs", steps=5),
+    "RelP": gradient("relp"),
+    "RelP without attention": gradient("relp", rules=["ln", "identity", "half"]),
+    "exact patching": gradient("patching"),
+    "random": gradient("random"),
+}
+
+
+def planted_cases() -> list[Case]:
+    found = []
+    for seed in planted_seeds():
+        planted = load_planted(seed)
+
+        def draw(n: int, seed: int, planted: Any = planted) -> tuple[TokenisedPairs, Any]:
+            pairs = planted.pairs(n, seed)
+            return pairs, planted.metric(pairs)
+
+        found.append((planted.truth, planted.model, draw))
+    return found
+
+
+def all_outputs(logits: Tensor, batch: Batch) -> Tensor:
+    """A number that depends on every output of a compiled model."""
+    weights = torch.linspace(0.5, 2, logits.shape[1] * logits.shape[2]).reshape(logits.shape[1:])
+    return (logits.square() * weights).sum((1, 2))
+
+
+def compiled_cases() -> list[Case]:
+    found = []
+    for program in TRACR_PROGRAMS if SHARED.is_dir() else ():
+        path = SHARED / f"tracr_{program}"
+        model = load_hooked_form(path)
+
+        def draw(n: int, seed: int, model: Any = model) -> tuple[TokenisedPairs, Any]:
+            generator = torch.Generator().manual_seed(seed)
+            tokens = torch.randint(1, model.cfg.d_vocab, (2 * n, model.cfg.n_ctx), generator=generator)
+            tokens[:, 0] = 0
+            return TokenisedPairs.from_tokens(
+                tokens[:n], torch.arange(n) % model.cfg.d_vocab_out, tokens[n:]
+            ), all_outputs
+
+        found.append((tracr_ground_truth(path), model, draw))
+    return found
+
+
+def measure(kind: str, cases: list[Case], options: argparse.Namespace) -> list[pd.DataFrame]:
+    tables = []
+    for name, method in METHODS.items():
+        for seed in range(options.seeds):
+            judged: dict[str, list] = {}
+            seconds = []
+            for truth, model, draw in cases:
+                n = options.prompts if name.startswith("CircuitLasso") else options.pairs
+                pairs, metric = draw(n, seed)
+                chosen = method
+                if kind == "compiled" and name.startswith("CircuitLasso"):
+                    chosen = lasso(regressors=name.split("(")[1][:-1], share=SHARE, readout="logits")
+                start = time.process_time()
+                scores = chosen(model, pairs, metric, seed)
+                seconds.append(time.process_time() - start)
+                for ranking, found in scores.items():
+                    judged.setdefault(name + ranking, []).append((truth, found))
+            for ranking, pairs_judged in judged.items():
+                table = judge_edges(pairs_judged).assign(method=ranking, seed=seed, kind=kind, seconds=seconds)
+                tables.append(table)
+                means = table[["auroc", "average_precision", "shd", "shd_best", "shd_empty", "seconds"]].mean()
+                print(kind, ranking, seed, means.round(3).to_dict(), flush=True)
+    return tables
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean over cases, then mean and spread over seeds."""
+    columns = ["auroc", "average_precision", "shd", "shd_best", "shd_empty", "seconds"]
+    by_seed = table.groupby(["kind", "method", "seed"], sort=False)[columns].mean()
+    mean, spread = (getattr(by_seed.groupby(["kind", "method"], sort=False), f)() for f in ("mean", "std"))
+    return pd.DataFrame(
+        {c: [f"{m:.3f} +- {s:.3f}" for m, s in zip(mean[c], spread[c], strict=True)] for c in columns}, mean.index
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=256, help="for CircuitLasso")
+    parser.add_argument("--pairs", type=int, default=64, help="for the other methods")
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
+    torch.set_num_threads(1)
+    tables = measure("planted", planted_cases(), options)
+    compiled = compiled_cases()
+    tables += measure("compiled", compiled, options) if compiled else []
+    table = pd.concat(tables, ignore_index=True)
+    print(summary(table).to_string())
+    if options.out is not None:
+        table.to_csv(options.out, index=False)
+
+
+if __name__ == "__main__":
+    main()

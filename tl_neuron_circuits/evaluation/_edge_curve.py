@@ -1,0 +1,159 @@
+"""Faithfulness by the number of edges of a circuit.
+
+The best edges between neurons, and from neurons to logits, are kept by |attribution|; edges of embeddings, biases and
+remainders are not ranked. Two protocols, on the scale of `evaluate` (1 the original model, 0 every neuron ablated):
+
+- "nodes": a neuron survives with at least one kept edge in (from a neuron or an embedding) and one out; the surviving
+  neurons are kept and all others ablated. No edge is ablated as such. Arora et al. 2026; METHODS 1.5.
+- "edges": the edges themselves are kept, or cut, by path patching.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .._errors import SettingsError
+from .._files import versions
+from .._typing import checked
+from ..bases import Neurons
+from ..circuits import Circuit
+from ..interventions import Ablation, Edge, EdgeMode, Kept, run_with_edges
+from ..models import TransformerLensModel
+from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, measure, metric_name, tokenise
+from ._curve import SparsityCurve, stack
+from ._evaluate import _check, _check_range, _Evaluation
+
+
+@checked
+def evaluate_edges(
+    model: TransformerLensModel,
+    pairs: PromptPairs | TokenisedPairs,
+    circuit: Circuit,
+    *,
+    sizes: Sequence[int] | None = None,
+    protocol: Literal["nodes", "edges"] = "nodes",
+    ablation: Ablation = "mean",
+    metric: Metric = logit_difference,
+    batch_size: int = 8,
+    prepend_bos: bool | None = None,
+    seed: int = 0,
+    verbose: bool = False,
+) -> SparsityCurve:
+    """Faithfulness and completeness of the best edges of `circuit`, at several numbers of edges.
+
+    Args:
+        model: the model that was traced.
+        pairs: held-out pairs of the circuit's token length.
+        circuit: single neurons with positions, from `trace`.
+        sizes: numbers of edges; METHODS' percentages of all edges unless given.
+        protocol: "nodes" keeps the neurons that the edges leave connected; "edges" keeps or cuts the edges by path
+            patching.
+        ablation, metric, prepend_bos, seed: as in `evaluate`.
+        batch_size: prompts in one pass; with "edges" a pass has one row a target and prompt.
+        verbose: show progress.
+
+    Returns:
+        A `SparsityCurve` whose sizes are numbers of edges, out of `n_nodes` edges.
+
+    Raises:
+        SettingsError: supernodes, summed positions, or a size out of range.
+        PairsError: pairs of another length, or without the corrupt prompts that the ablation needs.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.evaluation import evaluate_edges
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=4)
+        >>> curve = evaluate_edges(model, pairs, tnc.trace(model, pairs, nodes=20), sizes=[10, 40])
+        >>> list(curve.sizes)
+        [10, 40]
+    """
+    scores = circuit.to_scores()
+    if scores.positions != "keep":
+        raise SettingsError("expected a circuit with positions; this one's were summed. Evaluate it before that.")
+    tokens = tokenise(model, pairs, prepend_bos=prepend_bos)
+    _check(tokens, scores, ablation)
+    edges = ranked_edges(circuit)
+    sizes = _sizes(sizes, len(edges))
+    run = _Evaluation(model, Neurons().sites(model), metric, tokens, ablation, batch_size, seed)
+    nodes = circuit.nodes.set_index("node")
+    with tqdm(total=2 + 2 * len(sizes), desc="edges", disable=not verbose, unit="run") as bar:
+        full, empty = run.metric(None, bar), run.metric(_masks(scores.values, nodes.iloc[:0]), bar)
+        kept, removed, predicted = [], [], []
+        for size in sizes:
+            alive = nodes.loc[sorted(surviving(circuit, edges.head(size)))]
+            predicted.append(float(alive["score"].sum()))
+            if protocol == "nodes":
+                mask = _masks(scores.values, alive)
+                kept.append(run.metric(mask, bar))
+                removed.append(run.metric({key: ~keep for key, keep in mask.items()}, bar))
+            else:
+                chosen = as_edges(nodes, edges.head(size))
+                kept.append(_patched(run, model, metric, chosen, "keep", bar))
+                removed.append(_patched(run, model, metric, chosen, "cut", bar))
+    _check_range(full, empty, ablation)
+    settings = {
+        **{key: scores.settings[key] for key in ("method", "positions", "rules", "model")},
+        "basis": f"{protocol} of edges", "ablation": ablation, "ranking": "abs", "error": "nodes",
+        "metric": metric_name(metric), "attribution_hash": scores.settings["pairs_hash"], "pairs_hash": tokens.hash,
+        "variance_unexplained": {}, "seed": seed, "versions": versions(),
+    }  # fmt: skip
+    groups = None if tokens.labels is None else tuple(tokens.labels)
+    return SparsityCurve(
+        tuple(sizes), stack(kept), stack(removed), full, empty, torch.tensor(predicted), len(edges), settings, groups
+    )
+
+
+def ranked_edges(circuit: Circuit) -> pd.DataFrame:
+    """Edges from neurons, largest |attribution| first."""
+    kind = circuit.nodes.set_index("node")["kind"]
+    return circuit.edges[(kind[circuit.edges["source"]] == "neuron").to_numpy()].reset_index(drop=True)
+
+
+def surviving(circuit: Circuit, kept: pd.DataFrame) -> set[str]:
+    """Neurons with a kept edge out and an edge in, from an embedding or along a kept edge."""
+    kind = circuit.nodes.set_index("node")["kind"]
+    from_embedding = circuit.edges[(kind[circuit.edges["source"]] == "embedding").to_numpy()]
+    return set(kept["source"]) & (set(kept["target"]) | set(from_embedding["target"]))
+
+
+def as_edges(nodes: pd.DataFrame, edges: pd.DataFrame) -> list[Edge]:
+    """Places of sources and targets; edges to any logit lead to the output."""
+    places = {name: (row["layer"], row["position"], row["unit"]) for name, row in nodes.to_dict("index").items()}
+    logits = set(nodes.index[nodes["kind"] == "logit"])
+    pairs = zip(edges["source"], edges["target"], strict=True)
+    return [(places[source], None if target in logits else places[target]) for source, target in pairs]
+
+
+def _patched(
+    run: _Evaluation, model: TransformerLensModel, metric: Metric, edges: list[Edge], mode: EdgeMode, bar: tqdm
+) -> Tensor:
+    """The metric of every prompt with only these edges, or without them."""
+    out = torch.empty(run.n_pairs)
+    for batch, parts in run.batches:
+        values = {hook: None if part is None else part.nodes for hook, part in parts.items()}
+        logits = run_with_edges(model, batch.clean, edges, values, mode=mode, attention_mask=batch.attention_mask)
+        out[batch.index.cpu()] = measure(metric, logits, batch).float().cpu()
+    bar.update()
+    return out
+
+
+def _masks(like: Mapping[str, Tensor], alive: pd.DataFrame) -> Kept:
+    masks = {(hook, "node"): torch.zeros_like(value, dtype=torch.bool) for hook, value in like.items()}
+    for row in alive.to_dict("records"):
+        masks[Neurons.hook.format(layer=row["layer"]), "node"][row["position"], row["unit"]] = True
+    return masks
+
+
+def _sizes(sizes: Sequence[int] | None, n_edges: int) -> list[int]:
+    if sizes is None:
+        percentages = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 70, 100)
+        return sorted({max(1, round(n_edges * percentage / 100)) for percentage in percentages})
+    wrong = [size for size in sizes if not 0 <= size <= n_edges]
+    if wrong or not sizes:
+        raise SettingsError(f"expected sizes between 0 and the number of edges, {n_edges:,}; got {wrong or 'none'}.")
+    return sorted(set(sizes))
