@@ -9,8 +9,8 @@ A random 12-layer 768-wide GPT-2-like model, 8 prompts of 32 tokens, frozen para
   warm-up; and integrated gradients with 10 steps a layer over RelP, through `attribute`'s own code paths.
 - memory: peak resident memory above the model's, each in a process of its own (`VmHWM` of /proc/self/status, reset
   through /proc/self/clear_refs after the model is built; malloc told to give freed blocks back). tracemalloc does not
-  see torch's memory, and torch's profiler counts what the allocator hands out but not what is kept; resident memory is
-  what a user's machine must have.
+  see torch's memory, and torch's profiler counts what the allocator hands out but not what it keeps; resident memory
+  is what a user's machine must have.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Faithfulness and completeness: endpoints, plain re-implementations of every ablation, and what is kept live."""
+"""What an ablated run computes: every ablation written out prompt by prompt, and that kept nodes stay live."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -9,27 +9,15 @@ import torch
 from torch import Tensor
 
 from tests.attribution.plain import POSTS, random_pairs, values_of
-from tests.bases.tiny_dictionaries import RANDOM, tiny_dictionaries
 from tests.evaluation.plain import ablated_metric, baselines
 from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of
-from tl_neuron_circuits._errors import NumericalError, PairsError, SettingsError
 from tl_neuron_circuits.attribution import NodeScores, attribute
-from tl_neuron_circuits.bases import AttentionOutputs, AttentionWrites, MLPOutputs, Neurons, ResidualStream
+from tl_neuron_circuits.bases import AttentionOutputs, Neurons
 from tl_neuron_circuits.evaluation import RankedNodes, evaluate
-from tl_neuron_circuits.tasks import TokenisedPairs
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
-pytestmark = RANDOM
 models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
-BASES = (
-    Neurons(),
-    MLPOutputs(),
-    AttentionOutputs(),
-    ResidualStream(),
-    AttentionWrites(),
-    [Neurons(), AttentionOutputs()],
-)
 
 
 def kept_masks(scores: NodeScores, size: int) -> dict[str, Tensor]:
@@ -45,17 +33,15 @@ def kept_masks(scores: NodeScores, size: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero", "resample", "corrupt"])
-@pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
-def test_endpoints_are_exact_for_every_basis(case: ModelCase, ablation: Any) -> None:
+@pytest.mark.parametrize("case", all_models("gemma2", "pythia"))
+def test_endpoints_are_exact_for_every_ablation(case: ModelCase, ablation: Any) -> None:
     """All nodes: faithfulness 1, completeness 0. No node: the reverse."""
     model, pairs = model_of(case), random_pairs(4, 4, 4)
-    dictionaries = [tiny_dictionaries("transcoder", model)] if case.family == "gpt2" else []
-    for basis in (*BASES, *dictionaries):
-        scores = attribute(model, pairs, basis=basis, method="random")
-        curve = evaluate(model, pairs, scores, sizes=[0, len(scores)], ablation=ablation)
-        assert curve.faithfulness.tolist() == pytest.approx([0, 1], abs=1e-4), basis
-        assert curve.completeness.tolist() == pytest.approx([1, 0], abs=1e-4), basis
-        assert curve.metric_full != pytest.approx(curve.metric_empty, abs=1e-3)
+    scores = attribute(model, pairs, basis=[Neurons(), AttentionOutputs()], method="random")
+    curve = evaluate(model, pairs, scores, sizes=[0, len(scores)], ablation=ablation)
+    assert curve.faithfulness.tolist() == pytest.approx([0, 1], abs=1e-4)
+    assert curve.completeness.tolist() == pytest.approx([1, 0], abs=1e-4)
+    assert curve.metric_full != pytest.approx(curve.metric_empty, abs=1e-3)
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero", "corrupt"])
@@ -104,35 +90,6 @@ def test_kept_nodes_stay_live_and_are_not_reset_to_clean(case: ModelCase) -> Non
 
 
 @models
-def test_resampling_gives_every_prompt_another_ones_values(case: ModelCase) -> None:
-    """A permutation without fixed points, among prompts of one length, over all batches; another one by seed."""
-    model, pairs = model_of(case), random_pairs(4, 4, 5, 4, 5)
-    scores = attribute(model, pairs, positions="sum")
-    corrupt = baselines(model, pairs, list(POSTS), "corrupt")
-    nothing = {name: torch.zeros(24, dtype=torch.bool) for name in POSTS}
-    alike = {i: [j for j in range(5) if pairs.lengths[j] == pairs.lengths[i]] for i in range(5)}
-    metric = {(i, j): ablated_metric(model, pairs, i, corrupt[j], nothing) for i in range(5) for j in alike[i]}
-    choices = []
-    for seed in (0, 0, 1, 2):
-        empty = evaluate(model, pairs, scores, sizes=[1], ablation="resample", batch_size=2, seed=seed).empty
-        sources = [next(j for j in alike[i] if abs(metric[i, j] - float(empty[i])) < 1e-5) for i in range(5)]
-        assert sorted(sources) == list(range(5)) and all(i != j for i, j in enumerate(sources))
-        choices.append(sources)
-    assert choices[0] == choices[1] and len(set(map(tuple, choices))) > 1
-
-
-@pytest.mark.parametrize("error", ["nodes", "keep", "ablate"])
-@models
-def test_a_dictionarys_error_is_a_node_or_kept_or_ablated(case: ModelCase, error: Any) -> None:
-    model, pairs = model_of(case), random_pairs(4, 4, 4)
-    scores = attribute(model, pairs, basis=tiny_dictionaries("sae", model))
-    curve = evaluate(model, pairs, scores, sizes=[0, 160], error=error)
-    assert curve.n_nodes == 2 * 4 * (21 if error == "nodes" else 20)
-    _, whole = curve.faithfulness if error != "nodes" else (0, 1)
-    assert (abs(whole - 1) < 1e-4) == (error != "ablate")
-
-
-@models
 def test_rankings_by_size_and_by_sign(case: ModelCase) -> None:
     scores = attribute(model_of(case), random_pairs(4, 4))
     flat = scores.flat()
@@ -143,18 +100,6 @@ def test_rankings_by_size_and_by_sign(case: ModelCase) -> None:
         assert ranked.sum_of_best(30) == pytest.approx(float(flat[best].sum()), rel=1e-5)
         rest = torch.cat([mask.reshape(-1) for mask in ranked.all_but_best(30).values()])
         assert torch.equal(rest, ~best)
-
-
-@models
-def test_default_sizes_run_from_one_to_all(case: ModelCase) -> None:
-    model, pairs = model_of(case), random_pairs(4, 4)
-    curve = evaluate(model, pairs, attribute(model, pairs))
-    assert (
-        curve.sizes[0] == 1
-        and curve.sizes[-1] == curve.n_nodes == 192
-        and list(curve.sizes) == sorted(set(curve.sizes))
-    )
-    assert evaluate(model, pairs, attribute(model, pairs), sizes=[9, 3, 9]).sizes == (3, 9)
 
 
 @models
@@ -169,24 +114,3 @@ def test_nothing_is_left_on_the_model(case: ModelCase, untouched: Untouched) -> 
         evaluate(model, pairs, scores, sizes=[3], ablation="resample")
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, pairs, scores, metric=fail)
-
-
-@models
-def test_what_does_not_fit_is_refused(case: ModelCase) -> None:
-    model, pairs = model_of(case), random_pairs(4, 4)
-    scores = attribute(model, pairs)
-    with pytest.raises(SettingsError, match=r"sizes between 0 and the number of nodes, 192; got \[193\]"):
-        evaluate(model, pairs, scores, sizes=[1, 193])
-    with pytest.raises(SettingsError, match="got none"):
-        evaluate(model, pairs, scores, sizes=[])
-    with pytest.raises(PairsError, match=r"have 4 positions; some of these prompts have \[5\] tokens"):
-        evaluate(model, random_pairs(4, 5), scores)
-    with pytest.raises(PairsError, match="takes values from corrupt prompts, and these pairs have none. Use 'zero'"):
-        evaluate(model, random_pairs(4, 4, corrupt=False), scores)
-    with pytest.raises(SettingsError, match="Attribute with units='keep'"):
-        evaluate(model, pairs, attribute(model, pairs, units="sum"))
-    with pytest.raises(SettingsError, match="Is it the same model"):
-        evaluate(model, pairs, scores, basis=Neurons(layers=[0]))
-    same = TokenisedPairs.from_tokens(pairs.clean, pairs.answer, pairs.clean, pairs.wrong_answer)
-    with pytest.raises(NumericalError, match="faithfulness would divide by zero"):
-        evaluate(model, same, scores, ablation="corrupt")
