@@ -30,7 +30,7 @@ class PromptScores:
     """A number for every prompt and node, float32 on the CPU; 0 where the node is absent from a prompt's circuit.
 
     `nodes` has one row a column of `values`: label, hook, unit, position (-1: summed over positions) and polarity (+1 and
-    -1 for positive and negative activations kept apart, else 0). Prompts with equal `keys` are equal.
+    -1 for positive and negative activations kept apart, else 0). `keys` tells prompts apart: equal keys, equal prompts.
     """
 
     values: Float[Tensor, "prompt node"]
