@@ -1,8 +1,8 @@
 """A lasso circuit as a `Circuit`: the same tables, graph, saving and export as circuits found by attribution.
 
 An edge's `weight` is the lasso's and its `attribution` is `reach` with the weight's sign; a node's `score` is the
-largest product of weights on a path from it to the readout. Nothing is conserved along a regression, so `relative`, `flow` and
-`influence` are nan, and pruning by them means nothing: choose another penalty instead.
+largest product of weights on a path from it to the readout. Nothing is conserved along a regression, so `relative`,
+`flow` and `influence` are nan, and pruning by them means nothing: choose another penalty instead.
 """
 
 from collections.abc import Mapping
