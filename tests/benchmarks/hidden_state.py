@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.hidden_state [--pairs 200]
 
-Neurons are chosen on some towns and tested on other towns of the same states. The donor asks for another attribute, the
-last position is never touched, and the recipient's own attribute of the donor's state must become the top token of the
-whole vocabulary. Neurons are moved at every position but the last; shares are of all neurons of the model. Beside the choice of RelP: AtP's of the same
-size, random neurons, the ceiling (all MLP neurons at those positions), and a control matched to RelP's choice by layer,
-position and size of the change. Then the group is ablated (mean over corrupt prompts) on the held-out towns.
+Neurons are chosen on some towns and tested on other towns. The donor asks for another attribute, the last position is
+never touched, and the recipient's own attribute of the donor's state must become the top token of the whole vocabulary.
+Neurons are moved at every position but the last; shares are of all neurons of the model. Beside the choice of RelP:
+AtP's of the same size, random neurons, the ceiling (all MLP neurons at those positions), and a control matched to
+RelP's choice by layer, position and size of the change. Then the group is ablated on the held-out towns.
 """
 
 import argparse
