@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from tl_neuron_circuits import NodeScores
+from tl_neuron_circuits import Circuit, NodeScores
 from tl_neuron_circuits.cli import app, load_model
 
 runner = CliRunner()
@@ -81,6 +81,18 @@ def test_a_wrong_basis_or_method_is_exit_code_2(agreement_file: Path) -> None:
     for option in (("--basis", "nothing"), ("--method", "nothing"), ("--positions", "nothing")):
         code, _, err = run("attribute", "demo-gelu", "--pairs", agreement_file, *option)
         assert code == 2 and "nothing" in err and "Traceback" not in err
+
+
+def test_trace_writes_the_circuit_its_page_and_its_graph(tmp_path: Path) -> None:
+    prompt = "The capital of the state containing Dallas is"
+    code, out, err = run("trace", "demo-gelu", prompt, "--target", " Austin", "--nodes", "30", "--out", tmp_path / "c")
+    assert code == 0, err
+    assert len(Circuit.load(tmp_path / "c" / "circuit")) == 30
+    assert "<svg" in (tmp_path / "c" / "circuit.html").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "c" / "neuronpedia.json").read_text(encoding="utf-8"))["nodes"]
+    assert "Austin" in out
+    code, _, err = run("trace", "demo-gelu", prompt, "--target", " Nowhere", "--out", tmp_path / "d")
+    assert code == 2 and "Traceback" not in err
 
 
 def test_a_local_hugging_face_folder_loads(shared_models: Path) -> None:

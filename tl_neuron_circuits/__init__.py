@@ -1,6 +1,7 @@
 """Neuron circuits with RelP on any TransformerLens model."""
 
 from . import bases as bases
+from . import lasso as lasso
 from . import tasks as tasks
 from . import transcoders as transcoders
 from ._errors import NeuronCircuitsError as NeuronCircuitsError

@@ -277,6 +277,43 @@ def compare(
     console.print("written: " + ", ".join(str(file) for file in files), soft_wrap=True)
 
 
+@app.command()
+@guarded
+def trace(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text whose next token is explained.")],
+    out: Annotated[Path, typer.Option(help="Folder for the circuit, its page and its JSON.")],
+    target: Annotated[
+        str | None, typer.Option(help="A token as it follows the prompt; else the five likeliest.")
+    ] = None,
+    nodes: Annotated[str, typer.Option(help="share, mass, or how many neurons.")] = "share",
+    share: Annotated[float, typer.Option(help="Least |score|, as a share of the target.")] = 0.005,
+    backend: Backend = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Trace a prompt to a circuit; write it, an interactive page and Neuronpedia's attribution graph."""
+    from .circuits import trace as run
+
+    choice = int(nodes) if nodes.isdigit() else nodes
+    loaded = load_model(model, backend)
+    circuit = run(loaded, prompt, target, nodes=choice, share=share, verbose=not as_json)  # pyright: ignore[reportArgumentType]
+    files = [out / "circuit", out / "circuit.html", out / "neuronpedia.json"]
+    circuit.save(files[0])
+    circuit.to_html(files[1])
+    circuit.to_neuronpedia(files[2])
+    if as_json:
+        rows = circuit.to_dataframe().head(20).to_json(orient="records")
+        print(
+            json.dumps(
+                {"circuit": repr(circuit), "files": [str(file) for file in files], "nodes": json.loads(rows or "[]")}
+            )
+        )
+        return
+    columns = ["node", "kind", "token", "activation", "score", "share"]
+    show(circuit.to_dataframe().head(20)[columns], repr(circuit))
+    console.print("written: " + ", ".join(str(file) for file in files), soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of `tl-neuron-circuits`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -1,6 +1,7 @@
 """CircuitLasso's solver against a loop over scikit-learn's Lasso with the precomputed Gram, in one run.
 
-    python tests/benchmarks/lasso.py [--units 2000] [--observations 100000] [--sample 10]
+    python -m tests.benchmarks.lasso [--units 2000] [--observations 100000] [--sample 10]
+    python -m tests.benchmarks.lasso --growth      how time and memory grow with units and observations
 
 Data: a linear structural model of ten sites; every unit is the target once, its sources are all units of earlier sites.
 Both sides get the data, standardise it and solve one penalty to the same relative duality gap. The loop is timed on a
@@ -30,18 +31,55 @@ def seconds(work: Callable[[], object]) -> tuple[float, object]:
     return time.process_time() - start, result
 
 
-def linear_model(observations: int, units: int, sites: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 activations, and which pairs of units the order of the sites allows."""
+def linear_model(
+    observations: int, units: int, sites: int = 10, seed: int = 0, noise_seed: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 activations, and which pairs of units the order of the sites allows; `noise_seed` draws other rows."""
     generator = torch.Generator().manual_seed(seed)
     site = torch.arange(units) * sites // units
     allowed = site[:, None] < site[None]
     parents = torch.rand(units, units, generator=generator) < 6 / (units * 0.45)
     weights = torch.randn(units, units, generator=generator) * (parents & allowed) * 0.5
+    if noise_seed is not None:
+        generator.manual_seed(10_000 + noise_seed)
     x = torch.randn(observations, units, generator=generator)
     for index in range(1, sites):
         here = site == index
         x[:, here] += x @ weights[:, here]
     return x, allowed
+
+
+def growth(share: float, most: float) -> None:
+    """One line a size, then exponents fitted to the logarithms of the seconds.
+
+    Observations are streamed in batches made as they are needed, so that memory is the statistics' alone.
+    """
+    rows = []
+    for units in (100, 300, 1000, 3000, 10_000):
+        for observations in (10_000, 100_000, 1_000_000):
+            if units**2 * observations > most:
+                continue
+            accumulator, in_gram = Accumulator(), 0.0
+            for start in range(0, observations, 5000):
+                x, allowed = linear_model(5000, units, seed=0, noise_seed=start)
+                in_gram += seconds(lambda x=x, a=accumulator: a.add(x))[0]
+            problem = standardise(accumulator.total())
+            penalty = share * largest_penalty(problem, allowed)
+            in_solve, solution = seconds(
+                lambda p=problem, a=allowed, k=penalty: solve_lasso(p, k, allowed=a, tolerance=GAP)
+            )
+            held = 8 * units**2 / 2**20
+            rows.append((units, observations, in_gram, in_solve))
+            print(
+                f"N = {units:6}, M = {observations:8}: statistics {in_gram:8.2f} s ({held:.1f} MiB, whatever M), "
+                f"solve {in_solve:7.2f} s, {solution.n_edges} weights",
+                flush=True,
+            )
+    table = np.log(np.array([row for row in rows if row[0] >= 300]))
+    design = np.column_stack([table[:, :2], np.ones(len(table))])
+    for name, column in (("statistics", 2), ("solve", 3)):
+        in_units, in_observations, _ = np.linalg.lstsq(design, table[:, column], rcond=None)[0]
+        print(f"{name}: seconds grow as N^{in_units:.2f} M^{in_observations:.2f} (fitted from N = 300 on)")
 
 
 def main() -> None:
@@ -50,7 +88,13 @@ def main() -> None:
     parser.add_argument("--observations", type=int, default=100_000)
     parser.add_argument("--sample", type=int, default=10)
     parser.add_argument("--penalty", type=float, default=0.05, help="as a share of the largest penalty")
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument(
+        "--most", type=float, default=1e11, help="with --growth: leave out units^2 x observations above"
+    )
     options = parser.parse_args()
+    if options.growth:
+        return growth(options.penalty, options.most)
     x, allowed = linear_model(options.observations, options.units)
 
     def accumulate() -> object:

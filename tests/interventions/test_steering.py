@@ -65,7 +65,11 @@ def test_only_the_chosen_activations_change(case: ModelCase, basis: Any) -> None
         ({"value": 1.25}, lambda x: torch.full_like(x, 1.25)),
         ({"add": 0.5}, lambda x: x + 0.5),
     ):
-        after = activations(model, tokens, steering_hooks(model, nodes, **change), site.hook).flatten(2)
+        hooks = steering_hooks(model, nodes, **change)
+        after = activations(model, tokens, hooks, site.hook).flatten(2)
+        given: list[torch.Tensor] = []
+        logits_with(model, tokens, [(site.hook, lambda value, hook, given=given: given.append(value)), *hooks])
+        assert torch.equal(given[0], before)  # what other hooks hold is not written to
         wanted = before.flatten(2).clone()
         wanted[:, 1, 2] = expected(wanted[:, 1, 2])
         wanted[:, :, 5] = expected(wanted[:, :, 5])

@@ -63,3 +63,17 @@ def test_hypotheses_about_number_hold_on_other_prompts(demo: Any) -> None:
     found = tnc.score_features(scores, plural, high=0.95, low=0.05)
     chosen = found.selected
     assert len(chosen) and ((chosen["auroc_heldout"] - 0.5).abs() + 0.5).mean() > 0.85
+
+
+def test_a_circuit_is_steered_by_its_neurons(demo: Any) -> None:
+    prompt = "The boy near the girls"
+    circuit = tnc.trace(demo, prompt, nodes=30)
+    nodes = circuit.nodes[circuit.nodes["kind"] == "neuron"]
+    labels = list(nodes["node"])
+    by_circuit, by_labels = (tnc.steer(demo, prompt, chosen, scale=0) for chosen in (circuit, labels))
+    assert len(by_circuit.nodes) == 30 and torch.equal(by_circuit.after, by_labels.after)
+    assert not torch.equal(by_circuit.after, by_circuit.before)
+    prompts = [f"The {noun} near the girls" for noun in ("boy", "boys", "man", "men", "dog", "dogs", "cat", "cats")]
+    tables = [tnc.trace(demo, text, nodes=30).nodes for text in prompts]
+    found = tnc.score_features(tables, [index % 2 for index in range(8)])
+    assert found.table["label"].nunique() > 30 and found.table["auroc_heldout"].notna().all()

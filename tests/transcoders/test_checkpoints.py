@@ -23,7 +23,7 @@ VARIANTS = [
     SMALL,
     SMALL.replace(activation="relu", penalty=0.3, dead_features="resample", skip=True, dead_after=50),
     SMALL.replace(activation="jumprelu", buffer_size=0, target="sae"),
-    SMALL.replace(activation="topk", precision="bfloat16", ignore_tokens=(3,)),
+    SMALL.replace(activation="topk", k=1, d_dict=64, dead_after=100, precision="bfloat16", ignore_tokens=(3,)),
 ]
 each_variant = pytest.mark.parametrize("config", VARIANTS, ids=lambda config: config.activation)
 

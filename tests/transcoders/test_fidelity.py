@@ -87,6 +87,15 @@ def test_a_skip_is_part_of_what_is_written(tiny: Any) -> None:
     )  # fmt: skip
     table = fidelity(tiny, [skip], tokens, rank=4).to_dataframe().set_index("replacement")
     assert table.loc["transcoder", "loss"] == pytest.approx(table.loc["affine", "loss"], abs=1e-5)
+    read: dict[str, Tensor] = {}
+    hooks = [
+        (names[0], lambda old, hook: read.update(x=old)),
+        (names[1], lambda old, hook: read["x"] @ affine.weight + affine.bias),
+    ]
+    with torch.no_grad(), tiny.hooks(fwd_hooks=hooks):
+        log_p = tiny(tokens)[:, :-1].log_softmax(-1)
+    loss = -float(log_p.gather(-1, tokens[:, 1:, None]).mean())
+    assert table.loc["transcoder", "loss"] == pytest.approx(loss, abs=1e-5)
     assert table.loc["transcoder", "fvu"] == pytest.approx(table.loc["affine", "fvu"], abs=1e-5)
     assert table.loc["affine", "fvu"] < table.loc["rank 4", "fvu"] < 1
 

@@ -84,8 +84,8 @@ def steering_hooks(
 
 def the_change(scale: Amount | None, value: Amount | None, add: Amount | None) -> tuple[How, Amount]:
     """The one change that was asked for."""
-    changes: tuple[tuple[How, Amount | None], ...] = (("scale", scale), ("value", value), ("add", add))
-    given: list[tuple[How, Amount]] = [(how, amount) for how, amount in changes if amount is not None]
+    changes: dict[How, Amount | None] = {"scale": scale, "value": value, "add": add}
+    given = [(how, amount) for how, amount in changes.items() if amount is not None]
     if len(given) != 1:
         raise SettingsError(f"expected exactly one of scale, value and add; got {[how for how, _ in given] or 'none'}.")
     return given[0]

@@ -63,7 +63,7 @@ def train_demo(kind: str, config: TrainingConfig, folder: Path, *, verbose: bool
     )
     notes = {
         "model_sha256": model_hash(),
-        "cpu_seconds": {name: round(value, 1) for name, value in report.seconds.items()},
+        "wall_seconds": {name: round(value, 1) for name, value in report.seconds.items()},
         "positions": report.positions,
         "model_loss": measured.model_loss,
         "held_out_tokens": measured.tokens,
