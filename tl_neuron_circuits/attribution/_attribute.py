@@ -66,7 +66,8 @@ def attribute(
         nodes: for "patching", measure only these rows (columns hook, position, unit, kind, as `NodeScores.top` gives
             them); all others become nan.
         batch_size: prompts in one pass. Batches hold prompts of one length, so nothing is padded.
-        prepend_bos, multi_token: see `tasks.tokenise`.
+        prepend_bos: see `tasks.tokenise`.
+        multi_token: see `tasks.tokenise`.
         seed: of "random".
         verbose: show progress.
 

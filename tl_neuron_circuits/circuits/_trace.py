@@ -55,7 +55,8 @@ def trace(
             taken before any soft cap and minus their mean over the vocabulary.
         nodes: "share" takes neurons with |score| of at least `share` of the target; a number takes as many; "mass"
             takes the fewest that make up `mass` of the sum of all |scores|.
-        share, mass: see `nodes`.
+        share: see `nodes`.
+        mass: see `nodes`.
         top_k: how many tokens the default target has.
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.

@@ -58,13 +58,17 @@ def compare(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        attribution_pairs, evaluation_pairs: one set each, or several tasks by name (the same names in both). Positions
-            are kept, so a task needs prompts of one token length.
+        attribution_pairs: pairs to score nodes on: one set, or several tasks by name. Positions are kept, so a task
+            needs prompts of one token length.
+        evaluation_pairs: pairs to judge circuits on, with the same names of tasks.
         bases: neurons and MLP outputs unless given; every basis must cover the same layers, or ablating all of it would
             mean different things.
         methods: as in `attribute`; the last two of the default are controls, drawn on every plot.
         sizes: numbers of nodes, those above a basis' own number left out; 20 log-spaced ones unless given.
-        ablation, error, metric, prepend_bos: as in `evaluate`.
+        ablation: as in `evaluate`.
+        error: as in `evaluate`.
+        metric: as in `evaluate`.
+        prepend_bos: as in `evaluate`.
         steps: of integrated gradients.
         mib: also CPR (signed ranking) and CMD (|score| ranking) on MIB's grid, 20 more forwards a batch and curve.
         bootstrap: draws over lexical items (the pairs' labels) for bands and ratios.

@@ -52,7 +52,10 @@ def evaluate_edges(
         sizes: numbers of edges; METHODS' percentages of all edges unless given.
         protocol: "nodes" keeps the neurons that the edges leave connected; "edges" keeps or cuts the edges by path
             patching.
-        ablation, metric, prepend_bos, seed: as in `evaluate`.
+        ablation: as in `evaluate`.
+        metric: as in `evaluate`.
+        prepend_bos: as in `evaluate`.
+        seed: as in `evaluate`.
         batch_size: prompts in one pass; with "edges" a pass has one row a target and prompt.
         verbose: show progress.
 

@@ -55,7 +55,9 @@ def evaluate(
         ranking: by |score|, or by score ("signed").
         error: a dictionary's error: ranked as a node, always kept, or always ablated.
         basis: needed where scores of a dictionary basis were loaded from disk.
-        metric, prepend_bos, multi_token: as in `attribute`.
+        metric: as in `attribute`.
+        prepend_bos: as in `attribute`.
+        multi_token: as in `attribute`.
         completeness: False saves half of the forwards and leaves completeness nan.
         batch_size: prompts in one pass. Cost: 2 + 2 x sizes forwards a batch, and one over the corrupt prompts.
         seed: of "resample".

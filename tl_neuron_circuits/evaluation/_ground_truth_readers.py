@@ -117,7 +117,8 @@ def interpbench_ground_truth(name: str, edges: Iterable[Sequence[Any]], n_layers
     Args:
         name: of the case.
         edges: pairs of nodes; `str(node)` is read.
-        n_layers, n_heads: of the case's model.
+        n_layers: of the case's model.
+        n_heads: of the case's model.
 
     Raises:
         SettingsError: a node of an unknown form, or beyond the model.

@@ -85,7 +85,8 @@ def score_features(
             labels each is told from the rest; of two, both are listed.
         fraction: of the prompts of each label that choose; the others report. Equal prompts never stand on both sides.
         seed: of the split.
-        high, low: select a node for a label where the AUROC on the selection prompts is at least or at most this.
+        high: select a node for a label where the AUROC on the selection prompts is at least this.
+        low: or where it is at most this.
         minimum: and where the |mean attribution| inside the label is at least this.
 
     Raises:

@@ -47,7 +47,11 @@ def steer(
     Args:
         model: a HookedTransformer or TransformerBridge.
         prompt: one prompt, several (their lengths may differ), or tokens.
-        nodes, scale, value, add, positions: as in `steering_hooks`; a tensor [batch, node] has one row a prompt.
+        nodes: as in `steering_hooks`; a tensor [batch, node] has one row a prompt.
+        scale: as in `steering_hooks`.
+        value: as in `steering_hooks`.
+        add: as in `steering_hooks`.
+        positions: as in `steering_hooks`.
         watch: other groups of nodes by name, whose relative change of activation is reported.
         top_k: tokens listed per prompt, before and after.
         generate: continue every prompt greedily by so many tokens (until the end-of-text token), with and without

@@ -33,7 +33,8 @@ def node_values(
     Args:
         model: a HookedTransformer or TransformerBridge.
         prompts: the donors; their lengths may differ.
-        nodes, positions: as in `steering_hooks`; every node needs a position.
+        nodes: as in `steering_hooks`; every node needs a position.
+        positions: see `nodes`.
         prepend_bos: None means the model's default.
         batch_size: prompts in one pass.
 
