@@ -264,17 +264,23 @@ def compare(
         directory=out / "comparison",
         verbose=not as_json,
     )
-    files = [out / name for name in ("sparsity.html", "sparsity.csv", "summary.csv")]
-    result.plot().write_html(files[0], include_plotlyjs=True)
-    result.to_dataframe().to_csv(files[1], index=False)
-    result.summary().to_csv(files[2], index=False)
+    files = _write_comparison(result, out)
     if as_json:
-        rows = result.summary().to_dict(orient="records")
+        rows = json.loads(result.summary().to_json(orient="records") or "[]")
         print(json.dumps({"headline": result.headline(), "files": [str(file) for file in files], "summary": rows}))
         return
     show(result.summary().drop(columns="task").dropna(axis="columns", how="all"), repr(result))
     console.print(result.headline(), soft_wrap=True)
     console.print("written: " + ", ".join(str(file) for file in files), soft_wrap=True)
+
+
+def _write_comparison(result: Any, out: Path) -> list[Path]:
+    """The figure, every point of every curve, and the summary."""
+    files = [out / name for name in ("sparsity.html", "sparsity.csv", "summary.csv")]
+    result.plot().write_html(files[0], include_plotlyjs=True)
+    result.to_dataframe().to_csv(files[1], index=False)
+    result.summary().to_csv(files[2], index=False)
+    return files
 
 
 @app.command()

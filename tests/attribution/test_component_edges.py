@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.families import ModelCase, all_models, model_cases, random_tokens
+from tests.propagation.readings import settled
 from tl_neuron_circuits._errors import PairsError, UnsupportedModelError
 from tl_neuron_circuits.attribution import EdgeScores, component_edges, component_graph, metric_of_edges
 from tl_neuron_circuits.attribution._component_edges_gradient import read_gradients
@@ -177,7 +178,7 @@ def test_ig_is_the_mean_of_gradients_along_the_path(case: ModelCase) -> None:
 
 @pytest.mark.parametrize("method", ["eap", "eap_ig_inputs", "relp", "patching"])
 def test_the_scores_of_a_batch_are_the_mean_of_its_members(method: str, untouched) -> None:
-    model = model_cases("gpt2")[0].build()
+    model = settled(model_cases("gpt2")[0].build())
     pairs = some_pairs(model)
     with untouched(model):
         together = component_edges(model, pairs, method=method, batch_size=4).scores

@@ -249,7 +249,12 @@ def test_what_cannot_be_done_is_refused(gpt2) -> None:
 def test_activations_that_are_not_finite_are_refused() -> None:
     model = model_cases("gpt2")[0].build()
     with torch.no_grad():
-        next(p for n, p in model.named_parameters() if n.endswith("mlp.b_out")).fill_(torch.nan)
+        biases = [
+            p
+            for n, p in torch.nn.Module.named_parameters(model)
+            if n.endswith(("mlp.b_out", "c_proj._original_component.bias"))
+        ]
+        biases[0].fill_(torch.nan)
     with pytest.raises(NumericalError, match="finite sources"):
         CircuitLasso(share=0.5, **SMALL).fit(model, random_tokens(model, batch=8, pos=4))
 
