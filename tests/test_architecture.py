@@ -5,6 +5,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,6 +184,8 @@ def test_every_public_name_is_documented() -> None:
     problems = []
     for module, name in re_exports():
         public = getattr(importlib.import_module(module), name)
+        if typing.get_origin(public) is not None:
+            continue  # an alias of a type, which Python 3.10 takes for a class
         if inspect.isclass(public) or inspect.isroutine(public) or inspect.ismodule(public):
             problems += undocumented(f"{module}.{name}", public)
     assert sorted(set(problems)) == []

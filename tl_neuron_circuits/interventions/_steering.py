@@ -14,7 +14,7 @@ Source: METHODS 1.7.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
@@ -88,7 +88,8 @@ def the_change(scale: Amount | None, value: Amount | None, add: Amount | None) -
     given = [(how, amount) for how, amount in changes.items() if amount is not None]
     if len(given) != 1:
         raise SettingsError(f"expected exactly one of scale, value and add; got {[how for how, _ in given] or 'none'}.")
-    return given[0]
+    how, amount = given[0]
+    return cast(How, how), amount
 
 
 def hooks_for(model: TransformerLensModel, frame: pd.DataFrame, how: How, amount: Amount) -> Hooks:

@@ -107,8 +107,7 @@ def _once(table: pd.DataFrame, setting: str) -> pd.DataFrame:
     shared = table["replacement"].isin(("mean", "zero"))
     table.loc[shared, "target"] = ""
     table = table.drop_duplicates(["layer", "replacement", "target", setting], ignore_index=True)
-    table["on_front"] = [_on_front(table, row) for row in table.itertuples()]
-    return table
+    return table.assign(on_front=[_on_front(table, row) for row in table.itertuples()])
 
 
 def _on_front(table: pd.DataFrame, row: Any) -> bool:
