@@ -28,7 +28,7 @@ from tl_neuron_circuits.tasks import Batch, TokenisedPairs
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "models"
 SHARED = SHARED if SHARED.is_dir() else Path("/work/shared/models")
-SHARE = 0.05  # of the smallest penalty that leaves no edge; fixed beforehand, the same for all cases
+SHARE = 0.05  # of the smallest penalty that leaves no edge; chosen on four planted cases, the same for all
 Case = tuple[Any, Any, Callable[[int, int], tuple[TokenisedPairs, Any]]]
 
 
