@@ -4,7 +4,14 @@ from . import bases as bases
 from . import lasso as lasso
 from . import tasks as tasks
 from . import transcoders as transcoders
+from ._errors import DictionaryError as DictionaryError
+from ._errors import FileFormatError as FileFormatError
 from ._errors import NeuronCircuitsError as NeuronCircuitsError
+from ._errors import NumericalError as NumericalError
+from ._errors import PairsError as PairsError
+from ._errors import PropagationError as PropagationError
+from ._errors import SettingsError as SettingsError
+from ._errors import UnsupportedModelError as UnsupportedModelError
 from .attribution import NodeScores as NodeScores
 from .attribution import attribute as attribute
 from .bases import Dictionary as Dictionary
