@@ -5,8 +5,11 @@ from . import lasso as lasso
 from . import tasks as tasks
 from . import transcoders as transcoders
 from ._errors import NeuronCircuitsError as NeuronCircuitsError
+from ._processes import single_process as single_process
+from .attribution import MemoryEstimate as MemoryEstimate
 from .attribution import NodeScores as NodeScores
 from .attribution import attribute as attribute
+from .attribution import estimate_memory as estimate_memory
 from .bases import Dictionary as Dictionary
 from .bases import as_dictionary as as_dictionary
 from .bases import load_demo_dictionaries as load_demo_dictionaries
