@@ -12,8 +12,11 @@ from ._errors import PairsError as PairsError
 from ._errors import PropagationError as PropagationError
 from ._errors import SettingsError as SettingsError
 from ._errors import UnsupportedModelError as UnsupportedModelError
+from ._processes import single_process as single_process
+from .attribution import MemoryEstimate as MemoryEstimate
 from .attribution import NodeScores as NodeScores
 from .attribution import attribute as attribute
+from .attribution import estimate_memory as estimate_memory
 from .bases import Dictionary as Dictionary
 from .bases import as_dictionary as as_dictionary
 from .bases import load_demo_dictionaries as load_demo_dictionaries

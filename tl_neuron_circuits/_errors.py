@@ -34,3 +34,14 @@ class DictionaryError(NeuronCircuitsError):
 
 class SettingsError(NeuronCircuitsError):
     """Arguments of a call contradict each other or ask for what cannot be done."""
+
+
+class ProcessesError(NeuronCircuitsError):
+    """Another of the processes that share the work raised, died, hangs, or made another call.
+
+    `told`: the other processes know already, or cannot be reached.
+    """
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told

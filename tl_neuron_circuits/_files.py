@@ -1,8 +1,10 @@
 """How results are kept: a directory with one `*.safetensors` and one `*.json`, written at once or not at all."""
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -50,6 +52,7 @@ def write_directory(
         FileFormatError: something of another kind is at `path` already.
     """
     path = Path(path)
+    recover(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / f"{kind}.json").exists())):
         raise FileFormatError(
             f"expected no file, or a directory of saved {kind}, at {path}; found something else there."
@@ -76,6 +79,16 @@ def _swap_in(staging: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def recover(path: Path) -> None:
+    """Put back what `write_directory` had moved aside when it was killed between its two renames; sweep its remains."""
+    ours = re.compile(rf"\.{re.escape(path.name)}-(old-)?[a-z0-9_]{{8}}")  # as tempfile.mkdtemp ends its names
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}-*")):
+        if ours.fullmatch(left.name):
+            if (left / "old").exists() and not path.exists():
+                os.rename(left / "old", path)  # noqa: PTH104
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def read_directory(
     path: str | Path, kind: str, schema: int, *, required: Iterable[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -85,6 +98,8 @@ def read_directory(
         FileFormatError: missing, truncated, foreign, of another kind or schema.
     """
     path = Path(path)
+    if not path.exists():
+        recover(path)
     note_file, tensor_file = path / f"{kind}.json", path / f"{kind}.safetensors"
     for file in (note_file, tensor_file):
         if not file.is_file():

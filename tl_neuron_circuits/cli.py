@@ -183,12 +183,14 @@ def attribute(
 ) -> None:
     """Score every node of a basis by its effect on the logit difference, on pairs from a file."""
     from ._errors import SettingsError
+    from ._processes import here
     from .attribution import attribute as score
     from .bases import ACTIVATION_BASES
     from .tasks import PromptPairs
 
     if basis not in ACTIVATION_BASES:
         raise SettingsError(f"expected a basis out of {list(ACTIVATION_BASES)}; got {basis!r}.")
+    processes = here()  # under `accelerate launch` before the model is loaded: it chooses this process' GPU
     loaded = load_model(model, backend)
     scores = score(
         loaded,
@@ -200,6 +202,8 @@ def attribute(
         batch_size=batch_size,
         verbose=not as_json,
     )
+    if not processes.first:
+        return
     if out is not None:
         scores.save(out)
     if as_json:

@@ -1,6 +1,7 @@
 """Node scores and edges: how much every node supports a metric, and through what. One method a file."""
 
 from ._attribute import attribute as attribute
+from ._baseline import shared_means as shared_means
 from ._component_edges import EdgeMethod as EdgeMethod
 from ._component_edges import EdgeScores as EdgeScores
 from ._component_edges import component_edges as component_edges
@@ -20,6 +21,8 @@ from ._goals import direction_goal as direction_goal
 from ._goals import metric_goal as metric_goal
 from ._goals import token_goal as token_goal
 from ._gradients import run_gradients as run_gradients
+from ._memory import MemoryEstimate as MemoryEstimate
+from ._memory import estimate_memory as estimate_memory
 from ._scores import NodeScores as NodeScores
 from ._scores import SiteLabels as SiteLabels
 from ._scores import label as label

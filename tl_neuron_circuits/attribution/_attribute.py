@@ -1,23 +1,25 @@
 """`attribute`: score every node of a basis by its effect on a metric."""
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from tqdm.auto import tqdm
 
-from .._files import versions
+from .._files import fingerprint, versions
+from .._processes import here
 from .._typing import checked
-from ..bases import Basis, Neurons, mean_parts, name_of, reads_of, run_values, sites_of, take_apart
+from ..bases import Basis, Neurons, name_of, sites_of
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
-from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
-from . import _integrated_gradients, _patching, _relp
-from ._baseline import Means, base_parts
+from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
 from ._inputs import check_pairs, check_setting, chosen_nodes
+from ._memory import fitting_batch
+from ._partial import Partial
+from ._run import Run
 from ._scores import NodeScores, require_finite
-from ._setting import Baseline, Direction, MethodName, Runs, Setting
-from ._total import Total
+from ._setting import Baseline, Direction, MethodName, Setting
 
 
 @checked
@@ -36,16 +38,18 @@ def attribute(
     stabilizer: float | None = None,
     steps: int = 10,
     nodes: pd.DataFrame | None = None,
-    batch_size: int = 32,
+    batch_size: int | Literal["auto"] = 32,
     prepend_bos: bool | None = None,
     multi_token: Literal["error", "first_difference"] = "error",
     seed: int = 0,
+    resume: str | Path | None = None,
     verbose: bool = False,
 ) -> NodeScores:
     """Score every node of `basis` by its support for `metric`: (a_clean - a_baseline) * d metric / d a, averaged over
     pairs.
 
     One convention for every method: positive helps the answer; exact patching gives m(clean) - m(patched).
+    Under `accelerate launch` every process makes this call, scores its share of the pairs, and gets the same result.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -65,10 +69,14 @@ def attribute(
         steps: of integrated gradients.
         nodes: for "patching", measure only these rows (columns hook, position, unit, kind, as `NodeScores.top` gives
             them); all others become nan.
-        batch_size: prompts in one pass. Batches hold prompts of one length, so nothing is padded.
+        batch_size: prompts in one pass. Batches hold prompts of one length, so nothing is padded. "auto" begins with
+            what `estimate_memory` says fits, and halves where memory runs out all the same; `.settings["batch_size"]`
+            says what was used.
         prepend_bos: see `tasks.tokenise`.
         multi_token: see `tasks.tokenise`.
         seed: of "random".
+        resume: a directory in which the sums so far are kept; the same call goes on from there after it was stopped,
+            and gives the same scores. Remove it when they are saved.
         verbose: show progress.
 
     Returns:
@@ -78,7 +86,9 @@ def attribute(
         UnsupportedModelError: a site of the basis is missing or did not fire; `check_model(model)` lists them.
         PairsError: no corrupt prompts where they are needed, or several lengths with positions kept.
         NumericalError: values, gradients or the metric are not finite.
-        SettingsError: arguments contradict each other.
+        SettingsError: arguments contradict each other, or the batch does not fit into memory (`estimate_memory`).
+        FileFormatError: `resume` holds something else, or another attribution.
+        ProcessesError: another of the processes raised, died or hangs.
 
     Source: METHODS 1.2; each method's file names its paper.
 
@@ -91,57 +101,36 @@ def attribute(
     """
     nodes_of = Neurons() if basis is None else basis
     rules = tuple((ALL_RULES if method == "relp" else ()) if rules is None else rules)
-    setting = Setting(
-        model,
-        sites_of(model, nodes_of),
-        metric,
-        method,
-        rules,
-        stabilizer,
-        steps,
-        baseline,
-        direction,
-        positions,
-        units,
-    )
+    sites = sites_of(model, nodes_of)
+    setting = Setting(model, sites, metric, method, rules, stabilizer, steps, baseline, direction, positions, units)
     check_setting(setting, batch_size, nodes)
+    processes = here()
     tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
-    check_pairs(tokens, setting)
-    chosen = None if nodes is None else chosen_nodes(nodes, setting, tokens.lengths[0])
-    means = mean_parts(model, setting.sites, tokens.batches(batch_size)) if baseline == "mean" else None
-    total = Total(setting, seed)
-    with tqdm(total=len(tokens), desc=method, disable=not verbose, unit="pair") as bar:
-        for batch in tokens.batches(batch_size):
-            _score(setting, batch, means, chosen, total, rows=8 * batch_size, verbose=verbose)
-            bar.update(len(batch))
-    settings = _provenance(setting, tokens, name_of(nodes_of), seed) | {"variance_unexplained": total.unexplained()}
-    scores = total.scores(len(tokens), settings, nodes_of)
-    return scores if chosen is not None else require_finite(scores)
+    settings = _provenance(setting, tokens, name_of(nodes_of), seed)
+    with processes.together("attribute", settings):
+        check_pairs(tokens, setting)
+        chosen = None if nodes is None else chosen_nodes(nodes, setting, tokens.lengths[0])
+        size = fitting_batch(setting, tokens, batch_size, processes)
+        run = Run(setting, tokens, size, batch_size == "auto", chosen, seed, processes, verbose)
+        partial = (
+            None if resume is None else Partial(resume, _identity(setting, settings, batch_size, nodes), processes)
+        )
+        total = run.total(partial)
+        found = {"batch_size": run.batch_size, "variance_unexplained": total.unexplained()}
+        scores = total.scores(len(tokens), settings | found, nodes_of)
+        return scores if chosen is not None else require_finite(scores)
 
 
-def _score(
-    setting: Setting, batch: Batch, means: Means | None, chosen: Any, total: Total, *, rows: int, verbose: bool
-) -> None:
-    """Add one batch to the total. `here` is the run that gradients are taken on, or that is patched."""
-    here = batch if setting.direction == "noising" else batch.on_corrupt()
-    method, gradients = setting.method, None
-    if method in ("relp", "gradient"):
-        values, gradients = _relp.propagate(setting, here)
-    else:
-        values = run_values(setting.model, here, reads_of(setting.sites))
-    total.add_variance(values)
-    runs = Runs(take_apart(setting.sites, values), base_parts(setting, batch, means))
-    if method == "patching":
-        total.add_scores(_patching.patch(setting, here, runs, chosen, rows, verbose))
-    elif method in ("activation_difference", "random"):
-        total.add_differences(runs)
-    else:
-        if method == "integrated_gradients":
-            gradients = _integrated_gradients.per_site(setting, here, runs, values)
-        elif method == "integrated_gradients_inputs":
-            gradients = _integrated_gradients.along_inputs(setting, here)
-        assert gradients is not None
-        total.add(runs, gradients)
+def _identity(
+    setting: Setting, settings: dict[str, Any], batch_size: int | str, nodes: pd.DataFrame | None
+) -> dict[str, Any]:
+    """What must be the same for sums on disk to be gone on with."""
+    return settings | {
+        "batch_size": batch_size,
+        "weights": fingerprint(setting.model.parameters()),
+        "sites": [site.identity for site in setting.sites],
+        "nodes": None if nodes is None else hashlib.sha256(nodes.to_json().encode()).hexdigest(),
+    }
 
 
 def _provenance(setting: Setting, tokens: TokenisedPairs, basis: str, seed: int) -> dict[str, Any]:

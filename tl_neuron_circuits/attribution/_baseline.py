@@ -1,13 +1,46 @@
 """What a node is compared with: its value on the corrupt prompt, zero, or its mean over the clean prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from ..bases import Parts, reads_of, run_values, take_apart
+from torch import Tensor
+
+from .._processes import Processes
+from ..bases import Parts, Site, mean_parts, reads_of, run_values, take_apart
+from ..models import TransformerLensModel
 from ..tasks import Batch
 from ._setting import Setting
 
 Means = Mapping[tuple[str, int], Parts]
 """Mean parts by hook and prompt length."""
+
+
+def shared_means(
+    model: TransformerLensModel, sites: Iterable[Site], batches: Iterable[Batch], processes: Processes
+) -> Means:
+    """`mean_parts` over the batches of all processes together."""
+    counts: dict[int, int] = {}
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches:
+            counts[batch.clean.shape[1]] = counts.get(batch.clean.shape[1], 0) + len(batch)
+            yield batch
+
+    means = mean_parts(model, sites, counted())
+    if processes.count == 1:
+        return means
+    sums: dict[tuple[str, int, str], Tensor] = {}
+    for (hook, length), parts in means.items():
+        sums |= {
+            (hook, length, name): tensor * counts[length]
+            for name, tensor in {"node": parts.nodes, **parts.vectors}.items()
+        }
+    totals: dict[int, int] = {}
+    for found in processes.gather(counts):
+        totals |= {length: totals.get(length, 0) + n for length, n in found.items()}
+    whole: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for (hook, length, name), block in processes.total(sums).items():
+        whole.setdefault((hook, length), {})[name] = block / totals[length]
+    return {key: Parts(blocks.pop("node"), blocks) for key, blocks in whole.items()}
 
 
 def base_parts(setting: Setting, batch: Batch, means: Means | None) -> Mapping[str, Parts | None]:

@@ -9,14 +9,14 @@ from ._patching import Chosen
 from ._setting import Setting
 
 
-def check_setting(setting: Setting, batch_size: int, nodes: pd.DataFrame | None) -> None:
+def check_setting(setting: Setting, batch_size: int | str, nodes: pd.DataFrame | None) -> None:
     """Raise for settings that contradict each other.
 
     Raises:
         SettingsError: with the way out.
     """
     method, steps = setting.method, setting.steps
-    if steps < 1 or batch_size < 1:
+    if steps < 1 or (batch_size != "auto" and int(batch_size) < 1):
         raise SettingsError(f"expected steps and batch_size of at least 1; got {steps} and {batch_size}.")
     if method == "relp" and not setting.rules:
         raise SettingsError("expected at least one rule for method='relp'; got none. That is method='gradient'.")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._processes import Processes
 from ..bases import Basis, VarianceSums
 from . import _controls
 from ._scores import NodeScores, site_labels
@@ -36,13 +37,42 @@ class Total:
                 product = change.float() * site.vector_gradient(gradient).float()
                 self._add(site.hook, kind, sign * product.sum(-1))
 
+    def merge(self, other: "Total") -> None:
+        """Add another's sums, as if its batch had been added here."""
+        for (hook, kind), block in other._sums.items():
+            self._keep(hook, kind, block)
+        self._keep_variance(other._variance)
+
+    def reduce(self, processes: Processes) -> None:
+        """Replace the sums by those over all processes."""
+        self._sums = processes.total(self._sums)
+        variances, self._variance = processes.gather(self._variance), {}
+        for variance in variances:
+            self._keep_variance(variance)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The sums as tensors and notes, to be written."""
+        tensors = {f"{kind}/{hook}": block for (hook, kind), block in self._sums.items()}
+        tensors |= {f"mean/{hook}": sums.mean for hook, sums in self._variance.items()}
+        notes = {hook: [sums.count, sums.variation, sums.error] for hook, sums in self._variance.items()}
+        devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+        return tensors, {"variance": notes, "devices": devices}
+
+    def restore(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Take up what `state` gave, each block on the device it came from."""
+        for name, block in tensors.items():
+            kind, _, hook = name.partition("/")
+            if kind != "mean":
+                self._sums[hook, kind] = block.to(notes["devices"][name])
+        for hook, (count, variation, error) in notes["variance"].items():
+            self._variance[hook] = VarianceSums(count, tensors[f"mean/{hook}"], variation, error)
+
     def add_variance(self, values: Mapping[str, Tensor]) -> None:
         """How much of the run's activations the nodes leave unexplained."""
         for site in self._setting.sites:
             sums = site.variance(values)
             if sums is not None:
-                seen = self._variance.get(site.hook)
-                self._variance[site.hook] = sums if seen is None else seen + sums
+                self._keep_variance({site.hook: sums})
 
     def unexplained(self) -> dict[str, float]:
         """Fraction of variance unexplained by hook point, on the prompts so far; nan where nothing varies.
@@ -78,6 +108,11 @@ class Total:
         if kind == "node" and self._setting.units == "sum":
             per_prompt = per_prompt.sum(-1, keepdim=True)
         self._keep(hook, kind, per_prompt.sum((0, 1) if self._setting.positions == "sum" else 0))
+
+    def _keep_variance(self, found: Mapping[str, VarianceSums]) -> None:
+        for hook, sums in found.items():
+            seen = self._variance.get(hook)
+            self._variance[hook] = sums if seen is None else seen + sums
 
     def _keep(self, hook: str, kind: str, block: Tensor) -> None:
         seen = self._sums.get((hook, kind))

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import fingerprint, versions
+from .._processes import here
 from .._typing import checked
 from ..attribution import MethodName, NodeScores, attribute
 from ..bases import Basis, MLPOutputs, Neurons, sites_of
@@ -103,26 +104,28 @@ def compare(
     settings = _provenance(model, chosen, train, test) | plain | {"prepend_bos": prepend_bos, "seed": seed}
     keys = [CurveKey(task, basis.name, method) for task in train for basis in chosen for method in methods]
     by_name = {basis.name: basis for basis in chosen}
-    done = Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)
-    curves, grid, unexplained = dict(done.curves), dict(done.mib), dict(done.unexplained)
     common = {"metric": metric, "batch_size": batch_size, "prepend_bos": prepend_bos, "seed": seed}
-    for key in tqdm(keys, desc="compare", disable=not verbose, unit="curve"):
-        if key in curves:
-            continue
-        method, basis = cast(MethodName, key.method), by_name[key.basis]
-        scores = attribute(model, train[key.task], method=method, basis=basis, steps=steps, **common)
-        judge = {**common, "ablation": ablation, "error": error}
-        fitting = None if sizes is None else [size for size in sizes if size <= len(scores)]
-        curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, **judge)
-        if mib:
-            grid[key] = _mib(model, test[key.task], scores, judge)
-        fractions = list(scores.settings["variance_unexplained"].values())
-        unexplained[key] = float(np.mean(fractions)) if fractions else 0.0
-        if directory is not None:
-            curves[key].save(Path(directory) / key.folder)
-            Comparison(curves, settings, grid, unexplained).save_index(directory)
-    ordered = {key: curves[key] for key in keys}
-    return Comparison(ordered, settings, grid, unexplained)
+    judge = {**common, "ablation": ablation, "error": error}
+    processes = here()
+    with processes.together("compare", settings):
+        found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)  # noqa: E731
+        done = processes.from_first(found)
+        curves, grid, unexplained = dict(done.curves), dict(done.mib), dict(done.unexplained)
+        for key in tqdm(keys, desc="compare", disable=not (verbose and processes.first), unit="curve"):
+            if key in curves:
+                continue
+            method, basis = cast(MethodName, key.method), by_name[key.basis]
+            scores = attribute(model, train[key.task], method=method, basis=basis, steps=steps, **common)
+            fitting = None if sizes is None else [size for size in sizes if size <= len(scores)]
+            curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, **judge)
+            if mib:
+                grid[key] = _mib(model, test[key.task], scores, judge)
+            fractions = list(scores.settings["variance_unexplained"].values())
+            unexplained[key] = float(np.mean(fractions)) if fractions else 0.0
+            if directory is not None and processes.first:
+                curves[key].save(Path(directory) / key.folder)
+                Comparison(curves, settings, grid, unexplained).save_index(directory)
+        return Comparison({key: curves[key] for key in keys}, settings, grid, unexplained)
 
 
 def _provenance(

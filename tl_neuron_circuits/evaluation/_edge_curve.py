@@ -18,14 +18,16 @@ from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import versions
+from .._processes import Processes
 from .._typing import checked
 from ..bases import Neurons
 from ..circuits import Circuit
 from ..interventions import Ablation, Edge, EdgeMode, Kept, run_with_edges
 from ..models import TransformerLensModel
 from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, measure, metric_name, tokenise
+from ._ablated_runs import Evaluation
 from ._curve import SparsityCurve, stack
-from ._evaluate import _check, _check_range, _Evaluation
+from ._evaluate import _check, _check_range
 
 
 @checked
@@ -82,7 +84,7 @@ def evaluate_edges(
     _check(tokens, scores, ablation)
     edges = ranked_edges(circuit)
     sizes = _sizes(sizes, len(edges))
-    run = _Evaluation(model, Neurons().sites(model), metric, tokens, ablation, batch_size, seed)
+    run = Evaluation(model, Neurons().sites(model), metric, tokens, ablation, batch_size, seed, Processes())
     nodes = circuit.nodes.set_index("node")
     with tqdm(total=2 + 2 * len(sizes), desc="edges", disable=not verbose, unit="run") as bar:
         full, empty = run.metric(None, bar), run.metric(_masks(scores.values, nodes.iloc[:0]), bar)
@@ -133,7 +135,7 @@ def as_edges(nodes: pd.DataFrame, edges: pd.DataFrame) -> list[Edge]:
 
 
 def _patched(
-    run: _Evaluation, model: TransformerLensModel, metric: Metric, edges: list[Edge], mode: EdgeMode, bar: tqdm
+    run: Evaluation, model: TransformerLensModel, metric: Metric, edges: list[Edge], mode: EdgeMode, bar: tqdm
 ) -> Tensor:
     """The metric of every prompt with only these edges, or without them."""
     out = torch.empty(run.n_pairs)

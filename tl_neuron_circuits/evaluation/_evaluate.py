@@ -1,6 +1,6 @@
 """`evaluate`: keep the best nodes and ablate the rest, then the reverse, on held-out pairs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,13 +9,15 @@ from tqdm.auto import tqdm
 
 from .._errors import NumericalError, PairsError, SettingsError
 from .._files import versions
+from .._processes import here
 from .._typing import checked
 from ..attribution import NodeScores
-from ..bases import Basis, Parts, Site, logits_of, mean_parts, name_of, reads_of, run_values, sites_of, take_apart
+from ..bases import Basis, Site, name_of, sites_of
 from ..circuits import Circuit
-from ..interventions import Ablation, Kept, ablation_hooks
+from ..interventions import Ablation
 from ..models import TransformerLensModel
-from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, measure, metric_name, tokenise
+from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
+from ._ablated_runs import Evaluation
 from ._curve import SparsityCurve, stack
 from ._node_sets import RankedNodes, Ranking, chosen_sizes
 
@@ -87,18 +89,28 @@ def evaluate(
     basis = scores.basis if basis is None else basis
     if basis is None:
         raise SettingsError("these scores were loaded without their dictionaries: pass basis= as given to attribute.")
+    processes = here()
     tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     sites = _matching_sites(sites_of(model, basis), scores)
     _check(tokens, scores, ablation)
     fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "nodes": {}}[error]
     ranked = RankedNodes(scores, ranking, **fixed)
     sizes = chosen_sizes(sizes, len(ranked))
-    run = _Evaluation(model, sites, metric, tokens, ablation, batch_size, seed)
-    with tqdm(total=2 + (1 + completeness) * len(sizes), desc="evaluate", disable=not verbose, unit="run") as bar:
+    size = processes.fair(batch_size, len(tokens))
+    shown = verbose and processes.first
+    with (
+        processes.together(
+            "evaluate", [tokens.hash, sizes, ablation, ranking, error, completeness, metric_name(metric)]
+        ),
+        tqdm(total=2 + (1 + completeness) * len(sizes), desc="evaluate", disable=not shown, unit="run") as bar,
+    ):
+        run = Evaluation(model, sites, metric, tokens, ablation, size, seed, processes)
         full, empty = run.metric(None, bar), run.metric(ranked.best(0), bar)
         kept = [run.metric(ranked.best(size), bar) for size in sizes]
         nothing = torch.full_like(full, torch.nan)
         removed = [run.metric(ranked.all_but_best(size), bar) if completeness else nothing for size in sizes]
+        full, empty, *curves = run.gathered([full, empty, *kept, *removed])
+        kept, removed = curves[: len(sizes)], curves[len(sizes) :]
     _check_range(full, empty, ablation)
     settings = {
         **{key: scores.settings[key] for key in ("method", "positions", "rules", "model")},
@@ -119,78 +131,6 @@ def evaluate(
     return SparsityCurve(
         tuple(sizes), stack(kept), stack(removed), full, empty, predicted, len(ranked), settings, groups
     )
-
-
-class _Evaluation:
-    """The pairs, in batches with their ablation values, on one model."""
-
-    def __init__(
-        self,
-        model: TransformerLensModel,
-        sites: tuple[Site, ...],
-        metric: Metric,
-        tokens: TokenisedPairs,
-        ablation: Ablation,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self._model, self._sites, self._metric, self._n = model, sites, metric, len(tokens)
-        self._batches = list(tokens.batches(batch_size))
-        self._bases = self._baselines(ablation, torch.Generator().manual_seed(seed))
-
-    @property
-    def n_pairs(self) -> int:
-        return self._n
-
-    @property
-    def batches(self) -> list[tuple[Batch, Mapping[str, Parts | None]]]:
-        return list(zip(self._batches, self._bases, strict=True))
-
-    def metric(self, kept: Kept | None, bar: tqdm) -> Tensor:
-        """The metric of every prompt with only `kept` live; the original model's for None."""
-        out = torch.empty(self._n)
-        for batch, base in zip(self._batches, self._bases, strict=True):
-            hooks = [] if kept is None else ablation_hooks(self._sites, kept, base)
-            with torch.no_grad(), self._model.hooks(fwd_hooks=hooks):
-                logits = logits_of(self._model, batch.clean, batch.attention_mask)
-                out[batch.index.cpu()] = measure(self._metric, logits, batch).float().cpu()
-        bar.update()
-        return out
-
-    def _baselines(self, ablation: Ablation, generator: torch.Generator) -> list[Mapping[str, Parts | None]]:
-        if ablation == "zero":
-            return [dict.fromkeys(site.hook for site in self._sites)] * len(self._batches)
-        if ablation == "mean":
-            means = mean_parts(self._model, self._sites, (batch.on_corrupt() for batch in self._batches))
-            return [{s.hook: means[s.hook, b.clean.shape[1]] for s in self._sites} for b in self._batches]
-        own = [self._corrupt_parts(batch) for batch in self._batches]
-        return [{**parts} for parts in own] if ablation == "corrupt" else self._shuffled(own, generator)
-
-    def _corrupt_parts(self, batch: Batch) -> Mapping[str, Parts]:
-        return take_apart(self._sites, run_values(self._model, batch.on_corrupt(), reads_of(self._sites)))
-
-    def _shuffled(self, own: list[Mapping[str, Parts]], generator: torch.Generator) -> list[Mapping[str, Parts | None]]:
-        """Each prompt gets the values of another prompt of its length, by a random cycle through them."""
-        out: list[Mapping[str, Parts | None]] = [{} for _ in own]
-        lengths = [batch.clean.shape[1] for batch in self._batches]
-        for length in set(lengths):
-            members = [i for i, other in enumerate(lengths) if other == length]
-            sizes = [len(self._batches[i]) for i in members]
-            order = torch.randperm(sum(sizes), generator=generator)
-            source = torch.empty_like(order)
-            source[order] = order.roll(1)
-            for site in self._sites:
-                nodes = torch.cat([own[i][site.hook].nodes for i in members])[
-                    source.to(own[members[0]][site.hook].nodes.device)
-                ]
-                vectors = {
-                    name: torch.cat([own[i][site.hook].vectors[name] for i in members])[source.to(nodes.device)]
-                    for name in site.vectors
-                }
-                split = {name: vector.split(sizes) for name, vector in vectors.items()}
-                for place, (i, part) in enumerate(zip(members, nodes.split(sizes), strict=True)):
-                    out[i] = {**out[i], site.hook: Parts(part, {name: v[place] for name, v in split.items()})}
-        return out
 
 
 def _matching_sites(sites: tuple[Site, ...], scores: NodeScores) -> tuple[Site, ...]:

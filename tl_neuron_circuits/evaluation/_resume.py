@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import FileFormatError
+from .._files import recover
 from ._comparison import INDEX, Comparison, CurveKey
 
 
@@ -19,6 +20,7 @@ def resume(directory: Path, settings: Mapping[str, Any], keys: Iterable[CurveKey
         return empty
     if not directory.is_dir():
         raise FileFormatError(f"expected a directory for the comparison at {directory}; there is a file.")
+    recover(directory / INDEX)
     names = [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
     if INDEX in names:
         found = Comparison.load(directory)

@@ -7,7 +7,7 @@ an attention mask. Every row of a batch carries the position at which a metric r
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -68,6 +68,13 @@ class Batch:
             corrupt_attention_mask=None,
             labels=None if self.labels is None else [*self.labels] * n,
         )
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Yield the rows in batches of at most `size`, in order."""
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            columns = {field.name: getattr(self, field.name) for field in fields(self)}
+            yield Batch(**{name: None if column is None else column[rows] for name, column in columns.items()})
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,0 +1,121 @@
+"""Two gloo processes on the CPU find what one finds, and an error in one is an error in both."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import worker_of_two as worker
+from tl_neuron_circuits import Comparison, NodeScores, SparsityCurve, attribute, evaluate
+from tl_neuron_circuits._processes import TIMEOUT, Processes
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote; the second one was killed at the end."""
+    path = tmp_path_factory.mktemp("two")
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), TIMEOUT: "120"}
+    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank in range(2):
+        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "tests.worker_of_two", str(path)]
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
+    outputs = [process.communicate(timeout=400)[0].decode() for process in started]
+    assert (path / "0" / "killed.json").exists(), outputs[0] + outputs[1]
+    assert [process.returncode for process in started] == [0, -9], outputs
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return worker.model()
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", worker.CALLS)
+def test_scores_are_those_of_one_process_on_every_process(folder: Path, model: Any, name: str) -> None:
+    expected = attribute(model, worker.PAIRS[name], **worker.CALLS[name])
+    first, second = (NodeScores.load(folder / rank / name) for rank in "01")
+    assert torch.equal(first.flat(), second.flat())
+    assert_close(first.flat(), expected.flat())
+    assert {k: v for k, v in first.settings.items() if k != "batch_size"} == {
+        k: v for k, v in json.loads(json.dumps(expected.settings)).items() if k != "batch_size"
+    }
+
+
+@pytest.mark.parametrize("ablation", worker.ABLATIONS)
+def test_curves_are_those_of_one_process(folder: Path, model: Any, ablation: Any) -> None:
+    pairs = worker.PAIRS["kept"]
+    expected = evaluate(model, pairs, attribute(model, pairs), sizes=[1, 10], ablation=ablation, batch_size=2)
+    for rank in "01":
+        found = SparsityCurve.load(folder / rank / f"curve {ablation}")
+        for field in ("kept", "removed", "full", "empty", "predicted"):
+            assert_close(getattr(found, field), getattr(expected, field))
+
+
+def test_the_first_process_writes_a_comparison_that_all_have(folder: Path) -> None:
+    written, *had = (Comparison.load(folder / place) for place in ("comparison", "0/comparison", "1/comparison"))
+    for one in had:
+        for key, curve in written.curves.items():
+            assert torch.equal(curve.kept, one.curves[key].kept)
+
+
+def test_one_process_can_work_alone(folder: Path, model: Any) -> None:
+    expected = attribute(model, worker.PAIRS["kept"], batch_size=3)
+    assert torch.equal(NodeScores.load(folder / "0" / "alone").flat(), expected.flat())
+
+
+@pytest.mark.parametrize("where", ["raises", "raises inside compare"])
+def test_an_error_in_one_process_raises_in_both(folder: Path, where: str) -> None:
+    first, second = (json.loads((folder / rank / "failures.json").read_text())[where] for rank in "01")
+    assert second["kind"] == "ArithmeticError" and first["kind"] == "ProcessesError"
+    assert "process 1: ArithmeticError: the second process cannot count" in first["text"]
+
+
+def test_processes_that_make_different_calls_are_told(folder: Path) -> None:
+    for rank in "01":
+        found = json.loads((folder / rank / "failures.json").read_text())["other settings"]
+        assert found["kind"] == "ProcessesError" and "single_process" in found["text"]
+
+
+def test_what_the_first_process_cannot_read_raises_in_both(folder: Path) -> None:
+    for rank in "01":
+        assert (
+            json.loads((folder / rank / "failures.json").read_text())["foreign directory"]["kind"] == "FileFormatError"
+        )
+
+
+def test_work_goes_on_after_errors(folder: Path) -> None:
+    first, second = (NodeScores.load(folder / rank / "after errors").flat() for rank in "01")
+    assert torch.equal(first, second)
+
+
+def test_a_killed_process_is_an_error_and_not_a_hang(folder: Path) -> None:
+    found = json.loads((folder / "0" / "killed.json").read_text())
+    assert found["kind"] == "ProcessesError" and "died" in found["text"] and found["seconds"] < 60
+
+
+def test_shares_are_a_partition() -> None:
+    parts = [list(Processes(rank, 3).share(range(10))) for rank in range(3)]
+    assert sorted(item for part in parts for item in part) == list(range(10)) and Processes(0, 3).fair(8, 10) == 4

@@ -1,0 +1,126 @@
+"""One attribution over all pairs: batch by batch, by one process or several, from the start or where it stopped."""
+
+import dataclasses
+import functools
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .._processes import Processes
+from ..bases import reads_of, run_values, take_apart
+from ..tasks import Batch, TokenisedPairs
+from . import _integrated_gradients, _patching, _relp
+from ._baseline import Means, base_parts, shared_means
+from ._partial import Partial
+from ._setting import Runs, Setting
+from ._total import Total
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Run:
+    """What goes over the pairs; `batch_size` falls where `halving` and the memory did not hold a batch."""
+
+    setting: Setting
+    tokens: TokenisedPairs
+    batch_size: int
+    halving: bool
+    chosen: Any
+    seed: int
+    processes: Processes
+    verbose: bool
+
+    def total(self, partial: Partial | None) -> Total:
+        """The sums over all pairs, of all processes."""
+        total, done = Total(self.setting, self.seed), 0
+        planned = self.processes.fair(self.batch_size, len(self.tokens))
+        self.batch_size = planned
+        if partial is not None and (found := partial.read(total)) is not None:
+            done, planned, self.batch_size = found
+        means = self._means(planned)
+        own = self.processes.share(self.tokens.batches(planned))
+        shown = self.verbose and self.processes.first
+        number = 0
+        with tqdm(total=len(self.tokens), desc=self.setting.method, disable=not shown, unit="pair") as bar:
+            for number, batch in enumerate(own, 1):
+                if number > done:
+                    self._add(batch, means, total)
+                    if partial is not None:
+                        partial.write(total, number, planned, self.batch_size)
+                bar.update(min(len(batch) * self.processes.count, len(self.tokens) - bar.n))
+        if partial is not None and number > done:
+            partial.write(total, number, planned, self.batch_size, last=True)
+        total.reduce(self.processes)
+        self.batch_size = min(self.processes.gather(self.batch_size))
+        return total
+
+    def _means(self, batch_size: int) -> Means | None:
+        if self.setting.baseline != "mean":
+            return None
+        batches = self.processes.share(self.tokens.batches(batch_size))
+        return shared_means(self.setting.model, self.setting.sites, batches, self.processes)
+
+    def _add(self, batch: Batch, means: Means | None, total: Total) -> None:
+        if not self.halving:
+            self._score(batch, means, total)
+            return
+        pieces = deque(batch.split(self.batch_size))
+        while pieces:
+            piece, part = pieces.popleft(), Total(self.setting, self.seed)
+            shortage = out_of_memory(functools.partial(self._score, piece, means, part), last=len(piece) == 1)
+            if shortage is None:
+                total.merge(part)
+                continue
+            self.batch_size = max(1, len(piece) // 2)
+            logger.warning("no memory for %d prompts (%s); going on with %d", len(piece), shortage, self.batch_size)
+            pieces.extendleft(reversed(list(piece.split(self.batch_size))))
+
+    def _score(self, batch: Batch, means: Means | None, total: Total) -> None:
+        rows = 8 * self.batch_size
+        score(self.setting, batch, means, self.chosen, total, rows=rows, verbose=self.verbose and self.processes.first)
+
+
+def out_of_memory(work: Callable[[], None], *, last: bool) -> str | None:
+    """Do the work; None when done, else how memory ran out. When that was the `last` chance, it is raised."""
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:  # torch.cuda.OutOfMemoryError is a RuntimeError
+        message = str(error)
+        known = ("out of memory", "not enough memory", "can't allocate")
+        if last or not (isinstance(error, MemoryError) or any(words in message for words in known)):
+            raise
+    else:
+        return None
+    if torch.cuda.is_available():  # only here, when the frames that hold the batch's tensors are gone
+        torch.cuda.empty_cache()
+    return message.strip().splitlines()[0][:200] if message.strip() else "MemoryError"
+
+
+def score(
+    setting: Setting, batch: Batch, means: Means | None, chosen: Any, total: Total, *, rows: int, verbose: bool
+) -> None:
+    """Add one batch to the total. `here` is the run that gradients are taken on, or that is patched."""
+    here = batch if setting.direction == "noising" else batch.on_corrupt()
+    method, gradients = setting.method, None
+    if method in ("relp", "gradient"):
+        values, gradients = _relp.propagate(setting, here)
+    else:
+        values = run_values(setting.model, here, reads_of(setting.sites))
+    total.add_variance(values)
+    runs = Runs(take_apart(setting.sites, values), base_parts(setting, batch, means))
+    if method == "patching":
+        total.add_scores(_patching.patch(setting, here, runs, chosen, rows, verbose))
+    elif method in ("activation_difference", "random"):
+        total.add_differences(runs)
+    else:
+        if method == "integrated_gradients":
+            gradients = _integrated_gradients.per_site(setting, here, runs, values)
+        elif method == "integrated_gradients_inputs":
+            gradients = _integrated_gradients.along_inputs(setting, here)
+        assert gradients is not None
+        total.add(runs, gradients)
