@@ -22,7 +22,7 @@ class Circuit:
 
     `nodes` has one row a node. `kind` is "neuron", "embedding" (one a position), "logit" (what is explained), "bias"
     (biases; positional embeddings), "remainder" (per position, whatever was left out), "residual" (what the
-    linearisation of pairs or of a metric misses) or "group". `score` is the node's signed support for the target
+    linearisation of pairs or of a metric misses), "group", or from weights "feature", "error", "head" and "skip". `score` is the node's signed support for the target
     through all paths and `share` its share of the target; `flow` is the part of the target that reaches it along edges
     of this circuit alone, and `influence` is circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
 

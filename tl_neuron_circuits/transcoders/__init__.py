@@ -9,3 +9,4 @@ from ._pareto import ParetoFront as ParetoFront
 from ._pareto import pareto as pareto
 from ._report import TrainingReport as TrainingReport
 from ._train import train as train
+from ._trace_feature import trace_feature as trace_feature

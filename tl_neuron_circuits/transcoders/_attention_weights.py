@@ -58,8 +58,7 @@ def attention_weights(model: TransformerLensModel, layer: int) -> AttentionWeigh
     module: Any = submodule(model, f"blocks.{layer}.attn")
     W_V, W_O, b_V, b_O = (getattr(module, name, None) for name in ("W_V", "W_O", "b_V", "b_O"))
     width = int(model.cfg.d_model)
-    fits = isinstance(W_V, Tensor) and isinstance(W_O, Tensor) and W_V.dim() == 3 and W_O.dim() == 3
-    if not fits or W_V.shape[1] != width or W_O.shape[2] != width or W_O.shape[0] % W_V.shape[0]:
+    if not (isinstance(W_V, Tensor) and isinstance(W_O, Tensor) and _fit(W_V, W_O, width)):
         raise UnsupportedModelError(
             f"expected blocks.{layer}.attn.W_V [head, {width}, d_head] and W_O [head, d_head, {width}] on this "
             f"{type(model).__name__}; got {getattr(W_V, 'shape', None)} and {getattr(W_O, 'shape', None)}."
@@ -67,3 +66,8 @@ def attention_weights(model: TransformerLensModel, layer: int) -> AttentionWeigh
     biases = [b.detach() if isinstance(b, Tensor) else None for b in (b_V, b_O)]
     norms = [norm_map(model, f"blocks.{layer}.{name}") for name in ("ln1", "ln1_post")]
     return AttentionWeights(W_V.detach(), W_O.detach(), biases[0], biases[1], norms[0], norms[1])
+
+
+def _fit(W_V: Tensor, W_O: Tensor, width: int) -> bool:
+    both_three = W_V.dim() == 3 and W_O.dim() == 3
+    return both_three and W_V.shape[1] == width == W_O.shape[2] and W_O.shape[0] % W_V.shape[0] == 0

@@ -1,5 +1,6 @@
 """`contributions`: what a feature's pre-activation is made of, one step back."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ..bases import Dictionary
 from ..models import TransformerLensModel
 from ._explained import Target, explained, taken_apart, token_texts
 from ._one_step import OneStep
+from ._paths import head_label
 from ._residual_run import Prompt, ResidualRun, one_prompt, residual_run
 
 _COLUMNS = {
@@ -133,7 +135,10 @@ def _table(run: ResidualRun, step: OneStep) -> pd.DataFrame:
             {"node": label(layer, "", -1, t, kind), "kind": kind, "layer": layer, "contribution": value}
             for layer, value in values.items()
         ]
-    rows += [{"node": name, "kind": "bias", "contribution": value} for name, value in step.constants.items()]
+    for name, value in step.constants.items():
+        found = re.match(r"L(\d+)/", name)
+        place = {} if found is None else {"layer": int(found[1])}
+        rows.append({"node": name, "kind": "bias", "contribution": value, **place})
     parts.append(pd.DataFrame(rows).assign(position=t, token=texts[t]))
     table = pd.concat([part for part in parts if len(part)], ignore_index=True).reindex(columns=list(_COLUMNS))
     table = table.fillna({"layer": -1, "unit": -1}).astype(_COLUMNS)
@@ -144,7 +149,3 @@ def _table(run: ResidualRun, step: OneStep) -> pd.DataFrame:
 def _places(shape: Sequence[int]) -> tuple:
     return tuple(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij"))
 
-
-def head_label(layer: int, head: int, source: int, position: int) -> str:
-    """A head between two positions: it reads at `source` and writes at `position`."""
-    return f"L{layer}/H{head}@{source}→{position}"

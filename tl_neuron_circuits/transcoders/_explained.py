@@ -1,7 +1,6 @@
 """What a circuit from weights explains: a feature's pre-activation, a neuron's, or a logit."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,8 @@ class Explained:
     position: int
     read: Read
     value: float
-    is_logit: bool = False
+    text: str = ""
+    """The token, of a logit."""
 
 
 def feature_of(label: str) -> tuple[int, int]:
@@ -80,8 +80,8 @@ def taken_apart(run: ResidualRun, target: Explained) -> OneStep:
     gap = abs(step.total - target.value)
     if not gap <= allowed * max(1.0, step.size):
         raise NumericalError(
-            f"the contributions to {target.label} sum to {step.total:.6g}, but the model gives it {target.value:.6g}: a "
-            "part of this architecture writes to the residual stream (or normalises it) in a way that circuits from "
+            f"the contributions to {target.label} sum to {step.total:.6g}, but the model gives it {target.value:.6g}: "
+            "a part of this architecture writes to the residual stream (or normalises it) in a way that circuits from "
             "weights do not know. Use attribute(...) or trace(...), which need gradients only."
         )
     return step
@@ -140,7 +140,7 @@ def _logit(run: ResidualRun, token: int) -> Explained:
     constants = {"b_U": constant} | ({} if norm.bias is None else {"ln_final": float(norm.constant(vector))})
     read = Read(position, run.n_layers, run.n_layers, norm.back(vector) / scale, constants)
     value = float(norm.apply(stream).to(vector) @ vector) + constant
-    return Explained(token_names(run.model, [token])[0], run.n_layers, token, position, read, value, is_logit=True)
+    return Explained(f"logit/{token}", run.n_layers, token, position, read, value, token_names(run.model, [token])[0])
 
 
 def _token(model: TransformerLensModel, target: Target, prompt: str | None) -> int:
@@ -151,8 +151,8 @@ def _token(model: TransformerLensModel, target: Target, prompt: str | None) -> i
         return target
     if prompt is None:
         raise SettingsError(
-            f"expected a target such as {_FORM}; got {target!r}. A token as text is read in the context of a prompt given "
-            "as text: give the token's number, or the prompt as text."
+            f"expected a target such as {_FORM}; got {target!r}. A token as text is read in the context of a prompt "
+            "given as text: give the token's number, or the prompt as text."
         )
     try:
         return int(tokenise(model, PromptPairs(clean=[prompt], answer=[target])).answer[0])
@@ -160,6 +160,6 @@ def _token(model: TransformerLensModel, target: Target, prompt: str | None) -> i
         raise SettingsError(f"expected a target such as {_FORM}; got {target!r}: {error}") from error
 
 
-def token_texts(model: TransformerLensModel, tokens: Tensor) -> Sequence[str]:
+def token_texts(model: TransformerLensModel, tokens: Tensor) -> list[str]:
     """Every token of a prompt as text."""
     return token_names(model, tokens.tolist())

@@ -13,12 +13,11 @@ Source: Dunefsky, Chlenski and Nanda 2024, arXiv 2406.11944; METHODS.md 4.3.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ._norm_maps import NormMap
-from ._residual_run import MLPWrites, ResidualRun
+from ._residual_run import ResidualRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +99,7 @@ def one_step(run: ResidualRun, read: Read) -> OneStep:
     constants = dict(read.constants)
     for layer in range(read.mlps):
         writes = run.mlps[layer]
-        u = write_vector(writes, t, v)
+        u = run.write_vector(layer, t, v)
         if writes.features is not None and writes.dictionary is not None:
             units, activations = writes.features.units[t], writes.features.values[t]
             decoder = writes.dictionary.W_dec
@@ -123,13 +122,6 @@ def one_step(run: ResidualRun, read: Read) -> OneStep:
     positional = None if run.positional is None else float(run.positional[t].to(v) @ v)
     embedding = float(run.embedding[t].to(v) @ v)
     return OneStep(read, embedding, positional, tuple(features), errors, skips, heads, constants)
-
-
-def write_vector(writes: MLPWrites, position: int, v: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-    """A vector that reads the residual stream, as it reads what an MLP's dictionary writes."""
-    if writes.post_scale is None:
-        return v
-    return writes.post.back(v) / writes.post_scale[position].to(v)
 
 
 def _before_heads(run: ResidualRun, layer: int, position: int, v: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -159,9 +151,9 @@ def feature_read(run: ResidualRun, layer: int, unit: int, position: int) -> Read
 
 def skip_read(run: ResidualRun, layer: int, position: int, v: Float[Tensor, " d_model"]) -> Read:
     """What reads a skip path's output, as it reads the residual stream before that MLP."""
-    reading, writes = run.readings[layer], run.mlps[layer]
+    reading = run.readings[layer]
     assert reading.dictionary.W_skip is not None
-    v = reading.dictionary.W_skip.to(v).mT @ write_vector(writes, position, v)
+    v = reading.dictionary.W_skip.to(v).mT @ run.write_vector(layer, position, v)
     return read_through_norm(run, reading.stream, reading.norm, position, reading.layer, v, f"L{layer}/norm")
 
 

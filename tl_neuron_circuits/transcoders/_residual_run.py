@@ -27,9 +27,9 @@ Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 class Features:
     """The features of one layer that fire, on one prompt."""
 
-    units: Sequence[Int[Tensor, " active"]]
+    units: Sequence[Int[Tensor, " _"]]
     """By position."""
-    values: Sequence[Float[Tensor, " active"]]
+    values: Sequence[Float[Tensor, " _"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +96,13 @@ class ResidualRun:
             written = torch.einsum("thk,hkd->td", z, weights.W_O.to(z))
             found.append(weights.post.scale(written if weights.b_O is None else written + weights.b_O.to(z)))
         return found
+
+    def write_vector(self, layer: int, position: int, v: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+        """A vector that reads the residual stream, as it reads what an MLP's dictionary writes."""
+        writes = self.mlps[layer]
+        if writes.post_scale is None:
+            return v
+        return writes.post.back(v) / writes.post_scale[position].to(v)
 
     def neuron(self, layer: int, unit: int, position: int) -> float:
         """What enters a neuron's nonlinearity."""
