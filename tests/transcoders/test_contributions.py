@@ -104,7 +104,9 @@ def test_encoders_of_every_kind_add_up_and_fire_as_they_say(kind: str) -> None:
     make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     dictionaries = []
     for layer in range(N_LAYERS):
-        names = {"gated": ("r_mag", "b_gate", "b_mag"), "jumprelu_transcoder": ("b_enc", "threshold")}.get(kind, ("b_enc",))
+        names = {"gated": ("r_mag", "b_gate", "b_mag"), "jumprelu_transcoder": ("b_enc", "threshold")}.get(
+            kind, ("b_enc",)
+        )
         tensors = {"W_enc": make(16, 12) / 3, "W_dec": make(12, 16) / 3, "b_dec": make(16)}
         tensors |= {name: make(12).abs() / 3 for name in names}
         hooks = {"hook_in": f"blocks.{layer}.ln2.hook_normalized", "hook_out": f"blocks.{layer}.hook_mlp_out"}

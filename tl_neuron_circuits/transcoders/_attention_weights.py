@@ -43,10 +43,10 @@ class AttentionWeights:
             return reads, torch.zeros_like(reads[..., 0])
         return reads, torch.einsum("gk,...grk->...gr", self.b_V.to(v), grouped).flatten(-2)
 
-    def write_of(self, x: Float[Tensor, "*batch d_model"], head: int) -> Float[Tensor, "*batch d_model"]:
-        """x W_V W_O of one head: what it writes of a normalised residual stream, without biases."""
+    def read_of_one(self, v: Float[Tensor, "*batch d_model"], head: int) -> Float[Tensor, "*batch d_model"]:
+        """W_V W_O v of one head: what reads the normalised residual stream, without b_V."""
         value_head = head // (self.n_heads // len(self.W_V))
-        return x @ self.W_V[value_head].to(x) @ self.W_O[head].to(x)
+        return v @ self.W_O[head].to(v).mT @ self.W_V[value_head].to(v).mT
 
 
 def attention_weights(model: TransformerLensModel, layer: int) -> AttentionWeights:

@@ -148,4 +148,3 @@ def _table(run: ResidualRun, step: OneStep) -> pd.DataFrame:
 
 def _places(shape: Sequence[int]) -> tuple:
     return tuple(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij"))
-

@@ -22,9 +22,7 @@ from ._residual_run import ResidualRun
 Rows = list[dict[str, Any]]
 
 
-def graph_rows(
-    run: ResidualRun, target: Explained, nodes: Sequence[Node], texts: Sequence[str]
-) -> tuple[Rows, Rows]:
+def graph_rows(run: ResidualRun, target: Explained, nodes: Sequence[Node], texts: Sequence[str]) -> tuple[Rows, Rows]:
     """Rows of nodes and of edges.
 
     Args:
@@ -42,8 +40,8 @@ def graph_rows(
         graph.expand(node.name, read, factor)
     rows += _ends(run, graph.edges, texts)
     goal = {
-        "node": target.label, "label": target.text or target.label, "kind": "logit", "layer": run.n_layers, "unit": target.unit,
-        "position": target.position, "token": target.text or texts[target.position],
+        "node": target.label, "label": target.text or target.label, "kind": "logit", "layer": run.n_layers,
+        "unit": target.unit, "position": target.position, "token": target.text or texts[target.position],
         "activation": target.value, "change": target.value, "sign": int(np.sign(target.value)), "score": target.value,
     }  # fmt: skip
     return [*rows, goal], graph.edges

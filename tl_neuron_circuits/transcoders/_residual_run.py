@@ -37,6 +37,8 @@ class MLPWrites:
     """What one MLP writes, in terms of its dictionary; the error is all of it where there is none."""
 
     dictionary: Dictionary | None
+    hook_in: str
+    """What the dictionary reads; empty without one."""
     features: Features | None
     error: Float[Tensor, "pos d_model"]
     skip: Float[Tensor, "pos d_model"] | None
@@ -163,7 +165,7 @@ def _values(model: TransformerLensModel, tokens: Tensor, names: list[str]) -> Va
 
 def _writes(model: TransformerLensModel, layer: int, site: Site | None, values: Mapping[str, Tensor]) -> MLPWrites:
     if site is None:
-        return MLPWrites(None, None, values[f"blocks.{layer}.hook_mlp_out"], None, NO_NORM, None)
+        return MLPWrites(None, "", None, values[f"blocks.{layer}.hook_mlp_out"], None, NO_NORM, None)
     parts = site.take_apart({name: values[name][None] for name in site.reads})
     nodes = parts.nodes[0]
     units = [row.nonzero().flatten() for row in nodes]
@@ -173,7 +175,8 @@ def _writes(model: TransformerLensModel, layer: int, site: Site | None, values: 
     skip = parts.vectors.get("skip")
     dictionary: Dictionary = site.dictionary  # pyright: ignore[reportAttributeAccessIssue]
     error = parts.vectors["error"][0]
-    return MLPWrites(dictionary, features, error, None if skip is None else skip[0], post, scale)
+    hook_in: str = site.hook_in  # pyright: ignore[reportAttributeAccessIssue]
+    return MLPWrites(dictionary, hook_in, features, error, None if skip is None else skip[0], post, scale)
 
 
 def one_prompt(model: TransformerLensModel, prompt: Prompt, prepend_bos: bool | None = None) -> Int[Tensor, "1 pos"]:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-
 from .._errors import DictionaryError, SettingsError
 from .._files import versions
 from .._typing import checked
@@ -84,8 +83,8 @@ def trace_feature(
     )  # fmt: skip
     if not paths:
         raise SettingsError(
-            f"no feature, head or embedding contributes to {target.label} = {target.value:.4g}. Try rank='absolute', or "
-            "keep_bos=True."
+            f"no feature, head or embedding contributes to {target.label} = {target.value:.4g}. Try rank='absolute', "
+            "or keep_bos=True."
         )
     texts = token_texts(model, run.tokens)
     nodes = {node for path in paths for node in path.nodes if node.kind != "embedding"}
