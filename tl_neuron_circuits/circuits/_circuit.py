@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class Circuit:
     """Nodes and the direct effects between them.
 
-    `nodes` has one row a node. `kind` is "neuron", "embedding" (one a position), "logit" (what is explained), "bias"
-    (biases; positional embeddings), "remainder" (per position, whatever was left out), "residual" (what the
-    linearisation of pairs or of a metric misses) or "group". `score` is the node's signed support for the target
-    through all paths and `share` its share of the target; `flow` is the part of the target that reaches it along edges
-    of this circuit alone, and `influence` is circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
+    `nodes` has one row a node. `kind` is "neuron", "feature", "embedding" (one a position), "logit" (what is
+    explained), "bias" (biases; positional embeddings), "remainder" (per position, whatever was left out), "residual"
+    (what the linearisation of pairs or of a metric misses), "error" (what a dictionary misses), "head" or "skip" (from
+    weights), or "group". `score` is the node's signed support for the target through all paths and `share` its share of
+    the target; `flow` is the part of the target that reaches it along edges of this circuit alone, and `influence` is
+    circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
 
     `edges` has one row an edge, largest |attribution| first. `weight` is the part of the target node's `change` (its
     activation minus the baseline's) that comes directly from the source, `attribution` that part of the target node's

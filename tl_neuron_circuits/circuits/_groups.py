@@ -143,4 +143,6 @@ def _without_position(node: object) -> str:
         return neuron_label(node.layer, "N", node.unit, -1, "node")  # pyright: ignore[reportAttributeAccessIssue]
     if kind == "embedding":
         return f"embed/{node.token}"  # pyright: ignore[reportAttributeAccessIssue]
-    return name.rpartition("@")[0] if kind in ("remainder", "error", "feature") and "@" in name else name
+    return (
+        name.rpartition("@")[0] if kind in ("remainder", "error", "feature", "head", "skip") and "@" in name else name
+    )

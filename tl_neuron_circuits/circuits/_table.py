@@ -27,7 +27,7 @@ EDGE_COLUMNS = {
     "relative": "float64",
     "attribution": "float64",
 }
-CHOSEN = ("neuron", "feature", "group")
+CHOSEN = ("neuron", "feature", "head", "skip", "group")
 """Kinds of nodes that pruning may drop; their scores stand beside each other."""
 ENDS = ("embedding", "bias", "remainder", "residual", "error")
 """Kinds without incoming edges: where flow ends."""

@@ -11,7 +11,7 @@ from ..circuits import Circuit
 from ._style import PALETTE, finish, say, translucent
 
 _ENDS = ("bias", "remainder", "residual", "error")
-_SYMBOLS = {"logit": "square", "embedding": "square", "group": "hexagon"}
+_SYMBOLS = {"logit": "square", "embedding": "square", "group": "hexagon", "head": "diamond"}
 _WIDTHS = (0.5, 1.0, 2.0, 3.5)
 """Plotly has one width a line, so edges are drawn in as many strengths."""
 

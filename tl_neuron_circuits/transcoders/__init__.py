@@ -1,9 +1,16 @@
 """Transcoders and SAEs: training, fidelity, and the front of sparsity against fidelity."""
 
 from ._config import TrainingConfig as TrainingConfig
+from ._connections import connections as connections
+from ._connections import pull_back as pull_back
+from ._contributions import Contributions as Contributions
+from ._contributions import contributions as contributions
+from ._feature_tokens import deembed as deembed
+from ._feature_tokens import logit_weights as logit_weights
 from ._fidelity import Fidelity as Fidelity
 from ._fidelity import fidelity as fidelity
 from ._pareto import ParetoFront as ParetoFront
 from ._pareto import pareto as pareto
 from ._report import TrainingReport as TrainingReport
+from ._trace_feature import trace_feature as trace_feature
 from ._train import train as train

@@ -2,11 +2,12 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const CHOSEN = new Set(["neuron", "feature", "group"]);
+const CHOSEN = new Set(["neuron", "feature", "head", "skip", "group"]);
 const REST = new Set(["bias", "remainder", "residual", "error"]);
 const KINDS = {
   neuron: "neuron", feature: "feature", group: "group", embedding: "embedding", logit: "logit", bias: "bias",
-  remainder: "what was left out", residual: "what is not linear", error: "error",
+  remainder: "what was left out", residual: "what is not linear", error: "error", head: "attention head",
+  skip: "skip path",
 };
 
 const NODES = data.nodes.node.map((name, index) => {
@@ -115,7 +116,7 @@ const where = (node) => {
 };
 const nameOf = (node) => {
   const label = showToken(node.label);
-  if (node.kind === "logit") return "logit “" + label + "”";
+  if (node.kind === "logit") return node.label === node.node ? label : "logit “" + label + "”";
   return node.kind === "embedding" ? "embedding “" + label + "”" : label;
 };
 

@@ -2,6 +2,7 @@
 // that none covers another; rows and columns are as large as their fullest cell.
 
 const TEXT = 6.8, GAP = 3, AXIS_WIDTH = 86, LABELS_BELOW = 38;
+const LETTERS = { neuron: "N", feature: "F", head: "H" };
 const LARGEST = Math.max(1e-12, ...NODES.filter((node) => CHOSEN.has(node.kind)).map(sizeOf));
 const DEEPEST = Math.max(data.n_layers - 1, ...NODES.filter((node) => CHOSEN.has(node.kind)).map((node) => node.layer));
 
@@ -16,7 +17,7 @@ function captionOf(node, few, letters) {
   if (node.kind === "bias" || node.kind === "residual") return shorten(clean(node.node), 22);
   if (!CHOSEN.has(node.kind)) return node.position < 0 ? shorten(clean(node.label), letters + 1) : "";
   if (node.label !== node.node) return shorten(clean(node.label), letters + 5);
-  return few && letters > 8 && node.unit >= 0 ? "N" + node.unit : "";
+  return few && letters > 8 && node.unit >= 0 && LETTERS[node.kind] ? LETTERS[node.kind] + node.unit : "";
 }
 
 function boxOf(node, few, letters) {

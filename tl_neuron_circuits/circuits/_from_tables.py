@@ -1,0 +1,29 @@
+"""Circuits from rows of nodes and edges that some other method found."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import pandas as pd
+
+from ._assemble import relative_weights
+from ._circuit import Circuit
+from ._table import complete, edge_table, node_table
+
+
+def from_tables(
+    nodes: Collection[dict], edges: Collection[dict], target_value: float, settings: Mapping[str, Any]
+) -> Circuit:
+    """A circuit whose relative weights, flow, influence and shares follow from its scores and attributions.
+
+    Args:
+        nodes: rows with entries of `NODE_COLUMNS`; what is missing is neutral. Scores are needed of the logits and of
+            every node with incoming edges.
+        edges: rows with source, target, weight and attribution; those of one pair are added up.
+        target_value: what the circuit explains.
+        settings: as `trace` writes them.
+    """
+    table = node_table(nodes)
+    frame = pd.DataFrame(list(edges), columns=["source", "target", "weight", "attribution"])
+    frame = frame.groupby(["source", "target"], sort=False, as_index=False)[["weight", "attribution"]].sum()
+    frame["relative"] = relative_weights(table, frame)
+    return Circuit(complete(table, frame, target_value), edge_table(frame), {**settings, "target_value": target_value})

@@ -1,0 +1,173 @@
+"""Features against the vocabulary, without a prompt: what tokens they read, and what tokens they write.
+
+    deembed          value(token) = W_E[token] . r(f),            r the encoder pulled back to the residual stream
+    through a head   value(token) = W_E[token] . W_V W_O r(f)     (what the head would carry over from that token)
+    logit_weights    value(token) = N_final(W_dec[f]) . W_U[:, token], minus its mean over the vocabulary
+
+Norms are linear, with their scale set to one. Source: Dunefsky et al. 2024, arXiv 2406.11944; METHODS.md 4.3.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .._errors import SettingsError, UnsupportedModelError
+from .._typing import checked
+from ..bases import Dictionary
+from ..interventions import token_names
+from ..models import TransformerLensModel, submodule
+from ._norm_maps import norm_map
+from ._pulled_back import Head, by_layer, decoders, probed, pulled_back
+from ._residual_run import ResidualRun
+
+_CHUNK = 2**26
+
+
+@checked
+def deembed(
+    model: TransformerLensModel,
+    dictionaries: Sequence[Dictionary],
+    features: str | Sequence[str],
+    *,
+    head: Head | None = None,
+    k: int = 10,
+) -> pd.DataFrame:
+    """The tokens whose embeddings excite and inhibit a feature most.
+
+    Directly, it says which tokens the feature fires on by the embedding alone, without earlier layers; through a head,
+    which tokens excite it from where that head attends. Positional embeddings are left out.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        dictionaries: transcoders, the features' among them.
+        features: one label or several, such as "L3/F17".
+        head: (layer, head) to read through, at or before the feature's layer.
+        k: tokens each way.
+
+    Returns:
+        Columns label, direction ("top" or "bottom"), rank (from 0), token, token_id, value.
+
+    Raises:
+        SettingsError: a feature or head that is not there; k below 1.
+        DictionaryError: a dictionary that does not fit; see `contributions`.
+        UnsupportedModelError: the model normalises its embeddings (BLOOM), or has no W_E.
+
+    Source: Dunefsky, Chlenski and Nanda 2024, arXiv 2406.11944; METHODS.md 4.3.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model, transcoders = tnc.load_demo_model(), tnc.load_demo_dictionaries("transcoder")
+        >>> len(tnc.transcoders.deembed(model, transcoders, "L1/F7", head=(0, 1), k=3))
+        6
+    """
+    run = probed(model, dictionaries)
+    embedding = embeddings_of(model)
+    tables = []
+    for layer, units in by_layer(run, features).items():
+        reads = pulled_back(run, layer, units, head)
+        tables.append(token_table(model, list(reads.labels), embedding, reads.vectors, k))
+    return pd.concat(tables, ignore_index=True)
+
+
+@checked
+def logit_weights(
+    model: TransformerLensModel, dictionaries: Sequence[Dictionary], features: str | Sequence[str], *, k: int = 10
+) -> pd.DataFrame:
+    """The tokens whose logits a feature raises and lowers directly, through the residual stream alone.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        dictionaries: transcoders, or SAEs on MLP outputs.
+        features: one label or several, such as "L3/F17".
+        k: tokens each way.
+
+    Returns:
+        Columns label, direction ("top" or "bottom"), rank (from 0), token, token_id, value.
+
+    Raises:
+        SettingsError: a feature that is not there; k below 1.
+        DictionaryError: a dictionary that does not fit; see `contributions`.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model, transcoders = tnc.load_demo_model(), tnc.load_demo_dictionaries("transcoder")
+        >>> len(tnc.transcoders.logit_weights(model, transcoders, ["L3/F7", "L3/F8"], k=5))
+        20
+    """
+    run = probed(model, dictionaries)
+    unembedding: Any = getattr(submodule(model, "unembed"), "W_U", None)
+    if not isinstance(unembedding, Tensor):
+        raise UnsupportedModelError("expected unembed.W_U on this model.")
+    tables = []
+    for layer, units in by_layer(run, features).items():
+        written = norm_map(model, "ln_final").along(decoders(run, layer, torch.tensor(units)))
+        labels = [f"L{layer}/F{unit}" for unit in units]
+        tables.append(token_table(model, labels, unembedding.detach().mT, written, k, centred=True))
+    return pd.concat(tables, ignore_index=True)
+
+
+def head_norms(run: ResidualRun, layer: int, unit: int) -> pd.DataFrame:
+    """How long a feature's read vector is after each head's W_V W_O: columns layer, head, norm, longest first."""
+    direct = pulled_back(run, layer, [unit])
+    rows = []
+    for head_layer in range(direct.attentions):
+        weights = run.attentions[head_layer]
+        reads = weights.norm.back(weights.read_of(weights.post.back(direct.vectors[0]))[0])
+        rows += [(head_layer, head, norm) for head, norm in enumerate(reads.norm(dim=-1).tolist())]
+    frame = pd.DataFrame(rows, columns=["layer", "head", "norm"])
+    return frame.sort_values("norm", ascending=False, kind="stable", ignore_index=True)
+
+
+def embeddings_of(model: TransformerLensModel) -> Float[Tensor, "d_vocab d_model"]:
+    """W_E.
+
+    Raises:
+        UnsupportedModelError: there is none of the model's width, or a norm follows it.
+    """
+    embedding: Any = getattr(submodule(model, "embed"), "W_E", None)
+    width = int(model.cfg.d_model)
+    if not isinstance(embedding, Tensor) or embedding.dim() != 2 or embedding.shape[1] != width:
+        raise UnsupportedModelError(f"expected embed.W_E of [d_vocab, {width}] on this {type(model).__name__}.")
+    if getattr(model.cfg, "post_embedding_ln", False) or norm_map(model, "embed_ln").normalises:
+        raise UnsupportedModelError(
+            "this model normalises its embeddings, token by token, so W_E alone says nothing. Use contributions(...) "
+            "on prompts."
+        )
+    return embedding.detach()
+
+
+def token_table(
+    model: TransformerLensModel,
+    labels: Sequence[str],
+    tokens: Float[Tensor, "d_vocab d_model"],
+    vectors: Float[Tensor, "feature d_model"],
+    k: int,
+    *,
+    centred: bool = False,
+) -> pd.DataFrame:
+    """The largest and smallest products of every vector with the vocabulary, in chunks of features.
+
+    Raises:
+        SettingsError: k below 1.
+    """
+    if k < 1:
+        raise SettingsError(f"expected k of at least 1; got {k}.")
+    rows, step = [], max(1, _CHUNK // len(tokens))
+    for start in range(0, len(vectors), step):
+        part = vectors[start : start + step].to(tokens.device)
+        values = part @ tokens.to(part).mT
+        values = values - values.mean(1, keepdim=True) if centred else values
+        for direction, largest in (("top", True), ("bottom", False)):
+            found = values.topk(min(k, values.shape[1]), dim=1, largest=largest)
+            for label, sizes, ids in zip(
+                labels[start : start + step], found.values.tolist(), found.indices.tolist(), strict=True
+            ):
+                names = token_names(model, ids)
+                rows += [
+                    (label, direction, rank, *entry) for rank, entry in enumerate(zip(names, ids, sizes, strict=True))
+                ]
+    return pd.DataFrame(rows, columns=["label", "direction", "rank", "token", "token_id", "value"])
