@@ -171,7 +171,7 @@ def test_generate_steers_positions_in_the_prompt_and_free_nodes_everywhere(case:
     keys: list[int] = []
     greedy([("blocks.0.attn.hook_pattern", lambda value, hook: keys.append(value.shape[-1]) or value)])
     if keys[-1] < keys[0]:
-        # TransformerLens 3.9 and 4.3 hand the cache over under a name that transformers 5.24 no longer reads: it stays empty.
+        # The cache stays empty: transformers 5.24 no longer reads the name under which TransformerLens hands it over.
         with pytest.raises(SettingsError, match="use_past_kv_cache=False"):
             greedy(hooks)
         return
