@@ -8,7 +8,8 @@ Positions count the tokens of the prompt from 0, BOS and padding included. In `g
 pass that continues a key-value cache is not touched by them (the cached keys and values keep what the prompt's pass
 computed), and without a cache every pass contains the prompt again, so both give the same text. Nodes without a
 position are steered at every position, generated ones included. The two kinds of passes are told apart by the shape
-[.., query, key] of an attention pattern.
+[.., query, key] of an attention pattern. (A TransformerBridge whose cache stays empty, as with transformers 5.24, gives
+wrong text with or without steering; there positions raise, and `use_past_kv_cache=False` is right.)
 Source: METHODS 1.7.
 """
 
@@ -31,6 +32,10 @@ Amount = int | float | Float[Tensor, "..."]
 """One number for all nodes, or a tensor [node], or [batch, node]: nodes in the order given."""
 How = Literal["scale", "value", "add"]
 
+_EMPTY_CACHE = (
+    " If this is generate(...) on a TransformerBridge, its key-value cache is empty and generated tokens see only "
+    "themselves (TransformerLens 3.9 and 4.3 with transformers 5.24): call generate(..., use_past_kv_cache=False)."
+)
 _CHANGES: dict[How, Callable[[Tensor, Any], Tensor]] = {
     "scale": lambda x, amount: x * amount,
     "value": lambda x, amount: torch.as_tensor(amount).to(x).expand_as(x),
@@ -152,7 +157,7 @@ class _Edit:
         if int(self.positions.max()) >= length:
             raise SettingsError(
                 f"expected positions below {length}, the tokens of this prompt; got {int(self.positions.max())} at "
-                f"{self.hook}."
+                f"{self.hook}.{_EMPTY_CACHE if length == 1 else ''}"
             )
 
 
