@@ -6,6 +6,7 @@ from ._cluster import cluster as cluster
 from ._examples import Example as Example
 from ._examples import StrongestExamples as StrongestExamples
 from ._examples import strongest_examples as strongest_examples
+from ._highlight import highlight as highlight
 from ._logit_effects import LogitEffects as LogitEffects
 from ._logit_effects import logit_effects as logit_effects
 from ._profiles import Profiles as Profiles

@@ -1,10 +1,12 @@
-"""Transcoders and SAEs: training, fidelity, and the front of sparsity against fidelity."""
+"""Transcoders and SAEs: training, fidelity, the front of sparsity against fidelity, and circuits from weights."""
 
 from ._config import TrainingConfig as TrainingConfig
 from ._connections import connections as connections
 from ._connections import pull_back as pull_back
 from ._contributions import Contributions as Contributions
 from ._contributions import contributions as contributions
+from ._dashboard import FeatureDashboard as FeatureDashboard
+from ._dashboard import feature_dashboard as feature_dashboard
 from ._feature_tokens import deembed as deembed
 from ._feature_tokens import logit_weights as logit_weights
 from ._fidelity import Fidelity as Fidelity

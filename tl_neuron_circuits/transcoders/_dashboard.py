@@ -1,0 +1,238 @@
+"""`feature_dashboard`: what there is to know about one feature, from weights and from data, on one page.
+
+With `restricted` nothing on it comes from the feature's own activations: no examples, no frequency, no largest value.
+What is left (weights, earlier features, their means over data) is what a blind case study may look at: guess first,
+then look. Source: Dunefsky et al. 2024, arXiv 2406.11944; METHODS.md 4.3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .._errors import NumericalError, SettingsError
+from .._typing import checked
+from ..bases import Dictionary
+from ..explain import Example
+from ..interventions import text_pieces
+from ..models import TransformerLensModel
+from ._connections import pulled_table
+from ._explained import feature_of
+from ._feature_means import feature_activations, feature_means
+from ._feature_tokens import embeddings_of, head_norms, logit_weights, token_table
+from ._pulled_back import Head, probed, pulled_back, reading_at
+from ._residual_run import ResidualRun
+
+BANDS = 5
+WINDOW = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Band:
+    """Positions whose activation lies above `low` and up to `high`, and some of them as examples."""
+
+    low: float
+    high: float
+    count: int
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Firing:
+    """How a feature fires on data: the share of positions, how many were read, the largest activation, examples."""
+
+    frequency: float
+    positions: int
+    largest: float
+    bands: tuple[Band, ...]
+    """From strong to weak."""
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One way into a feature, directly or through a head: tokens and earlier features that excite and inhibit it."""
+
+    head: Head | None
+    tokens: pd.DataFrame
+    """As `deembed` gives them."""
+    features: pd.DataFrame | None
+    """As `pull_back` gives them, and in `reads` three tokens that excite each; None where nothing writes before."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureDashboard:
+    """What `feature_dashboard` returns; `to_html` writes it as a page."""
+
+    feature: str
+    model: str
+    firing: Firing | None
+    """None when restricted."""
+    logits: pd.DataFrame
+    """As `logit_weights` gives them."""
+    heads: pd.DataFrame
+    """Columns layer, head, norm: how long the feature's read vector is after each head's W_V W_O, longest first."""
+    routes: tuple[Route, ...]
+    """Directly, then through the strongest heads."""
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one self-contained HTML file, which needs no network."""
+        from ._dashboard_page import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+    def __repr__(self) -> str:
+        if self.firing is None:
+            return f"FeatureDashboard({self.feature} of {self.model}, restricted)"
+        fires = f"fires on {self.firing.frequency:.3%} of {self.firing.positions:,} positions"
+        return f"FeatureDashboard({self.feature} of {self.model}, {fires}, up to {self.firing.largest:.3g})"
+
+    def _repr_html_(self) -> str:
+        from ._dashboard_page import body
+
+        return f"<p>{self!r}</p>{body(self)}"
+
+
+@checked
+def feature_dashboard(
+    model: TransformerLensModel,
+    dictionaries: Sequence[Dictionary],
+    feature: str,
+    tokens: Int[Tensor, "prompt pos"],
+    *,
+    path: str | Path | None = None,
+    restricted: bool = False,
+    k: int = 10,
+    heads: int = 3,
+    examples: int = 5,
+    ignore_tokens: tuple[int, ...] = (),
+    batch_size: int = 32,
+    seed: int = 0,
+) -> FeatureDashboard:
+    """One feature's tokens, logits, earlier features, heads and examples.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        dictionaries: transcoders, at most one a layer.
+        feature: its label, such as "L3/F17".
+        tokens: prompts on which it fires, or over which earlier features are averaged.
+        path: of the HTML file to write; None writes none.
+        restricted: leave out everything that comes from the feature's own activations.
+        k: tokens and features each way.
+        heads: how many of the strongest heads are shown.
+        examples: shown a band; the strongest of the uppermost, a random choice of the others.
+        ignore_tokens: positions with these tokens (padding, BOS) do not count.
+        batch_size: prompts in one pass.
+        seed: of that choice.
+
+    Returns:
+        Everything as tables, with `.to_html(path)`.
+
+    Raises:
+        SettingsError: the feature is not there, no position counts, or a number below 1.
+        DictionaryError: a dictionary that does not fit; see `contributions`.
+        NumericalError: an activation is not finite.
+
+    Source: Dunefsky, Chlenski and Nanda 2024, arXiv 2406.11944; METHODS.md 4.3.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model, transcoders = tnc.load_demo_model(), tnc.load_demo_dictionaries("transcoder")
+        >>> tokens = model.to_tokens(["Austin is in Texas.", "The dog near the cats barks."])
+        >>> tnc.transcoders.feature_dashboard(model, transcoders, "L1/F7", tokens, path="f.html", restricted=True)
+        FeatureDashboard(L1/F7 of demo-gelu, restricted)
+    """
+    if min(k, examples) < 1 or heads < 0:
+        raise SettingsError(
+            f"expected k and examples of at least 1, heads of at least 0; got {k}, {examples}, {heads}."
+        )
+    layer, unit = feature_of(feature)
+    run = probed(model, dictionaries)
+    reading = reading_at(run, layer)
+    if not unit < reading.dictionary.d_dict:
+        raise SettingsError(f"expected a feature below {reading.dictionary.d_dict} in layer {layer}; got {unit}.")
+    firing = None
+    if not restricted:
+        values = feature_activations(model, reading.dictionary, reading.hook_in, unit, tokens, batch_size)
+        counts = ~torch.isin(tokens.cpu(), torch.tensor(ignore_tokens, dtype=tokens.dtype))
+        firing = _firing(model, tokens.cpu(), values, counts, examples, seed)
+    norms = head_norms(run, layer, unit)
+    strongest: list[Any] = [(int(row.layer), int(row.head)) for row in norms.head(heads).itertuples()]
+    means = feature_means(model, run, tokens, ignore_tokens, batch_size)
+    routes = tuple(_route(run, layer, unit, head, means, k) for head in (None, *strongest))
+    logits = logit_weights(model, dictionaries, feature, k=k)
+    name = str(getattr(model.cfg, "model_name", "unknown"))
+    made = FeatureDashboard(f"L{layer}/F{unit}", name, firing, logits, norms, routes)
+    if path is not None:
+        made.to_html(path)
+    return made
+
+
+def _route(run: ResidualRun, layer: int, unit: int, head: Head | None, means: dict[int, Tensor], k: int) -> Route:
+    reads = pulled_back(run, layer, [unit], head)
+    before = any(run.mlps[earlier].dictionary is not None for earlier in range(reads.mlps))
+    tokens = token_table(run.model, list(reads.labels), embeddings_of(run.model), reads.vectors, k)
+    return Route(head, tokens, _with_tokens(run, pulled_table(run, reads, means, k)) if before else None)
+
+
+def _with_tokens(run: ResidualRun, features: pd.DataFrame) -> pd.DataFrame:
+    """The same with what each feature reads by embedding; empty for an SAE's."""
+    embedding, reads = embeddings_of(run.model), {}
+    for layer, rows in features.groupby("layer", sort=False):
+        if layer in run.readings:
+            found = pulled_back(run, int(layer), sorted(set(rows["unit"])))  # pyright: ignore[reportArgumentType]
+            table = token_table(run.model, list(found.labels), embedding, found.vectors, 3)
+            top = table[table["direction"] == "top"].groupby("label")["token"]
+            reads |= top.agg(lambda tokens: " ".join(token.strip() for token in tokens)).to_dict()
+    return features.assign(reads=features["source"].map(reads).fillna(""))
+
+
+def _firing(
+    model: TransformerLensModel,
+    tokens: Int[Tensor, "prompt pos"],
+    values: Float[Tensor, "prompt pos"],
+    counts: Bool[Tensor, "prompt pos"],
+    examples: int,
+    seed: int,
+) -> Firing:
+    if not counts.any():
+        raise SettingsError("expected tokens with positions that are not ignored; got none.")
+    if not torch.isfinite(values).all():
+        raise NumericalError("the feature's activations are not finite on these tokens. Run the model in float32.")
+    values = torch.where(counts, values, 0.0)
+    largest, generator = float(values.max()), torch.Generator().manual_seed(seed)
+    bands = []
+    for number in reversed(range(BANDS)) if largest > 0 else ():
+        low, high = largest * number / BANDS, largest * (number + 1) / BANDS
+        top = number == BANDS - 1
+        places = ((values > low) & ((values <= high) | top)).nonzero()
+        order = values[places[:, 0], places[:, 1]].argsort(descending=True, stable=True)
+        order = order if top else order[torch.randperm(len(order), generator=generator)]
+        chosen = _of_different_prompts(places[order].tolist(), examples)
+        bands.append(Band(low, high, len(places), tuple(_example(model, tokens, values, counts, *place) for place in chosen)))
+    frequency = float((values[counts] > 0).double().mean())
+    return Firing(frequency, int(counts.sum()), largest, tuple(bands))
+
+
+def _of_different_prompts(places: Sequence[Sequence[int]], count: int) -> list[tuple[int, int]]:
+    first: dict[int, int] = {}
+    for prompt, position in places:
+        first.setdefault(prompt, position)
+        if len(first) == count:
+            break
+    return list(first.items())
+
+
+def _example(
+    model: TransformerLensModel, tokens: Tensor, values: Tensor, counts: Tensor, prompt: int, position: int
+) -> Example:
+    """The text around a position, without what does not count."""
+    pieces = text_pieces(model, tokens[prompt])
+    around = range(max(0, position - WINDOW), min(position + WINDOW // 2, len(pieces)))
+    shown = [place for place in around if counts[prompt, place]]
+    texts, numbers = tuple(pieces[place] for place in shown), values[prompt, shown].tolist()
+    return Example(prompt, texts, tuple(numbers), shown.index(position))
