@@ -138,15 +138,14 @@ def pulled_table(run: ResidualRun, reads: PulledBack, means: dict[int, Tensor] |
         weights = torch.cat([reads.vectors[start : start + step] @ part.mT for part in written], dim=1)
         average = None if means is None else torch.cat([means[layer] for layer in layers]).to(weights)
         values = weights if average is None else weights * average
-        for direction, largest in (("top", True), ("bottom", False)):
-            found = values.topk(min(k, values.shape[1]), dim=1, largest=largest).indices.tolist()
-            for number, ids in enumerate(found):
-                for rank, index in enumerate(ids):
+        for number, label in enumerate(reads.labels[start : start + step]):
+            for direction, largest in (("top", True), ("bottom", False)):
+                best = values[number].topk(min(k, values.shape[1]), largest=largest).indices.tolist()
+                for rank, index in enumerate(best):
                     layer, unit = place[index]
                     mean = float("nan") if average is None else float(average[index])
                     numbers = (float(weights[number, index]), mean, float(values[number, index]))
-                    names = (reads.labels[start + number], direction, rank, f"L{layer}/F{unit}")
-                    rows.append((*names, layer, unit, *numbers))
+                    rows.append((label, direction, rank, f"L{layer}/F{unit}", layer, unit, *numbers))
     columns = ["label", "direction", "rank", "source", "layer", "unit", "weight", "mean_activation", "value"]
     return pd.DataFrame(rows, columns=columns)
 

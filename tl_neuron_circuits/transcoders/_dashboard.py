@@ -213,7 +213,9 @@ def _firing(
         order = values[places[:, 0], places[:, 1]].argsort(descending=True, stable=True)
         order = order if top else order[torch.randperm(len(order), generator=generator)]
         chosen = _of_different_prompts(places[order].tolist(), examples)
-        bands.append(Band(low, high, len(places), tuple(_example(model, tokens, values, counts, *place) for place in chosen)))
+        bands.append(
+            Band(low, high, len(places), tuple(_example(model, tokens, values, counts, *place) for place in chosen))
+        )
     frequency = float((values[counts] > 0).double().mean())
     return Firing(frequency, int(counts.sum()), largest, tuple(bands))
 

@@ -161,13 +161,10 @@ def token_table(
         part = vectors[start : start + step].to(tokens.device)
         values = part @ tokens.to(part).mT
         values = values - values.mean(1, keepdim=True) if centred else values
-        for direction, largest in (("top", True), ("bottom", False)):
-            found = values.topk(min(k, values.shape[1]), dim=1, largest=largest)
-            for label, sizes, ids in zip(
-                labels[start : start + step], found.values.tolist(), found.indices.tolist(), strict=True
-            ):
-                names = token_names(model, ids)
-                rows += [
-                    (label, direction, rank, *entry) for rank, entry in enumerate(zip(names, ids, sizes, strict=True))
-                ]
+        for label, row in zip(labels[start : start + step], values, strict=True):
+            for direction, largest in (("top", True), ("bottom", False)):
+                found = row.topk(min(k, len(row)), largest=largest)
+                ids = found.indices.tolist()
+                entries = zip(token_names(model, ids), ids, found.values.tolist(), strict=True)
+                rows += [(label, direction, rank, *entry) for rank, entry in enumerate(entries)]
     return pd.DataFrame(rows, columns=["label", "direction", "rank", "token", "token_id", "value"])

@@ -95,7 +95,7 @@ def trace_feature(
         "token_ids": run.tokens.tolist(), "pairs_hash": hashlib.sha256(str(run.tokens.tolist()).encode()).hexdigest(),
         "target": [target.text or target.label], "position": target.position, "baseline": "zero",
         "method": "weights", "basis": "transcoder", "rules": ["frozen patterns", "frozen scales"],
-        "sites": {str(layer): reading.site.hook for layer, reading in run.readings.items()},
+        "sites": _sites(run),
         "num_iters": num_iters, "num_branches": num_branches, "rank": rank, "cap": cap, "skipped_positions": bos,
         "paths": _listed(target, paths), "versions": versions(),
     }  # fmt: skip
@@ -110,6 +110,14 @@ def _require_transcoders(run: ResidualRun) -> None:
                 "stands before the MLP, so paths would end at it. Give transcoders; contributions(...) takes SAEs as "
                 "sources, and trace(...) goes through MLPs by gradients."
             )
+
+
+def _sites(run: ResidualRun) -> list[dict[str, Any]]:
+    """Where the features are, as `trace` says it of its nodes."""
+    return [
+        {"hook": reading.site.hook, "layer": layer, "letter": "F", "width": reading.dictionary.d_dict, "errors": True}
+        for layer, reading in run.readings.items()
+    ]
 
 
 def _bos(model: Any, run: ResidualRun) -> list[int]:
