@@ -74,6 +74,11 @@ class Slot(Protocol):
     def layer(self) -> int: ...
 
     @property
+    def hook(self) -> str:
+        """Where its nodes write."""
+        ...
+
+    @property
     def letter(self) -> str:
         """Of its nodes' labels."""
         ...
@@ -173,6 +178,10 @@ class NeuronSlot:
     def layer(self) -> int:
         return self.mlp.layer
 
+    @property
+    def hook(self) -> str:
+        return self.mlp.post
+
     def early_hooks(self, seen: Seen) -> list[tuple[str, Callable[..., None]]]:
         return []
 
@@ -225,6 +234,10 @@ class DictionarySlot:
     @property
     def layer(self) -> int:
         return self.site.layer
+
+    @property
+    def hook(self) -> str:
+        return self.site.hook
 
     def early_hooks(self, seen: Seen) -> list[tuple[str, Callable[..., None]]]:
         return self.reader.early_hooks(seen)

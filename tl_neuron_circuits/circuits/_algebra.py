@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
+from ..bases import Neurons
 from ._assemble import relative_weights
 from ._groups import one_of
+from ._scores import node_sites
 from ._table import CHOSEN, complete, edge_table, node_table, restrict
 
 if TYPE_CHECKING:
@@ -78,10 +80,13 @@ def _one_node(same: pd.DataFrame) -> dict:
 def _check(circuits: Sequence[Circuit]) -> None:
     if not circuits:
         raise SettingsError("expected at least one circuit; got none.")
-    for key in ("model", "d_mlp", "baseline"):
-        found = {str(circuit.settings.get(key)) for circuit in circuits}
+    for key in ("model", "basis", "baseline"):
+        default = Neurons.title if key == "basis" else None
+        found = {str(circuit.settings.get(key, default)) for circuit in circuits}
         if len(found) > 1:
             raise SettingsError(f"expected circuits of one {key}; got {sorted(found)}.")
+    if len({str(node_sites(circuit.settings)) for circuit in circuits}) > 1:
+        raise SettingsError("expected circuits with nodes at the same hook points; these have others, or other widths.")
     if len({circuit.settings.get("positions", "keep") for circuit in circuits}) > 1:
         raise SettingsError("some of these circuits have positions and some do not: sum_positions() the others too.")
 

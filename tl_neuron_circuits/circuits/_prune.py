@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
-from ._table import CHOSEN, FIXED_SOURCES, logit_weights, normalised, restrict
+from ._table import CHOSEN, FIXED_SOURCES, LEFT_OUT, logit_weights, normalised, restrict
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _edges_to_keep(nodes: pd.DataFrame, edges: pd.DataFrame, rule: Rule) -> np.n
         kept &= edges["relative"].abs().to_numpy() >= rule.relative
     if rule.edge_influence is not None:
         table = nodes.assign(reach=nodes["influence"] + logit_weights(nodes)).set_index("node")
-        score = normalised(edges) * table.loc[edges["target"], "reach"].to_numpy()
+        score = normalised(nodes, edges) * table.loc[edges["target"], "reach"].to_numpy()
         kept &= cumulative(score, rule.edge_influence)
     return kept & counted
 
@@ -108,17 +108,17 @@ def _on_a_path(nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray) -> np
         alive = after
 
 
-def replacement_score(nodes: pd.DataFrame) -> float:
-    """I(embeddings) / (I(embeddings) + I(remainders))."""
+def graph_replacement(nodes: pd.DataFrame) -> float:
+    """I(embeddings) / (I(embeddings) + I(what is left out))."""
     tokens = nodes.loc[nodes["kind"] == "embedding", "influence"].sum()
-    errors = nodes.loc[nodes["kind"].isin(("remainder", "residual", "error")), "influence"].sum()
+    errors = nodes.loc[nodes["kind"].isin(LEFT_OUT), "influence"].sum()
     return float(tokens / (tokens + errors)) if tokens + errors else float("nan")
 
 
-def completeness_score(nodes: pd.DataFrame, edges: pd.DataFrame) -> float:
-    """sum_t (1 - sum over remainders of N_ts) I'_t / sum_t I'_t with I' = influence + logit weight."""
+def graph_completeness(nodes: pd.DataFrame, edges: pd.DataFrame) -> float:
+    """sum_t (1 - sum over what is left out of N_ts) I'_t / sum_t I'_t with I' = influence + logit weight."""
     table = nodes.assign(reach=nodes["influence"] + logit_weights(nodes)).set_index("node")
-    left = table["kind"].isin(("remainder", "residual", "error"))[edges["source"]].to_numpy()
-    from_errors = pd.Series(np.where(left, normalised(edges), 0.0)).groupby(edges["target"].to_numpy()).sum()
+    left = table["kind"].isin(LEFT_OUT)[edges["source"]].to_numpy()
+    from_errors = pd.Series(np.where(left, normalised(nodes, edges), 0.0)).groupby(edges["target"].to_numpy()).sum()
     reach = table.loc[from_errors.index, "reach"]
     return float(((1 - from_errors) * reach).sum() / reach.sum())
