@@ -318,7 +318,7 @@ def llama() -> Any:
     [
         ("L0/X3", "expected labels such as"),
         ("3/4", "expected labels such as"),
-        ("L0/F3@1", "dictionary features"),
+        ("L0/F3@1", "needs that dictionary"),
         ("L0/error@1", "Error nodes"),
         ("L9/N3", "layers between 0 and 1"),
         (["L0/N3@1", "L0/N3@1"], "listed twice"),

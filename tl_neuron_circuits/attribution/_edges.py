@@ -217,7 +217,9 @@ class _Prompt:
                 self._arrive(weights, slot, gradient[:, 0].flatten(2))
         embedding = gradients[n_slots]
         if embedding is not None:
-            weights[:, columns.embedding : columns.remainder] = summed(wide(embedding[:, 0]) * wide(change.embedding[0]))
+            weights[:, columns.embedding : columns.remainder] = summed(
+                wide(embedding[:, 0]) * wide(change.embedding[0])
+            )
         if positional and gradients[n_slots + 1] is not None:
             assert change.positional is not None
             weights[:, columns.positional] = _dots(change.positional, gradients[n_slots + 1])

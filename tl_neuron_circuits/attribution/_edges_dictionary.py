@@ -125,8 +125,8 @@ class NormReader:
         off = float((rebuilt.detach() - value).abs().max() / (value.abs().max() + torch.finfo(torch.float32).tiny))
         if not off <= _ALLOWED.get(seen["before"].dtype, 1e-4):
             raise PropagationError(
-                f"expected {self.name} to be the norm of what enters it; rebuilt, it is off by {off:.1e} of its largest "
-                "value. A hook that edits it must be removed first."
+                f"expected {self.name} to be the norm of what enters it; rebuilt, it is off by {off:.1e} of the "
+                "largest value. A hook that edits it must be removed first."
             )
         return rebuilt
 
@@ -144,8 +144,8 @@ def find_reader(model: TransformerLensModel, site: DictionarySite) -> PlainReade
             continue
         if writes == norm.input:
             raise SettingsError(
-                f"{site.dictionary.name} writes at {site.hook}, which on TransformerBridge is only what the norm reads: "
-                "the residual stream goes past it. Use a dictionary at hook_resid_pre or hook_resid_post."
+                f"{site.dictionary.name} writes at {site.hook}, which on TransformerBridge is only what the norm "
+                "reads: the residual stream goes past it. Use a dictionary at hook_resid_pre or hook_resid_post."
             )
         if reads not in (norm.input, norm.normalized) or not is_opaque(model, norm.path):
             continue

@@ -56,7 +56,9 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
 
     names = _embeddings(model)
     hooks: list[tuple[str, Any]] = [(name, _named(embedding, name)) for name in names]
-    hooks += [(n, _noting(h, n, read)) for slot, of in zip(slots, seen, strict=True) for n, h in slot.hooks(of, cut=cut)]
+    hooks += [
+        (n, _noting(h, n, read)) for slot, of in zip(slots, seen, strict=True) for n, h in slot.hooks(of, cut=cut)
+    ]
     ends: list[tuple[Tensor, Tensor]] = []
     unembed = submodule(model, "unembed")
     if unembed is None:

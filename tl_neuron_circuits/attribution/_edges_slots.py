@@ -11,7 +11,7 @@ linear function of the dictionary's input, and one that does not stays at zero; 
 Source: Marks et al. 2025, arXiv 2403.19647 (errors); Ameisen et al. 2025 (local replacement); METHODS 4.3, 4.5.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 

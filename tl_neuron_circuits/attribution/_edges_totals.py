@@ -94,9 +94,7 @@ def _baseline(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], 
 
 
 @torch.no_grad()
-def _changes(
-    slots: Sequence[Slot], run: PromptRun, values: Float[Tensor, " goal"], base: _Baseline | None
-) -> Changes:
+def _changes(slots: Sequence[Slot], run: PromptRun, values: Float[Tensor, " goal"], base: _Baseline | None) -> Changes:
     """Clean values, minus those of the corrupt prompt where there is one."""
     others = [None] * len(slots) if base is None else base.run.slots
     changes = [slot.change(here, other) for slot, here, other in zip(slots, run.slots, others, strict=True)]

@@ -49,16 +49,15 @@ def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
     nodes, edges = complete(nodes, edges, target_value), edge_table(edges)
     if how == "all":
         common = frozenset.intersection(*(circuit.members for circuit in circuits))
-        nodes, edges = restrict(
-            nodes, edges, nodes["node"].isin(common).to_numpy(), np.ones(len(edges), bool), target_value
-        )
+        kept = (nodes["node"].isin(common) | (nodes["kind"] == "error")).to_numpy()
+        nodes, edges = restrict(nodes, edges, kept, np.ones(len(edges), bool), target_value)
     return replace(circuits[0], nodes=nodes, edges=edges, settings=_settings(circuits, target_value))
 
 
 def without(circuit: Circuit, other: Circuit) -> Circuit:
     """The circuit without the other's nodes."""
     _check([circuit, other])
-    kept = circuit.nodes["kind"].isin(CHOSEN) & ~circuit.nodes["node"].isin(other.members)
+    kept = circuit.nodes["kind"].isin((*CHOSEN, "error")) & ~circuit.nodes["node"].isin(other.members)
     every = np.ones(len(circuit.edges), dtype=bool)
     nodes, edges = restrict(circuit.nodes, circuit.edges, kept.to_numpy(), every, circuit.target_value)
     return replace(circuit, nodes=nodes, edges=edges)

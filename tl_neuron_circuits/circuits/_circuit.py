@@ -73,7 +73,8 @@ class Circuit:
         I is `influence`. circuit-tracer's replacement score, where the errors are all that is left out: its graphs have
         every active feature as a node. Here nodes that were not chosen, and edges that were cut, are counted as errors
         too, since what goes into them is not known; so the number is a lower bound, falls with pruning, and is
-        circuit-tracer's where every active feature was chosen. Biases do not count. Neurons have no errors. METHODS 4.5.
+        circuit-tracer's where every active feature was chosen. Biases do not count; neurons have no errors.
+        Source: METHODS 4.5.
         """
         return _prune.graph_replacement(self.nodes)
 
@@ -83,8 +84,8 @@ class Circuit:
 
             sum_t (1 - sum_{s left out} N_ts) I'_t / sum_t I'_t        I' = I + the logits' weights
 
-        N are the sizes of edges into t over their sum, without biases. What counts as left out: see `graph_replacement`.
-        circuit-tracer's completeness score; METHODS 4.5.
+        N are the sizes of edges into t over their sum, without biases; `graph_replacement` says what is left out.
+        circuit-tracer's completeness score. Source: METHODS 4.5.
         """
         return _prune.graph_completeness(self.nodes, self.edges)
 
@@ -100,15 +101,16 @@ class Circuit:
     ) -> "Circuit":
         """Fewer nodes and edges. Whatever goes, its part of each target moves to the remainder at its position.
 
-        Embeddings, logits, biases and remainders stay; then nodes without an incoming or an outgoing edge go, until
-        none is left. Criteria add up.
+        Embeddings, logits, biases and remainders stay; then nodes without an incoming or an outgoing edge go, and
+        errors without an outgoing one, until none is left. Criteria add up.
 
         Args:
-            share: keep nodes with |score| of at least this share of the target.
+            share: keep nodes, and errors, with |score| of at least this share of the target.
             count: keep the nodes with the largest |score|.
             edges: keep the edges with the largest |attribution| (those of remainders and biases are not counted).
             relative: keep edges with |relative weight| of at least this.
-            node_influence: keep the fewest nodes that make up this much of the influence (circuit-tracer's default .8).
+            node_influence: keep the fewest nodes, and errors, that make up this much of the influence (circuit-tracer's
+                default .8).
             edge_influence: the same for edges (.98).
 
         Raises:

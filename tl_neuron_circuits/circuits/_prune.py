@@ -50,13 +50,14 @@ def _check(rule: Rule) -> None:
 
 
 def _nodes_to_keep(nodes: pd.DataFrame, rule: Rule) -> np.ndarray:
-    chosen = nodes["kind"].isin(CHOSEN).to_numpy()
-    kept = chosen.copy()
+    """Chosen nodes that meet the criteria, and errors that meet those of share and influence."""
+    chosen, errors = (nodes["kind"].isin(kinds).to_numpy() for kinds in (CHOSEN, ("error",)))
+    kept = chosen | errors
     size = np.where(chosen, nodes["score"].abs().to_numpy(), -np.inf)
     if rule.share is not None:
-        kept &= nodes["share"].abs().to_numpy() >= rule.share
+        kept &= nodes["share"].abs().fillna(0.0).to_numpy() >= rule.share
     if rule.count is not None:
-        kept &= _top(size, rule.count)
+        kept &= errors | _top(size, rule.count)
     if rule.node_influence is not None:
         kept &= cumulative(nodes["influence"].to_numpy(), rule.node_influence)
     return kept
@@ -93,18 +94,18 @@ def cumulative(size: np.ndarray, mass: float) -> np.ndarray:
 
 
 def _on_a_path(nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray) -> np.ndarray:
-    """Drop nodes without a kept incoming or outgoing edge, again and again."""
+    """Drop nodes without a kept incoming or outgoing edge, again and again; errors have no incoming ones."""
     index = pd.Series(np.arange(len(nodes)), index=nodes["node"])
     source, target = index[edges["source"]].to_numpy(), index[edges["target"]].to_numpy()
-    chosen = nodes["kind"].isin(CHOSEN).to_numpy()
+    chosen, errors = (nodes["kind"].isin(kinds).to_numpy() for kinds in (CHOSEN, ("error",)))
     alive = np.ones(len(nodes), dtype=bool)
     while True:
         live = kept & alive[source] & alive[target]
         has_in = np.bincount(target[live], minlength=len(nodes)) > 0
         has_out = np.bincount(source[live], minlength=len(nodes)) > 0
-        after = alive & (~chosen | (has_in & has_out))
+        after = alive & (~chosen | (has_in & has_out)) & (~errors | has_out)
         if (after == alive).all():
-            return alive & chosen
+            return alive & (chosen | errors)
         alive = after
 
 

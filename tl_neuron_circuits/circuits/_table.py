@@ -123,9 +123,9 @@ def restrict(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Only the kept nodes and edges; what flowed along the others comes from remainders instead.
 
-    Edges of biases, remainders and residuals always stay; embeddings, logits and the like stay as nodes.
+    Edges of biases, remainders and residuals always stay; embeddings, logits and the like stay as nodes, errors do not.
     """
-    stays = kept_nodes | ~nodes["kind"].isin(CHOSEN).to_numpy()
+    stays = kept_nodes | ~nodes["kind"].isin((*CHOSEN, "error")).to_numpy()
     table = nodes.assign(stays=stays).set_index("node")
     sources = table.loc[edges["source"]]
     into = table.loc[edges["target"], "stays"].to_numpy()

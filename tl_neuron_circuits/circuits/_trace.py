@@ -45,8 +45,8 @@ def trace(
     """The neurons, or features of dictionaries, that support a target most, and every edge between them.
 
     A neuron's score is `(a - a_baseline) * dG/da` under all rules of relevance propagation, G the sum of the target's
-    logits: positive supports it. Edges are direct effects, attention and norms frozen and nodes in between stopped; what
-    comes into a node sums to its activation. Nodes that were not chosen stay visible as one remainder a position.
+    logits: positive supports it. Edges are direct effects, attention and norms frozen and nodes in between stopped;
+    what comes into a node sums to its activation. Nodes that were not chosen stay visible as one remainder a position.
 
     With dictionaries the same holds of the local replacement model. Its forward pass is the model's own, bit for bit.
     Its gradient takes what a dictionary writes for its features, each frozen as firing or not, its skip, and an error
@@ -94,7 +94,7 @@ def trace(
         >>> len(circuit)
         50
         >>> transcoders = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
-        >>> of_features = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", basis=transcoders)
+        >>> of_features = tnc.trace(model, "The capital of the state containing Dallas is", basis=transcoders)
         >>> sorted(of_features.nodes["kind"].unique())
         ['bias', 'embedding', 'error', 'feature', 'logit', 'remainder']
     """
@@ -108,9 +108,7 @@ def trace(
     found = mean_totals(model, batches, goals, paired=paired, slots=slots)
     bos = [] if keep_bos else _bos_positions(model, pairs)
     layers = [slot.layer for slot in slots]
-    chosen = choose_nodes(
-        found, layers, nodes, share=share, mass=mass, skipped_positions=bos, excluded=list(exclude)
-    )
+    chosen = choose_nodes(found, layers, nodes, share=share, mass=mass, skipped_positions=bos, excluded=list(exclude))
     effects = direct_effects(
         model, batches, chosen, goals, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
     )
