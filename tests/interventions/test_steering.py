@@ -328,7 +328,7 @@ def llama() -> Any:
         (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [-1], "position": [0], "kind": ["error"]}), "error"),
         (
             pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [3], "position": [0], "label": ["L0/F3@0"]}),
-            "another basis",
+            "needs that dictionary",
         ),
         (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [-2], "position": [0]}), "count from 0"),
     ],

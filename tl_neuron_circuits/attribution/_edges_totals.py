@@ -42,16 +42,16 @@ class Changes:
 class Totals:
     """Scores and mean values of one prompt, or their mean over prompts. Signs of gate and up come from the values.
 
-    Lists have one entry a slot.
+    Lists have one entry a slot, each as wide as its slot has units.
     """
 
-    score: Sequence[Float[Tensor, "pos unit"]]
-    activation: Sequence[Float[Tensor, "pos unit"]]
-    change: Sequence[Float[Tensor, "pos unit"]]
+    score: Sequence[Float[Tensor, "pos _"]]
+    activation: Sequence[Float[Tensor, "pos _"]]
+    change: Sequence[Float[Tensor, "pos _"]]
     """The activation minus its baseline."""
-    gradient: Sequence[Float[Tensor, "pos unit"]]
-    gate: Sequence[Float[Tensor, "pos unit"] | None]
-    up: Sequence[Float[Tensor, "pos unit"] | None]
+    gradient: Sequence[Float[Tensor, "pos _"]]
+    gate: Sequence[Float[Tensor, "pos _"] | None]
+    up: Sequence[Float[Tensor, "pos _"] | None]
     errors: Sequence[Float[Tensor, " pos"] | None]
     """Scores of the error nodes."""
     embedding: Float[Tensor, " pos"]
