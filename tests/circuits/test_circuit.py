@@ -91,7 +91,8 @@ def test_a_cut_edge_goes_to_the_remainder_at_its_position(circuit: Circuit) -> N
 def test_influence_is_the_series_of_circuit_tracer(circuit: Circuit) -> None:
     names = circuit.nodes["node"].tolist()
     n = np.zeros((len(names), len(names)))  # target, source
-    for edge in circuit.edges.itertuples():
+    biases = set(circuit.nodes.query("kind == 'bias'")["node"])
+    for edge in circuit.edges[~circuit.edges["source"].isin(biases)].itertuples():
         n[names.index(edge.target), names.index(edge.source)] = abs(edge.weight)
     n /= np.maximum(n.sum(1, keepdims=True), 1e-300)
     weights = np.where(circuit.nodes["kind"] == "logit", circuit.nodes["probability"], 0.0)
@@ -100,12 +101,12 @@ def test_influence_is_the_series_of_circuit_tracer(circuit: Circuit) -> None:
         series, power = series + power, power @ n
     np.testing.assert_allclose(circuit.nodes["influence"], series, rtol=1e-7, atol=1e-12)
     embeddings, left = (series[circuit.nodes["kind"] == kind].sum() for kind in ("embedding", "remainder"))
-    assert circuit.replacement_score == pytest.approx(embeddings / (embeddings + left))
+    assert circuit.graph_replacement == pytest.approx(embeddings / (embeddings + left))
     reach = series + weights
     of_left = n[:, circuit.nodes["kind"] == "remainder"].sum(1)
     targets = n.sum(1) > 0
     expected = ((1 - of_left) * reach)[targets].sum() / reach[targets].sum()
-    assert circuit.completeness_score == pytest.approx(expected)
+    assert circuit.graph_completeness == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")

@@ -326,7 +326,7 @@ def llama() -> Any:
     [
         ("L0/X3", "expected labels such as"),
         ("3/4", "expected labels such as"),
-        ("L0/F3@1", "dictionary features"),
+        ("L0/F3@1", "needs that dictionary"),
         ("L0/error@1", "Error nodes"),
         ("L9/N3", "layers between 0 and 1"),
         (["L0/N3@1", "L0/N3@1"], "listed twice"),
@@ -336,7 +336,7 @@ def llama() -> Any:
         (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [-1], "position": [0], "kind": ["error"]}), "error"),
         (
             pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [3], "position": [0], "label": ["L0/F3@0"]}),
-            "another basis",
+            "needs that dictionary",
         ),
         (pd.DataFrame({"hook": ["blocks.0.hook_mlp_out"], "unit": [-2], "position": [0]}), "count from 0"),
     ],

@@ -1,11 +1,12 @@
 """One prompt's forward pass, held so that direct effects can be read from it.
 
-With `cut=True` the neurons of every layer are leaves: what later layers read is a copy without a past. The gradient of
-anything with respect to a leaf is then its direct effect, every MLP in between stopped, and one forward pass has all
-of them. With `cut=False` nothing is cut and the same gradients are total effects.
+With `cut=True` every slot writes a leaf: what later layers read is a copy without a past. The gradient of anything with
+respect to a leaf is then its direct effect, every slot in between stopped, and one forward pass has all of them. With
+`cut=False` nothing is cut and the same gradients are total effects.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +16,16 @@ from torch import Tensor
 
 from .._errors import PropagationError
 from ..bases import fired, logits_of
-from ..models import MLPSites, TransformerLensModel, find_sites, hook_points, submodule
+from ..models import TransformerLensModel, hook_points, submodule
 from ..tasks import Batch
+from ._edges_slots import Seen, Slot, SlotRun
 
 
 @dataclass(frozen=True)
 class PromptRun:
-    """What one prompt left: by layer, the neurons as they are computed and as later layers read them."""
+    """What one prompt left, by slot and at both ends."""
 
-    written: Sequence[Float[Tensor, "1 pos d_mlp"]]
-    read: Sequence[Float[Tensor, "1 pos d_mlp"]]
+    slots: Sequence[SlotRun]
     gate: Sequence[Float[Tensor, "1 pos d_mlp"] | None]
     up: Sequence[Float[Tensor, "1 pos d_mlp"] | None]
     embedding: Float[Tensor, "1 pos d_model"]
@@ -36,42 +37,28 @@ class PromptRun:
     logits: Float[Tensor, "1 pos d_vocab"]
 
 
-def mlp_sites(model: TransformerLensModel) -> tuple[MLPSites, ...]:
-    """The MLPs of `model`, in the order of its layers."""
-    return find_sites(model).mlps
-
-
-def run_prompt(model: TransformerLensModel, batch: Batch, *, cut: bool) -> PromptRun:
+def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], *, cut: bool) -> PromptRun:
     """Run the model on a batch of one prompt.
 
     Inside `relp` the run has a graph; under `torch.no_grad()` it only has values, and `cut` says nothing.
 
     Raises:
         PropagationError: the unembedding did not run as a module.
+        UnsupportedModelError: a hook point did not fire.
     """
-    sites = mlp_sites(model)
-    written: dict[str, Tensor] = {}
-    read: dict[str, Tensor] = {}
-
-    def neurons(value: Tensor, name: str) -> Tensor:
-        written[name] = value
-        read[name] = value.detach().requires_grad_(True) if cut and torch.is_grad_enabled() else value
-        return read[name]
+    seen: list[Seen] = [{} for _ in slots]
+    read: Seen = {}
 
     def embedding(value: Tensor, name: str) -> Tensor:
         # Always a leaf: what comes before (BLOOM's norm of the embedding) is part of the embedding.
         read[name] = value.detach().requires_grad_(True) if torch.is_grad_enabled() else value
         return read[name]
 
-    def look(value: Tensor, name: str) -> Tensor:
-        written[name] = value.detach()
-        return value
-
     names = _embeddings(model)
-    branches = [name for site in sites for name in (site.pre, site.up) if name is not None and site.up is not None]
-    hooks = [(name, _named(embedding, name)) for name in names]
-    hooks += [(site.post, _named(neurons, site.post)) for site in sites]
-    hooks += [(name, _named(look, name)) for name in branches]
+    hooks: list[tuple[str, Any]] = [(name, _named(embedding, name)) for name in names]
+    hooks += [
+        (n, _noting(h, n, read)) for slot, of in zip(slots, seen, strict=True) for n, h in slot.hooks(of, cut=cut)
+    ]
     ends: list[tuple[Tensor, Tensor]] = []
     unembed = submodule(model, "unembed")
     if unembed is None:
@@ -80,21 +67,22 @@ def run_prompt(model: TransformerLensModel, batch: Batch, *, cut: bool) -> Promp
     def end(module: Any, arguments: Any, output: Any) -> None:
         ends.append((arguments[0], output))
 
-    handle = unembed.register_forward_hook(end)
-    try:
-        with model.hooks(fwd_hooks=hooks):
-            logits = logits_of(model, batch.clean, batch.attention_mask)
-    finally:
-        handle.remove()
+    points = hook_points(model)
+    with ExitStack() as stack:
+        stack.callback(unembed.register_forward_hook(end).remove)
+        for slot, of in zip(slots, seen, strict=True):
+            for name, hook in slot.early_hooks(of):
+                stack.callback(points[name].register_forward_pre_hook(hook).remove)
+        stack.enter_context(model.hooks(fwd_hooks=hooks))
+        logits = logits_of(model, batch.clean, batch.attention_mask)
     if not ends:
         raise PropagationError("expected the unembedding to run as a module; it did not, so logits were not seen.")
-    fired(written | read, [*names, *(site.post for site in sites)], model)
+    fired(read, [name for name, _ in hooks], model)
     final, raw_logits = ends[-1]
     return PromptRun(
-        written=[written[site.post] for site in sites],
-        read=[read[site.post] for site in sites],
-        gate=[written.get(site.pre) if site.up is not None else None for site in sites],
-        up=[written.get(site.up) if site.up is not None else None for site in sites],
+        slots=[slot.run(of) for slot, of in zip(slots, seen, strict=True)],
+        gate=[_detached(of.get("gate")) for of in seen],
+        up=[_detached(of.get("up")) for of in seen],
         embedding=read["hook_embed"],
         positional=read.get("hook_pos_embed"),
         raw_logits=raw_logits,
@@ -110,3 +98,18 @@ def _embeddings(model: TransformerLensModel) -> list[str]:
 
 def _named(keep: Callable[[Tensor, str], Tensor], name: str) -> Any:
     return lambda value, hook: keep(value, name)
+
+
+def _noting(change: Callable[..., Tensor], name: str, read: Seen) -> Callable[..., Tensor]:
+    """The hook, noting that it fired."""
+
+    def note(value: Tensor, hook: Any) -> Tensor:
+        out = change(value, hook=hook)
+        read.setdefault(name, out)
+        return out
+
+    return note
+
+
+def _detached(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach()

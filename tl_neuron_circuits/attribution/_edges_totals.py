@@ -2,8 +2,10 @@
 
     score(n) = (a - a_base) * dG/da under all rules of relevance propagation, through all paths; averaged over prompts
 
-G is the sum of the goals. With a zero baseline the scores of embeddings, positions and biases sum to G.
-Source: METHODS 1.2, case studies (zero baseline); pairs take the corrupt prompt as baseline.
+G is the sum of the goals. Where a dictionary has the nodes of a layer, paths go through its features, each frozen as
+firing or not, and through its skip, not through the MLP itself: the gradient of the local replacement model. With a
+zero baseline the scores of embeddings, positions, biases and errors sum to G.
+Source: METHODS 1.2, case studies (zero baseline), 4.5 (local replacement); pairs take the corrupt prompt as baseline.
 """
 
 from collections.abc import Sequence
@@ -20,14 +22,15 @@ from ..models import TransformerLensModel
 from ..propagation import biases_in_graph, relp
 from ..tasks import Batch
 from ._edges_run import PromptRun, run_prompt
+from ._edges_slots import Slot, SlotChange, wide
 from ._goals import Goal
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Values minus their baseline: neurons by layer, the embedding, positions, the goals; and the goals themselves."""
+    """Values minus their baseline: nodes by slot, the embedding, positions, the goals; and the goals themselves."""
 
-    neurons: Sequence[Float[Tensor, "1 pos d_mlp"]]
+    slots: Sequence[SlotChange]
     embedding: Float[Tensor, "1 pos d_model"]
     positional: Float[Tensor, "1 pos d_model"] | None
     goals: Float[Tensor, " goal"]
@@ -37,15 +40,20 @@ class Changes:
 
 @dataclass(frozen=True)
 class Totals:
-    """Scores and mean values of one prompt, or their mean over prompts. Signs of gate and up come from the values."""
+    """Scores and mean values of one prompt, or their mean over prompts. Signs of gate and up come from the values.
 
-    score: Sequence[Float[Tensor, "pos d_mlp"]]
-    activation: Sequence[Float[Tensor, "pos d_mlp"]]
-    change: Sequence[Float[Tensor, "pos d_mlp"]]
+    Lists have one entry a slot, each as wide as its slot has units.
+    """
+
+    score: Sequence[Float[Tensor, "pos _"]]
+    activation: Sequence[Float[Tensor, "pos _"]]
+    change: Sequence[Float[Tensor, "pos _"]]
     """The activation minus its baseline."""
-    gradient: Sequence[Float[Tensor, "pos d_mlp"]]
-    gate: Sequence[Float[Tensor, "pos d_mlp"] | None]
-    up: Sequence[Float[Tensor, "pos d_mlp"] | None]
+    gradient: Sequence[Float[Tensor, "pos _"]]
+    gate: Sequence[Float[Tensor, "pos _"] | None]
+    up: Sequence[Float[Tensor, "pos _"] | None]
+    errors: Sequence[Float[Tensor, " pos"] | None]
+    """Scores of the error nodes."""
     embedding: Float[Tensor, " pos"]
     positional: float
     bias: float
@@ -79,61 +87,61 @@ class _Baseline:
 
 
 @torch.no_grad()
-def _baseline(model: TransformerLensModel, batch: Batch, goals: Sequence[Goal]) -> _Baseline:
+def _baseline(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], goals: Sequence[Goal]) -> _Baseline:
     there = batch.on_corrupt()
-    run = run_prompt(model, there, cut=False)
+    run = run_prompt(model, there, slots, cut=False)
     return _Baseline(run, _goal_values(goals, run, there))
 
 
 @torch.no_grad()
-def _changes(run: PromptRun, values: Float[Tensor, " goal"], base: _Baseline | None) -> Changes:
+def _changes(slots: Sequence[Slot], run: PromptRun, values: Float[Tensor, " goal"], base: _Baseline | None) -> Changes:
     """Clean values, minus those of the corrupt prompt where there is one."""
-    clean = [value.detach() for value in run.written]
-    positional = None if run.positional is None else run.positional.detach()
+    others = [None] * len(slots) if base is None else base.run.slots
+    changes = [slot.change(here, other) for slot, here, other in zip(slots, run.slots, others, strict=True)]
     if base is None:
-        return Changes(clean, run.embedding.detach(), positional, values, values, False)
-    return Changes(
-        [here - other for here, other in zip(clean, base.run.written, strict=True)],
-        run.embedding.detach() - base.run.embedding,
-        None,  # the same at every prompt
-        values - base.goals,
-        values,
-        True,
-    )
+        positional = None if run.positional is None else run.positional.detach()
+        return Changes(changes, run.embedding.detach(), positional, values, values, False)
+    # Positional embeddings are the same at every prompt.
+    return Changes(changes, run.embedding.detach() - base.run.embedding, None, values - base.goals, values, True)
 
 
 def _goal_values(goals: Sequence[Goal], run: PromptRun, batch: Batch) -> Float[Tensor, " goal"]:
     return torch.stack([goal.value(run, batch).detach().cpu().double() for goal in goals])
 
 
-def totals(model: TransformerLensModel, batch: Batch, goals: Sequence[Goal], *, paired: bool) -> tuple[Totals, Changes]:
+def totals(
+    model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], goals: Sequence[Goal], *, paired: bool
+) -> tuple[Totals, Changes]:
     """Scores of one prompt, and the changes they are of: one forward and one backward pass, two forwards for pairs."""
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         raise PropagationError(
             "expected gradients to be enabled; call this outside torch.no_grad() and inference_mode()."
         )
-    base = _baseline(model, batch, goals) if paired else None
+    base = _baseline(model, batch, slots, goals) if paired else None
     with relp(model), nullcontext({}) if paired else biases_in_graph(model) as biases:
-        run = run_prompt(model, batch, cut=False)
-        change = _changes(run, _goal_values(goals, run, batch), base)
+        run = run_prompt(model, batch, slots, cut=False)
+        change = _changes(slots, run, _goal_values(goals, run, batch), base)
         goal = torch.stack([goal.value(run, batch) for goal in goals]).sum()
-        inputs = [*run.written, run.embedding, *biases.values()]
+        inputs = [*(slot.source for slot in run.slots), run.embedding, *biases.values()]
         inputs += [] if change.positional is None or run.positional is None else [run.positional]
         gradients = torch.autograd.grad(goal, inputs, allow_unused=True)
-    n = len(run.written)
-    neurons = [_or_zero(g, value)[0] for g, value in zip(gradients[:n], run.written, strict=True)]
+    n = len(slots)
+    at_sources = [_or_zero(g, s.source)[0].flatten(1) for g, s in zip(gradients[:n], run.slots, strict=True)]
     bias = sum(dot(b, g) for b, g in zip(biases.values(), gradients[n + 1 : n + 1 + len(biases)], strict=True))
-    positional = dot(change.positional, gradients[-1]) if change.positional is not None else 0.0
+    if not paired:
+        bias += sum(s.bias_score(r, g) for s, r, g in zip(slots, run.slots, at_sources, strict=True))
+    nodes = [slot.node_gradient(gradient) for slot, gradient in zip(slots, at_sources, strict=True)]
     embedding = wide(change.embedding[0]) * wide(_or_zero(gradients[n], change.embedding)[0])
     found = Totals(
-        score=[wide(d[0]) * wide(g) for d, g in zip(change.neurons, neurons, strict=True)],
-        activation=[wide(value.detach()[0]) for value in run.written],
-        change=[wide(d[0]) for d in change.neurons],
-        gradient=[wide(g) for g in neurons],
+        score=[wide(d.nodes) * g for d, g in zip(change.slots, nodes, strict=True)],
+        activation=[wide(slot.nodes) for slot in run.slots],
+        change=[wide(d.nodes) for d in change.slots],
+        gradient=nodes,
         gate=[None if v is None else v[0] for v in run.gate],
         up=[None if v is None else v[0] for v in run.up],
+        errors=[_error_score(d, g) for d, g in zip(change.slots, at_sources, strict=True)],
         embedding=embedding.sum(-1).cpu().double(),
-        positional=positional,
+        positional=dot(change.positional, gradients[-1]) if change.positional is not None else 0.0,
         bias=float(bias),
         goals=change.goals,
         goal_values=change.goal_values,
@@ -141,13 +149,14 @@ def totals(model: TransformerLensModel, batch: Batch, goals: Sequence[Goal], *, 
     return found, change
 
 
+def _error_score(change: SlotChange, gradient: Tensor) -> Float[Tensor, " pos"] | None:
+    if change.error is None:
+        return None
+    return (wide(change.error) * gradient.to(change.error)).sum(-1).cpu().double()
+
+
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: products of bfloat16 lose what sums need."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def dot(value: Tensor, gradient: Tensor | None) -> float:

@@ -11,6 +11,7 @@ from ._demo_dictionaries import DEMO_DICTIONARIES as DEMO_DICTIONARIES
 from ._demo_dictionaries import demo_dictionaries_path as demo_dictionaries_path
 from ._demo_dictionaries import load_demo_dictionaries as load_demo_dictionaries
 from ._dictionaries import Dictionaries as Dictionaries
+from ._dictionaries import DictionarySite as DictionarySite
 from ._dictionary import Dictionary as Dictionary
 from ._dictionary_files import load_dictionary as load_dictionary
 from ._dictionary_files import save_dictionary as save_dictionary

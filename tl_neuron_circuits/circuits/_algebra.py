@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
+from ..bases import Neurons
 from ._assemble import relative_weights
 from ._groups import one_of
+from ._scores import node_sites
 from ._table import CHOSEN, complete, edge_table, node_table, restrict
 
 if TYPE_CHECKING:
@@ -47,16 +49,15 @@ def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
     nodes, edges = complete(nodes, edges, target_value), edge_table(edges)
     if how == "all":
         common = frozenset.intersection(*(circuit.members for circuit in circuits))
-        nodes, edges = restrict(
-            nodes, edges, nodes["node"].isin(common).to_numpy(), np.ones(len(edges), bool), target_value
-        )
+        kept = (nodes["node"].isin(common) | (nodes["kind"] == "error")).to_numpy()
+        nodes, edges = restrict(nodes, edges, kept, np.ones(len(edges), bool), target_value)
     return replace(circuits[0], nodes=nodes, edges=edges, settings=_settings(circuits, target_value))
 
 
 def without(circuit: Circuit, other: Circuit) -> Circuit:
     """The circuit without the other's nodes."""
     _check([circuit, other])
-    kept = circuit.nodes["kind"].isin(CHOSEN) & ~circuit.nodes["node"].isin(other.members)
+    kept = circuit.nodes["kind"].isin((*CHOSEN, "error")) & ~circuit.nodes["node"].isin(other.members)
     every = np.ones(len(circuit.edges), dtype=bool)
     nodes, edges = restrict(circuit.nodes, circuit.edges, kept.to_numpy(), every, circuit.target_value)
     return replace(circuit, nodes=nodes, edges=edges)
@@ -78,10 +79,13 @@ def _one_node(same: pd.DataFrame) -> dict:
 def _check(circuits: Sequence[Circuit]) -> None:
     if not circuits:
         raise SettingsError("expected at least one circuit; got none.")
-    for key in ("model", "d_mlp", "baseline"):
-        found = {str(circuit.settings.get(key)) for circuit in circuits}
+    for key in ("model", "basis", "baseline"):
+        default = Neurons.title if key == "basis" else None
+        found = {str(circuit.settings.get(key, default)) for circuit in circuits}
         if len(found) > 1:
             raise SettingsError(f"expected circuits of one {key}; got {sorted(found)}.")
+    if len({str(node_sites(circuit.settings)) for circuit in circuits}) > 1:
+        raise SettingsError("expected circuits with nodes at the same hook points; these have others, or other widths.")
     if len({circuit.settings.get("positions", "keep") for circuit in circuits}) > 1:
         raise SettingsError("some of these circuits have positions and some do not: sum_positions() the others too.")
 

@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..attribution import DirectEffects, Goal, label
-from ._table import complete, edge_table, node_table, remainder_row
+from ..attribution import DirectEffects, Goal, Slot, label
+from ._table import KIND_OF_LETTER, complete, edge_table, node_table, remainder_row
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Places:
     position: int
     """Where the goals are read."""
     n_layers: int
+    slots: Sequence[Slot]
     goal_labels: Sequence[str]
     probabilities: Sequence[float]
 
@@ -30,7 +31,7 @@ def assemble(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Nodes and edges."""
     totals = effects.totals
-    sources = _neurons(effects, places.tokens)
+    sources = _chosen(effects, places)
     sources += [_embedding(effects, places, p) for p in range(len(places.tokens))]
     sources += [remainder_row(p, token) for p, token in enumerate(places.tokens)]
     for name, text, score in (
@@ -39,12 +40,14 @@ def assemble(
     ):
         sources.append({"node": name, "label": text, "kind": "bias", "score": 0.0 if paired else score})
     sources.append({"node": "residual", "label": "not linear", "kind": "residual"})
+    for slot in effects.columns.slots_with_errors:
+        sources += _errors(effects, places, slot)
     outputs = [_output(effects, goal, places, k) for k, goal in enumerate(goals)]
     names = np.array([row["node"] for row in sources], dtype=object)
-    targets = np.array([row["node"] for row in [*sources[: len(effects.neurons)], *outputs]], dtype=object)
+    targets = np.array([row["node"] for row in [*sources[: len(effects.nodes)], *outputs]], dtype=object)
     edges = _edges(effects.edges, names, targets)
     used = set(edges["source"])
-    always = ("neuron", "embedding")
+    always = ("neuron", "feature", "embedding")
     nodes = node_table([row for row in sources if row["kind"] in always or row["node"] in used] + outputs)
     edges["relative"] = relative_weights(nodes, edges)
     return complete(nodes, edges, float(totals.goals.sum())), edge_table(edges)
@@ -80,21 +83,34 @@ def _edges(matrix: Tensor, names: np.ndarray, targets: np.ndarray) -> pd.DataFra
     )
 
 
-def _neurons(effects: DirectEffects, tokens: Sequence[str]) -> list[dict]:
+def _chosen(effects: DirectEffects, places: Places) -> list[dict]:
     totals, rows = effects.totals, []
-    for layer, position, unit in effects.neurons.tolist():
-        activation = float(totals.activation[layer][position, unit])
+    for index, position, unit in effects.nodes.tolist():
+        slot = places.slots[index]
+        activation = float(totals.activation[index][position, unit])
         rows.append(
             {
-                "node": label(layer, "N", unit, position, "node"), "kind": "neuron", "layer": layer, "unit": unit,
-                "position": position, "token": tokens[position], "activation": activation,
-                "change": float(totals.change[layer][position, unit]),
-                "sign": int(np.sign(activation)), "gate_sign": _sign(totals.gate[layer], position, unit),
-                "up_sign": _sign(totals.up[layer], position, unit),
-                "score": float(totals.score[layer][position, unit]),
+                "node": label(slot.layer, slot.letter, unit, position, "node"), "kind": KIND_OF_LETTER[slot.letter],
+                "layer": slot.layer, "unit": unit, "position": position, "token": places.tokens[position],
+                "activation": activation, "change": float(totals.change[index][position, unit]),
+                "sign": int(np.sign(activation)), "gate_sign": _sign(totals.gate[index], position, unit),
+                "up_sign": _sign(totals.up[index], position, unit),
+                "score": float(totals.score[index][position, unit]),
             }
         )  # fmt: skip
     return rows
+
+
+def _errors(effects: DirectEffects, places: Places, index: int) -> list[dict]:
+    layer, scores = places.slots[index].layer, effects.totals.errors[index]
+    assert scores is not None
+    return [
+        {
+            "node": label(layer, "F", -1, position, "error"), "label": f"error of layer {layer}", "kind": "error",
+            "layer": layer, "position": position, "token": token, "score": float(scores[position]),
+        }
+        for position, token in enumerate(places.tokens)
+    ]  # fmt: skip
 
 
 def _sign(values: Tensor | None, position: int, unit: int) -> int:

@@ -9,8 +9,9 @@ import networkx
 import pandas as pd
 
 from ..attribution import NodeScores
+from ..bases import Basis
 from . import _algebra, _groups, _neuronpedia, _prune, _saved, _scores
-from ._table import CHOSEN, EDGE_COLUMNS, NODE_COLUMNS, typed
+from ._table import CHOSEN, EDGE_COLUMNS, LEFT_OUT, NODE_COLUMNS, typed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 class Circuit:
     """Nodes and the direct effects between them.
 
-    `nodes` has one row a node. `kind` is "neuron", "feature", "embedding" (one a position), "logit" (what is
-    explained), "bias" (biases; positional embeddings), "remainder" (per position, whatever was left out), "residual"
-    (what the linearisation of pairs or of a metric misses), "error" (what a dictionary misses), "head" or "skip" (from
-    weights), or "group". `score` is the node's signed support for the target through all paths and `share` its share of
+    `nodes` has one row a node. `kind` is "neuron", "feature" (of a dictionary), "embedding" (one a position), "logit"
+    (what is explained), "error" (per layer and position, what a dictionary misses), "head" and "skip" (of circuits from
+    weights), "component" (of CircuitLasso), "bias" (biases, those of dictionaries too; positional embeddings),
+    "remainder" (per position, whatever was left out), "residual" (what the linearisation of pairs or of a metric
+    misses) or "group". `score` is the node's signed support for the target through all paths and `share` its share of
     the target; `flow` is the part of the target that reaches it along edges of this circuit alone, and `influence` is
     circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
 
@@ -35,9 +37,13 @@ class Circuit:
     nodes: pd.DataFrame
     edges: pd.DataFrame
     settings: Mapping[str, Any]
+    basis: Basis | Sequence[Basis] | None = None
+    """Where the nodes live, for evaluation and steering; dictionaries are not saved with a circuit."""
 
     def __post_init__(self) -> None:
-        """Give the columns one type each, whatever pandas made of them."""
+        """Give the columns one type each, whatever pandas made of them; the basis of neurons needs no dictionaries."""
+        if self.basis is None:
+            object.__setattr__(self, "basis", _scores.own_basis(self.settings))
         object.__setattr__(self, "nodes", typed(self.nodes, NODE_COLUMNS))
         object.__setattr__(self, "edges", typed(self.edges, EDGE_COLUMNS))
 
@@ -52,19 +58,37 @@ class Circuit:
 
     @property
     def unexplained(self) -> float:
-        """Share of the target that flows to remainders and the residual: nodes left out, edges cut, linearisation."""
-        left = self.nodes["kind"].isin(("remainder", "residual", "error"))
+        """Share of the target that flows to remainders, errors and the residual.
+
+        That is to nodes left out, edges cut, what dictionaries miss, and what the linearisation misses.
+        """
+        left = self.nodes["kind"].isin(LEFT_OUT)
         return float(self.nodes.loc[left, "flow"].sum() / self.target_value)
 
     @property
-    def replacement_score(self) -> float:
-        """Influence of the embeddings over that of embeddings and remainders, 0 to 1. circuit-tracer; METHODS 4.5."""
-        return _prune.replacement_score(self.nodes)
+    def graph_replacement(self) -> float:
+        """How much of the influence on the logits starts at the tokens, 0 to 1.
+
+            I(embeddings) / (I(embeddings) + I(errors) + I(remainders) + I(residual))
+
+        I is `influence`. circuit-tracer's replacement score, where the errors are all that is left out: its graphs have
+        every active feature as a node. Here nodes that were not chosen, and edges that were cut, are counted as errors
+        too, since what goes into them is not known; so the number is a lower bound, falls with pruning, and is
+        circuit-tracer's where every active feature was chosen. Biases do not count; neurons have no errors.
+        Source: METHODS 4.5.
+        """
+        return _prune.graph_replacement(self.nodes)
 
     @property
-    def completeness_score(self) -> float:
-        """Share of all nodes' inputs that does not come from remainders, weighted by influence. METHODS 4.5."""
-        return _prune.completeness_score(self.nodes, self.edges)
+    def graph_completeness(self) -> float:
+        """Share of all nodes' inputs that does not come from errors, weighted by influence, 0 to 1.
+
+            sum_t (1 - sum_{s left out} N_ts) I'_t / sum_t I'_t        I' = I + the logits' weights
+
+        N are the sizes of edges into t over their sum, without biases; `graph_replacement` says what is left out.
+        circuit-tracer's completeness score. Source: METHODS 4.5.
+        """
+        return _prune.graph_completeness(self.nodes, self.edges)
 
     def prune(
         self,
@@ -78,15 +102,16 @@ class Circuit:
     ) -> "Circuit":
         """Fewer nodes and edges. Whatever goes, its part of each target moves to the remainder at its position.
 
-        Embeddings, logits, biases and remainders stay; then nodes without an incoming or an outgoing edge go, until
-        none is left. Criteria add up.
+        Embeddings, logits, biases and remainders stay; then nodes without an incoming or an outgoing edge go, and
+        errors without an outgoing one, until none is left. Criteria add up.
 
         Args:
-            share: keep nodes with |score| of at least this share of the target.
+            share: keep nodes, and errors, with |score| of at least this share of the target.
             count: keep the nodes with the largest |score|.
             edges: keep the edges with the largest |attribution| (those of remainders and biases are not counted).
             relative: keep edges with |relative weight| of at least this.
-            node_influence: keep the fewest nodes that make up this much of the influence (circuit-tracer's default .8).
+            node_influence: keep the fewest nodes, and errors, that make up this much of the influence (circuit-tracer's
+                default .8).
             edge_influence: the same for edges (.98).
 
         Raises:
@@ -174,10 +199,12 @@ class Circuit:
         return self.nodes.loc[order].reset_index(drop=True)
 
     def to_scores(self) -> NodeScores:
-        """The chosen neurons' scores as `evaluate` takes them; every other neuron is nan, so it ranks last.
+        """The chosen nodes' scores as `evaluate` takes them; every other node is nan, so it ranks last.
+
+        Error nodes are nan too: `evaluate(error="keep")` keeps all of them, by default none is kept.
 
         Raises:
-            SettingsError: the nodes are not single neurons of a model (supernodes, imported features).
+            SettingsError: the nodes are not single neurons or features of a model (supernodes, imported features).
         """
         return _scores.to_scores(self)
 
@@ -201,13 +228,17 @@ class Circuit:
         _saved.save(self, path)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Circuit":
+    def load(cls, path: str | Path, *, basis: Basis | Sequence[Basis] | None = None) -> "Circuit":
         """Read what `save` wrote.
+
+        Args:
+            path: of the directory.
+            basis: the dictionaries of a circuit of features, as given to `trace`; needed to evaluate or steer it.
 
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        return cls(*_saved.load(path))
+        return cls(*_saved.load(path), basis=basis)
 
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
         """The circuit as a plotly figure: layers against positions, with the strongest edges."""
@@ -247,13 +278,17 @@ class Circuit:
         _neuronpedia.write(self, Path(path), slug, scan)
 
     @classmethod
-    def from_neuronpedia(cls, path: str | Path) -> "Circuit":
+    def from_neuronpedia(cls, path: str | Path, *, basis: Basis | Sequence[Basis] | None = None) -> "Circuit":
         """Read an attribution graph: one that `to_neuronpedia` wrote comes back whole, others as far as they say.
+
+        Args:
+            path: of the JSON file.
+            basis: as in `load`.
 
         Raises:
             FileFormatError: missing, not JSON, or not an attribution graph.
         """
-        return cls(*_neuronpedia.read(Path(path)))
+        return cls(*_neuronpedia.read(Path(path)), basis=basis)
 
     def __repr__(self) -> str:
         s = self.settings

@@ -33,9 +33,9 @@ def read_graph(graph: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, Ma
     lost = set(edges["source"]) | set(edges["target"])
     if lost - names:
         raise FileFormatError(f"links lead to nodes that are not there, such as {sorted(lost - names)[:3]}.")
-    edges["attribution"] = edges["weight"]
-    edges["relative"] = np.sign(edges["weight"]) * normalised(edges)
     nodes = node_table(rows)
+    edges["attribution"] = edges["weight"]
+    edges["relative"] = np.sign(edges["weight"]) * normalised(nodes, edges)
     target_value = float(nodes.loc[nodes["kind"] == "logit", "score"].sum())
     layers = [row["layer"] for row in rows if row["kind"] == "feature"]
     settings = {

@@ -1,7 +1,8 @@
 """Attribution graphs in Neuronpedia's JSON, as circuit-tracer writes them.
 
-A neuron is written as a unit `{layer}_{unit}_{position}`; a remainder, a bias or a residual as an error node. What that
-format has no place for (scores, attributions, settings) stands in `metadata.info`, so our own files come back whole.
+A neuron or feature is written as a unit `{layer}_{unit}_{position}`, a dictionary's error as `err_{layer}_{position}`,
+and remainders, biases and the residual as errors of layers that the model does not have. What that format has no place
+for (scores, attributions, settings) stands in `metadata.info`, so our own files come back whole.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pandas as pd
 
 from .._errors import FileFormatError, SettingsError
 from .._files import versions
+from ..bases import Basis, Dictionaries
 from ._graph_json import read_graph
 from ._table import EDGE_COLUMNS, NODE_COLUMNS, typed
 
@@ -42,7 +44,8 @@ def write(circuit: Circuit, path: Path, slug: str | None, scan: str | None) -> N
     ids = _ids(nodes, settings["n_layers"])
     graph = {
         "metadata": {
-            "slug": slug or _slug(settings["prompt"]), "scan": scan or settings["model"], "transcoder_list": [],
+            "slug": slug or _slug(settings["prompt"]), "scan": scan or settings["model"],
+            "transcoder_list": _dictionaries(circuit),
             "prompt_tokens": list(settings["tokens"]), "prompt": settings["prompt"], "node_threshold": 0.8,
             "schema_version": 1,
             "info": {
@@ -89,11 +92,17 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
         ) from error
 
 
+def _dictionaries(circuit: Circuit) -> list[str]:
+    """Names of the dictionaries whose features are nodes, where they are known."""
+    bases = [circuit.basis] if isinstance(circuit.basis, Basis) else list(circuit.basis or ())
+    return [one.name for basis in bases if isinstance(basis, Dictionaries) for one in basis.dictionaries]
+
+
 def _ids(nodes: pd.DataFrame, n_layers: int) -> dict[str, str]:
     """An id of the format for each node, unique."""
     ids: dict[str, str] = {}
     taken: set[str] = set()
-    for row in nodes.to_dict("records"):
+    for row in sorted(nodes.to_dict("records"), key=lambda row: row["kind"] != "error"):
         kind, position = row["kind"], max(row["position"], 0)
         if kind in ("neuron", "feature"):
             form, place = f"{row['layer']}_{{}}_{position}", row["unit"]
@@ -102,7 +111,7 @@ def _ids(nodes: pd.DataFrame, n_layers: int) -> dict[str, str]:
         elif kind == "logit":
             form, place = f"{n_layers + 1}_{{}}_{position}", max(row["unit"], 0)
         else:
-            form, place = f"err_{{}}_{position}", 0
+            form, place = f"err_{{}}_{position}", row["layer"] if kind == "error" and row["layer"] >= 0 else n_layers
         while form.format(place) in taken:
             place += 1
         ids[row["node"]] = form.format(place)
@@ -119,12 +128,16 @@ def _node(row: Mapping[Any, Any], node_id: str, cumulative: float, first: bool) 
         clerp = f'Output "{row["label"]}" (p={0.0 if probability is None else probability:.3f})'
     x, y = (int(layer) if layer.isdigit() else 0), int(unit)
     return {
-        "node_id": node_id, "layer": "0" if layer == "err" else layer, "ctx_idx": max(row["position"], 0),
+        "node_id": node_id, "layer": _layer(row, layer), "ctx_idx": max(row["position"], 0),
         "feature": (x + y) * (x + y + 1) // 2 + y if kind == UNIT else y, "feature_type": kind,
         "jsNodeId": f"{layer}_{unit}-0", "clerp": clerp, "influence": cumulative,
         "activation": _number(row["activation"]), "token_prob": probability if logit and probability else 0.0,
         "is_target_logit": first,
     }  # fmt: skip
+
+
+def _layer(row: Mapping[Any, Any], layer: str) -> str:
+    return str(max(row["layer"], 0)) if layer == "err" else layer
 
 
 def _number(value: float) -> float | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
-from ._table import CHOSEN, FIXED_SOURCES, logit_weights, normalised, restrict
+from ._table import CHOSEN, FIXED_SOURCES, LEFT_OUT, logit_weights, normalised, restrict
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,14 @@ def _check(rule: Rule) -> None:
 
 
 def _nodes_to_keep(nodes: pd.DataFrame, rule: Rule) -> np.ndarray:
-    chosen = nodes["kind"].isin(CHOSEN).to_numpy()
-    kept = chosen.copy()
+    """Chosen nodes that meet the criteria, and errors that meet those of share and influence."""
+    chosen, errors = (nodes["kind"].isin(kinds).to_numpy() for kinds in (CHOSEN, ("error",)))
+    kept = chosen | errors
     size = np.where(chosen, nodes["score"].abs().to_numpy(), -np.inf)
     if rule.share is not None:
-        kept &= nodes["share"].abs().to_numpy() >= rule.share
+        kept &= nodes["share"].abs().fillna(0.0).to_numpy() >= rule.share
     if rule.count is not None:
-        kept &= _top(size, rule.count)
+        kept &= errors | _top(size, rule.count)
     if rule.node_influence is not None:
         kept &= cumulative(nodes["influence"].to_numpy(), rule.node_influence)
     return kept
@@ -72,7 +73,7 @@ def _edges_to_keep(nodes: pd.DataFrame, edges: pd.DataFrame, rule: Rule) -> np.n
         kept &= edges["relative"].abs().to_numpy() >= rule.relative
     if rule.edge_influence is not None:
         table = nodes.assign(reach=nodes["influence"] + logit_weights(nodes)).set_index("node")
-        score = normalised(edges) * table.loc[edges["target"], "reach"].to_numpy()
+        score = normalised(nodes, edges) * table.loc[edges["target"], "reach"].to_numpy()
         kept &= cumulative(score, rule.edge_influence)
     return kept & counted
 
@@ -93,32 +94,32 @@ def cumulative(size: np.ndarray, mass: float) -> np.ndarray:
 
 
 def _on_a_path(nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray) -> np.ndarray:
-    """Drop nodes without a kept incoming or outgoing edge, again and again."""
+    """Drop nodes without a kept incoming or outgoing edge, again and again; errors have no incoming ones."""
     index = pd.Series(np.arange(len(nodes)), index=nodes["node"])
     source, target = index[edges["source"]].to_numpy(), index[edges["target"]].to_numpy()
-    chosen = nodes["kind"].isin(CHOSEN).to_numpy()
+    chosen, errors = (nodes["kind"].isin(kinds).to_numpy() for kinds in (CHOSEN, ("error",)))
     alive = np.ones(len(nodes), dtype=bool)
     while True:
         live = kept & alive[source] & alive[target]
         has_in = np.bincount(target[live], minlength=len(nodes)) > 0
         has_out = np.bincount(source[live], minlength=len(nodes)) > 0
-        after = alive & (~chosen | (has_in & has_out))
+        after = alive & (~chosen | (has_in & has_out)) & (~errors | has_out)
         if (after == alive).all():
-            return alive & chosen
+            return alive & (chosen | errors)
         alive = after
 
 
-def replacement_score(nodes: pd.DataFrame) -> float:
-    """I(embeddings) / (I(embeddings) + I(remainders))."""
+def graph_replacement(nodes: pd.DataFrame) -> float:
+    """I(embeddings) / (I(embeddings) + I(what is left out))."""
     tokens = nodes.loc[nodes["kind"] == "embedding", "influence"].sum()
-    errors = nodes.loc[nodes["kind"].isin(("remainder", "residual", "error")), "influence"].sum()
+    errors = nodes.loc[nodes["kind"].isin(LEFT_OUT), "influence"].sum()
     return float(tokens / (tokens + errors)) if tokens + errors else float("nan")
 
 
-def completeness_score(nodes: pd.DataFrame, edges: pd.DataFrame) -> float:
-    """sum_t (1 - sum over remainders of N_ts) I'_t / sum_t I'_t with I' = influence + logit weight."""
+def graph_completeness(nodes: pd.DataFrame, edges: pd.DataFrame) -> float:
+    """sum_t (1 - sum over what is left out of N_ts) I'_t / sum_t I'_t with I' = influence + logit weight."""
     table = nodes.assign(reach=nodes["influence"] + logit_weights(nodes)).set_index("node")
-    left = table["kind"].isin(("remainder", "residual", "error"))[edges["source"]].to_numpy()
-    from_errors = pd.Series(np.where(left, normalised(edges), 0.0)).groupby(edges["target"].to_numpy()).sum()
+    left = table["kind"].isin(LEFT_OUT)[edges["source"]].to_numpy()
+    from_errors = pd.Series(np.where(left, normalised(nodes, edges), 0.0)).groupby(edges["target"].to_numpy()).sum()
     reach = table.loc[from_errors.index, "reach"]
     return float(((1 - from_errors) * reach).sum() / reach.sum())

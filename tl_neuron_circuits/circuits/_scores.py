@@ -2,50 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .._errors import SettingsError
 from ..attribution import NodeScores, SiteLabels
-from ..bases import Neurons
+from ..bases import Basis, Neurons
+from ._table import KIND_OF_LETTER
 
 if TYPE_CHECKING:
     from ._circuit import Circuit
 
 
+def node_sites(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Hook point, layer, letter, width and errors of every layer with nodes; empty where the circuit does not say."""
+    if settings.get("sites"):
+        return list(settings["sites"])
+    widths = settings.get("d_mlp") or []  # what circuits of version 0.1 say
+    return [
+        {"hook": Neurons.hook.format(layer=layer), "layer": layer, "letter": Neurons.letter, "width": width,
+         "errors": False}
+        for layer, width in enumerate(widths)
+    ]  # fmt: skip
+
+
+def own_basis(settings: Mapping[str, Any]) -> Basis | Sequence[Basis] | None:
+    """The basis of a circuit of neurons; None where there are dictionaries, which no file of ours holds."""
+    sites = node_sites(settings)
+    known = sites and all(site["letter"] == Neurons.letter for site in sites)
+    return Neurons(layers=[site["layer"] for site in sites]) if known else None
+
+
 def to_scores(circuit: Circuit) -> NodeScores:
-    """Scores of the chosen neurons, nan for all others.
+    """Scores of the chosen nodes, nan for all others, errors among them.
+
+    A transcoder's skip is no node, so `evaluate` leaves it live.
 
     Raises:
-        SettingsError: the nodes are not single neurons of a model.
+        SettingsError: the nodes are not single neurons or features of a model.
     """
-    settings = circuit.settings
-    wrong = circuit.nodes["kind"].isin(("group", "feature")).any() or not settings.get("d_mlp")
+    settings, sites = circuit.settings, node_sites(circuit.settings)
+    nodes = circuit.nodes[circuit.nodes["kind"].isin(KIND_OF_LETTER.values())]
+    places = {(KIND_OF_LETTER[site["letter"]], site["layer"]): site["hook"] for site in sites}
+    kinds = zip(nodes["kind"], nodes["layer"], strict=True)
+    wrong = (circuit.nodes["kind"] == "group").any() or not all(kind in places for kind in kinds)
     if wrong or not circuit.members:
         raise SettingsError(
-            "expected a circuit of single neurons; this one has supernodes or imported features, or no nodes at all. "
-            "Use the circuit before collapse()."
+            "expected a circuit of single neurons or features of dictionaries; this one has supernodes or imported "
+            "features, or no nodes at all. Use the circuit before collapse()."
         )
     summed = settings.get("positions") == "sum"
     length = () if summed else (len(settings["tokens"]),)
-    hooks = [Neurons.hook.format(layer=layer) for layer in range(settings["n_layers"])]
-    values = {
-        hook: torch.full((*length, width), torch.nan) for hook, width in zip(hooks, settings["d_mlp"], strict=True)
-    }
-    for row in circuit.nodes[circuit.nodes["kind"] == "neuron"].itertuples():
+    values = {site["hook"]: torch.full((*length, site["width"]), torch.nan) for site in sites}
+    rows: Any = nodes.itertuples()
+    for row in rows:
         place = (row.unit,) if summed else (row.position, row.unit)
-        values[hooks[row.layer]][place] = row.score  # pyright: ignore[reportCallIssue, reportArgumentType]
+        values[places[row.kind, row.layer]][place] = row.score
     return NodeScores(
         values,
-        errors={},
+        errors={site["hook"]: torch.full(length, torch.nan) for site in sites if site["errors"]},
         skips={},
-        sites={hook: SiteLabels(layer, Neurons.letter) for layer, hook in enumerate(hooks)},
+        sites={site["hook"]: SiteLabels(site["layer"], site["letter"]) for site in sites},
         settings={
-            "method": "trace", "metric": ", ".join(settings["target"]), "basis": Neurons.name,
-            "positions": "sum" if summed else "keep", "units": "keep", "rules": settings["rules"],
-            "model": settings["model"], "n_pairs": settings["n_prompts"], "pairs_hash": settings["pairs_hash"],
-            "baseline": settings["baseline"], "versions": settings["versions"],
+            "method": "trace", "metric": ", ".join(settings["target"]),
+            "basis": settings.get("basis", Neurons.title), "positions": "sum" if summed else "keep", "units": "keep",
+            "rules": settings["rules"], "model": settings["model"], "n_pairs": settings["n_prompts"],
+            "pairs_hash": settings["pairs_hash"], "baseline": settings["baseline"], "versions": settings["versions"],
         },
-        basis=Neurons(),
+        basis=circuit.basis,
     )  # fmt: skip

@@ -29,8 +29,11 @@ EDGE_COLUMNS = {
 }
 CHOSEN = ("neuron", "feature", "head", "skip", "group")
 """Kinds of nodes that pruning may drop; their scores stand beside each other."""
+KIND_OF_LETTER = {"N": "neuron", "F": "feature"}
 ENDS = ("embedding", "bias", "remainder", "residual", "error")
 """Kinds without incoming edges: where flow ends."""
+LEFT_OUT = ("remainder", "residual", "error")
+"""Ends that explain nothing: nodes that were not chosen, what the linearisation misses, what dictionaries miss."""
 FIXED_SOURCES = ("bias", "remainder", "residual")
 
 
@@ -67,7 +70,7 @@ def handed_down(nodes: pd.DataFrame, edges: pd.DataFrame, start: np.ndarray, col
     index = pd.Series(np.arange(len(nodes)), index=nodes["node"])
     source, target = index[edges["source"]].to_numpy(), index[edges["target"]].to_numpy()
     x = start.copy()
-    for _ in range(int(nodes["layer"].nunique()) + 2):
+    for _ in range(2 * int(nodes["layer"].nunique()) + 2):
         before, x = x, start + np.bincount(source, column * x[target], len(nodes))
         if np.array_equal(before, x):
             return x
@@ -99,19 +102,20 @@ def logit_weights(nodes: pd.DataFrame) -> np.ndarray:
     return np.where(goal, probability, 0.0)
 
 
-def normalised(edges: pd.DataFrame) -> np.ndarray:
-    """|attribution| over the sum of the target's incoming ones.
+def normalised(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
+    """|attribution| over the sum of the target's incoming ones; zero for biases, which circuit-tracer leaves out.
 
     On a single prompt that is circuit-tracer's |weight| over their sum; with pairs in both directions weights cancel.
     """
-    size = edges["attribution"].abs()
+    kind = nodes.set_index("node")["kind"][edges["source"]].to_numpy()
+    size = edges["attribution"].abs().where(kind != "bias", 0.0)
     return (size / size.groupby(edges["target"]).transform("sum").clip(lower=np.finfo(float).tiny)).to_numpy()
 
 
 def influence(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
     """w (N + N^2 + ...) with N the normalised edges and w the logits' weights. Source: circuit-tracer; METHODS 4.5."""
     weights = logit_weights(nodes)
-    return handed_down(nodes, edges, weights, normalised(edges)) - weights
+    return handed_down(nodes, edges, weights, normalised(nodes, edges)) - weights
 
 
 def restrict(
@@ -119,9 +123,9 @@ def restrict(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Only the kept nodes and edges; what flowed along the others comes from remainders instead.
 
-    Edges of biases, remainders and residuals always stay; embeddings, logits and the like stay as nodes.
+    Edges of biases, remainders and residuals always stay; embeddings, logits and the like stay as nodes, errors do not.
     """
-    stays = kept_nodes | ~nodes["kind"].isin(CHOSEN).to_numpy()
+    stays = kept_nodes | ~nodes["kind"].isin((*CHOSEN, "error")).to_numpy()
     table = nodes.assign(stays=stays).set_index("node")
     sources = table.loc[edges["source"]]
     into = table.loc[edges["target"], "stays"].to_numpy()

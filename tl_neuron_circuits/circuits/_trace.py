@@ -1,4 +1,4 @@
-"""`trace`: from a prompt, or pairs, to a circuit of neurons with all edges between them."""
+"""`trace`: from a prompt, or pairs, to a circuit of neurons or dictionary features with all edges between them."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,16 +10,17 @@ from torch import Tensor
 from .._errors import PairsError, SettingsError
 from .._files import versions
 from .._typing import checked
-from ..attribution import Goal, direct_effects, mean_totals
-from ..bases import logits_of
+from ..attribution import Goal, direct_effects, mean_totals, slots_of
+from ..bases import Basis, Neurons, logits_of, name_of
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
 from ..tasks import Batch, PromptPairs, TokenisedPairs, tokenise
 from ._assemble import Places, assemble
-from ._choose import Choice, choose_neurons
+from ._choose import Choice, choose_nodes
 from ._circuit import Circuit
 from ._targets import Target, find_goals, token_text
 
+_NEURONS = Neurons()
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | PromptPairs | TokenisedPairs
 
 
@@ -29,6 +30,7 @@ def trace(
     prompt_or_pairs: Prompt,
     target: Target = None,
     *,
+    basis: Basis | Sequence[Basis] = _NEURONS,
     nodes: Choice = "share",
     share: float = 0.005,
     mass: float = 0.8,
@@ -40,11 +42,16 @@ def trace(
     max_bytes: int = 2**30,
     verbose: bool = False,
 ) -> Circuit:
-    """The neurons that support a target most, and every edge between them.
+    """The neurons, or features of dictionaries, that support a target most, and every edge between them.
 
     A neuron's score is `(a - a_baseline) * dG/da` under all rules of relevance propagation, G the sum of the target's
-    logits: positive supports it. Edges are direct effects, attention and norms frozen and MLPs in between stopped; what
-    comes into a node sums to its activation. Neurons that were not chosen stay visible as one remainder a position.
+    logits: positive supports it. Edges are direct effects, attention and norms frozen and nodes in between stopped;
+    what comes into a node sums to its activation. Nodes that were not chosen stay visible as one remainder a position.
+
+    With dictionaries the same holds of the local replacement model. Its forward pass is the model's own, bit for bit.
+    Its gradient takes what a dictionary writes for its features, each frozen as firing or not, its skip, and an error
+    node that keeps the difference: not the path through the MLP, which `attribute` follows. So a feature's activation,
+    its encoder's pre-activation, is the sum of what comes in, and embeddings, biases and errors share the whole target.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -53,15 +60,17 @@ def trace(
             difference of their logits), a direction over the logits or over what the unembedding reads, or a metric.
             By default the `top_k` likeliest next tokens; for pairs the answer against the wrong answer. Logits are
             taken before any soft cap and minus their mean over the vocabulary.
-        nodes: "share" takes neurons with |score| of at least `share` of the target; a number takes as many; "mass"
+        basis: `Neurons()`, `Dictionaries(...)` (transcoders, or SAEs at any hook point), or several of them that have
+            nodes in different layers. Layers without nodes are paths, under the rules of relevance propagation.
+        nodes: "share" takes nodes with |score| of at least `share` of the target; a number takes as many; "mass"
             takes the fewest that make up `mass` of the sum of all |scores|.
         share: see `nodes`.
         mass: see `nodes`.
         top_k: how many tokens the default target has.
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.
-        keep_bos: let neurons at the BOS position be chosen.
-        exclude: (layer, unit) of neurons that are never chosen, such as those that are active on everything.
+        keep_bos: let nodes at the BOS position be chosen.
+        exclude: (layer, unit) of nodes that are never chosen, such as those that are active on everything.
         prepend_bos: None means the model's default.
         max_bytes: for one chunk of backward passes, on top of the graph of one forward pass.
         verbose: show progress.
@@ -72,10 +81,11 @@ def trace(
     Raises:
         UnsupportedModelError: relevance propagation does not apply to this model; `check_model(model)` says why.
         PairsError: prompts of several token lengths, no corrupt prompts, or a target that is not one token.
-        SettingsError: arguments that contradict each other, or no neuron that qualifies.
+        SettingsError: arguments that contradict each other, no node that qualifies, two bases in one layer, or a
+            dictionary with an encoder of its own.
         NumericalError: the target is zero, or incoming edges do not sum to a node's activation.
 
-    Source: Arora et al. 2026, arXiv 2601.22594; METHODS 1.2, 1.5, 1.6.
+    Source: Arora et al. 2026, arXiv 2601.22594; Ameisen et al. 2025 (local replacement); METHODS 1.2, 1.5, 1.6, 4.5.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -83,6 +93,10 @@ def trace(
         >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=50)
         >>> len(circuit)
         50
+        >>> transcoders = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
+        >>> of_features = tnc.trace(model, "The capital of the state containing Dallas is", basis=transcoders)
+        >>> sorted(of_features.nodes["kind"].unique())
+        ['bias', 'embedding', 'error', 'feature', 'logit', 'remainder']
     """
     text = prompt_or_pairs if isinstance(prompt_or_pairs, str) else None
     single = not isinstance(prompt_or_pairs, PromptPairs | TokenisedPairs)
@@ -90,20 +104,28 @@ def trace(
     paired = _is_paired(pairs, baseline)
     batches = list(pairs.batches(1))
     goals = find_goals(model, pairs, target, text, top if single else ())
-    found = mean_totals(model, batches, goals, paired=paired)
+    slots = slots_of(model, basis)
+    found = mean_totals(model, batches, goals, paired=paired, slots=slots)
     bos = [] if keep_bos else _bos_positions(model, pairs)
-    neurons = choose_neurons(found, nodes, share=share, mass=mass, skipped_positions=bos, excluded=list(exclude))
-    effects = direct_effects(model, batches, neurons, goals, paired=paired, max_bytes=max_bytes, verbose=verbose)
+    layers = [slot.layer for slot in slots]
+    chosen = choose_nodes(found, layers, nodes, share=share, mass=mass, skipped_positions=bos, excluded=list(exclude))
+    effects = direct_effects(
+        model, batches, chosen, goals, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
+    )
     ids = _common_tokens(pairs)
     tokens = ["…" if one < 0 else token_text(model, one) for one in ids]
     position = int(pairs.position[0])
     labels = _goal_labels(model, goals)
     probabilities = _probabilities(model, batches, goals)
-    places = Places(tokens, ids, position, int(model.cfg.n_layers), labels, probabilities)
+    places = Places(tokens, ids, position, int(model.cfg.n_layers), slots, labels, probabilities)
     table, edges = assemble(effects, goals, places, paired=paired)
     settings = {
         "model": str(getattr(model.cfg, "model_name", "unknown")), "n_layers": int(model.cfg.n_layers),
-        "d_mlp": [int(layer.shape[-1]) for layer in found.score], "n_prompts": len(pairs),
+        "basis": name_of(basis), "n_prompts": len(pairs),
+        "sites": [
+            {"hook": s.hook, "layer": s.layer, "letter": s.letter, "width": int(of.shape[-1]), "errors": s.has_error}
+            for s, of in zip(slots, found.score, strict=True)
+        ],
         "prompt": text if text is not None else "".join(tokens), "tokens": tokens,
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
         "target": labels, "target_value": float(effects.totals.goals.sum()), "position": position,
@@ -111,7 +133,7 @@ def trace(
         "skipped_positions": bos, "exclude": [list(one) for one in exclude], "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
     }  # fmt: skip
-    return Circuit(table, edges, settings)
+    return Circuit(table, edges, settings, basis)
 
 
 def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int) -> tuple[TokenisedPairs, list[int]]:

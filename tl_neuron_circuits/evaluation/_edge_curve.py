@@ -1,14 +1,16 @@
 """Faithfulness by the number of edges of a circuit.
 
-The best edges between neurons, and from neurons to logits, are kept by |attribution|; edges of embeddings, biases and
-remainders are not ranked. Two protocols, on the scale of `evaluate` (1 the original model, 0 every neuron ablated):
+The best edges between nodes (neurons or features), and from nodes to logits, are kept by |attribution|; edges of
+embeddings, errors, biases and remainders are not ranked. Two protocols, on the scale of `evaluate` (1 the original
+model, 0 every node ablated):
 
-- "nodes": a neuron survives with at least one kept edge in (from a neuron or an embedding) and one out; the surviving
-  neurons are kept and all others ablated. No edge is ablated as such. Arora et al. 2026; METHODS 1.5.
-- "edges": the edges themselves are kept, or cut, by path patching.
+- "nodes": a node survives with at least one kept edge in (from a node, an error or an embedding) and one out; the
+  surviving nodes are kept and all others ablated, errors of dictionaries too. No edge is ablated as such.
+  Arora et al. 2026; METHODS 1.5.
+- "edges": the edges themselves are kept, or cut, by path patching. Of neurons only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import pandas as pd
@@ -20,7 +22,8 @@ from .._errors import SettingsError
 from .._files import versions
 from .._processes import Processes
 from .._typing import checked
-from ..bases import Neurons
+from ..attribution import NodeScores
+from ..bases import sites_of
 from ..circuits import Circuit
 from ..interventions import Ablation, Edge, EdgeMode, Kept, run_with_edges
 from ..models import TransformerLensModel
@@ -50,7 +53,7 @@ def evaluate_edges(
     Args:
         model: the model that was traced.
         pairs: held-out pairs of the circuit's token length.
-        circuit: single neurons with positions, from `trace`.
+        circuit: single neurons or features with positions, from `trace`.
         sizes: numbers of edges; METHODS' percentages of all edges unless given.
         protocol: "nodes" keeps the neurons that the edges leave connected; "edges" keeps or cuts the edges by path
             patching.
@@ -65,7 +68,8 @@ def evaluate_edges(
         A `SparsityCurve` whose sizes are numbers of edges, out of `n_nodes` edges.
 
     Raises:
-        SettingsError: supernodes, summed positions, or a size out of range.
+        SettingsError: supernodes, summed positions, features with protocol "edges" or without their dictionaries, or a
+            size out of range.
         PairsError: pairs of another length, or without the corrupt prompts that the ablation needs.
 
     Example:
@@ -80,20 +84,25 @@ def evaluate_edges(
     scores = circuit.to_scores()
     if scores.positions != "keep":
         raise SettingsError("expected a circuit with positions; this one's were summed. Evaluate it before that.")
+    if protocol == "edges" and (circuit.nodes["kind"] == "feature").any():
+        raise SettingsError("path patching is between neurons; for features of dictionaries use protocol='nodes'.")
+    if scores.basis is None:
+        raise SettingsError("this circuit was loaded without its dictionaries: Circuit.load(path, basis=...).")
     tokens = tokenise(model, pairs, prepend_bos=prepend_bos)
     _check(tokens, scores, ablation)
     edges = ranked_edges(circuit)
     sizes = _sizes(sizes, len(edges))
-    run = Evaluation(model, Neurons().sites(model), metric, tokens, ablation, batch_size, seed, Processes())
+    run = Evaluation(model, sites_of(model, scores.basis), metric, tokens, ablation, batch_size, seed, Processes())
     nodes = circuit.nodes.set_index("node")
+    masks = lambda alive: _masks(scores, alive)  # noqa: E731
     with tqdm(total=2 + 2 * len(sizes), desc="edges", disable=not verbose, unit="run") as bar:
-        full, empty = run.metric(None, bar), run.metric(_masks(scores.values, nodes.iloc[:0]), bar)
+        full, empty = run.metric(None, bar), run.metric(masks(nodes.iloc[:0]), bar)
         kept, removed, predicted = [], [], []
         for size in sizes:
             alive = nodes.loc[sorted(surviving(circuit, edges.head(size)))]
             predicted.append(float(alive["score"].sum()))
             if protocol == "nodes":
-                mask = _masks(scores.values, alive)
+                mask = masks(alive)
                 kept.append(run.metric(mask, bar))
                 removed.append(run.metric({key: ~keep for key, keep in mask.items()}, bar))
             else:
@@ -114,16 +123,16 @@ def evaluate_edges(
 
 
 def ranked_edges(circuit: Circuit) -> pd.DataFrame:
-    """Edges from neurons, largest |attribution| first."""
+    """Edges from neurons or features, largest |attribution| first."""
     kind = circuit.nodes.set_index("node")["kind"]
-    return circuit.edges[(kind[circuit.edges["source"]] == "neuron").to_numpy()].reset_index(drop=True)
+    return circuit.edges[kind[circuit.edges["source"]].isin(("neuron", "feature")).to_numpy()].reset_index(drop=True)
 
 
 def surviving(circuit: Circuit, kept: pd.DataFrame) -> set[str]:
-    """Neurons with a kept edge out and an edge in, from an embedding or along a kept edge."""
+    """Nodes with a kept edge out and an edge in, from an embedding or an error or along a kept edge."""
     kind = circuit.nodes.set_index("node")["kind"]
-    from_embedding = circuit.edges[(kind[circuit.edges["source"]] == "embedding").to_numpy()]
-    return set(kept["source"]) & (set(kept["target"]) | set(from_embedding["target"]))
+    from_ends = circuit.edges[kind[circuit.edges["source"]].isin(("embedding", "error")).to_numpy()]
+    return set(kept["source"]) & (set(kept["target"]) | set(from_ends["target"]))
 
 
 def as_edges(nodes: pd.DataFrame, edges: pd.DataFrame) -> list[Edge]:
@@ -147,10 +156,12 @@ def _patched(
     return out
 
 
-def _masks(like: Mapping[str, Tensor], alive: pd.DataFrame) -> Kept:
-    masks = {(hook, "node"): torch.zeros_like(value, dtype=torch.bool) for hook, value in like.items()}
+def _masks(like: NodeScores, alive: pd.DataFrame) -> Kept:
+    """Masks that keep these nodes and nothing else."""
+    masks = {(hook, kind): torch.zeros_like(block, dtype=torch.bool) for hook, kind, block in like.blocks()}
+    hooks = {labels.layer: hook for hook, labels in like.sites.items()}
     for row in alive.to_dict("records"):
-        masks[Neurons.hook.format(layer=row["layer"]), "node"][row["position"], row["unit"]] = True
+        masks[hooks[row["layer"]], "node"][row["position"], row["unit"]] = True
     return masks
 
 

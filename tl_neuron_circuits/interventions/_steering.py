@@ -4,6 +4,9 @@
     value:  a <- value          (a number; or what the nodes were in another run: an interchange intervention)
     add:    a <- a + add
 
+A feature of a dictionary is read by its encoder and written by its decoder: the activation at the hook point that it
+writes changes by (new - old) * W_dec[f], and everything that the dictionary misses stays.
+
 Positions count the tokens of the prompt from 0, BOS and padding included. In `generate` they belong to the prompt: a
 pass that continues a key-value cache is not touched by them (the cached keys and values keep what the prompt's pass
 computed), and without a cache every pass contains the prompt again, so both give the same text. Nodes without a
@@ -26,7 +29,8 @@ from .._errors import SettingsError, UnsupportedModelError
 from .._typing import checked
 from ..models import TransformerLensModel, hook_points
 from ._ablation import Hooks
-from ._steering_nodes import Nodes, find_nodes
+from ._steering_features import FeatureEdit
+from ._steering_nodes import Dictionaries, Nodes, find_nodes
 
 Amount = int | float | Float[Tensor, "..."]
 """One number for all nodes, or a tensor [node], or [batch, node]: nodes in the order given."""
@@ -52,19 +56,22 @@ def steering_hooks(
     value: Amount | None = None,
     add: Amount | None = None,
     positions: int | Sequence[int] | None = None,
+    basis: Dictionaries = None,
 ) -> Hooks:
     """Forward hooks that steer `nodes`, for `model.hooks(fwd_hooks=...)` or `model.run_with_hooks`; also in `generate`.
 
     Args:
         model: a HookedTransformer or TransformerBridge; it is only read.
         nodes: labels ("L12/N345@7", or "L12/N345" for every position), rows of `NodeScores.top` (columns hook, unit,
-            position; -1 is every position), or a `Circuit`, whose neurons are steered. Units of hook points with heads
-            (`attn.hook_z`) count over heads concatenated.
+            position; -1 is every position), or a `Circuit`, whose neurons and features are steered. Units of hook
+            points with heads (`attn.hook_z`) count over heads concatenated.
         scale: multiply by it.
         value: set to it; with `node_values` of another prompt this is an interchange intervention.
         add: add it.
         positions: steer every node at these positions of the prompt, counted from 0; only for nodes without positions
             of their own. In `generate`, positions apply to the prompt; None applies to generated tokens too.
+        basis: the dictionaries of features ("L2/F5@3"), as given to `attribute` or `trace`; a circuit from `trace` has
+            its own.
 
     Exactly one of `scale`, `value` and `add`: a number, or a tensor [node] or [batch, node] in the order of the nodes
     (with `positions`: nodes outer, positions inner).
@@ -82,9 +89,11 @@ def steering_hooks(
         >>> model = tnc.load_demo_model()
         >>> hooks = tnc.steering_hooks(model, ["L2/N5", "L3/N7@4"], scale=0)
         >>> logits = model.run_with_hooks("The dog near the cats", fwd_hooks=hooks)
+        >>> transcoders = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
+        >>> hooks = tnc.steering_hooks(model, ["L1/F7"], scale=2, basis=transcoders)
     """
     how, amount = the_change(scale, value, add)
-    return hooks_for(model, find_nodes(model, nodes, positions), how, amount)
+    return hooks_for(model, find_nodes(model, nodes, positions, basis, features=True), how, amount)
 
 
 def the_change(scale: Amount | None, value: Amount | None, add: Amount | None) -> tuple[How, Amount]:
@@ -104,11 +113,14 @@ def hooks_for(model: TransformerLensModel, frame: pd.DataFrame, how: How, amount
             f"expected {how} to be a number or a tensor [node] or [batch, node] of {len(frame)} nodes (a node at "
             f"several positions counts at each); got the shape {list(amount.shape)}."
         )
-    edits = [_edit(hook, rows, how, amount) for hook, rows in frame.groupby("hook", sort=False)]
-    if not any(len(edit.positions) for edit in edits):
-        return [(edit.hook, edit) for edit in edits]
-    passes = _Passes([edit for edit in edits if len(edit.positions)])
-    return [(_pattern(model), passes), *((edit.hook, edit) for edit in edits)]
+    edits, hooks = [], []
+    for _, rows in frame.groupby("key", sort=False):
+        edit = _edit(rows["hook"].iloc[0], rows, how, amount)
+        site = rows["site"].iloc[0]
+        edits.append(edit)
+        hooks += [(edit.hook, edit)] if site is None else FeatureEdit(site, edit, edit.units_steered).hooks()
+    with_positions = [edit for edit in edits if len(edit.positions)]
+    return [(_pattern(model), _Passes(with_positions)), *hooks] if with_positions else hooks
 
 
 @dataclass(eq=False, repr=False)
@@ -138,6 +150,11 @@ class _Edit:
             amount = _fit(self.amount_fixed, out, 0)
             out[:, self.positions, self.units] = change(out[:, self.positions, self.units], amount)
         return out.reshape(value.shape)
+
+    @property
+    def units_steered(self) -> Int[Tensor, " unit"]:
+        """Each unit once."""
+        return torch.cat([self.everywhere, self.units]).unique()
 
     def _continues(self) -> bool:
         known, self.continues = self.continues, None

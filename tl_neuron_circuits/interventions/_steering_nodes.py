@@ -1,6 +1,7 @@
 """Which activations to steer: nodes as labels, as a DataFrame, or as a circuit, turned into (hook, unit, position).
 
-Position -1 means every position, as in `NodeScores.top` where positions were summed.
+Position -1 means every position, as in `NodeScores.top` where positions were summed. Features of a dictionary are found
+by its basis; their hook point is the one the dictionary writes.
 """
 
 import re
@@ -11,13 +12,14 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError, UnsupportedModelError
-from ..bases import ACTIVATION_BASES, Neurons
+from ..bases import ACTIVATION_BASES, Basis, DictionarySite, Neurons, Values, sites_of
 from ..models import TransformerLensModel, find_sites, hook_point
 
 _LABEL = re.compile(r"L(\d+)/([A-Z])(\d+)[+-]?(?:@(\d+))?")
 _NEURONS = re.compile(r"blocks\.(\d+)\.mlp\.hook_post")
 _BASES = {basis.letter: basis for basis in ACTIVATION_BASES.values()}
-_UNIT_KINDS = ("node", "neuron")
+_UNIT_KINDS = ("node", "neuron", "feature")
+_FEATURE = "F"
 EVERYWHERE = -1
 
 
@@ -27,100 +29,182 @@ class HasNodes(Protocol):
 
     @property
     def nodes(self) -> Any:
-        """Columns kind, layer, unit and position; rows of the kind "neuron" are the neurons."""
+        """Columns kind, layer, unit and position; rows of the kinds "neuron" and "feature" are steered."""
         ...
 
 
 Nodes = pd.DataFrame | str | Sequence[str] | HasNodes
-"""Labels such as "L12/N345@7" (at position 7) or "L12/N345" (everywhere), rows of `NodeScores.top`, or a circuit."""
+"""Labels such as "L12/N345@7" (at position 7), "L12/N345" (everywhere) or "L12/F6@7" (a feature), rows of
+`NodeScores.top`, or a circuit."""
+Dictionaries = Basis | Sequence[Basis] | None
+"""The basis of features, as given to `attribute` or `trace`; a circuit knows its own unless it was loaded."""
 
 
-def find_nodes(model: TransformerLensModel, nodes: Nodes, positions: int | Sequence[int] | None = None) -> pd.DataFrame:
+def basis_of(nodes: Nodes, basis: Dictionaries) -> Dictionaries:
+    """The basis given, else that of a circuit."""
+    return getattr(nodes, "basis", None) if basis is None else basis
+
+
+def find_nodes(
+    model: TransformerLensModel, nodes: Nodes, positions: int | Sequence[int] | None = None,
+    basis: Dictionaries = None, *, features: bool = False,
+) -> pd.DataFrame:  # fmt: skip
     """The nodes as a DataFrame with columns label, hook, unit and position (-1: everywhere), checked against the model.
 
-    With `positions`, every node stands at each of them: nodes outer, positions inner.
+    With `features`, two more columns: `site`, a feature's `DictionarySite` or None, and `key`, which tells features
+    from the units of the hook point they are written at. Without, features are refused. With `positions`, every node
+    stands at each of them: nodes outer, positions inner.
 
     Raises:
-        SettingsError: a label that cannot be read, a layer or a column that is missing, an error node or a dictionary
-            feature, a node listed twice, a negative position, or positions for nodes that have their own.
+        SettingsError: a label that cannot be read, a layer or a column that is missing, an error node, a feature
+            without its dictionary, a node listed twice, a negative position, or positions for nodes that have their
+            own.
         UnsupportedModelError: the model lacks the hook point, or has no neurons there (a mixture of experts).
     """
+    found = _Features(model, basis_of(nodes, basis))
     if isinstance(nodes, pd.DataFrame):
-        frame = _from_rows(nodes)
+        frame = _from_rows(nodes, found)
     elif isinstance(nodes, str):
-        frame = _from_labels(model, [nodes])
+        frame = _from_labels(model, [nodes], found)
     elif isinstance(nodes, Sequence):
-        frame = _from_labels(model, nodes)
+        frame = _from_labels(model, nodes, found)
     else:
-        frame = _from_circuit(nodes)
+        frame = _from_circuit(nodes, found)
     if frame.empty:
         raise SettingsError("expected at least one node to steer; got none.")
+    if not features and frame["site"].notna().any():
+        label = frame.loc[frame["site"].notna(), "label"].iloc[0]
+        raise SettingsError(
+            f"expected units of activations; {label} is a dictionary feature, which this does not read."
+        )
     _check_hooks(model, frame)
     frame = frame if positions is None else _at(frame, positions)
     _check_rows(frame)
-    return frame.reset_index(drop=True)
+    frame = frame.reset_index(drop=True)
+    return frame if features else frame.drop(columns=["site", "key"])
 
 
-def _from_labels(model: TransformerLensModel, labels: Sequence[str]) -> pd.DataFrame:
+class _Features:
+    """The dictionaries of a basis, looked up when the first feature asks for its own."""
+
+    def __init__(self, model: TransformerLensModel, basis: Dictionaries) -> None:
+        self._model, self._basis = model, basis
+        self._sites: list[DictionarySite] | None = None
+
+    def site(self, name: str, *, layer: int | None = None, hook: str | None = None) -> DictionarySite:
+        if self._sites is None:
+            found = () if self._basis is None else sites_of(self._model, self._basis)
+            self._sites = [site for site in found if isinstance(site, DictionarySite)]
+        fits = [site for site in self._sites if site.layer == layer or site.hook == hook]
+        if len(fits) != 1:
+            where = "several dictionaries" if fits else "none"
+            raise SettingsError(
+                f"{name} is a feature of a dictionary, and steering it needs that dictionary; got {where} there. Give "
+                "basis=bases.Dictionaries([...]), as to attribute or trace."
+            )
+        return fits[0]
+
+
+def _from_labels(model: TransformerLensModel, labels: Sequence[str], features: _Features) -> pd.DataFrame:
     rows = []
     hooks: dict[tuple[str, str], str] = {}
     for label in labels:
         read = _LABEL.fullmatch(label) if isinstance(label, str) else None
-        if read is None or read[2] not in _BASES:
+        if read is None or read[2] not in (*_BASES, _FEATURE):
             raise SettingsError(
-                f"expected labels such as 'L12/N345@7' or 'L12/N345' with one of the letters {sorted(_BASES)}; got "
-                f"{label!r}. Error nodes and dictionary features are no activations of the model."
+                f"expected labels such as 'L12/N345@7' or 'L12/N345' with one of the letters "
+                f"{sorted([*_BASES, _FEATURE])}; got {label!r}. Error nodes cannot be steered."
             )
         layer, letter = read[1], read[2]
-        if (layer, letter) not in hooks:
+        site = features.site(label, layer=int(layer)) if letter == _FEATURE else None
+        if site is None and (layer, letter) not in hooks:
             hooks[layer, letter] = _BASES[letter](layers=[int(layer)]).sites(model)[0].hook
-        rows.append((label, hooks[layer, letter], int(read[3]), EVERYWHERE if read[4] is None else int(read[4])))
-    return pd.DataFrame(rows, columns=["label", "hook", "unit", "position"])
+        hook = hooks[layer, letter] if site is None else site.hook
+        rows.append((label, hook, int(read[3]), EVERYWHERE if read[4] is None else int(read[4]), site))
+    return _keyed(pd.DataFrame(rows, columns=["label", "hook", "unit", "position", "site"]))
 
 
-def _from_circuit(circuit: HasNodes) -> pd.DataFrame:
-    """Its neurons: tokens, logits, biases and remainders are no activations to steer."""
+def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
+    """With a key that tells features from the units of their hook point."""
+    pairs = zip(frame["hook"], frame["site"], strict=True)
+    return frame.assign(key=[hook if site is None else f"features at {hook}" for hook, site in pairs])
+
+
+def _from_circuit(circuit: HasNodes, features: _Features) -> pd.DataFrame:
+    """Its neurons and features: tokens, logits, errors, biases and remainders are nothing to steer."""
     nodes = circuit.nodes
     if not isinstance(nodes, pd.DataFrame) or not {"kind", "layer", "unit", "position"} <= set(nodes.columns):
         raise SettingsError("expected .nodes to be a DataFrame with columns kind, layer, unit and position.")
-    if nodes["kind"].isin(("group", "feature")).any():
+    if (nodes["kind"] == "group").any():
         raise SettingsError(
-            "expected a circuit of neurons; it has supernodes or dictionary features. Steer the circuit before "
-            "collapse(), or give the members of a group."
+            "expected a circuit of single nodes; it has supernodes. Steer the circuit before collapse(), or give the "
+            "members of a group."
         )
-    neurons = nodes[nodes["kind"].isin(_UNIT_KINDS)]
-    hooks = [Neurons.hook.format(layer=layer) for layer in neurons["layer"]]
-    return _from_rows(neurons[["unit", "position"]].assign(hook=hooks))
+    nodes = nodes[nodes["kind"].isin(_UNIT_KINDS)]
+    rows = [
+        (features.site(f"L{layer}/F{unit}", layer=layer) if kind == "feature" else None, layer, unit, position)
+        for kind, layer, unit, position in nodes[["kind", "layer", "unit", "position"]].itertuples(index=False)
+    ]
+    hooks = [Neurons.hook.format(layer=layer) if site is None else site.hook for site, layer, _, _ in rows]
+    frame = pd.DataFrame(rows, columns=["site", "layer", "unit", "position"]).assign(hook=hooks)
+    named = [_name(hook, site, unit, at) for hook, (site, _, unit, at) in zip(hooks, rows, strict=True)]
+    return _keyed(frame.assign(label=named)[["label", "hook", "unit", "position", "site"]])
 
 
-def _from_rows(nodes: pd.DataFrame) -> pd.DataFrame:
+def _from_rows(nodes: pd.DataFrame, features: _Features) -> pd.DataFrame:
     missing = {"hook", "unit", "position"} - set(nodes.columns)
     if missing:
         raise SettingsError(f"expected nodes with columns hook, unit and position; {sorted(missing)} missing.")
     if "kind" in nodes.columns and not nodes["kind"].isin(_UNIT_KINDS).all():
         kinds = sorted(set(nodes["kind"]) - set(_UNIT_KINDS))
         raise SettingsError(
-            f"expected neurons or other units; got rows of the kinds {kinds}. Leave them out: df[df.kind == 'node']."
+            f"expected neurons, features or other units; got rows of the kinds {kinds}. Leave them out: "
+            "df[df.kind == 'node']."
         )
-    labels = nodes["label"] if "label" in nodes.columns else [_name(*row) for row in _triples(nodes)]
-    frame = pd.DataFrame({"label": list(labels), **{key: list(nodes[key]) for key in ("hook", "unit", "position")}})
-    for label, hook in zip(frame["label"], frame["hook"], strict=True):
+    labels = nodes["label"] if "label" in nodes.columns else [_name(h, None, u, p) for h, u, p in _triples(nodes)]
+    sites = []
+    for label, hook in zip(labels, nodes["hook"], strict=True):
         read = _LABEL.fullmatch(str(label))
-        if read is not None and (read[2] not in _BASES or _BASES[read[2]].hook.format(layer=read[1]) != hook):
+        feature = read is not None and read[2] == _FEATURE
+        sites.append(features.site(str(label), hook=hook) if feature else None)
+        if (
+            read is not None
+            and not feature
+            and (read[2] not in _BASES or _BASES[read[2]].hook.format(layer=read[1]) != hook)
+        ):
             raise SettingsError(
-                f"expected units of activations; {label} at {hook} is a node of another basis (a dictionary feature), "
-                "whose number is no unit there. Steer neurons, or patch the dictionary's output."
+                f"expected units of activations; {label} at {hook} is a node of another basis, whose number is no unit "
+                "there. Give it by its own hook point."
             )
-    return frame
+    columns = {key: list(nodes[key]) for key in ("hook", "unit", "position")}
+    return _keyed(pd.DataFrame({"label": list(labels), **columns, "site": pd.Series(sites, dtype=object)}))
+
+
+def reads_of_nodes(frame: pd.DataFrame) -> list[str]:
+    """The hook points that say what these nodes are in a run."""
+    names = []
+    for hook, site in zip(frame["hook"], frame["site"], strict=True):
+        names += [hook] if site is None else list(site.reads)
+    return list(dict.fromkeys(names))
+
+
+def values_by_key(values: Values, frame: pd.DataFrame) -> Values:
+    """The values of a run `[batch, pos, unit]` by the frame's keys; features are what their encoders say."""
+    out: Values = {}
+    for key, rows in frame.groupby("key", sort=False):
+        site = rows["site"].iloc[0]
+        out[str(key)] = values[rows["hook"].iloc[0]].flatten(2) if site is None else site.take_apart(values).nodes
+    return out
 
 
 def _triples(frame: pd.DataFrame) -> Any:
     return zip(frame["hook"], frame["unit"], frame["position"], strict=True)
 
 
-def _name(hook: str, unit: int, position: int) -> str:
+def _name(hook: str, site: DictionarySite | None, unit: int, position: int) -> str:
     neurons = _NEURONS.fullmatch(hook)
     name = f"L{neurons[1]}/N{unit}" if neurons else f"{hook}[{unit}]"
+    name = name if site is None else f"L{site.layer}/F{unit}"
     return name if position < 0 else f"{name}@{position}"
 
 
@@ -156,10 +240,10 @@ def _at(frame: pd.DataFrame, positions: int | Sequence[int]) -> pd.DataFrame:
 def _check_rows(frame: pd.DataFrame) -> None:
     if (frame["unit"] < 0).any():
         raise SettingsError(f"expected units that count from 0; got {frame['unit'].min()} at {frame['hook'].iloc[0]}.")
-    everywhere = set(zip(*(frame.loc[frame["position"] < 0, key] for key in ("hook", "unit")), strict=True))
+    everywhere = set(zip(*(frame.loc[frame["position"] < 0, key] for key in ("key", "unit")), strict=True))
     fixed = frame[frame["position"] >= 0]
-    twice = frame[frame.assign(position=frame["position"].clip(lower=-1)).duplicated(["hook", "unit", "position"])]
-    covered = [row for row in zip(fixed["label"], fixed["hook"], fixed["unit"], strict=True) if row[1:] in everywhere]
+    twice = frame[frame.assign(position=frame["position"].clip(lower=-1)).duplicated(["key", "unit", "position"])]
+    covered = [row for row in zip(fixed["label"], fixed["key"], fixed["unit"], strict=True) if row[1:] in everywhere]
     if len(twice) or covered:
         label = twice["label"].iloc[0] if len(twice) else covered[0][0]
         raise SettingsError(f"expected every node once; {label} is listed twice (or also without a position).")

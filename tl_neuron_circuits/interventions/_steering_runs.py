@@ -17,7 +17,7 @@ from ..bases import Values
 from ..models import TransformerLensModel
 from ._ablation import Hooks
 from ._steering import Amount, How, hooks_for, the_change
-from ._steering_nodes import Nodes, find_nodes
+from ._steering_nodes import Dictionaries, Nodes, basis_of, find_nodes, reads_of_nodes, values_by_key
 from ._steering_prompts import ReadPrompts, read_prompts, run, text_of, token_names
 from ._steering_result import SteeringResult, shown_tokens
 from ._steering_sweep import SteeringSweep
@@ -36,6 +36,7 @@ def steer(
     value: Amount | None = None,
     add: Amount | None = None,
     positions: int | Sequence[int] | None = None,
+    basis: Dictionaries = None,
     watch: Watch | None = None,
     top_k: int = 10,
     generate: int = 0,
@@ -52,7 +53,9 @@ def steer(
         value: as in `steering_hooks`.
         add: as in `steering_hooks`.
         positions: as in `steering_hooks`.
-        watch: other groups of nodes by name, whose relative change of activation is reported.
+        basis: as in `steering_hooks`; also of watched features.
+        watch: other groups of nodes by name, whose relative change of activation is reported. Features are read by
+            their encoders, so steering a feature shows in later features but not in itself.
         top_k: tokens listed per prompt, before and after.
         generate: continue every prompt greedily by so many tokens (until the end-of-text token), with and without
             steering. Nodes with positions are steered in the prompt only, the others at generated tokens too.
@@ -78,8 +81,8 @@ def steer(
         torch.Size([1])
     """
     how, amount = the_change(scale, value, add)
-    runs = Runs(model, read_prompts(model, prompt, prepend_bos), watch, batch_size, generate)
-    steered = find_nodes(model, nodes, positions)
+    runs = Runs(model, read_prompts(model, prompt, prepend_bos), watch, batch_size, generate, basis_of(nodes, basis))
+    steered = find_nodes(model, nodes, positions, basis, features=True)
     results = runs.compare(steered, [(how, amount)], top_k)
     return results[0]
 
@@ -92,6 +95,7 @@ def transplant(
     nodes: Nodes,
     *,
     positions: int | Sequence[int] | None = None,
+    basis: Dictionaries = None,
     watch: Watch | None = None,
     top_k: int = 10,
     generate: int = 0,
@@ -114,10 +118,12 @@ def transplant(
         >>> len(result.nodes)
         1
     """
-    values = node_values(model, donor, nodes, positions=positions, prepend_bos=prepend_bos, batch_size=batch_size)
+    values = node_values(
+        model, donor, nodes, positions=positions, basis=basis, prepend_bos=prepend_bos, batch_size=batch_size
+    )
     return steer(
-        model, prompt, nodes, value=values, positions=positions, watch=watch, top_k=top_k, generate=generate,
-        prepend_bos=prepend_bos, batch_size=batch_size,
+        model, prompt, nodes, value=values, positions=positions, basis=basis, watch=watch, top_k=top_k,
+        generate=generate, prepend_bos=prepend_bos, batch_size=batch_size,
     )  # fmt: skip
 
 
@@ -129,6 +135,7 @@ def sweep(
     *,
     scales: Sequence[int | float] = (-4, -2, -1, 0, 1, 2, 4),
     positions: int | Sequence[int] | None = None,
+    basis: Dictionaries = None,
     watch: Watch | None = None,
     top_k: int = 5,
     prepend_bos: bool | None = None,
@@ -150,8 +157,8 @@ def sweep(
     """
     if not scales or len(set(scales)) < len(scales):
         raise SettingsError(f"expected at least one scale, each once; got {list(scales)}.")
-    runs = Runs(model, read_prompts(model, prompt, prepend_bos), watch, batch_size)
-    steered = find_nodes(model, nodes, positions)
+    runs = Runs(model, read_prompts(model, prompt, prepend_bos), watch, batch_size, basis=basis_of(nodes, basis))
+    steered = find_nodes(model, nodes, positions, basis, features=True)
     results = runs.compare(steered, [("scale", scale) for scale in scales], top_k)
     return SteeringSweep(tuple(float(scale) for scale in scales), tuple(results))
 
@@ -160,15 +167,18 @@ class Runs:
     """A model on some prompts, with and without steering."""
 
     def __init__(
-        self, model: TransformerLensModel, prompts: ReadPrompts, watch: Watch | None, batch_size: int, generate: int = 0
-    ) -> None:
+        self, model: TransformerLensModel, prompts: ReadPrompts, watch: Watch | None, batch_size: int,
+        generate: int = 0, basis: Dictionaries = None,
+    ) -> None:  # fmt: skip
         if batch_size < 1 or generate < 0:
             raise SettingsError(
                 f"expected batch_size of at least 1 and generate of at least 0; got {batch_size}, {generate}."
             )
         self._model, self._prompts, self._generate = model, prompts, generate
-        self._watch = {name: find_nodes(model, group) for name, group in (watch or {}).items()}
-        self._names = list(dict.fromkeys(hook for group in self._watch.values() for hook in group["hook"]))
+        self._watch = {
+            name: find_nodes(model, group, basis=basis, features=True) for name, group in (watch or {}).items()
+        }
+        self._names = list(dict.fromkeys(hook for group in self._watch.values() for hook in reads_of_nodes(group)))
         self._batches = list(prompts.batches(batch_size))
 
     def compare(self, nodes: pd.DataFrame, changes: Sequence[tuple[How, Amount]], top_k: int) -> list[SteeringResult]:
@@ -190,7 +200,9 @@ class Runs:
                 logits, values = run(self._model, tokens, self._names, hooks)
                 place(after[number], rows, logits)
                 for name, group in self._watch.items():
-                    watched[number][name][rows] = relative_change(base, values, group)
+                    watched[number][name][rows] = relative_change(
+                        *(values_by_key(v, group) for v in (base, values)), group
+                    )
                 for row, *pair in zip(rows, plain, self._continue(tokens, hooks), strict=True):
                     texts[number][row] = (pair[0], pair[1])
         return self._results(nodes, changes, top_k, before, after, watched, texts)
@@ -205,7 +217,7 @@ class Runs:
         names = dict(zip(ids, token_names(self._model, ids), strict=True))
         return [
             SteeringResult(
-                self._prompts.texts, plain, steered[number], nodes,
+                self._prompts.texts, plain, steered[number], nodes.drop(columns=["site", "key"]),
                 {"how": how, "amount": amount, "top_k": top_k, "generate": self._generate},
                 watched[number], tuple(texts[number]) if self._generate else None, names,
             )
@@ -254,8 +266,8 @@ def place(out: list[Any], rows: list[int], logits: Float[Tensor, "batch pos d_vo
 def relative_change(before: Values, after: Values, group: pd.DataFrame) -> Float[Tensor, " batch"]:
     """sum_n sign(a_n) (a'_n - a_n) / sum_n |a_n| of a group of nodes; those without a position count at every one."""
     total, change = 0.0, 0.0
-    for hook, rows in group.groupby("hook", sort=False):
-        old, new = (values[str(hook)].flatten(2).double().cpu() for values in (before, after))
+    for hook, rows in group.groupby("key", sort=False):
+        old, new = (values[str(hook)].double().cpu() for values in (before, after))
         units, positions = (
             torch.as_tensor(rows[key].to_numpy(dtype="int64", copy=True)) for key in ("unit", "position")
         )

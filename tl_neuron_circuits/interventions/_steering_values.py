@@ -11,7 +11,7 @@ from .._errors import SettingsError
 from .._typing import checked
 from ..bases import Values
 from ..models import TransformerLensModel
-from ._steering_nodes import Nodes, find_nodes
+from ._steering_nodes import Dictionaries, Nodes, find_nodes, reads_of_nodes, values_by_key
 from ._steering_prompts import read_prompts, run
 
 
@@ -22,6 +22,7 @@ def node_values(
     nodes: Nodes,
     *,
     positions: int | Sequence[int] | None = None,
+    basis: Dictionaries = None,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
 ) -> Float[Tensor, "batch node"]:
@@ -35,6 +36,7 @@ def node_values(
         prompts: the donors; their lengths may differ.
         nodes: as in `steering_hooks`; every node needs a position.
         positions: see `nodes`.
+        basis: as in `steering_hooks`.
         prepend_bos: None means the model's default.
         batch_size: prompts in one pass.
 
@@ -51,30 +53,30 @@ def node_values(
         >>> hooks = tnc.steering_hooks(model, nodes, value=values)
         >>> logits = model.run_with_hooks("The girl near the dog", fwd_hooks=hooks)
     """
-    frame = find_nodes(model, nodes, positions)
+    frame = find_nodes(model, nodes, positions, basis, features=True)
     free = frame[frame["position"] < 0]
     if len(free):
         raise SettingsError(f"expected a position for every node; {free['label'].iloc[0]} has none. Give positions=.")
     read = read_prompts(model, prompts, prepend_bos)
-    hooks = list(frame["hook"].unique())
+    hooks = reads_of_nodes(frame)
     out: dict[int, Tensor] = {}
     for rows, tokens in read.batches(batch_size):
         _, values = run(model, tokens, hooks)
-        picked = pick(values, frame)
+        picked = pick(values_by_key(values, frame), frame)
         out.update(zip(rows, picked, strict=True))
     return torch.stack([out[row] for row in range(len(read))])
 
 
 def pick(values: Values, frame: pd.DataFrame) -> Float[Tensor, "batch node"]:
-    """The values of nodes with positions, in the order of the frame's rows.
+    """The values of nodes with positions, in the order of the frame's rows; `values` by the frame's keys.
 
     Raises:
         SettingsError: a position outside the prompt or a unit out of range.
     """
     like = next(iter(values.values()))
     out = like.new_empty(len(like), len(frame))
-    for hook, rows in frame.reset_index(drop=True).groupby("hook", sort=False):
-        flat = values[str(hook)].flatten(2)
+    for hook, rows in frame.reset_index(drop=True).groupby("key", sort=False):
+        flat = values[str(hook)]
         units, places = (torch.as_tensor(rows[key].to_numpy(dtype="int64", copy=True)) for key in ("unit", "position"))
         for name, index, size in (("positions", places, flat.shape[1]), ("units", units, flat.shape[2])):
             if int(index.max()) >= size:

@@ -123,12 +123,12 @@ def _facts(circuit: Circuit) -> list[tuple[str, str, str]]:
         ),
         (
             "replacement",
-            _percent(circuit.replacement_score),
+            _percent(circuit.graph_replacement),
             "influence of embeddings over that of embeddings and of what was left out",
         ),
         (
             "completeness",
-            _percent(circuit.completeness_score),
+            _percent(circuit.graph_completeness),
             "share of all nodes' inputs that does not come from what was left out",
         ),
         ("baseline", str(settings.get("baseline", "")), "scores are differences to this"),

@@ -3,6 +3,7 @@
 from ._biases import biases_in_graph as biases_in_graph
 from ._check_model import ModelReport as ModelReport
 from ._check_model import check_model as check_model
+from ._norms import is_opaque as is_opaque
 from ._norms import read_norm as read_norm
 from ._relp import frozen as frozen
 from ._relp import relp as relp
