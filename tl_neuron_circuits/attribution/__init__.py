@@ -1,5 +1,6 @@
 """Node scores and edges: how much every node supports a metric, and through what. One method a file."""
 
+from ._activation_variance import activation_variance as activation_variance
 from ._attribute import attribute as attribute
 from ._baseline import shared_means as shared_means
 from ._component_edges import EdgeMethod as EdgeMethod

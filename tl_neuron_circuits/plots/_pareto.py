@@ -1,4 +1,4 @@
-"""Sparsity against fidelity of dictionaries, a panel a layer, with what linear maps reach as horizontal lines."""
+"""Sparsity against fidelity of dictionaries, a panel a layer and one of all layers; what linear maps reach as lines."""
 
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,9 @@ def plot_pareto(table: "pd.DataFrame", measure: str = "recovered_zero", model: s
     """
     if measure not in MEASURES:
         raise SettingsError(f"expected measure to be one of {list(MEASURES)}; got {measure!r}.")
-    layers = [layer for layer in dict.fromkeys(table["layer"]) if layer != "all"]
-    figure = make_subplots(
-        cols=len(layers), shared_yaxes=True, subplot_titles=[f"layer {n}" for n in layers], horizontal_spacing=0.02
-    )
+    layers = list(dict.fromkeys(table["layer"]))
+    titles = ["all layers" if layer == "all" else f"layer {layer}" for layer in layers]
+    figure = make_subplots(cols=len(layers), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.02)
     palette = colours(_SORTS)
     for column, layer in enumerate(layers, 1):
         rows = table[table["layer"] == layer]

@@ -28,6 +28,7 @@ from ._sites import flat_values
 from ._token_loss import LossSums, Replacement, batches_of, replaced_logits
 
 ALL = "all"
+OWN = ("sae", "transcoder")
 MODEL = ("", "model")
 
 
@@ -36,8 +37,7 @@ class Fidelity:
     """What `fidelity` returns: a row a layer and replacement, and of all layers together (`layer` "all").
 
     Columns: layer; replacement ("sae" or "transcoder", "affine", "rank 16", "mean", "zero"); kind and d_dict of the
-    dictionary; l0, fvu, dead_share; loss, divergence, recovered_zero,
-    recovered_mean.
+    dictionary; l0 (of all layers: their mean), fvu, dead_share; loss, divergence, recovered_zero, recovered_mean.
     """
 
     table: pd.DataFrame
@@ -109,29 +109,60 @@ def fidelity(
     Example:
         >>> fidelity(model, report.dictionaries, tokens).of("transcoder")  # doctest: +SKIP
     """
-    found = Dictionaries(dictionaries).sites(model)
-    sites = [_Site(s.dictionary, s.hook_in, s.hook, s.layer) for s in found]  # pyright: ignore[reportAttributeAccessIssue]
     batches = list(batches_of(tokens, forward_rows))
     fit = batches if fit_tokens is None else list(batches_of(fit_tokens, forward_rows))
+    return measure_fidelity(model, dictionaries, batches, fit, baselines, rank, ignore_tokens)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """What does not depend on a dictionary but on where it reads and writes: sums over tokens, and ablated losses."""
+
+    moments: Mapping[str, Moments]
+    sums: Mapping[tuple[Any, str], LossSums]
+
+
+def measure_fidelity(
+    model: TransformerLensModel,
+    dictionaries: Sequence[Dictionary],
+    batches: Sequence[Tensor],
+    fit: Sequence[Tensor],
+    baselines: bool,
+    rank: int,
+    ignore_tokens: tuple[int, ...],
+    known: References | None = None,
+) -> tuple[Fidelity, References]:
+    """`fidelity`, and what the next call with dictionaries of the same sites need not measure again.
+
+    Args:
+        known: from such a call, on the same tokens; the table then has rows of the dictionaries alone.
+    """
+    found = Dictionaries(dictionaries).sites(model)
+    sites = [_Site(s.dictionary, s.hook_in, s.hook, s.layer) for s in found]  # pyright: ignore[reportAttributeAccessIssue]
     if not batches or not fit:
         raise SettingsError("expected at least one prompt to measure fidelity on; got none.")
-    moments = _moments(model, sites, fit, ignore_tokens)
+    moments = _moments(model, sites, fit, ignore_tokens) if known is None else known.moments
     functions = {site.hook_out: _functions(site, moments[site.hook_out], baselines, rank) for site in sites}
+    if known is not None:
+        functions = {hook: {name: each[name] for name in OWN if name in each} for hook, each in functions.items()}
     measured = _measures(model, sites, functions, batches, ignore_tokens)
-    sums = _losses(model, sites, _conditions(sites, functions), batches, ignore_tokens)
-    model_loss, count = sums[MODEL].loss / sums[MODEL].count, sums.pop(MODEL).count
+    fresh = _losses(model, sites, _conditions(sites, functions), batches, ignore_tokens)
+    sums = fresh if known is None else {**known.sums, **fresh}
+    model_loss, count = sums[MODEL].loss / sums[MODEL].count, sums[MODEL].count
     losses = {key: each.loss / count for key, each in sums.items()}
     rows = [
         {"layer": layer, "replacement": name}
         | measured.get((layer, name), {})
-        | {"loss": loss, "divergence": sums[layer, name].divergence / count}
-        | {f"recovered_{a}": _recovered(losses[layer, a], loss, model_loss) for a in ("zero", "mean")}
-        for (layer, name), loss in losses.items()
+        | {"loss": losses[layer, name], "divergence": sums[layer, name].divergence / count}
+        | {f"recovered_{a}": _recovered(losses[layer, a], losses[layer, name], model_loss) for a in ("zero", "mean")}
+        for layer, name in fresh
+        if (layer, name) != MODEL
     ]
     table = pd.DataFrame(rows)
     order = {layer: i for i, layer in enumerate([*(site.layer for site in sites), ALL])}
     table = table.sort_values("layer", key=lambda column: column.map(order), kind="stable", ignore_index=True)
-    return Fidelity(table, model_loss, count)
+    references = {key: sums[key] for key in sums if key[1] not in OWN}
+    return Fidelity(table, model_loss, count), References(moments, references)
 
 
 def _recovered(ablated: float, loss: float, model_loss: float) -> float:
@@ -196,8 +227,11 @@ def _measures(
                 "l0": float(fired.sum()) / sums.count,
                 "dead_share": float((fired == 0).double().mean()),
             }
-            is_own = name in ("sae", "transcoder")
-            measured[site.layer, name] = (own if is_own else {}) | {"fvu": sums.unexplained}
+            measured[site.layer, name] = (own if name in OWN else {}) | {"fvu": sums.unexplained}
+    for name in OWN:
+        active_features = [each["l0"] for (_, other), each in measured.items() if other == name]
+        if active_features:
+            measured[ALL, name] = {"l0": sum(active_features) / len(active_features)}
     return measured
 
 

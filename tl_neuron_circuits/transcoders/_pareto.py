@@ -13,7 +13,8 @@ from .._typing import checked
 from ..bases import Dictionary
 from ..models import TransformerLensModel
 from ._config import TrainingConfig
-from ._fidelity import ALL, fidelity
+from ._fidelity import OWN, References, measure_fidelity
+from ._token_loss import batches_of
 from ._train import train
 
 
@@ -51,6 +52,9 @@ class ParetoFront:
         return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='{:.4g}'.format, na_rep='')}"
 
 
+_RANK = 16
+
+
 @checked
 def pareto(
     model: TransformerLensModel,
@@ -84,15 +88,16 @@ def pareto(
         raise SettingsError(f"expected at least one value of {config.sparsity_setting}; got none.")
     setting = config.sparsity_setting
     frames, dictionaries = [], {}
-    for target in targets:
+    batches, fit = (list(batches_of(each, config.forward_rows)) for each in (evaluation_tokens, tokens))
+    known: References | None = None
+    for target in sorted(targets, key=lambda target: target != "transcoder"):  # linear maps are those of transcoders
         for value in values:
             number = int(value) if setting == "k" else float(value)
             changed = config.replace(target=target, skip=config.skip and target != "sae", **{setting: number})
             trained = train(model, tokens, changed, verbose=verbose).dictionaries
-            measured = fidelity(
-                model, trained, evaluation_tokens, fit_tokens=tokens, forward_rows=config.forward_rows,
-                ignore_tokens=config.ignore_tokens, baselines=value == values[0],
-            )  # fmt: skip
+            measured, known = measure_fidelity(
+                model, trained, batches, fit, True, _RANK, config.ignore_tokens, known
+            )
             dictionaries[target, float(value)] = trained
             frames.append(measured.to_dataframe().assign(target=target, **{setting: number}))
     table = _once(pd.concat(frames, ignore_index=True), setting)
@@ -101,7 +106,7 @@ def pareto(
 
 def _once(table: pd.DataFrame, setting: str) -> pd.DataFrame:
     """The table with each baseline once, and `on_front`."""
-    own = table["replacement"].isin(("sae", "transcoder"))
+    own = table["replacement"].isin(OWN)
     table.loc[~own, setting] = float("nan")
     # Ablations are the same whatever is compared with them; SAEs' principal components are not the transcoders' map.
     shared = table["replacement"].isin(("mean", "zero"))
@@ -111,7 +116,7 @@ def _once(table: pd.DataFrame, setting: str) -> pd.DataFrame:
 
 
 def _on_front(table: pd.DataFrame, row: Any) -> bool:
-    if row.replacement not in ("sae", "transcoder") or row.layer == ALL:
+    if row.replacement not in OWN:
         return False
     rivals = table[(table["replacement"] == row.replacement) & (table["layer"] == row.layer)]
     better = (rivals["l0"] <= row.l0) & (rivals["recovered_zero"] >= row.recovered_zero)
