@@ -21,7 +21,7 @@ def to_scores(circuit: Circuit) -> NodeScores:
         SettingsError: the nodes are not single neurons of a model.
     """
     settings = circuit.settings
-    wrong = circuit.nodes["kind"].isin(("group", "feature")).any() or not settings.get("d_mlp")
+    wrong = circuit.nodes["kind"].isin(("group", "feature", "component")).any() or not settings.get("d_mlp")
     if wrong or not circuit.members:
         raise SettingsError(
             "expected a circuit of single neurons; this one has supernodes or imported features, or no nodes at all. "

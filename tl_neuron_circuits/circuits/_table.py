@@ -27,7 +27,9 @@ EDGE_COLUMNS = {
     "relative": "float64",
     "attribution": "float64",
 }
-CHOSEN = ("neuron", "feature", "group")
+SINGLE = ("neuron", "feature", "component")
+"""Kinds of single nodes that were chosen, supernodes aside."""
+CHOSEN = (*SINGLE, "group")
 """Kinds of nodes that pruning may drop; their scores stand beside each other."""
 ENDS = ("embedding", "bias", "remainder", "residual", "error")
 """Kinds without incoming edges: where flow ends."""

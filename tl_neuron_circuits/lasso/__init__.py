@@ -1,11 +1,11 @@
 """CircuitLasso: circuits by sparse regression of every component on those before it."""
 
 from ._circuit_lasso import CircuitLasso as CircuitLasso
-from ._circuit_lasso import LassoCircuit as LassoCircuit
 from ._groups import block_norms as block_norms
 from ._groups import solve_group_lasso as solve_group_lasso
 from ._labels import LabelSolution as LabelSolution
 from ._labels import solve_labels as solve_labels
+from ._lasso_circuit import LassoCircuit as LassoCircuit
 from ._observations import Observations as Observations
 from ._solver import LassoSolution as LassoSolution
 from ._solver import explained as explained

@@ -8,7 +8,7 @@ a prompt, then a solve that does not depend on how many there were.
 Source: Yin et al. 2026, arXiv 2606.16939 (no code is public; this is from the paper); METHODS 3.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,53 +22,15 @@ from .._errors import SettingsError
 from .._files import versions
 from .._typing import checked
 from ..bases import name_of
-from ..circuits import Circuit
 from ..models import TransformerLensModel
 from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
 from ._edges import Nodes, edge_keys, edge_table, node_table, nodes_of
+from ._lasso_circuit import LassoCircuit, lasso_circuit
 from ._observations import Observations, Regressors, observe
 from ._selection import Fitted, Joint, Solving, fit_path, held_out_errors, one_standard_error, smallest_empty
 from ._sites import Readout, observer
-from ._to_circuit import to_circuit
 
 Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenisedPairs
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LassoCircuit:
-    """Nodes, edges, and how they came about.
-
-    `edges`: source, target, weight, norm, n_weights, reach, and stability (share of bootstrap resamples that have the
-    edge; nan without them). Weights are in standard deviations of the target; `reach` is the weight times the strongest
-    path from the target on to the readout (ours, not the paper's). `nodes`: node, kind, layer, unit, position, r2 (mean
-    over its units; nan where nothing comes before). `path`: one row a penalty: share, n_edges, n_weights, r2, held-out
-    error with its standard error.
-    """
-
-    nodes: pd.DataFrame
-    edges: pd.DataFrame
-    path: pd.DataFrame
-    settings: Mapping[str, Any]
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """The edges, strongest first."""
-        return self.edges
-
-    def to_circuit(self) -> Circuit:
-        """The same as a `Circuit`, for its graph, groups, labels, saving and export."""
-        return to_circuit(self.nodes, self.edges, self.settings)
-
-    def __len__(self) -> int:
-        """How many nodes there are."""
-        return len(self.nodes)
-
-    def __repr__(self) -> str:
-        s = self.settings
-        size = f"{len(self.nodes)} nodes, {len(self.edges)} edges"
-        return f"LassoCircuit({size}, {s['n']} prompts, penalty {s['penalty']:.4g})"
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.edges.head(20).to_html(index=False, float_format='%.3f')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +171,7 @@ class CircuitLasso:
             "metric": metric_name(metric),
             "answers": list(watch.answers),
             "n": len(tokens),
+            "n_layers": int(model.cfg.n_layers),
             "skip_positions": skip,
             "pairs_hash": tokens.hash,
             "versions": versions(),
@@ -257,7 +220,7 @@ class CircuitLasso:
         edges = edge_table(observations.sites, chosen[1], nodes)
         edges["stability"] = self._stability(observations, chosen[0], solving, nodes, edges)
         settings = {**observations.settings, **self._plain(), "penalty": scale * chosen[0], "share": chosen[0] / most}
-        return LassoCircuit(node_table(observations.sites, nodes, chosen[1]), edges, path, settings)
+        return lasso_circuit(node_table(observations.sites, nodes, chosen[1]), edges, path, settings)
 
     def _alphas(self, most: float, scale: float) -> list[float]:
         """The path, from nothing on to the penalty that is asked for, or to the end."""
