@@ -1,12 +1,12 @@
 """The Bias-in-Bios protocol on synthetic biographies that demo-gelu understands: a table over seeds, in one run.
 
-    python -m tests.benchmarks.biographies [--seeds 3] [--texts 400] [--layer 2] [--out results.csv]
+    python -m tests.benchmarks.biographies [--seeds 3] [--texts 800] [--layer 1] [--no-errors] [--out results.csv]
     python -m tests.benchmarks.biographies --bios DIR --model gpt2 --saes DIR    the real one, for who has its files
 
 A biography is a sentence about people of a profession, and often another about where someone lives. Label: which of
 two professions. Spurious attribute: whether it is about one person or several, which shows in
-noun and verb and is what this model (trained to agree verbs) represents best. In the biased texts all of one profession are
-several, all of the other one. Concept texts: the same sentences about other people (parents, dogs, kings).
+noun and verb and is what this model (trained to agree verbs) represents best. In the biased texts all of one profession
+are several, all of the other one. Concept texts: the same sentences about other people (parents, dogs, kings).
 """
 
 import argparse
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 import tl_neuron_circuits as tnc
-from tl_neuron_circuits.lasso import Generalisation, LabelledTexts, bias_in_bios, generalise
+from tl_neuron_circuits.lasso import Generalisation, LabelledTexts, bias_in_bios, contrast_judge, generalise
 from tl_neuron_circuits.models import _english as english
 from tl_neuron_circuits.models import _text
 
@@ -47,7 +47,11 @@ def biographies(n: int, seed: int, concept: bool = False) -> LabelledTexts:
 
 def synthetic(options: argparse.Namespace, seed: int, model: Any, basis: Any) -> Generalisation:
     given = [biographies(options.texts, 10 * seed + k, concept=k == 2) for k in range(3)]
-    return generalise(model, *given, basis, seed=seed, batch_size=64, hook=options.hook, errors=not options.no_errors)
+    return generalise(model, *given, basis, seed=seed, batch_size=64, **settings(options))
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {"hook": options.hook, "errors": not options.no_errors, "judge": contrast_judge(options.judge)}
 
 
 def real(options: argparse.Namespace, seed: int, model: Any, basis: Any) -> Generalisation:
@@ -55,15 +59,16 @@ def real(options: argparse.Namespace, seed: int, model: Any, basis: Any) -> Gene
     rows = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     train, test = texts.take(rows[: len(rows) // 2]), texts.take(rows[len(rows) // 2 :])
     other = bias_in_bios(options.bios, ("teacher", "journalist")).balanced(options.texts, seed)
-    return generalise(model, train, test, other, basis, seed=seed, hook=options.hook)
+    return generalise(model, train, test, other, basis, seed=seed, **settings(options))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--texts", type=int, default=400)
-    parser.add_argument("--layer", type=int, default=2, help="whose SAE is used; -1 for all of them")
+    parser.add_argument("--texts", type=int, default=800)
+    parser.add_argument("--layer", type=int, default=1, help="whose SAE is used; -1 for all of them")
     parser.add_argument("--hook", default=None, help="where the probe reads; where the last dictionary writes")
+    parser.add_argument("--judge", type=float, default=0.6, help="AUROC on the concept texts from which on it ablates")
     parser.add_argument("--no-errors", action="store_true", help="the probe reads reconstructions")
     parser.add_argument("--bios", type=Path, default=None, help="Bias in Bios as JSONL, CSV or Parquet")
     parser.add_argument("--model", default="demo-gelu", help="with --bios: what TransformerBridge can load")

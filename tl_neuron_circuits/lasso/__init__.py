@@ -6,10 +6,10 @@ from ._feature_ranking import PooledFeatures as PooledFeatures
 from ._feature_ranking import pooled_features as pooled_features
 from ._feature_ranking import rank_features as rank_features
 from ._generalisation import Generalisation as Generalisation
-from ._generalisation import contrast_judge as contrast_judge
 from ._generalisation import generalise as generalise
 from ._groups import block_norms as block_norms
 from ._groups import solve_group_lasso as solve_group_lasso
+from ._judging import contrast_judge as contrast_judge
 from ._labelled_texts import BIOS_PROFESSIONS as BIOS_PROFESSIONS
 from ._labelled_texts import LabelledTexts as LabelledTexts
 from ._labelled_texts import bias_in_bios as bias_in_bios
@@ -18,6 +18,7 @@ from ._labels import solve_labels as solve_labels
 from ._lasso_circuit import LassoCircuit as LassoCircuit
 from ._observations import Observations as Observations
 from ._probe import Probe as Probe
+from ._probe import eraser as eraser
 from ._probe import fit_probe as fit_probe
 from ._solver import LassoSolution as LassoSolution
 from ._solver import explained as explained

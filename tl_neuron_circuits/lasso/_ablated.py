@@ -1,4 +1,4 @@
-"""Activations pooled over positions while some dictionary features are zero, and features' support for a probe of them."""
+"""Activations pooled over positions while features are zero, and the features' support for a probe of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -188,8 +188,8 @@ def rank_features(
     Args:
         pooled: from `pooled_features`.
         labels: one a prompt: 0 and 1 (logistic), or numbers (squared).
-        n_features: without a penalty: the largest one (on a path of 11, each .6 of the last) that gives so many features a
-            weight; fewer where there are no more to be had.
+        n_features: without a penalty: the largest (on a path of 11, each .6 of the last) that gives so many
+            features a weight; fewer where there are no more to be had.
         penalty: the paper's lambda.
         loss: "logistic" for two classes, "squared" for numbers.
         without: nodes that may not be used, such as those found before: what they said, others may say too.

@@ -12,13 +12,13 @@ zero at every position, and the probe is used again as it is, or trained anew on
     random          as many live features as were ablated at most, drawn by chance
     concept_blind   no features: the attribute's direction, from the concept texts, is projected out (LEACE)
 
-The judge is a human's part in the paper. Here it is a callable, by default one that looks at `concept`: other texts that
-show the attribute but say nothing about the label. Nothing but the oracle sees a training text in which they disagree.
+The judge is a human's part in the paper. Here it is a callable, by default one that looks at `concept`: other texts
+that show the attribute but say nothing about the label. Nothing but the oracle sees training texts where they disagree.
 Source: Marks et al. 2025, arXiv 2403.19647 (SHIFT); Yin et al. 2026; Belrose et al. 2023 (LEACE); METHODS 3.2, 5.1.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +26,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .._errors import SettingsError
 from .._files import versions
 from .._typing import checked
 from ..bases import Basis, name_of, sites_of
-from ..explain import auroc
 from ..models import TransformerLensModel
-from ._ablated import Ablation, probe_support, pooled_activations
-from ._feature_ranking import PooledFeatures, pooled_features, rank_features
+from ..tasks import TokenisedPairs
+from ._ablated import Ablation, pooled_activations, probe_support
+from ._feature_ranking import pooled_features
 from ._inputs import same_start, to_tokens
+from ._judging import Judge, Jury, by_label_node, by_support, contrast_judge, contrasts, drawn
 from ._labelled_texts import LabelledTexts
-from ._probe import Probe, fit_probe
+from ._probe import Probe, eraser, fit_probe
 
-Judge = Callable[[pd.DataFrame], Sequence[str]]
-"""From the candidates (label, hook, layer, unit, weight, share, contrast) to the labels of those about the attribute."""
 RANKINGS = ("lasso", "lasso_rounds", "attribution", "random")
 _ROUNDS = 10
 
@@ -65,32 +63,12 @@ class Generalisation:
 
     def __repr__(self) -> str:
         s = self.settings
-        return f"Generalisation({len(self.table)} methods, {s['n_biased']} biased and {s['n_test']} test texts, {s['hook']})"
+        return (
+            f"Generalisation({len(self.table)} methods, {s['n_biased']} biased, {s['n_test']} test texts, {s['hook']})"
+        )
 
     def _repr_html_(self) -> str:
         return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='%.3f')}"
-
-
-def contrast_judge(threshold: float = 0.75) -> Judge:
-    """A judge that takes a feature to be about the attribute if it tells it on the concept texts.
-
-    Args:
-        threshold: AUROC of the pooled feature, in either direction.
-
-    Raises:
-        SettingsError: a threshold outside .5 to 1.
-
-    Example:
-        >>> contrast_judge(0.8)(pd.DataFrame({"label": ["L0/F1", "L0/F2"], "contrast": [0.1, 0.6]}))
-        ['L0/F1']
-    """
-    if not 0.5 <= threshold <= 1:
-        raise SettingsError(f"expected an AUROC between 0.5 and 1; got {threshold}.")
-
-    def judge(candidates: pd.DataFrame) -> Sequence[str]:
-        return candidates.loc[(candidates["contrast"] - 0.5).abs() >= threshold - 0.5, "label"].tolist()
-
-    return judge
 
 
 @checked
@@ -136,136 +114,90 @@ def generalise(
         NumericalError: activations that are not finite.
     """
     sites = sites_of(model, basis)
-    hook = sites[-1].hook if hook is None else hook
-    sets = {
+    texts = {
         "biased": train.biased(seed=seed),
         "oracle": train.balanced(seed=seed),
         "test": test.balanced(seed=seed),
         "concept": concept,
     }
-    tokens = {name: to_tokens(model, list(texts.texts), prepend_bos) for name, texts in sets.items()}
+    tokens = {name: to_tokens(model, list(some.texts), prepend_bos) for name, some in texts.items()}
     skip = same_start(tokens["biased"])
-    plain = Ablation(sites, {}, hook, skip, batch_size, errors)
-    x = {name: pooled_activations(model, tokens[name], plain) for name in sets}
-    labels = {name: torch.tensor(texts.label) for name, texts in sets.items()}
-    probe = fit_probe(x["biased"], labels["biased"], ridge)
-    oracle = fit_probe(x["oracle"], labels["oracle"], ridge)
-    rows = [
-        {"method": "original", **_judged(probe, x["test"], sets["test"])},
-        {"method": "oracle", **_judged(oracle, x["test"], sets["test"])},
-    ]
-    start = time.process_time()
-    erase = eraser(x["concept"], torch.tensor(concept.spurious))
-    blind = fit_probe(erase(x["biased"]), labels["biased"], ridge)
-    took = {"seconds": time.process_time() - start}
-    rows.append({"method": "concept_blind", **_judged(blind, erase(x["test"]), sets["test"]), **took})
-
+    plain = Ablation(sites, {}, sites[-1].hook if hook is None else hook, skip, batch_size, errors)
+    run = _Run(model, texts, tokens, plain, ridge)
+    table, probes = _baselines(run)
     given = {"skip_positions": skip, "batch_size": batch_size}
-    features = {name: pooled_features(model, tokens[name], basis, **given) for name in ("biased", "concept")}
-    chooses = judge or contrast_judge()
-    contrast = _contrasts(features["concept"], concept.spurious)
+    features, shown = (pooled_features(model, tokens[name], basis, **given) for name in ("biased", "concept"))
+    see = Jury(judge or contrast_judge(), contrasts(shown, concept.spurious), n_candidates)
     candidates: dict[str, pd.DataFrame] = {}
     for ranking in RANKINGS:
         start = time.process_time()
         if ranking.startswith("lasso"):
-            rounds = 1 if ranking == "lasso" else _ROUNDS
-            found = _by_label_node(features["biased"], sets["biased"], n_candidates, contrast, chooses, rounds)
+            found = by_label_node(features, texts["biased"], see, 1 if ranking == "lasso" else _ROUNDS)
         elif ranking == "attribution":
-            support = probe_support(model, tokens["biased"], plain, probe, labels["biased"], rules)
-            found = _verdict(_by_support(features["biased"], support).head(n_candidates), contrast, chooses)
+            label = torch.tensor(texts["biased"].label)
+            support = probe_support(model, tokens["biased"], plain, probes["original"], label, rules)
+            found = by_support(features, support, see)
         else:
-            count = max(int(table["chosen"].sum()) for table in candidates.values())
-            drawn = _drawn(features["biased"], count, seed)
-            found = _verdict(drawn, contrast, lambda frame: frame["label"].tolist())
-        seconds = time.process_time() - start
+            count = max(int(frame["chosen"].sum()) for frame in candidates.values())
+            found = drawn(features, count, seed, see)
         candidates[ranking] = found
-        without = plain.of(found[found["chosen"]])
-        ablated = {name: pooled_activations(model, tokens[name], without) for name in ("biased", "test")}
-        again = fit_probe(ablated["biased"], labels["biased"], ridge)
-        for suffix, used in (("", probe), (", retrained", again)):
-            row = {"method": ranking + suffix, **_judged(used, ablated["test"], sets["test"])}
-            rows.append({**row, "n_ablated": int(found["chosen"].sum()), "seconds": seconds})
+        table += _ablated(run, ranking, found, probes["original"], time.process_time() - start)
     settings = {
-        "hook": hook, "basis": name_of(basis), "n_candidates": n_candidates, "rules": list(rules), "errors": errors, "ridge": ridge,
-        "n_biased": len(sets["biased"]), "n_oracle": len(sets["oracle"]), "n_test": len(sets["test"]),
-        "n_concept": len(concept), "skip_positions": skip, "seed": seed, "versions": versions(),
+        "hook": plain.hook, "basis": name_of(basis), "n_candidates": n_candidates, "rules": list(rules),
+        "errors": errors, "ridge": ridge, "skip_positions": skip, "seed": seed, "versions": versions(),
         "model": str(getattr(model.cfg, "model_name", "unknown")),
+        **{f"n_{name}": len(some) for name, some in texts.items()},
     }  # fmt: skip
-    return Generalisation(pd.DataFrame(rows), candidates, {"original": probe, "oracle": oracle}, settings)
+    return Generalisation(pd.DataFrame(table), candidates, probes, settings)
 
 
-def eraser(x: Tensor, attribute: Tensor) -> Callable[[Tensor], Tensor]:
-    """A projection after which no linear probe tells the attribute on `x` better than its intercept: LEACE's, rank one.
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What stays the same for every method."""
 
-    x - d (v . (x - mean)) / (v . d),   d the difference of class means, v = covariance^-1 d
-    """
-    x = x.double()
-    mean = x.mean(0)
-    centred = x - mean
-    covariance = centred.T @ centred / len(x)
-    covariance.diagonal().add_(1e-6 * covariance.diagonal().mean())
-    difference = x[attribute == 1].mean(0) - x[attribute == 0].mean(0)
-    if not bool(torch.isfinite(difference).all()):
-        raise SettingsError("the concept texts all have one value of the attribute: nothing to contrast.")
-    v = torch.linalg.solve(covariance, difference)
-    scale = (v @ difference).clamp(min=torch.finfo(torch.float64).tiny)
-    return lambda values: values.double() - ((values.double() - mean) @ v / scale)[:, None] * difference
+    model: TransformerLensModel
+    texts: Mapping[str, LabelledTexts]
+    tokens: Mapping[str, TokenisedPairs]
+    plain: Ablation
+    ridge: float
 
+    def pooled(self, name: str, ablation: Ablation | None = None) -> Tensor:
+        return pooled_activations(self.model, self.tokens[name], ablation or self.plain)
 
-def _judged(probe: Probe, x: Tensor, texts: LabelledTexts) -> dict[str, float]:
-    predicted, label, spurious = probe.predictions(x), torch.tensor(texts.label), torch.tensor(texts.spurious)
-    right = (predicted == label).double()
-    groups = [right[(label == a) & (spurious == b)].mean() for a in (0, 1) for b in (0, 1)]
-    return {
-        "label_accuracy": float(right.mean()),
-        "spurious_accuracy": float((predicted == spurious).double().mean()),
-        "worst_group": float(min(groups)),
-        "n_ablated": 0,
-        "seconds": 0.0,
-    }
+    def probe(self, x: Tensor, name: str) -> Probe:
+        return fit_probe(x, torch.tensor(self.texts[name].label), self.ridge)
 
-
-def _contrasts(features: PooledFeatures, attribute: Sequence[int]) -> dict[str, float]:
-    """AUROC of every feature for the attribute; .5 where it never differs."""
-    area = auroc(features.values, (torch.tensor(attribute) == 1)[:, None])[0]
-    return dict(zip(features.nodes["label"], area.tolist(), strict=True))
+    def row(self, method: str, probe: Probe, x: Tensor, n_ablated: int = 0, seconds: float = 0.0) -> dict[str, Any]:
+        """What a probe does on the test texts' activations."""
+        test = self.texts["test"]
+        predicted, label, spurious = probe.predictions(x), torch.tensor(test.label), torch.tensor(test.spurious)
+        right = (predicted == label).double()
+        groups = [right[(label == a) & (spurious == b)].mean() for a in (0, 1) for b in (0, 1)]
+        return {
+            "method": method,
+            "label_accuracy": float(right.mean()),
+            "spurious_accuracy": float((predicted == spurious).double().mean()),
+            "worst_group": float(min(groups)),
+            "n_ablated": n_ablated,
+            "seconds": seconds,
+        }
 
 
-def _by_label_node(
-    features: PooledFeatures,
-    texts: LabelledTexts,
-    n_candidates: int,
-    contrast: Mapping[str, float],
-    judge: Judge,
-    rounds: int,
-) -> pd.DataFrame:
-    tables: list[pd.DataFrame] = []
-    for _ in range(rounds):
-        taken = [label for table in tables for label in table.loc[table["chosen"], "label"]]
-        ranked = rank_features(features, list(texts.label), n_features=n_candidates, without=taken)
-        tables.append(_verdict(ranked.top(n_candidates), contrast, judge))
-        if not tables[-1]["chosen"].any():
-            break
-    rows = [table[table["chosen"]] for table in tables[:-1]]
-    return pd.concat([*rows, tables[-1]], ignore_index=True)
+def _baselines(run: _Run) -> tuple[list[dict[str, Any]], dict[str, Probe]]:
+    x = {name: run.pooled(name) for name in run.texts}
+    probes = {"original": run.probe(x["biased"], "biased"), "oracle": run.probe(x["oracle"], "oracle")}
+    rows = [run.row(name, probe, x["test"]) for name, probe in probes.items()]
+    start = time.process_time()
+    erase = eraser(x["concept"], torch.tensor(run.texts["concept"].spurious))
+    blind = run.probe(erase(x["biased"]), "biased")
+    seconds = time.process_time() - start
+    return [*rows, run.row("concept_blind", blind, erase(x["test"]), 0, seconds)], probes
 
 
-def _verdict(candidates: pd.DataFrame, contrast: Mapping[str, float], judge: Judge) -> pd.DataFrame:
-    candidates = candidates.assign(contrast=candidates["label"].map(contrast)).reset_index(drop=True)
-    return candidates.assign(chosen=candidates["label"].isin(list(judge(candidates))))
-
-
-def _by_support(features: PooledFeatures, support: Tensor) -> pd.DataFrame:
-    order = support.argsort(descending=True, stable=True)
-    order = order[support[order] > 0]
-    share = (features.values[:, order] != 0).double().mean(0)
-    rows = features.nodes.iloc[order.tolist()].reset_index(drop=True)
-    return rows.assign(weight=support[order].numpy(), share=share.numpy())
-
-
-def _drawn(features: PooledFeatures, count: int, seed: int) -> pd.DataFrame:
-    live = (features.values != features.values[:1]).any(0).nonzero().flatten()
-    generator = torch.Generator().manual_seed(seed)
-    chosen = live[torch.randperm(len(live), generator=generator)[:count]]
-    share = (features.values[:, chosen] != 0).double().mean(0)
-    return features.nodes.iloc[chosen.tolist()].reset_index(drop=True).assign(weight=0.0, share=share.numpy())
+def _ablated(run: _Run, ranking: str, found: pd.DataFrame, probe: Probe, seconds: float) -> list[dict[str, Any]]:
+    """The original probe without the chosen features, and one that is trained without them."""
+    without = run.plain.of(found[found["chosen"]])
+    test = run.pooled("test", without)
+    again = run.probe(run.pooled("biased", without), "biased")
+    both = ((ranking, probe), (f"{ranking}, retrained", again))
+    return [run.row(name, one, test, int(found["chosen"].sum()), seconds) for name, one in both]

@@ -60,7 +60,7 @@ class LassoCircuit(Circuit):
         node_influence: float | None = None,
         edge_influence: float | None = None,
     ) -> "LassoCircuit":
-        """Fewer nodes and edges; then chosen nodes that nothing leads away from go (with a readout), until none is left.
+        """Fewer nodes and edges; then chosen nodes from which nothing leads on go, until none is left.
 
         Weights stay those of the whole regression: to have the others make up for what is cut, fit with a larger
         penalty.

@@ -6,6 +6,7 @@ Standardisation is of the data it is fitted to and goes into the weights, so tha
 gradient taken, on activations themselves.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,8 @@ def fit_probe(x: Float[Tensor, "n d"], y: Tensor, ridge: float = 1e-2, steps: in
         NumericalError: an activation is not finite, or the fit did not converge.
 
     Example:
-        >>> fit_probe(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1, 1])).predictions(torch.ones(1, 1))
+        >>> probe = fit_probe(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1, 1]))
+        >>> probe.predictions(torch.ones(1, 1))
         tensor([0])
     """
     y = y.double()
@@ -76,3 +78,26 @@ def fit_probe(x: Float[Tensor, "n d"], y: Tensor, ridge: float = 1e-2, steps: in
         raise NumericalError("the probe did not converge. Give a larger ridge.")
     scaled = weights[:-1] * keep
     return Probe(scaled, float(weights[-1] - scaled @ statistics.mean))
+
+
+def eraser(x: Tensor, attribute: Tensor) -> Callable[[Tensor], Tensor]:
+    """A projection after which no linear probe tells the attribute on `x` better than its intercept: LEACE's, rank one.
+
+    x - d (v . (x - mean)) / (v . d),   d the difference of class means, v = covariance^-1 d
+
+    Raises:
+        SettingsError: the attribute is the same everywhere.
+
+    Source: Belrose et al. 2023, arXiv 2306.03819.
+    """
+    x = x.double()
+    mean = x.mean(0)
+    centred = x - mean
+    covariance = centred.T @ centred / len(x)
+    covariance.diagonal().add_(1e-6 * covariance.diagonal().mean())
+    difference = x[attribute == 1].mean(0) - x[attribute == 0].mean(0)
+    if not bool(torch.isfinite(difference).all()):
+        raise SettingsError("the concept texts all have one value of the attribute: nothing to contrast.")
+    v = torch.linalg.solve(covariance, difference)
+    scale = (v @ difference).clamp(min=torch.finfo(torch.float64).tiny)
+    return lambda values: values.double() - ((values.double() - mean) @ v / scale)[:, None] * difference
