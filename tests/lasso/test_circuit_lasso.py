@@ -176,7 +176,7 @@ def test_held_out_error_takes_the_sparsest_within_one_standard_error(gpt2) -> No
 def test_neurons_are_nodes_of_their_own_with_signed_edges(gpt2) -> None:
     circuit = CircuitLasso(mlp="neurons", share=0.3, **SMALL).fit(gpt2, random_tokens(gpt2, batch=30, pos=5))
     nodes = circuit.nodes.set_index("node")
-    assert (nodes["kind"] == "mlp").sum() == 2 * gpt2.cfg.d_mlp
+    assert (nodes["kind"] == "neuron").sum() == 2 * gpt2.cfg.d_mlp
     single = circuit.edges[circuit.edges["source"].str.contains("/N") & circuit.edges["target"].str.contains("/N")]
     assert (single["weight"] < 0).any() and (single["weight"] > 0).any()
     assert np.allclose(single["weight"].abs(), single["norm"])
@@ -280,7 +280,7 @@ def test_as_a_circuit_it_is_saved_and_is_a_graph(gpt2, tmp_path: Path) -> None:
     lasso = CircuitLasso(readout="logits", mlp="neurons", share=0.2, shares=(0.4,), blocks=1, regressors="same")
     found = lasso.fit(gpt2, random_tokens(gpt2, batch=20, pos=5))
     circuit = found.to_circuit()
-    assert len(circuit) == 2 * gpt2.cfg.d_mlp  # neurons; heads are components
+    assert len(circuit) == len(found) == 2 * gpt2.cfg.d_mlp + 8  # neurons and heads
     circuit.save(tmp_path / "circuit")
     again = Circuit.load(tmp_path / "circuit")
     assert np.allclose(again.edges["weight"], found.edges["weight"])

@@ -11,7 +11,7 @@ import pandas as pd
 from ..attribution import NodeScores
 from ..bases import Basis
 from . import _algebra, _groups, _neuronpedia, _prune, _saved, _scores
-from ._table import CHOSEN, EDGE_COLUMNS, LEFT_OUT, NODE_COLUMNS, typed
+from ._table import CHOSEN, EDGE_COLUMNS, LEFT_OUT, NODE_COLUMNS, SINGLE, typed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -48,8 +48,8 @@ class Circuit:
         object.__setattr__(self, "edges", typed(self.edges, EDGE_COLUMNS))
 
     def __len__(self) -> int:
-        """How many scalar nodes were chosen (neurons or features); members of supernodes count."""
-        return int(self.nodes["kind"].isin(("neuron", "feature")).sum()) + int(self.settings.get("n_grouped", 0))
+        """How many scalar nodes were chosen (neurons, features, components); members of supernodes count."""
+        return int(self.nodes["kind"].isin(SINGLE).sum()) + int(self.settings.get("n_grouped", 0))
 
     @property
     def target_value(self) -> float:

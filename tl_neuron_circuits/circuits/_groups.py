@@ -12,7 +12,7 @@ import pandas as pd
 from .._errors import SettingsError
 from ..attribution import label as neuron_label
 from ._assemble import relative_weights
-from ._table import CHOSEN, complete, edge_table, node_table
+from ._table import CHOSEN, SINGLE, complete, edge_table, node_table
 
 if TYPE_CHECKING:
     from ._circuit import Circuit
@@ -76,7 +76,7 @@ def collapse(circuit: Circuit) -> Circuit:
         raise SettingsError("expected groups to collapse; no node is in one. Call group({...}) first.")
     names = circuit.nodes["group"].where(grouped, circuit.nodes["node"])
     rows = [_supernode(name, rows) for name, rows in circuit.nodes[grouped].groupby("group", sort=False)]
-    single = circuit.nodes["kind"].isin(("neuron", "feature")) & grouped
+    single = circuit.nodes["kind"].isin(SINGLE) & grouped
     members = {name: rows["node"].tolist() for name, rows in circuit.nodes[grouped].groupby("group", sort=False)}
     nodes = pd.concat([circuit.nodes[~grouped], node_table(rows)], ignore_index=True)
     return joined(circuit, names, nodes, {"n_grouped": int(circuit.settings.get("n_grouped", 0)) + int(single.sum()),

@@ -47,7 +47,8 @@ def to_scores(circuit: Circuit) -> NodeScores:
     nodes = circuit.nodes[circuit.nodes["kind"].isin(KIND_OF_LETTER.values())]
     places = {(KIND_OF_LETTER[site["letter"]], site["layer"]): site["hook"] for site in sites}
     kinds = zip(nodes["kind"], nodes["layer"], strict=True)
-    wrong = (circuit.nodes["kind"] == "group").any() or not all(kind in places for kind in kinds)
+    unknown = circuit.nodes["kind"].isin(("group", "component")).any()
+    wrong = unknown or not all(kind in places for kind in kinds)
     if wrong or not circuit.members:
         raise SettingsError(
             "expected a circuit of single neurons or features of dictionaries; this one has supernodes or imported "

@@ -27,7 +27,9 @@ EDGE_COLUMNS = {
     "relative": "float64",
     "attribution": "float64",
 }
-CHOSEN = ("neuron", "feature", "head", "skip", "group")
+SINGLE = ("neuron", "feature", "component")
+"""Kinds of single nodes that were chosen, supernodes aside."""
+CHOSEN = (*SINGLE, "head", "skip", "group")
 """Kinds of nodes that pruning may drop; their scores stand beside each other."""
 KIND_OF_LETTER = {"N": "neuron", "F": "feature"}
 ENDS = ("embedding", "bias", "remainder", "residual", "error")

@@ -1,12 +1,25 @@
 """CircuitLasso: circuits by sparse regression of every component on those before it."""
 
 from ._circuit_lasso import CircuitLasso as CircuitLasso
-from ._circuit_lasso import LassoCircuit as LassoCircuit
+from ._feature_ranking import FeatureRanking as FeatureRanking
+from ._feature_ranking import PooledFeatures as PooledFeatures
+from ._feature_ranking import pooled_features as pooled_features
+from ._feature_ranking import rank_features as rank_features
+from ._generalisation import Generalisation as Generalisation
+from ._generalisation import generalise as generalise
 from ._groups import block_norms as block_norms
 from ._groups import solve_group_lasso as solve_group_lasso
+from ._judging import contrast_judge as contrast_judge
+from ._labelled_texts import BIOS_PROFESSIONS as BIOS_PROFESSIONS
+from ._labelled_texts import LabelledTexts as LabelledTexts
+from ._labelled_texts import bias_in_bios as bias_in_bios
 from ._labels import LabelSolution as LabelSolution
 from ._labels import solve_labels as solve_labels
+from ._lasso_circuit import LassoCircuit as LassoCircuit
 from ._observations import Observations as Observations
+from ._probe import Probe as Probe
+from ._probe import eraser as eraser
+from ._probe import fit_probe as fit_probe
 from ._solver import LassoSolution as LassoSolution
 from ._solver import explained as explained
 from ._solver import largest_penalty as largest_penalty

@@ -8,67 +8,27 @@ a prompt, then a solve that does not depend on how many there were.
 Source: Yin et al. 2026, arXiv 2606.16939 (no code is public; this is from the paper); METHODS 3.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from .._errors import SettingsError
 from .._files import versions
 from .._typing import checked
 from ..bases import name_of
-from ..circuits import Circuit
 from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
+from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name
 from ._edges import Nodes, edge_keys, edge_table, node_table, nodes_of
+from ._inputs import Inputs, same_start, to_tokens
+from ._lasso_circuit import LassoCircuit, lasso_circuit
 from ._observations import Observations, Regressors, observe
 from ._selection import Fitted, Joint, Solving, fit_path, held_out_errors, one_standard_error, smallest_empty
 from ._sites import Readout, observer
-from ._to_circuit import to_circuit
-
-Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenisedPairs
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LassoCircuit:
-    """Nodes, edges, and how they came about.
-
-    `edges`: source, target, weight, norm, n_weights, reach, and stability (share of bootstrap resamples that have the
-    edge; nan without them). Weights are in standard deviations of the target; `reach` is the weight times the strongest
-    path from the target on to the readout (ours, not the paper's). `nodes`: node, kind, layer, unit, position, r2 (mean
-    over its units; nan where nothing comes before). `path`: one row a penalty: share, n_edges, n_weights, r2, held-out
-    error with its standard error.
-    """
-
-    nodes: pd.DataFrame
-    edges: pd.DataFrame
-    path: pd.DataFrame
-    settings: Mapping[str, Any]
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """The edges, strongest first."""
-        return self.edges
-
-    def to_circuit(self) -> Circuit:
-        """The same as a `Circuit`, for its graph, groups, labels, saving and export."""
-        return to_circuit(self.nodes, self.edges, self.settings)
-
-    def __len__(self) -> int:
-        """How many nodes there are."""
-        return len(self.nodes)
-
-    def __repr__(self) -> str:
-        s = self.settings
-        size = f"{len(self.nodes)} nodes, {len(self.edges)} edges"
-        return f"LassoCircuit({size}, {s['n']} prompts, penalty {s['penalty']:.4g})"
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.edges.head(20).to_html(index=False, float_format='%.3f')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +56,9 @@ class CircuitLasso:
         bootstrap: resamples of the blocks for the stability of edges; 0 leaves it out.
         skip_positions: positions at the start that are not observed; None skips the first where all prompts begin with
             the same token (BOS), whose activations dwarf all others.
+        noise: components: disturb every unit of every component, as the model runs, by independent noise of so many of
+            its standard deviations. Ours, not the paper's: components that are functions of one token predict each
+            other exactly, so without noise nothing tells which of them the next one reads. 0 observes alone.
         floor: standard deviations below this share of the largest count as this share.
         tolerance: relative duality gap of every target.
         seed: of the blocks and the bootstrap.
@@ -123,6 +86,7 @@ class CircuitLasso:
     folds: int = 4
     bootstrap: int = 0
     skip_positions: int | None = None
+    noise: float = 0.0
     floor: float = 1e-4
     tolerance: float = 1e-6
     seed: int = 0
@@ -141,6 +105,11 @@ class CircuitLasso:
             raise SettingsError(f"expected at least one block, and two for a bootstrap; got blocks={self.blocks}.")
         if self.groups and self.joint != "joint":
             raise SettingsError("groups=True penalises all earlier sites jointly; leave joint='joint'.")
+        if self.noise < 0 or (self.noise and self.basis is not None):
+            raise SettingsError(
+                f"expected noise of 0 or more, and none with a basis, whose nodes the model does not compute; got "
+                f"noise={self.noise}, basis={self.basis!r}."
+            )
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise SettingsError(f"expected shares between 0 and 1; got {list(self.shares)}.")
 
@@ -187,7 +156,7 @@ class CircuitLasso:
         verbose: bool = False,
     ) -> Observations:
         """The statistics alone; `+` joins those of several processes before `solve`. Arguments as of `fit`."""
-        tokens = _tokens(model, inputs, prepend_bos)
+        tokens = to_tokens(model, inputs, prepend_bos)
         readout = self.readout or ("answers" if isinstance(inputs, PromptPairs | TokenisedPairs) else "logits")
         if readout in ("answers", "metric") and not isinstance(inputs, PromptPairs | TokenisedPairs):
             raise SettingsError(f"readout={readout!r} needs pairs with answers; got prompts. Use 'logits' or 'none'.")
@@ -200,7 +169,7 @@ class CircuitLasso:
             readout=readout,
             metric=metric,
         )
-        skip = _same_start(tokens) if self.skip_positions is None else self.skip_positions
+        skip = same_start(tokens) if self.skip_positions is None else self.skip_positions
         settings = {
             "method": "circuit_lasso",
             "model": str(getattr(model.cfg, "model_name", "unknown")),
@@ -209,10 +178,11 @@ class CircuitLasso:
             "metric": metric_name(metric),
             "answers": list(watch.answers),
             "n": len(tokens),
+            "n_layers": int(model.cfg.n_layers),
             "skip_positions": skip,
             "pairs_hash": tokens.hash,
             "versions": versions(),
-            **{name: getattr(self, name) for name in ("regressors", "attention", "mlp", "blocks", "seed")},
+            **{name: getattr(self, name) for name in ("regressors", "attention", "mlp", "blocks", "seed", "noise")},
         }
         return observe(
             watch,
@@ -223,6 +193,7 @@ class CircuitLasso:
             batch_size=batch_size,
             seed=self.seed,
             settings=settings,
+            noise=self.noise,
             resume=resume,
             verbose=verbose,
         )
@@ -257,7 +228,7 @@ class CircuitLasso:
         edges = edge_table(observations.sites, chosen[1], nodes)
         edges["stability"] = self._stability(observations, chosen[0], solving, nodes, edges)
         settings = {**observations.settings, **self._plain(), "penalty": scale * chosen[0], "share": chosen[0] / most}
-        return LassoCircuit(node_table(observations.sites, nodes, chosen[1]), edges, path, settings)
+        return lasso_circuit(node_table(observations.sites, nodes, chosen[1]), edges, path, settings)
 
     def _alphas(self, most: float, scale: float) -> list[float]:
         """The path, from nothing on to the penalty that is asked for, or to the end."""
@@ -333,24 +304,3 @@ def _nearest(
         else:
             low = middle
     return chosen
-
-
-def _tokens(model: TransformerLensModel, inputs: Inputs, prepend_bos: bool | None) -> TokenisedPairs:
-    if isinstance(inputs, PromptPairs | TokenisedPairs):
-        return tokenise(model, inputs, prepend_bos=prepend_bos, aligned=False)
-    if isinstance(inputs, str):
-        inputs = [inputs]
-    if isinstance(inputs, list):
-        given = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        clean = [model.to_tokens(prompt, **given)[0] for prompt in inputs]
-    else:
-        clean = list(inputs)
-    if not clean:
-        raise SettingsError("expected at least one prompt; got none.")
-    return TokenisedPairs.from_tokens(clean, torch.zeros(len(clean), dtype=torch.long, device=clean[0].device))
-
-
-def _same_start(tokens: TokenisedPairs) -> int:
-    """1 where all prompts begin with one token and go on after it, else 0."""
-    same = len({int(prompt[0]) for prompt in tokens.clean}) == 1 and len(tokens) > 1
-    return int(same and min(tokens.lengths) > 1 and bool((tokens.position > 0).all()))

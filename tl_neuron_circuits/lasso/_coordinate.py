@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-_SWEEPS = 4
-_STEPS = 4
+_SWEEPS = 2
+_STEPS = 2
 _RIDGE = 1e-10
 
 

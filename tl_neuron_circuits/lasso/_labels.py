@@ -49,8 +49,9 @@ def solve_labels(
     floor: float = 1e-4,
     tolerance: float = 1e-8,
     max_steps: int = 20_000,
+    start: LabelSolution | None = None,
 ) -> LabelSolution:
-    """Fit every label (columns of zeros and ones) on standardised features.
+    """Fit every label (columns of zeros and ones) on standardised features, from `start` if given (a larger penalty's).
 
     Raises:
         SettingsError: labels are not zeros and ones, one is the same everywhere, or the penalty is not positive.
@@ -89,10 +90,12 @@ def solve_labels(
         dual = _entropy(y - shrunk * residual).mean(0)
         return (primal - dual) / entropy
 
-    start = torch.cat([standard.new_zeros(standard.shape[1], y.shape[1]), torch.logit(share)[None]])
+    first = torch.cat([standard.new_zeros(standard.shape[1], y.shape[1]), torch.logit(share)[None]])
+    if start is not None:
+        first = torch.cat([start.weights, start.intercept[None]])
     step = 4 / max(largest_eigenvalue(problem.gram), 1.0)
     labels = torch.arange(y.shape[1], device=y.device)
-    found, gaps = fista(start, step, gradient, shrink, gap, labels, tolerance, max_steps)
+    found, gaps = fista(first, step, gradient, shrink, gap, labels, tolerance, max_steps)
     if not float(gaps.max()) <= tolerance:
         raise NumericalError(
             f"the labels' regression did not converge: relative duality gap {float(gaps.max()):.1e}, expected "

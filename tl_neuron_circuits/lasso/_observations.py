@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .._errors import FileFormatError, SettingsError
 from .._files import read_directory, write_directory
 from ..tasks import Batch, TokenisedPairs
-from ._sites import Observer, Site
+from ._sites import Noise, Observer, Site
 from ._statistics import Accumulator, Statistics, sum_of
 
 Regressors = Literal["same", "pooled", "earlier"]
@@ -101,11 +101,13 @@ def observe(
     batch_size: int,
     seed: int,
     settings: Mapping[str, Any],
+    noise: float = 0.0,
     resume: str | Path | None = None,
     verbose: bool = False,
 ) -> Observations:
     """Run the model on every prompt once and keep the statistics.
 
+    With `noise`, see `Noise`; its size is measured on the first prompts, and draws start anew with every block.
     With `resume`, the statistics of finished blocks are kept in that directory and taken from there.
 
     Raises:
@@ -115,6 +117,7 @@ def observe(
     _check(tokens, regressors, n_blocks, skip)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
     regressions: tuple[Regression, ...] = ()
+    deviations: Mapping[str, Tensor] = {}
     blocks: list[tuple[Statistics, ...]] = []
     done = {} if resume is None else _read_blocks(Path(resume), settings)
     with tqdm(total=len(tokens), desc="observed prompts", disable=not verbose, unit="prompt") as bar:
@@ -124,10 +127,13 @@ def observe(
             if not regressions:
                 first = next(part.batches(1))
                 regressions = _regressions(watch, first, regressors, skip)
+                deviations = watch.deviations(next(part.batches(batch_size))) if noise else {}
             if block in done:
                 blocks.append(done[block])
             else:
-                blocks.append(_block(watch, part.batches(batch_size), regressions, regressors, skip))
+                draws = torch.Generator().manual_seed(1_000_003 * (seed + 1) + block)
+                disturbed = Noise(noise, deviations, draws) if noise else None
+                blocks.append(_block(watch, part.batches(batch_size), regressions, regressors, skip, disturbed))
                 if resume is not None:
                     _write_block(Path(resume), block, blocks[-1], settings)
             bar.update(len(chosen))
@@ -135,11 +141,16 @@ def observe(
 
 
 def _block(
-    watch: Observer, batches: Iterator[Batch], regressions: Sequence[Regression], regressors: Regressors, skip: int
+    watch: Observer,
+    batches: Iterator[Batch],
+    regressions: Sequence[Regression],
+    regressors: Regressors,
+    skip: int,
+    noise: Noise | None,
 ) -> tuple[Statistics, ...]:
     sums = [Accumulator() for _ in regressions]
     for batch in batches:
-        values, readout = watch.values(batch)
+        values, readout = watch.values(batch, noise)
         now = torch.cat(values, 2)
         if regressors == "earlier":
             rows = now[:, skip:].flatten(1)

@@ -6,7 +6,7 @@ together) or, where `split`, a node a unit (neurons, dictionary features).
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -61,15 +61,34 @@ class Observer:
     metric: Metric
     answers: Sequence[int]
 
-    def values(self, batch: Batch) -> tuple[list[Float[Tensor, "batch pos _"]], Float[Tensor, "batch answer"] | None]:
+    @property
+    def names(self) -> list[str]:
+        """Every hook point that some site reads, once."""
+        return list(dict.fromkeys(name for site in self.sites for name in site.reads))
+
+    def deviations(self, batch: Batch) -> dict[str, Float[Tensor, "..."]]:
+        """Standard deviation of every unit at every hook point, over prompts and positions."""
+        store: Values = {}
+        with torch.no_grad(), self.model.hooks(fwd_hooks=[capture(store, name) for name in self.names]):
+            logits_of(self.model, batch.clean, batch.attention_mask)
+        values = fired(store, self.names, self.model)
+        return {name: value.flatten(0, 1).std(0, correction=0) for name, value in values.items()}
+
+    def values(
+        self, batch: Batch, noise: "Noise | None" = None
+    ) -> tuple[list[Float[Tensor, "batch pos _"]], Float[Tensor, "batch answer"] | None]:
         """Values of all sites at all positions, and the readout of a whole prompt where there is one.
+
+        With `noise`, every site is disturbed as it is computed, and read as it is handed on.
 
         Raises:
             UnsupportedModelError: a hook point did not fire.
         """
-        names = list(dict.fromkeys(name for site in self.sites for name in site.reads))
+        names = self.names
         store: Values = {}
-        with torch.no_grad(), self.model.hooks(fwd_hooks=[capture(store, name) for name in names]):
+        disturbing = [] if noise is None else [noise.at(name) for name in names]
+        hooks = [*disturbing, *(capture(store, name) for name in names)]
+        with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             logits = logits_of(self.model, batch.clean, batch.attention_mask)
             store = fired(store, names, self.model)
             found = [self._value(site, store, logits) for site in self.sites]
@@ -87,6 +106,24 @@ class Observer:
             return logits
         value = store[site.hook]
         return split_heads(value, self.n_heads)[:, :, site.head] if site.head >= 0 else value.flatten(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Independent Gaussian noise on every unit, `size` times its standard deviation on undisturbed prompts."""
+
+    size: float
+    deviations: Mapping[str, Float[Tensor, "..."]]
+    generator: torch.Generator
+
+    def at(self, name: str) -> tuple[str, Any]:
+        """A forward hook; draws come from a CPU generator, so that devices agree."""
+
+        def add(value: Tensor, hook: Any) -> Tensor:
+            drawn = torch.randn(value.shape, generator=self.generator).to(value)
+            return value + self.size * self.deviations[name] * drawn
+
+        return name, add
 
 
 def component_sites(graph: ComponentGraph, model: TransformerLensModel, neurons: bool) -> Iterator[Site]:

@@ -22,7 +22,9 @@ from .._errors import NumericalError, SettingsError
 from ._coordinate import descend
 from ._statistics import Standardised
 
-_CHUNK = 2**25  # numbers held at once in gathered sub-matrices: 256 MB
+_SPARSER = 8  # a multiplication by single rows costs so many times one of a full product
+_CHUNK = 2**25  # numbers in the gradients of a chunk of targets: 256 MB
+_GATHERED = 2**20  # numbers in gathered sub-matrices: 8 MB, which caches hold
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -127,10 +129,7 @@ def lasso_path(
 
 def explained(problem: Standardised, weights: Float64[Tensor, "source target"]) -> Float64[Tensor, " target"]:
     """R2 of these weights on the problem's observations (which need not be those they were fitted to)."""
-    used = weights.any(1).nonzero().flatten()
-    some = weights[used]
-    residual = problem.squares - 2 * (problem.cross[used] * some).sum(0)
-    residual = residual + (some * (problem.gram[used][:, used] @ some)).sum(0)
+    residual = problem.squares + ((_times(problem.gram, weights) - 2 * problem.cross) * weights).sum(0)
     return torch.where(problem.target_constant, torch.nan, 1 - residual / problem.squares)
 
 
@@ -157,8 +156,7 @@ class _Part:
 
     def gradient(self, weights: Tensor) -> Tensor:
         """X'(y - X b) / n where allowed, else zero."""
-        used = weights.any(1).nonzero().flatten()
-        fitted = self.gram[:, used] @ weights[used] if 2 * len(used) < len(weights) else self.gram @ weights
+        fitted = _times(self.gram, weights)
         gradient = self.cross - fitted
         return gradient if self.allowed is None else gradient * self.allowed
 
@@ -195,24 +193,33 @@ def _solve(part: _Part, start: Tensor, tolerance: float, max_rounds: int) -> tup
     return weights, gaps
 
 
+def _times(gram: Tensor, weights: Tensor) -> Tensor:
+    """gram @ weights, by the few rows that each target uses where that is less work."""
+    target, source = weights.T.nonzero(as_tuple=True)
+    if _SPARSER * len(source) > weights.numel():
+        return gram @ weights
+    first = torch.searchsorted(target.contiguous(), torch.arange(weights.shape[1], device=gram.device))
+    picked = weights.T[target, source]
+    return torch.nn.functional.embedding_bag(source, gram, first, mode="sum", per_sample_weights=picked).T
+
+
 def _on_working_sets(part: _Part, weights: Tensor, gradient: Tensor, tolerance: float) -> Tensor:
     """Solve every target on the columns it uses and its worst violators."""
-    used = weights != 0
-    violation = torch.where(used, 0.0, gradient.abs() - part.alpha).clamp(min=0)
-    quota = used.sum(0).clamp(min=32)
-    ranked = violation.argsort(dim=0, descending=True, stable=True)
-    rank = torch.empty_like(ranked).scatter_(
-        0, ranked, torch.arange(len(ranked), device=ranked.device)[:, None].expand_as(ranked)
-    )
-    working = used | ((violation > 0) & (rank < quota))
+    working = weights != 0
+    violation = torch.where(working, 0.0, gradient.abs() - part.alpha).clamp_(min=0)
+    quota = working.sum(0).clamp(min=32)
+    worst = violation.topk(min(int(quota.max()), len(violation)), dim=0)
+    chosen = (worst.values > 0) & (torch.arange(len(worst.values), device=quota.device)[:, None] < quota)
+    working.scatter_(0, worst.indices, working.gather(0, worst.indices) | chosen)
     size = working.sum(0)
     out = weights.clone()
     for targets in _equal_chunks(size):
         width = int(size[targets].max())
         if width == 0:
             continue
-        columns = working[:, targets].T.float().argsort(dim=1, descending=True, stable=True)[:, :width]
-        inside = working.T[targets].gather(1, columns)
+        inside = torch.arange(width, device=size.device) < size[targets, None]
+        columns = torch.zeros_like(inside, dtype=torch.long)
+        columns[inside] = working[:, targets].T.nonzero(as_tuple=True)[1]
         out[:, targets] = _gathered(part, weights, targets, columns, inside, tolerance)
     return out
 
@@ -222,7 +229,7 @@ def _equal_chunks(size: Int[Tensor, " target"]) -> list[Tensor]:
     order = size.argsort(stable=True)
     chunks, first, sizes = [], 0, size[order].tolist()
     for last, width in enumerate(sizes):
-        too_wide = (last - first + 1) * width**2 > _CHUNK or width > 2 * sizes[first] + 32
+        too_wide = (last - first + 1) * width**2 > _GATHERED or width > 2 * sizes[first] + 32
         if last > first and too_wide:
             chunks.append(order[first:last])
             first = last
@@ -239,4 +246,4 @@ def _gathered(
     start = weights.T[targets].gather(1, columns) * inside
     found = descend(gram, cross, part.squares[targets], part.alpha, start, tolerance)
     fresh = torch.zeros_like(weights[:, targets]).T.contiguous()
-    return fresh.scatter_(1, columns, found * inside).T
+    return fresh.scatter_add_(1, columns, found * inside).T

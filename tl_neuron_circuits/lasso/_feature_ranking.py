@@ -1,0 +1,257 @@
+"""Label nodes: which features of a model tell a label of its prompts.
+
+    features z of a prompt: mean (or largest) activation over its positions;   A = lasso of the label on z, standardised
+    ranking over the data: |A|;   for one prompt: |A| x |z|
+
+The label is the last node of the order, so everything may explain it. Logistic loss for classes (`solve_labels`),
+squared error for numbers (`solve_lasso`). Among features that say the same the lasso takes one: the others are not
+ranked low because they know less.
+Source: Yin et al. 2026; METHODS 3.1 (label node, prompt-level scores).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from .._errors import SettingsError
+from .._typing import checked
+from ..attribution import label as node_label
+from ..bases import Basis, reads_of, run_values, sites_of
+from ..explain import PromptScores
+from ..models import TransformerLensModel
+from ..tasks import TokenisedPairs
+from ._inputs import Inputs, same_start, to_tokens
+from ._labels import solve_labels
+from ._solver import largest_penalty, solve_lasso
+from ._statistics import Statistics, standardise
+
+Pool = Literal["mean", "max", "last"]
+Loss = Literal["logistic", "squared"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PooledFeatures:
+    """`values[i, k]`: node k of a basis on prompt i, pooled over positions; float32 on the CPU."""
+
+    values: Float[Tensor, "prompt node"]
+    nodes: pd.DataFrame
+    """Columns label, hook, layer, unit."""
+    keys: tuple[str, ...]
+    pool: Pool
+
+    def __repr__(self) -> str:
+        return f"PooledFeatures({len(self.values):,} prompts, {len(self.nodes):,} nodes)"
+
+
+@checked
+def pooled_features(
+    model: TransformerLensModel,
+    inputs: Inputs,
+    basis: Basis | Sequence[Basis],
+    *,
+    pool: Pool = "mean",
+    skip_positions: int | None = None,
+    batch_size: int = 32,
+    prepend_bos: bool | None = None,
+) -> PooledFeatures:
+    """Every node of a basis on every prompt, as one number.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        inputs: prompts, tokens or pairs.
+        basis: dictionaries, neurons, or several bases.
+        pool: mean or largest over the positions, or the last position alone.
+        skip_positions: positions at the start that are left out; None leaves out a first token that all share.
+        batch_size: prompts in one forward pass.
+        prepend_bos: None means the model's default.
+
+    Raises:
+        SettingsError: no prompts, or nothing is left of one.
+        UnsupportedModelError: a hook point did not fire.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[:1])
+        >>> tnc.lasso.pooled_features(tnc.load_demo_model(), ["The dogs are old."], basis)
+        PooledFeatures(1 prompts, 768 nodes)
+    """
+    tokens = to_tokens(model, inputs, prepend_bos)
+    skip = same_start(tokens) if skip_positions is None else skip_positions
+    if skip >= min(tokens.lengths):
+        raise SettingsError(f"skip_positions={skip} leaves nothing of a prompt of {min(tokens.lengths)} tokens.")
+    sites = sites_of(model, basis)
+    rows: list[Tensor | None] = [None] * len(tokens)
+    for batch in tokens.batches(batch_size):
+        values = run_values(model, batch, reads_of(sites))
+        parts = torch.cat([_pool(site.take_apart(values).nodes[:, skip:], pool) for site in sites], 1)
+        for row, part in zip(batch.index.tolist(), parts.float().cpu(), strict=True):
+            rows[row] = part
+    widths = _widths(model, tokens, sites)
+    nodes = pd.DataFrame(
+        [
+            (node_label(site.layer, site.letter, unit, -1, "node"), site.hook, site.layer, unit)
+            for site, width in zip(sites, widths, strict=True)
+            for unit in range(width)
+        ],
+        columns=["label", "hook", "layer", "unit"],
+    )
+    keys = tuple(" ".join(map(str, prompt.tolist())) for prompt in tokens.clean)
+    return PooledFeatures(torch.stack([row for row in rows if row is not None]), nodes, keys, pool)
+
+
+def _pool(nodes: Tensor, pool: Pool) -> Tensor:
+    if pool == "mean":
+        return nodes.mean(1)
+    return nodes.amax(1) if pool == "max" else nodes[:, -1]
+
+
+def _widths(model: TransformerLensModel, tokens: TokenisedPairs, sites: Sequence[Any]) -> list[int]:
+    values = run_values(model, next(tokens.batches(1)), reads_of(sites))
+    return [site.take_apart(values).nodes.shape[2] for site in sites]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureRanking:
+    """Features with a weight for a label, strongest first.
+
+    `features`: label (the node), hook, layer, unit, weight (of the feature in standard deviations; log odds, or
+    standard deviations of the label), raw_weight (of the activation itself), share (of prompts it is active on).
+    `n_silent` features never differ from prompt to prompt, and have none.
+    """
+
+    features: pd.DataFrame
+    penalty: float
+    loss: Loss
+    pool: Pool
+    n_candidates: int
+    n_silent: int
+
+    def __len__(self) -> int:
+        """How many features have a weight."""
+        return len(self.features)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The features, strongest first."""
+        return self.features
+
+    def top(self, k: int) -> pd.DataFrame:
+        """The `k` features with the largest |weight|."""
+        return self.features.head(k)
+
+    def prompt_scores(self, pooled: PooledFeatures) -> PromptScores:
+        """|A| x |z| of the ranked features on other prompts: a column a feature, strongest of the data first.
+
+        Raises:
+            SettingsError: the features are of other hook points.
+
+        Source: METHODS 3.1 (s = |A| x |z|), with A per unit of activation so that columns compare.
+        """
+        places = {label: k for k, label in enumerate(pooled.nodes["label"])}
+        missing = [label for label in self.features["label"] if label not in places]
+        if missing:
+            raise SettingsError(f"expected the nodes that were ranked; {missing[:3]} are not among these features.")
+        columns = [places[label] for label in self.features["label"]]
+        weight = torch.tensor(self.features["raw_weight"].abs().to_numpy(), dtype=torch.float32)
+        nodes = self.features[["label", "hook", "unit"]].assign(position=-1, polarity=0)
+        scores = pooled.values[:, columns].abs() * weight
+        return PromptScores(scores, nodes, pooled.keys, None, f"|weight| x |activation|, {self.loss}")
+
+    def __repr__(self) -> str:
+        best = ", ".join(self.features["label"].head(3))
+        return (
+            f"FeatureRanking({len(self)} of {self.n_candidates:,} features, {self.n_silent:,} silent, {self.loss}, "
+            f"penalty {self.penalty:.4g}: {best}{', ...' if len(self) > 3 else ''})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.features.head(20).to_html(index=False, float_format='%.3g')}"
+
+
+@checked
+def rank_features(
+    pooled: PooledFeatures,
+    labels: Sequence[int] | Sequence[float],
+    *,
+    n_features: int = 20,
+    penalty: float | None = None,
+    loss: Loss = "logistic",
+    without: Sequence[str] = (),
+) -> FeatureRanking:
+    """Regress a label on the features of the same prompts, with few of them.
+
+    Args:
+        pooled: from `pooled_features`.
+        labels: one a prompt: 0 and 1 (logistic), or numbers (squared).
+        n_features: without a penalty: the largest (on a path of 11, each .6 of the last) that gives so many
+            features a weight; fewer where there are no more to be had.
+        penalty: the paper's lambda.
+        loss: "logistic" for two classes, "squared" for numbers.
+        without: nodes that may not be used, such as those found before: what they said, others may say too.
+
+    Raises:
+        SettingsError: labels do not fit the prompts, are all the same, or no feature ever differs.
+        NumericalError: a feature is not finite, or the regression did not converge.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[-1:])
+        >>> texts = ["The dogs are old.", "The cats are here.", "The dog is old.", "The cat is here."]
+        >>> pooled = tnc.lasso.pooled_features(tnc.load_demo_model(), texts, basis)
+        >>> len(tnc.lasso.rank_features(pooled, [1, 1, 0, 0], n_features=3)) >= 1
+        True
+    """
+    if len(labels) != len(pooled.values):
+        raise SettingsError(f"expected one label a prompt; got {len(labels)} for {len(pooled.values)} prompts.")
+    if n_features < 1:
+        raise SettingsError(f"expected n_features of at least 1; got {n_features}.")
+    y = torch.tensor(np.asarray(labels, dtype=float))[:, None]
+    varies = (pooled.values != pooled.values[:1]).any(0)
+    silent = int((~varies).sum())
+    live = (varies & torch.tensor(~pooled.nodes["label"].isin(list(without)).to_numpy())).nonzero().flatten()
+    if len(live) == 0:
+        raise SettingsError(
+            f"none of the {len(pooled.nodes):,} features differs between these prompts: they never fire, or always "
+            "alike. Give other prompts, or another dictionary."
+        )
+    x = pooled.values[:, live].double()
+    found, scale, used = _weights(x, y, penalty, n_features, loss)
+    order = found.abs().argsort(descending=True, stable=True)
+    order = order[found[order] != 0]
+    rows = pooled.nodes.iloc[live[order].tolist()].reset_index(drop=True)
+    rows = rows.assign(
+        weight=found[order].numpy(),
+        raw_weight=(found / scale)[order].numpy(),
+        share=(pooled.values[:, live[order]] != 0).double().mean(0).numpy(),
+    )
+    return FeatureRanking(rows, used, loss, pooled.pool, len(pooled.nodes), silent)
+
+
+def _weights(
+    x: Float64[Tensor, "n p"], y: Float64[Tensor, "n 1"], penalty: float | None, n_features: int, loss: Loss
+) -> tuple[Float64[Tensor, " p"], Float64[Tensor, " p"], float]:
+    """Standardised weights, the columns' scales, and the penalty."""
+    squared = standardise(Statistics.of(x, y))
+    if loss == "squared":
+        if bool(squared.target_constant.any()):
+            raise SettingsError("the labels are all the same: nothing to tell apart.")
+        largest = largest_penalty(squared)
+    else:
+        largest = float((squared.cross * squared.target_scale).abs().max()) * len(x)
+    path = [penalty] if penalty is not None else [largest * 0.6**k for k in range(1, 12)]
+    weights, used, start, last = torch.zeros(x.shape[1], dtype=torch.float64), path[0], None, None
+    for used in path:
+        if loss == "squared":
+            start = solve_lasso(squared, used, start=start).weights
+            weights = start[:, 0]
+        else:
+            last = solve_labels(x, y, used, tolerance=1e-4, start=last)
+            weights = last.weights[:, 0]
+        if int((weights != 0).sum()) >= n_features:
+            break
+    return weights, squared.scale, used

@@ -1,0 +1,161 @@
+"""Texts with a label and with an attribute that a classifier should not use; the reader of Bias in Bios.
+
+    biased      label and attribute agree in every text: nothing in it tells which of the two to learn
+    balanced    the four groups (label x attribute) are of one size: what the classifier is judged on
+
+Source: De-Arteaga et al. 2019 (Bias in Bios); Marks et al. 2025, arXiv 2403.19647 (professor and nurse); METHODS 5.1.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from .._errors import FileFormatError, SettingsError
+
+BIOS_PROFESSIONS: tuple[str, ...] = (
+    "accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker interior_designer "
+    "journalist model nurse painter paralegal pastor personal_trainer photographer physician poet professor "
+    "psychologist rapper software_engineer surgeon teacher yoga_teacher"
+).split()  # pyright: ignore[reportAssignmentType]
+"""Bias in Bios' professions in the order of its numbers (the data set card of LabHC/bias_in_bios)."""
+
+
+@dataclass(frozen=True, repr=False)
+class LabelledTexts:
+    """Texts, the label to learn and the spurious attribute: 0 or 1 each.
+
+    Raises:
+        SettingsError: lengths differ, there is no text, or a value is neither 0 nor 1.
+
+    Example:
+        >>> LabelledTexts(["He cares for patients.", "She lectures."], label=[0, 1], spurious=[0, 1])
+        LabelledTexts(2 texts; label, spurious = 00: 1, 01: 0, 10: 0, 11: 1)
+    """
+
+    texts: Sequence[str]
+    label: Sequence[int]
+    spurious: Sequence[int]
+
+    def __post_init__(self) -> None:
+        """Check the columns."""
+        for name in ("texts", "label", "spurious"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        lengths = {name: len(getattr(self, name)) for name in ("texts", "label", "spurious")}
+        if len(set(lengths.values())) > 1 or not self.texts:
+            raise SettingsError(f"expected one label and one spurious attribute a text, and a text; got {lengths}.")
+        wrong = (set(self.label) | set(self.spurious)) - {0, 1}
+        if wrong:
+            raise SettingsError(f"expected labels and attributes of 0 and 1; got {sorted(map(repr, wrong))[:5]}.")
+
+    def __len__(self) -> int:
+        """How many texts."""
+        return len(self.texts)
+
+    @property
+    def groups(self) -> dict[tuple[int, int], int]:
+        """How many texts of each (label, spurious)."""
+        pairs = list(zip(self.label, self.spurious, strict=True))
+        return {group: pairs.count(group) for group in ((0, 0), (0, 1), (1, 0), (1, 1))}
+
+    def take(self, rows: Sequence[int]) -> "LabelledTexts":
+        """These rows."""
+        return LabelledTexts(*([column[k] for k in rows] for column in (self.texts, self.label, self.spurious)))
+
+    def biased(self, n: int | None = None, seed: int = 0) -> "LabelledTexts":
+        """Texts whose label and attribute agree, half of each label; as many as there are, or `n`.
+
+        Raises:
+            SettingsError: there are not so many.
+        """
+        return self._draw([(0, 0), (1, 1)], n, seed)
+
+    def balanced(self, n: int | None = None, seed: int = 0) -> "LabelledTexts":
+        """A quarter of each group; as many as there are, or `n`.
+
+        Raises:
+            SettingsError: there are not so many.
+        """
+        return self._draw([(0, 0), (0, 1), (1, 0), (1, 1)], n, seed)
+
+    def _draw(self, groups: Sequence[tuple[int, int]], n: int | None, seed: int) -> "LabelledTexts":
+        each = min(self.groups[group] for group in groups) if n is None else n // len(groups)
+        if each < 1 or any(self.groups[group] < each for group in groups):
+            raise SettingsError(f"expected {max(each, 1)} texts each of (label, spurious) {groups}; got {self.groups}.")
+        generator = torch.Generator().manual_seed(seed)
+        pairs = list(zip(self.label, self.spurious, strict=True))
+        chosen = []
+        for group in groups:
+            rows = [k for k, pair in enumerate(pairs) if pair == group]
+            chosen += [rows[k] for k in torch.randperm(len(rows), generator=generator)[:each].tolist()]
+        return self.take(sorted(chosen))
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{a}{b}: {count}" for (a, b), count in self.groups.items())
+        return f"LabelledTexts({len(self)} texts; label, spurious = {counts})"
+
+
+def bias_in_bios(
+    source: str | Path | Iterable[Mapping[str, Any]], professions: tuple[str, str] = ("professor", "nurse")
+) -> LabelledTexts:
+    """Biographies of two professions: label 1 is the second of them, spurious 1 is a woman.
+
+    Args:
+        source: a JSONL, JSON, CSV or Parquet file (or a folder of them) with the columns hard_text, profession and
+            gender of `LabHC/bias_in_bios`; or rows, such as a split of that data set loaded by `datasets`.
+        professions: by name.
+
+    Raises:
+        FileFormatError: no such file, or other columns.
+        SettingsError: an unknown profession, or none of its texts is there.
+
+    Example:
+        >>> rows = [{"hard_text": "She lectures.", "profession": 21, "gender": 1}]
+        >>> bias_in_bios([*rows, {"hard_text": "He helps.", "profession": 13, "gender": 0}])
+        LabelledTexts(2 texts; label, spurious = 00: 0, 01: 1, 10: 1, 11: 0)
+    """
+    unknown = [name for name in professions if name not in BIOS_PROFESSIONS]
+    if unknown or professions[0] == professions[1]:
+        raise SettingsError(f"expected two of {', '.join(BIOS_PROFESSIONS)}; got {professions}.")
+    wanted = {BIOS_PROFESSIONS.index(name): label for label, name in enumerate(professions)}
+    rows = _rows(Path(source)) if isinstance(source, str | Path) else source
+    texts, labels, spurious = [], [], []
+    for row in rows:
+        missing = {"hard_text", "profession", "gender"} - set(row)
+        if missing:
+            raise FileFormatError(f"expected the columns hard_text, profession and gender; {sorted(missing)} missing.")
+        profession = row["profession"]
+        number = BIOS_PROFESSIONS.index(profession) if profession in BIOS_PROFESSIONS else int(profession)
+        if number in wanted:
+            texts.append(str(row["hard_text"]))
+            labels.append(wanted[number])
+            spurious.append(int(row["gender"]))
+    if len(set(labels)) < 2:
+        raise SettingsError(f"expected texts of both {professions}; got {len(texts)} texts of {len(set(labels))}.")
+    return LabelledTexts(texts, labels, spurious)
+
+
+def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix in (".jsonl", ".json", ".csv", ".parquet")]
+    if not files or not all(file.is_file() for file in files):
+        raise FileFormatError(f"expected a JSONL, JSON, CSV or Parquet file, or a folder of them, at {path}.")
+    for file in files:
+        try:
+            yield from _table(file)
+        except (ValueError, OSError, json.JSONDecodeError) as error:
+            raise FileFormatError(f"{file} cannot be read: {error}") from error
+
+
+def _table(file: Path) -> list[Mapping[str, Any]]:
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if file.suffix == ".json":
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content if isinstance(content, list) else pd.DataFrame(content).to_dict("records")
+    reader = pd.read_csv if file.suffix == ".csv" else pd.read_parquet
+    return reader(file).to_dict("records")

@@ -1,0 +1,232 @@
+"""What a fit gives: a `Circuit` whose edges are regression weights, with the regularisation path.
+
+An edge's `weight` is the regression's; its `attribution`, which ranks and colours edges as in every circuit, is `reach`
+with the weight's sign (the weight itself where there is no readout to reach). A node's `score` is the largest product
+of weights on a path from it to the readout (without one, its strongest edge). Nothing is conserved along a regression:
+`relative`, `flow` and `influence` are nan, no remainder is kept, and the target's value is 1, its own deviation.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .._errors import SettingsError
+from .._files import read_directory, write_directory
+from ..circuits import Circuit
+
+SCHEMA = 1
+NODE_EXTRA = ("r2",)
+EDGE_EXTRA = ("norm", "n_weights", "reach", "stability")
+_KINDS = {"embedding": "embedding", "logits": "logit"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LassoCircuit(Circuit):
+    """A `Circuit` from sparse regressions, and how it came about.
+
+    `edges` has these columns beside a circuit's: norm, n_weights, reach, and stability (share of bootstrap resamples
+    that have the edge; nan without them). Weights are in standard deviations of the target; `reach` is the weight times
+    the strongest path from the target on to the readout (ours, not the paper's). `nodes` has r2 (mean over its units;
+    nan where nothing comes before). Kinds: "embedding", "component" (a head, an MLP), "neuron", "feature", "logit".
+    `path`: one row a penalty: share, n_edges, n_weights, r2, held-out error with its standard error where that chose.
+    """
+
+    path: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        """Give the columns one type each, and keep those of the regression."""
+        nodes, edges = self.nodes, self.edges
+        super().__post_init__()
+        for name, before, extra in (("nodes", nodes, NODE_EXTRA), ("edges", edges, EDGE_EXTRA)):
+            own = {column: before[column].to_numpy(dtype=float) for column in extra}
+            object.__setattr__(self, name, getattr(self, name).assign(**own))
+
+    def to_circuit(self) -> Circuit:
+        """A plain `Circuit`, without the regression's own columns and path."""
+        return Circuit(self.nodes, self.edges, self.settings)
+
+    def prune(
+        self,
+        *,
+        share: float | None = None,
+        count: int | None = None,
+        edges: int | None = None,
+        relative: float | None = None,
+        node_influence: float | None = None,
+        edge_influence: float | None = None,
+    ) -> "LassoCircuit":
+        """Fewer nodes and edges; then chosen nodes from which nothing leads on go, until none is left.
+
+        Weights stay those of the whole regression: to have the others make up for what is cut, fit with a larger
+        penalty.
+
+        Args:
+            share: keep nodes with a score of at least this.
+            count: keep the nodes with the largest score.
+            edges: keep the edges with the largest |attribution|.
+            relative: not for regressions.
+            node_influence: not for regressions.
+            edge_influence: not for regressions.
+
+        Raises:
+            SettingsError: no criterion, or one that needs conserved flows.
+        """
+        if not (relative is node_influence is edge_influence is None) or share is count is edges is None:
+            raise SettingsError(
+                "expected share, count or edges: along a regression nothing is conserved, so there are no relative "
+                "weights and no influence to prune by. Or fit with a larger penalty."
+            )
+        chosen = _chosen(self.nodes)
+        score = self.nodes["score"].abs()
+        kept = ~chosen | (score >= (share or 0))
+        if count is not None:
+            best = score[chosen & kept].sort_values(ascending=False, kind="stable").index[:count]
+            kept &= ~chosen | self.nodes.index.isin(best)
+        names = set(self.nodes.loc[kept, "node"])
+        table = self.edges[self.edges["source"].isin(names) & self.edges["target"].isin(names)]
+        if edges is not None:
+            order = table["attribution"].abs().sort_values(ascending=False, kind="stable").index[:edges]
+            table = table.loc[table.index.isin(order)]
+        return self._within(names, table)
+
+    def __sub__(self, other: Circuit) -> "LassoCircuit":
+        """This circuit without the other's chosen nodes and their edges."""
+        names = set(self.nodes["node"]) - set(other.members)
+        inside = self.edges["source"].isin(names) & self.edges["target"].isin(names)
+        return self._within(names, self.edges[inside])
+
+    def _within(self, names: set[str], edges: pd.DataFrame) -> "LassoCircuit":
+        """These nodes and edges, less the chosen nodes that lead nowhere."""
+        chosen = set(self.nodes.loc[_chosen(self.nodes), "node"])
+        to_somewhere = "logit" in set(self.nodes["kind"])
+        while True:
+            linked = set(edges["source"]) | (set() if to_somewhere else set(edges["target"]))
+            idle = (names & chosen) - linked
+            if not idle:
+                break
+            names = names - idle
+            edges = edges[edges["source"].isin(names) & edges["target"].isin(names)]
+        nodes = self.nodes[self.nodes["node"].isin(names)].reset_index(drop=True)
+        return replace(self, nodes=nodes, edges=edges.reset_index(drop=True))
+
+    def collapse(self) -> Circuit:
+        """One supernode a group, as a plain `Circuit`: weights of edges are added up."""
+        return self.to_circuit().collapse()
+
+    def sum_positions(self) -> Circuit:
+        """Positions added up, as a plain `Circuit`."""
+        return self.to_circuit().sum_positions()
+
+    @classmethod
+    def merge(cls, circuits: Sequence[Circuit], *, how: Literal["any", "all"] = "any") -> Circuit:
+        """Refused: means of regression weights are no regression.
+
+        Raises:
+            SettingsError: always.
+        """
+        raise SettingsError(
+            "the mean of two regressions is the regression of neither: join what they were fitted to instead, "
+            "lasso.solve(observations + other_observations). Or merge their to_circuit()."
+        )
+
+    def __or__(self, other: Circuit) -> Circuit:
+        """Refused, as `merge`."""
+        return self.merge([self, other])
+
+    def __and__(self, other: Circuit) -> Circuit:
+        """Refused, as `merge`."""
+        return self.merge([self, other])
+
+    def save(self, path: str | Path) -> None:
+        """Write a directory that `LassoCircuit.load` reads: a circuit in `circuit`, and the regression's columns.
+
+        Raises:
+            FileFormatError: the path is something else than a directory of ours.
+        """
+        tensors = {f"nodes/{name}": torch.from_numpy(self.nodes[name].to_numpy(copy=True)) for name in NODE_EXTRA}
+        tensors |= {f"edges/{name}": torch.from_numpy(self.edges[name].to_numpy(copy=True)) for name in EDGE_EXTRA}
+        tensors |= {f"path/{name}": torch.from_numpy(self.path[name].to_numpy(dtype=float)) for name in self.path}
+        write_directory(path, "lasso_circuit", SCHEMA, tensors, {"path": list(self.path.columns)})
+        super().save(Path(path) / "circuit")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LassoCircuit":
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, foreign, or of another schema.
+        """
+        tensors, notes = read_directory(path, "lasso_circuit", SCHEMA, required=("path",))
+        circuit = Circuit.load(Path(path) / "circuit")
+        nodes = circuit.nodes.assign(**{name: tensors[f"nodes/{name}"].numpy() for name in NODE_EXTRA})
+        edges = circuit.edges.assign(**{name: tensors[f"edges/{name}"].numpy() for name in EDGE_EXTRA})
+        table = pd.DataFrame({name: tensors[f"path/{name}"].numpy() for name in notes["path"]})
+        return cls(nodes, edges, circuit.settings, table)
+
+    def __repr__(self) -> str:
+        s = self.settings
+        size = f"{len(self.nodes)} nodes, {len(self.edges):,} edges"
+        return f"LassoCircuit({size}, {s['model']}, {s['n']} prompts, penalty {s['penalty']:.4g})"
+
+    def _repr_html_(self) -> str:
+        shown = ["source", "target", "weight", "reach", "n_weights", "stability"]
+        return f"<p>{self!r}</p>{self.edges[shown].head(20).to_html(index=False, float_format='%.3f')}"
+
+
+def lasso_circuit(
+    nodes: pd.DataFrame, edges: pd.DataFrame, path: pd.DataFrame, settings: Mapping[str, Any]
+) -> LassoCircuit:
+    """From the tables of `_edges` (and the edges' stability) to the columns of a circuit."""
+    goal = nodes["kind"] == "logits"
+    has_readout = bool(goal.any())
+    reach = edges["reach"] if has_readout else edges["weight"].abs()
+    score = _scores(nodes, edges, reach)
+    rows = pd.DataFrame(
+        {
+            "node": nodes["node"],
+            "label": nodes["node"].where(nodes["unit"] >= 0, nodes["node"].str.rpartition("/")[2]),
+            "kind": [_kind(*row) for row in zip(nodes["kind"], nodes["unit"], nodes["node"], strict=True)],
+            "layer": nodes["layer"].where(~goal, settings["n_layers"]),
+            "unit": nodes["unit"],
+            "position": nodes["position"],
+            "token": "",
+            "group": "",
+            **dict.fromkeys(("sign", "gate_sign", "up_sign"), 0),
+            "score": score,
+            "share": score,
+            **dict.fromkeys(("activation", "change", "flow", "influence", "probability"), np.nan),
+            "r2": nodes["r2"],
+        }
+    )
+    links = edges.assign(relative=np.nan, attribution=reach * np.sign(edges["weight"]))
+    more = {
+        "target": [settings["readout"]], "target_value": 1.0, "n_prompts": settings["n"], "positions": "sum",
+        "prompt": f"{settings['n']} prompts", "tokens": [], "token_ids": [], "position": -1, "baseline": "mean",
+    }  # fmt: skip
+    return LassoCircuit(rows, links, {**settings, **more}, path)
+
+
+def _kind(kind: str, unit: int, node: str) -> str:
+    if unit < 0:
+        return _KINDS.get(kind, "component")
+    return "feature" if "/F" in node else "neuron"
+
+
+def _chosen(nodes: pd.DataFrame) -> pd.Series:
+    return ~nodes["kind"].isin(("embedding", "logit"))
+
+
+def _scores(nodes: pd.DataFrame, edges: pd.DataFrame, reach: pd.Series) -> np.ndarray:
+    """The strongest path of every node to the readout; an edge's reach over its weight is that of its target."""
+    best = dict.fromkeys(nodes["node"], 0.0)
+    size = edges["weight"].abs()
+    for source, onward, weight in zip(edges["source"], reach, size, strict=True):
+        best[source] = max(best[source], min(weight, 1.0) * onward / weight if weight > 0 else 0.0)
+    if "logits" in best:
+        best["logits"] = 1.0
+    return nodes["node"].map(best).to_numpy(dtype=float)
