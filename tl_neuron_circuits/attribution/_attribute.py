@@ -110,11 +110,11 @@ def attribute(
     with processes.together("attribute", settings):
         check_pairs(tokens, setting)
         chosen = None if nodes is None else chosen_nodes(nodes, setting, tokens.lengths[0])
-        size = fitting_batch(setting, tokens, batch_size, processes)
+        same = {} if resume is None else _identity(setting, settings, batch_size, nodes)
+        partial = None if resume is None else Partial(resume, same, processes)
+        planned = [size for size in processes.gather(partial and partial.planned) if size]
+        size = planned[0] if planned else fitting_batch(setting, tokens, batch_size, processes)
         run = Run(setting, tokens, size, batch_size == "auto", chosen, seed, processes, verbose)
-        partial = (
-            None if resume is None else Partial(resume, _identity(setting, settings, batch_size, nodes), processes)
-        )
         total = run.total(partial)
         found = {"batch_size": run.batch_size, "variance_unexplained": total.unexplained()}
         scores = total.scores(len(tokens), settings | found, nodes_of)

@@ -38,6 +38,12 @@ class Partial:
         self._written_at, self._cost = time.monotonic(), 0.0
         self._check()
 
+    @property
+    def planned(self) -> int | None:
+        """The batch size that the sums on disk were planned with; None where there are none."""
+        folders = self._folders()
+        return self._load(folders[-1])[1]["planned"] if folders else None
+
     def read(self, total: Total) -> tuple[int, int, int] | None:
         """Fill `total` with the sums on disk: how many batches they cover, of which size, and the size in use then."""
         folders = self._folders()

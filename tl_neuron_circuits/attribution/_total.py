@@ -60,10 +60,11 @@ class Total:
 
     def restore(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         """Take up what `state` gave, each block on the device it came from."""
-        for name, block in tensors.items():
-            kind, _, hook = name.partition("/")
-            if kind != "mean":
-                self._sums[hook, kind] = block.to(notes["devices"][name])
+        for site in self._setting.sites:  # files forget the order, which is that of the nodes
+            for kind in ("node", *site.vectors):
+                name = f"{kind}/{site.hook}"
+                if name in tensors:
+                    self._sums[site.hook, kind] = tensors[name].to(notes["devices"][name])
         for hook, (count, variation, error) in notes["variance"].items():
             self._variance[hook] = VarianceSums(count, tensors[f"mean/{hook}"], variation, error)
 
