@@ -27,6 +27,14 @@ def tests(session: nox.Session, transformer_lens: str) -> None:
 
 
 @nox.session
+@nox.parametrize("transformer_lens", list(REQUIREMENTS), ids=list(REQUIREMENTS))
+def notebooks(session: nox.Session, transformer_lens: str) -> None:
+    """The notebooks from end to end: `nox -s "notebooks(4.3)"`."""
+    session.install(*REQUIREMENTS[transformer_lens])
+    session.run("python", "-m", "pytest", "-m", "notebooks", "tests/test_notebooks.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff: style, docstrings, imports, formatting."""
     session.install("-c", "constraints.txt", "ruff")

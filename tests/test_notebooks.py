@@ -1,0 +1,86 @@
+"""The notebooks: what is stored in them, and that each runs from end to end (`pytest -m notebooks`)."""
+
+import re
+import resource
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from . import notebooks
+
+NAMES = (*("01_quickstart", "02_neurons_vs_saes", "03_two_hop_circuit_and_steering", "06_your_own_model_and_task"),)
+MOST_SECONDS, MOST_BYTES = 45, 1_000_000
+ROOT = notebooks.ROOT
+# An sdist is without the notebooks.
+present = pytest.mark.skipif(not notebooks.NOTEBOOKS, reason="there is no folder notebooks/ here")
+each_notebook = pytest.mark.parametrize("path", notebooks.NOTEBOOKS, ids=[path.stem for path in notebooks.NOTEBOOKS])
+
+
+def read(path: Path) -> Any:
+    return nbformat.read(path, as_version=4)
+
+
+def source(notebook: Any) -> str:
+    return "\n".join(cell.source for cell in notebook.cells)
+
+
+def repository() -> str:
+    """OWNER/NAME of the repository, as mkdocs.yml has it."""
+    (address,) = re.findall(r"^repo_url: https://github\.com/(\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    return address
+
+
+@present
+def test_the_notebooks_are_there() -> None:
+    assert tuple(path.stem for path in notebooks.NOTEBOOKS) == NAMES
+
+
+@each_notebook
+def test_the_first_cell_installs_the_package(path: Path) -> None:
+    first, *rest = read(path).cells
+    assert first.cell_type == "code" and first.source == "%pip install -q tl_neuron_circuits"
+    assert first.metadata.tags == [notebooks.INSTALL] and first.outputs == []
+    assert not any("tags" in cell.metadata for cell in rest)
+
+
+@each_notebook
+def test_the_badge_opens_this_notebook_in_colab(path: Path) -> None:
+    badge = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    address = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{path.name}"
+    assert f"{badge}({address})" in read(path).cells[1].source
+
+
+@each_notebook
+def test_one_line_switches_the_model(path: Path) -> None:
+    notebook = read(path)
+    assert re.findall(r"^MODEL = (.*)$", source(notebook), flags=re.MULTILINE) == ['"demo-gelu"']
+    assert "What this does not show" in source(notebook)
+
+
+@each_notebook
+def test_outputs_are_stored_without_complaints_or_paths_of_a_machine(path: Path) -> None:
+    notebook = read(path)
+    ran = [cell for cell in notebook.cells[1:] if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in ran] == list(range(1, len(ran) + 1))
+    assert notebooks.complaints(notebook) == []
+    assert sum(bool(cell.outputs) for cell in ran) >= len(ran) / 2
+    assert re.findall(r"(?:/home|/root|/work|/tmp)/\S*", path.read_text(encoding="utf-8")) == []
+    assert path.stat().st_size < MOST_BYTES
+
+
+@each_notebook
+def test_every_figure_is_also_a_picture(path: Path) -> None:
+    data = [output.data for output in notebooks.outputs(read(path)) if notebooks.PLOTLY in output.get("data", {})]
+    assert all(figure.get("image/png") for figure in data)
+
+
+@pytest.mark.notebooks
+@each_notebook
+def test_it_runs(path: Path, tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    notebook = notebooks.run(path, tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert notebooks.complaints(notebook) == []
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < MOST_SECONDS
