@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .. import _html
 from .._errors import SettingsError
 from .._files import versions
 from .._typing import checked
@@ -68,7 +69,7 @@ class LassoCircuit:
         return f"LassoCircuit({size}, {s['n']} prompts, penalty {s['penalty']:.4g})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.edges.head(20).to_html(index=False, float_format='%.3f')}"
+        return _html.block(repr(self), _html.table(self.edges, bars=("weight",)))
 
 
 @dataclass(frozen=True, kw_only=True)
