@@ -1,9 +1,16 @@
 """The command line, as a person uses it: exit codes, messages, files, JSON."""
 
+import fcntl
 import json
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +32,10 @@ def run(*arguments: str | Path) -> "tuple[int, str, str]":
 
 @pytest.fixture
 def agreement_file(tmp_path: Path) -> Path:
+    return agreement_pairs(tmp_path)
+
+
+def agreement_pairs(tmp_path: Path) -> Path:
     nouns = ("boy", "girl", "dog", "cat")
     rows = []
     for noun in nouns:
@@ -67,7 +78,7 @@ def test_attribute_prints_json_alone(agreement_file: Path) -> None:
         (("check", "no-such-model-anywhere"), "cannot load"),
         (("attribute", "demo-gelu", "--pairs", "missing.json"), "missing.json"),
         (("demo", "--model", "demo-nothing"), "expected a demo model"),
-        (("check", "demo-gelu", "--backend", "Nothing"), "expected backend"),
+        (("check", "demo-gelu", "--backend", "Nothing"), "expected --backend"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
@@ -101,14 +112,63 @@ def test_a_local_hugging_face_folder_loads(shared_models: Path) -> None:
     assert type(model).__name__ == "TransformerBridge"
 
 
-def test_demo_runs_in_a_fresh_process_and_writes_what_it_names(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tl_neuron_circuits.cli", "demo", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "COLUMNS": "80"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Dallas" in done.stdout and "faithfulness" in done.stdout and "conservation" in done.stdout
+@contextmanager
+def terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The command in a terminal of its own, 80 columns wide: the process, and the other end to read and type at."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1"}
+    environment.pop("COLUMNS", None)
+    command = [sys.executable, "-m", "tl_neuron_circuits.cli", *arguments]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+        os.close(ours)
+
+
+def read_until(terminal_end: int, text: str = "") -> str:
+    """What the terminal shows, until it shows `text` or the command ends."""
+    shown = b""
+    while not (text and text.encode() in shown):
+        try:
+            part = os.read(terminal_end, 65536)
+        except OSError:  # Linux's way to say that nobody writes any more
+            break
+        if not part:
+            break
+        shown += part
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode(errors="replace"))
+
+
+def test_demo_runs_in_a_terminal_and_writes_what_it_names(tmp_path: Path) -> None:
+    with terminal("demo", "--out", str(tmp_path / "out")) as (process, end):
+        shown = read_until(end)
+        assert process.wait(timeout=60) == 0, shown[-2000:]
+    assert "loading demo-gelu" in shown and "Dallas" in shown and "faithfulness" in shown and "conservation" in shown
+    tables = [line for line in re.split(r"[\r\n]+", shown) if line[:1] in ("┏", "┃", "│", "└")]
+    assert len(tables) > 40 and max(map(len, tables)) <= 80
     table = pd.read_csv(tmp_path / "out" / "sparsity.csv")
     assert set(table["method"]) == {"relp", "gradient", "integrated_gradients", "random"}
     assert set(table["size"]) == {10, 30, 100, 300}
     best = table[(table["task"] == "agreement") & (table["method"] == "relp")].set_index("size")
     assert best.loc[300, "faithfulness"] > 0.7 and best.loc[300, "completeness"] < 0.3
     assert (tmp_path / "out" / "sparsity.html").stat().st_size > 100_000
+
+
+def test_ctrl_c_in_the_midst_of_a_run_leaves_no_traceback(tmp_path: Path) -> None:
+    with terminal("compare", "demo-gelu", "--pairs", str(agreement_pairs(tmp_path)), "--out", str(tmp_path / "o")) as (
+        process,
+        end,
+    ):
+        read_until(end, "0/10")
+        os.write(end, b"\x03")
+        rest = read_until(end)
+        assert process.wait(timeout=60) == 130, rest
+    assert rest.rstrip().endswith("interrupted") and "Traceback" not in rest

@@ -65,7 +65,7 @@ def test_a_layer_without_a_dictionary_is_left_out_of_every_basis(pairs_file: Pat
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--basis", "nothing"), "expected bases out of"),
+        (("--basis", "nothing"), "expected --basis out of"),
         (("--sae", "no-such-folder"), "no-such-folder"),
         (("--method", "nothing"), "nothing"),
         (("--error", "nothing"), "nothing"),

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import _html
 from .._errors import NumericalError, PairsError, SettingsError
 from .._files import read_directory, versions, write_directory
 from .._typing import checked
@@ -91,7 +92,7 @@ class EdgeScores:
         return f"EdgeScores({s['method']} of {s['metric']} on {s['model']}, {len(self)} edges, {s['n_pairs']} pairs)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.top(20).to_html(index=False, float_format='{:.3g}'.format)}"
+        return _html.block(repr(self), _html.table(self.to_dataframe(), bars=("score",)))
 
 
 @checked

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .. import _html
 from .._errors import NumericalError, SettingsError
 from .._files import read_directory, write_directory
 from ..bases import ACTIVATION_BASES, Basis, Site
@@ -127,12 +128,15 @@ class NodeScores:
         )
 
     def _repr_html_(self) -> str:
-        table = self.top(20)
-        largest = max(table["score"].abs().max(), 1e-30) if len(table) else 1.0
-        bar = '<div style="background:{};height:.8em;width:{:.0f}px"></div>'
-        bars = [bar.format("#009E73" if v > 0 else "#D55E00", abs(v) / largest * 120) for v in table["score"]]
-        shown = table.assign(bar=bars, score=table["score"].map("{:.4g}".format)).drop(columns="hook")
-        return f"<p>{self!r}</p>{shown.to_html(index=False, escape=False)}"
+        return self.to_html()
+
+    def to_html(self, k: int = 20) -> str:
+        """The `k` nodes with the largest |score| as a table with bars; neurons link to their page where one exists."""
+        best = self.top(k)
+        pages = _html.neuron_pages(str(self.settings["model"]), best)
+        return _html.block(
+            repr(self), _html.table(best.drop(columns="hook"), bars=("score",), rows=k, links={"label": pages})
+        )
 
     def _rows(self, index: np.ndarray) -> pd.DataFrame:
         blocks = self.blocks()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import networkx
 import pandas as pd
 
+from .. import _html
 from ..attribution import NodeScores
 from ..bases import Basis
 from . import _algebra, _groups, _neuronpedia, _prune, _saved, _scores
@@ -299,6 +300,7 @@ class Circuit:
         )
 
     def _repr_html_(self) -> str:
+        best = self.to_dataframe().head(20)
         shown = ["label", "kind", "layer", "position", "token", "activation", "score", "share", "group"]
-        table = self.to_dataframe()[shown].head(20)
-        return f"<p>{self!r}</p>{table.to_html(index=False, float_format='%.3g')}"
+        pages = _html.neuron_pages(str(self.settings["model"]), best)
+        return _html.block(repr(self), _html.table(best[shown], bars=("score",), links={"label": pages}))

@@ -122,4 +122,5 @@ def graph_completeness(nodes: pd.DataFrame, edges: pd.DataFrame) -> float:
     left = table["kind"].isin(LEFT_OUT)[edges["source"]].to_numpy()
     from_errors = pd.Series(np.where(left, normalised(nodes, edges), 0.0)).groupby(edges["target"].to_numpy()).sum()
     reach = table.loc[from_errors.index, "reach"]
-    return float(((1 - from_errors) * reach).sum() / reach.sum())
+    total = float(reach.sum())  # 0 where nothing has an influence, as in a circuit of regressions
+    return float(((1 - from_errors) * reach).sum()) / total if total else float("nan")

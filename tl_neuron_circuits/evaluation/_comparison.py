@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .. import _html
 from .._errors import FileFormatError, SettingsError
 from .._files import read_directory, write_directory
 from ._bootstrap import band, draw_weights, ratios
@@ -190,8 +191,8 @@ class Comparison:
         return f"Comparison({self.settings['model']}, tasks {self.tasks}, bases {bases}, methods {methods})"
 
     def _repr_html_(self) -> str:
-        table = self.summary().to_html(index=False, float_format="{:.3g}".format)
-        return f"<p>{self!r}</p><p>{self.headline()}</p>{table}"
+        table = self.summary().dropna(axis="columns", how="all")
+        return _html.block(repr(self), _html.note(self.headline()), _html.table(table, bars=("log_area",), rows=60))
 
     def _curve(self, task: str, basis: str, method: str) -> SparsityCurve:
         key = CurveKey(task, basis, method)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import _html
 from .._errors import FileFormatError
 from .._files import read_directory, write_directory
 
@@ -145,7 +146,7 @@ class SparsityCurve:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.to_dataframe().to_html(index=False, float_format='{:.3f}'.format)}"
+        return _html.block(repr(self), _html.table(self.to_dataframe(), bars=("faithfulness", "completeness"), rows=60))
 
     def _normalised(self, metric: Tensor) -> np.ndarray:
         low = self.empty.double().mean()

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .. import _html
 from .._errors import NeuronCircuitsError, SettingsError
 from .._typing import checked
 from ._profiles import Profiles
@@ -52,8 +53,9 @@ class Clusters:
         return f"Clusters({len(self.nodes)} nodes in {len(self)} clusters)"
 
     def _repr_html_(self) -> str:
-        table = pd.DataFrame([(name, len(m), " ".join(m)) for name, m in self.groups().items()])
-        return f"<p>{self!r}</p>{table.set_axis(['cluster', 'nodes', 'members'], axis=1).to_html(index=False)}"
+        rows = [(name, len(members), " ".join(members)) for name, members in self.groups().items()]
+        table = pd.DataFrame(rows, columns=["cluster", "nodes", "members"])
+        return _html.block(repr(self), _html.table(table, bars=("nodes",), rows=40))
 
     def _pairs(self) -> list[tuple[str, int]]:
         return list(zip(self.nodes, self.labels.tolist(), strict=True))

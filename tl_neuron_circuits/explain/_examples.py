@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ..interventions import Nodes, find_nodes, read_prompts, run, text_pieces
@@ -76,7 +77,7 @@ class StrongestExamples:
         return f"StrongestExamples({len(self.examples)} neurons over {self.n_prompts} prompts)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{''.join(self.html(label) for label in list(self.examples)[:20])}"
+        return _html.block(repr(self), *(self.html(label) for label in list(self.examples)[:20]))
 
 
 @checked

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .. import _html
 from .._errors import SettingsError, UnsupportedModelError
 from .._typing import checked
 from ..interventions import Nodes, find_nodes, token_names
@@ -47,7 +48,7 @@ class LogitEffects:
         return f"LogitEffects({n} neurons, {k} tokens each way)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.summary().to_html(index=False)}"
+        return _html.block(repr(self), _html.table(self.summary()))
 
 
 @checked

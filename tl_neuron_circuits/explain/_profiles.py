@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ..bases import Values, capture, fired
@@ -51,7 +52,9 @@ class Profiles:
         return f"Profiles({len(self.nodes)} nodes, {len(self.sources)} sources, {len(self.goals)} goals)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.to_dataframe().to_html(max_rows=20, index=False)}"
+        table = self.to_dataframe()
+        largest = table["value"].abs().sort_values(ascending=False, kind="stable").index
+        return _html.block(repr(self), _html.table(table.loc[largest], bars=("value",)))
 
 
 @checked

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import _html
 from .._errors import PairsError, SettingsError
 from .._typing import checked
 from ..attribution import run_gradients
@@ -52,8 +53,8 @@ class PromptScores:
 
     def _repr_html_(self) -> str:
         mean = self.nodes.assign(mean=self.values.mean(0).numpy())
-        best = mean.loc[mean["mean"].abs().sort_values(ascending=False).index[:20]]
-        return f"<p>{self!r}</p>{best.drop(columns='hook').to_html(index=False)}"
+        best = mean.loc[mean["mean"].abs().sort_values(ascending=False, kind="stable").index]
+        return _html.block(repr(self), _html.table(best.drop(columns="hook"), bars=("mean",)))
 
 
 @checked

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ._auroc import auroc
@@ -62,7 +63,9 @@ class FeatureScores:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.selected.to_html(index=False, max_rows=30, float_format='{:.3f}'.format)}"
+        table = self.selected.drop(columns="selected")
+        above = table.assign(above_chance=table["auroc_heldout"] - 0.5)
+        return _html.block(repr(self), _html.table(above, bars=("above_chance",), rows=30))
 
 
 @checked

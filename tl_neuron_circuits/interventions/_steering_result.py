@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from .. import _html
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,12 +88,9 @@ class SteeringResult:
         )
 
     def _repr_html_(self) -> str:
-        tables = [f"<p>{escape(repr(self))}</p>", self.summary().to_html(max_rows=20, float_format="{:.4g}".format)]
-        shown = self.to_dataframe()
-        tables.append(
-            shown[shown["prompt"] == 0].drop(columns="prompt").to_html(index=False, float_format="{:.4g}".format)
-        )
-        return "".join(tables)
+        first = self.to_dataframe().query("prompt == 0").drop(columns="prompt")
+        tables = _html.table(self.summary(), bars=("kl",)), _html.table(first, bars=("probability_change",))
+        return _html.block(repr(self), tables[0], _html.note(f"next token of {self.prompts[0]!r}:"), tables[1])
 
     def _shown(self) -> list[list[int]]:
         return shown_tokens([self.before, self.after], self.settings["top_k"])

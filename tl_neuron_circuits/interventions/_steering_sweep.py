@@ -1,11 +1,11 @@
 """Steering over several multipliers."""
 
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import pandas as pd
 
+from .. import _html
 from .._errors import SettingsError
 from ._steering_result import SteeringResult, shown_tokens
 
@@ -57,4 +57,4 @@ class SteeringSweep:
     def _repr_html_(self) -> str:
         columns = {f"{scale:g}": result.top_after for scale, result in zip(self.scales, self.results, strict=True)}
         table = pd.DataFrame({"prompt": self.prompts, "unsteered": self.results[0].top_before, **columns})
-        return f"<p>{escape(repr(self))}</p>{table.to_html(max_rows=20)}"
+        return _html.block(repr(self), _html.table(table))

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from .._errors import SettingsError
 from .._typing import checked
@@ -78,6 +76,8 @@ def load_demo_model(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide the progress bars of a load that takes milliseconds, and the deprecation notice of HookedTransformer."""
+    from transformers.utils import logging as transformers_logging  # seconds, which `import tl_neuron_circuits` saves
+
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -110,6 +110,8 @@ def _hooked_transformer(folder: Path, device: str | torch.device, dtype: torch.d
             "backend='TransformerBridge', or install transformer-lens<4"
         ) from error
 
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source: Any = AutoModelForCausalLM.from_pretrained(folder)
     source = source.to(dtype)
     is_gpt2 = source.config.model_type == "gpt2"
@@ -127,7 +129,7 @@ def _hooked_transformer(folder: Path, device: str | torch.device, dtype: torch.d
     return model
 
 
-def _gpt2_fields(source: PreTrainedModel) -> dict[str, Any]:
+def _gpt2_fields(source: Any) -> dict[str, Any]:
     config = source.config
     return {
         "n_layers": config.n_layer,
@@ -144,7 +146,7 @@ def _gpt2_fields(source: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _llama_fields(source: PreTrainedModel) -> dict[str, Any]:
+def _llama_fields(source: Any) -> dict[str, Any]:
     config = source.config
     head_width = config.hidden_size // config.num_attention_heads
     return {

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .. import _html
 from .._errors import NeuronCircuitsError, PropagationError
 from .._typing import checked
 from ..models import ModelSites, TransformerLensModel, find_sites, hook_points, require, submodule
@@ -57,14 +58,11 @@ class ModelReport:
         return f"ModelReport({self.model_name}, {self.model_class}, conservation={self.conservation:.7f}, {verdict})"
 
     def _repr_html_(self) -> str:
-        problems = "".join(f"<li>{problem}</li>" for problem in self.problems)
         memory = (
             f"{self.parameter_bytes / 2**20:.1f} MiB of weights, {self.graph_bytes_per_token / 2**10:.1f} KiB a token"
         )
-        return (
-            f"<p><b>{self.model_name}</b> ({self.model_class}): {'ok' if self.ok else 'not ok'}; conservation "
-            f"{self.conservation:.7f}; {memory}</p><ul>{problems}</ul>{self.to_dataframe().to_html(index=False)}"
-        )
+        problems = [_html.note(f"problem: {problem}") for problem in self.problems]
+        return _html.block(repr(self), _html.note(memory), *problems, _html.table(self.to_dataframe(), rows=40))
 
 
 @checked

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, overload
 
 import pandas as pd
 
+from .. import _html
 from .._errors import PairsError
 from .._typing import checked
 from ._split import split_groups
@@ -249,7 +250,7 @@ class PromptPairs:
         return f"PromptPairs(n={len(self)}, first={text})"
 
     def _repr_html_(self) -> str:
-        return self.to_dataframe().to_html(max_rows=10)
+        return _html.block(repr(self), _html.table(self.to_dataframe(), rows=10))
 
 
 def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ..bases import Dictionaries, Dictionary, VarianceSums
@@ -67,7 +68,7 @@ class Fidelity:
         return f"Fidelity(layers {layers}, {', '.join(names)}; {loss})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='{:.4g}'.format, na_rep='')}"
+        return _html.block(repr(self), _html.table(self.table, bars=("recovered_zero",), rows=60))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
 
+from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ..bases import Dictionary
@@ -49,7 +50,7 @@ class ParetoFront:
         return f"ParetoFront({self.model}, {' and '.join(sorts)}, {self.setting} of {values})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='{:.4g}'.format, na_rep='')}"
+        return _html.block(repr(self), _html.table(self.table, bars=("recovered_zero",), rows=60))
 
 
 _RANK = 16

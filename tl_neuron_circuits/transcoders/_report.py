@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from .. import _html
 from ..bases import Dictionary, save_dictionary
 from ._config import TrainingConfig
 
@@ -61,4 +62,5 @@ class TrainingReport:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.to_dataframe().groupby('layer').last().to_html(float_format='{:.3g}'.format)}"
+        last = self.to_dataframe().groupby("layer").last().reset_index()
+        return _html.block(repr(self), _html.table(last, bars=("variance_explained",), rows=60))

@@ -1,0 +1,167 @@
+"""`steer`, `lasso` and `export`, as a person uses them: tables, files, JSON, messages."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import tl_neuron_circuits as tnc
+from tests.test_cli import run
+from tl_neuron_circuits import Circuit
+from tl_neuron_circuits.cli._lasso import read_inputs
+from tl_neuron_circuits.tasks import subject_verb_agreement
+
+PROMPT = "The capital of the state containing Dallas is"
+N_NODES = 30
+
+
+@pytest.fixture(scope="module")
+def dallas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `trace` writes, with a group."""
+    out = tmp_path_factory.mktemp("dallas")
+    circuit = tnc.trace(tnc.load_demo_model(), PROMPT, " Austin", nodes=N_NODES)
+    names = list(circuit.members)
+    circuit.group({"first": names[:2], "second": names[2:5]}).save(out / "circuit")
+    return out
+
+
+def test_steer_says_what_the_python_call_says() -> None:
+    code, out, err = run(
+        "steer", "demo-gelu", PROMPT, "--node", "L0/N126", "--node", "L0/N26@9", "--scale", "-2", "--json"
+    )
+    assert code == 0, err
+    content = json.loads(out)
+    result = tnc.steer(tnc.load_demo_model(), PROMPT, ["L0/N126", "L0/N26@9"], scale=-2.0)
+    assert content["kl"] == pytest.approx(float(result.kl[0]), rel=1e-4)
+    assert content["top_after"] == result.top_after[0] and content["nodes"] == ["L0/N126", "L0/N26@9"]
+    assert "".join(content["tokens"]).endswith(" is") and len(content["table"]) == len(result.to_dataframe())
+
+
+def test_steer_shows_tokens_with_their_positions_and_the_next_ones(dallas: Path) -> None:
+    call = ["steer", "demo-gelu", PROMPT, "--circuit", dallas, "--scale", "0", "--generate", "2", "--top", "3"]
+    code, out, err = run(*call)
+    assert code == 0, err
+    assert "9:' is'" in out and "continued after:" in out and f"{N_NODES} nodes steered" in " ".join(out.split())
+    assert out.count("\n│") <= 6
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_steer_takes_groups_of_a_circuit(dallas: Path, tmp_path: Path, collapsed: bool) -> None:
+    circuit = Circuit.load(dallas / "circuit")
+    (circuit.collapse() if collapsed else circuit).save(tmp_path / "circuit")
+    call = ["steer", "demo-gelu", PROMPT, "--circuit", tmp_path / "circuit", "--group", "second", "--value", "0"]
+    code, out, err = run(*call, "--json")
+    assert code == 0, err
+    members = circuit.nodes.loc[circuit.nodes["group"] == "second", "node"]
+    assert set(json.loads(out)["nodes"]) == set(members) and len(members) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "either --node"),
+        (("--node", "L0/N1"), "exactly one of scale, value and add"),
+        (("--node", "L0/N1", "--scale", "0", "--add", "1"), "exactly one of scale, value and add"),
+        (("--node", "L0/N99999", "--scale", "0"), "expected units below 512"),
+        (("--node", "neuron five", "--scale", "0"), "neuron five"),
+        (("--node", "L0/N1", "--scale", "0", "--positions", "3;4"), "such as 3,7"),
+        (("--node", "L0/N1", "--scale", "0", "--positions", "3,77"), "expected positions below 10"),
+        (("--node", "L0/N1", "--scale", "much"), "--scale"),
+        (("--node", "L0/N1", "--scale", "0", "--group", "first"), "--circuit beside --group"),
+        (("--circuit", "no-such-folder", "--scale", "0"), "no such folder"),
+        (("--circuit", "{dallas}", "--group", "third", "--scale", "0"), "['first', 'second']"),
+        (("--node", "L0/N1", "--scale", "0", "--dtype", "float8"), "expected --dtype out of"),
+        (("--node", "L0/N1", "--scale", "0", "--device", "abacus"), "expected a --device"),
+    ],
+)
+def test_a_mistake_in_steer_is_one_message_and_exit_code_2(
+    dallas: Path, options: tuple[str, ...], message: str
+) -> None:
+    code, out, err = run("steer", "demo-gelu", PROMPT, *(option.format(dallas=dallas) for option in options))
+    assert code == 2 and message in " ".join(err.split()) and "Traceback" not in out + err, err
+
+
+def test_lasso_writes_edges_circuit_and_page(tmp_path: Path) -> None:
+    pairs = subject_verb_agreement("simple", n=16)
+    pairs.to_jsonl(tmp_path / "pairs.jsonl")
+    (tmp_path / "prompts.txt").write_text("\n".join(pairs.clean) + "\n\n", encoding="utf-8")
+    options = ["--attention", "layers", "--regressors", "same", "--share", "0.9", "--out", tmp_path / "out"]
+    code, out, err = run("lasso", "demo-gelu", "--pairs", tmp_path / "pairs.jsonl", *options)
+    assert code == 0, err
+    edges = pd.read_csv(tmp_path / "out" / "edges.csv")
+    assert len(edges) > 5 and "LassoCircuit" in out and "logits" in set(edges["target"])
+    assert len(Circuit.load(tmp_path / "out" / "circuit").edges) == len(edges)
+    assert "<svg" in (tmp_path / "out" / "circuit.html").read_text(encoding="utf-8")
+    assert read_inputs(None, tmp_path / "prompts.txt") == list(pairs.clean)
+
+
+def test_a_mistake_in_lasso_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("\n", encoding="utf-8")
+    (tmp_path / "ok.txt").write_text("The dog", encoding="utf-8")
+    latin.write_bytes("Zürich".encode("latin-1"))
+    for options, message in (
+        ((), "either --pairs or --prompts"),
+        (("--prompts", empty), "it is empty"),
+        (("--prompts", latin), "text in UTF-8"),
+        (("--prompts", tmp_path / "missing.txt"), "missing.txt"),
+        (("--prompts", empty, "--n-edges", "0"), "--n-edges"),
+        (("--prompts", latin.with_name("ok.txt"), "--n-edges", "3", "--share", "0.5"), "share"),
+    ):
+        code, out, err = run("lasso", "demo-gelu", *options, "--out", tmp_path / "out")
+        assert code == 2 and message in " ".join(err.split()) and "Traceback" not in out + err, err
+
+
+def test_export_writes_a_circuit_in_three_formats(dallas: Path, tmp_path: Path) -> None:
+    circuit = Circuit.load(dallas / "circuit")
+    code, out, err = run("export", dallas, "--out", tmp_path / "new" / "nodes.csv")
+    assert code == 0 and "nodes_edges.csv" in out, err
+    assert len(pd.read_csv(tmp_path / "new" / "nodes.csv")) == len(circuit.nodes)
+    assert len(pd.read_csv(tmp_path / "new" / "nodes_edges.csv")) == len(circuit.edges)
+    code, out, err = run(
+        "export", dallas, "--out", tmp_path / "graph.json", "--scan", "demo", "--slug", "dallas", "--json"
+    )
+    assert code == 0 and json.loads(out)["format"] == "neuronpedia", err
+    graph = json.loads((tmp_path / "graph.json").read_text(encoding="utf-8"))
+    assert graph["metadata"]["scan"] == "demo" and graph["metadata"]["slug"] == "dallas"
+    assert Circuit.from_neuronpedia(tmp_path / "graph.json").members == circuit.members
+    code, _, err = run("export", dallas / "circuit", "--out", tmp_path / "page", "--format", "html")
+    assert code == 0 and "<svg" in (tmp_path / "page").read_text(encoding="utf-8"), err
+
+
+def test_export_writes_scores_and_refuses_what_they_have_not(tmp_path: Path) -> None:
+    scores = tnc.attribute(tnc.load_demo_model(), subject_verb_agreement("simple", n=4))
+    scores.save(tmp_path / "scores")
+    code, _, err = run("export", tmp_path / "scores", "--out", tmp_path / "all.csv")
+    assert code == 0 and len(pd.read_csv(tmp_path / "all.csv")) == len(scores), err
+    code, _, err = run("export", tmp_path / "scores", "--out", tmp_path / "best.html", "--top", "7")
+    assert code == 0, err
+    page = (tmp_path / "best.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and page.count("<tr>") == 8
+    for out, options, message in (
+        ("graph.json", (), "Run trace"),
+        ("page.pdf", (), "got the name 'page.pdf'"),
+        ("page.html", ("--format", "pdf"), "got pdf"),
+    ):
+        code, _, err = run("export", tmp_path / "scores", "--out", tmp_path / out, *options)
+        assert code == 2 and message in " ".join(err.split()), err
+    code, _, err = run("export", tmp_path, "--out", tmp_path / "x.csv")
+    assert code == 2 and "saved circuit (circuit.json) or saved scores" in " ".join(err.split())
+    code, _, err = run("steer", "demo-gelu", "a", "--circuit", tmp_path / "scores", "--scale", "0")
+    assert code == 2 and "expected a circuit in" in " ".join(err.split())
+
+
+def test_running_out_of_memory_or_failing_a_check_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, message in (
+        (torch.OutOfMemoryError("CUDA out of memory."), "smaller --batch-size"),
+        (tnc.NeuronCircuitsError("wrong"), "wrong"),
+    ):
+
+        def fails(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("tl_neuron_circuits.interventions.steer", fails)
+        code, _, err = run("steer", "demo-gelu", PROMPT, "--node", "L0/N1", "--scale", "0")
+        assert code == (1 if isinstance(error, torch.OutOfMemoryError) else 2) and message in err

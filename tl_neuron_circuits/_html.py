@@ -1,0 +1,141 @@
+"""How results look in a notebook: one line of text, then tables with bars, on light and dark backgrounds.
+
+Every text is escaped. Colours of text and background are the notebook's own; bars are the two colours of the figures,
+which stand out on both. Without styles (GitHub strips them) a plain table remains.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
+BAR_WIDTH = 60
+"""Pixels on each side of zero."""
+
+_STYLE = """
+.tnc table {border-collapse: collapse; margin: .3em 0 .8em; font-size: 13px}
+.tnc th, .tnc td {padding: 2px 8px; border: 0; border-bottom: 1px solid rgba(128,128,128,.3); text-align: left;
+ white-space: pre-wrap; max-width: 40em; background: transparent; color: inherit}
+.tnc .n {text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums}
+.tnc .b {padding: 2px 4px}
+.tnc .b div {height: 10px}
+.tnc a {color: inherit; text-decoration: underline dotted}
+.tnc small {opacity: .7}
+""".strip()
+
+_NEURON_PAGES = {"gpt2": ("gpt2-small", 12, 3072), "gpt2-small": ("gpt2-small", 12, 3072)}
+"""Models whose neurons have pages on Neuronpedia: its name, layers, neurons a layer."""
+
+
+def neuron_page(model: str, layer: int, unit: int) -> str | None:
+    """Neuronpedia's page of a neuron, None where none is known."""
+    name, layers, units = _NEURON_PAGES.get(model, ("", 0, 0))
+    there = 0 <= layer < layers and 0 <= unit < units
+    return f"https://www.neuronpedia.org/{name}/{layer}/{unit}" if there else None
+
+
+def neuron_pages(model: str, frame: pd.DataFrame) -> list[str | None]:
+    """Pages by row of a table with layer and unit, and kind or hook where not all rows are neurons."""
+    kinds = frame["kind"] if "kind" in frame else ["neuron"] * len(frame)
+    hooks = frame["hook"] if "hook" in frame else [".mlp.hook_post"] * len(frame)
+    neurons = [k in ("neuron", "node") and str(h).endswith(".mlp.hook_post") for k, h in zip(kinds, hooks, strict=True)]
+    places = zip(frame["layer"], frame["unit"], neurons, strict=True)
+    return [neuron_page(model, int(layer), int(unit)) if is_neuron else None for layer, unit, is_neuron in places]
+
+
+def block(text: str, *parts: str) -> str:
+    """A result: its line of text, then its tables."""
+    return f'<div class="tnc"><style>{_STYLE}</style><p>{escape(text)}</p>{"".join(parts)}</div>'
+
+
+def note(text: str) -> str:
+    """A line between tables."""
+    return f"<p>{escape(text)}</p>"
+
+
+def table(
+    frame: pd.DataFrame,
+    *,
+    bars: Sequence[str] = (),
+    rows: int = 20,
+    links: Mapping[str, Sequence[str | None]] | None = None,
+) -> str:
+    """The first `rows` rows as a table.
+
+    Args:
+        frame: what to show; its index is left out.
+        bars: columns of numbers that get a bar beside them, to a common scale within the column.
+        rows: more are only counted.
+        links: by column, an address a row of `frame`.
+    """
+    shown = frame.head(rows)
+    scales = {column: _largest(shown[column]) for column in bars}
+    head = "".join(_heading(str(column), frame[column], column in scales) for column in frame.columns)
+    body = []
+    for place in range(len(shown)):
+        cells = []
+        for column in shown.columns:
+            value = shown[column].iloc[place]
+            address = (links or {}).get(str(column), {place: None})[place]
+            cells.append(_cell(value, address))
+            if column in scales:
+                cells.append(f'<td class="b">{_bar(float(value), scales[column])}</td>')
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    more = f"<small>{len(shown):,} of {len(frame):,} rows</small>" if len(frame) > len(shown) else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>{more}"
+
+
+def document(title: str, content: str) -> str:
+    """A page of its own around a `block`, for a file."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>:root '
+        "{color-scheme: light dark} body {font: 14px/1.4 system-ui, sans-serif; margin: 2em}</style></head>"
+        f"<body>{content}</body></html>\n"
+    )
+
+
+def _heading(name: str, column: pd.Series, bar: bool) -> str:
+    numeric = ' class="n"' if column.dtype.kind in "iuf" else ""
+    return f"<th{numeric}>{escape(name)}</th>" + ("<th></th>" if bar else "")
+
+
+def _cell(value: Any, address: str | None) -> str:
+    text = escape(_text(value))
+    if address:
+        text = f'<a href="{escape(address)}" target="_blank" rel="noopener">{text}</a>'
+    return (
+        f'<td class="n">{text}</td>' if isinstance(value, Real) and not isinstance(value, bool) else f"<td>{text}</td>"
+    )
+
+
+def _text(value: Any) -> str:
+    """Numbers to three digits, lists with spaces between, nothing where there is nothing."""
+    if isinstance(value, bool | np.bool_ | Integral):
+        return str(value)
+    if isinstance(value, Real):
+        return "" if np.isnan(float(value)) else f"{float(value):.3g}"
+    if isinstance(value, list | tuple):
+        return "  ".join(map(_text, value))
+    return "" if value is None else str(value)
+
+
+def _largest(column: pd.Series) -> float:
+    finite = column[np.isfinite(column.astype(float))].abs()
+    return float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
+
+
+def _bar(value: float, largest: float) -> str:
+    """To the right of the middle for what is positive, to the left for what is negative."""
+    if not np.isfinite(value):
+        return ""
+    width = round(min(abs(value) / largest, 1.0) * BAR_WIDTH)
+    left = BAR_WIDTH if value >= 0 else BAR_WIDTH - width
+    colour = POSITIVE if value >= 0 else NEGATIVE
+    return (
+        f'<div style="width: {2 * BAR_WIDTH}px"><div style="margin-left: {left}px; width: {width}px; '
+        f'background: {colour}"></div></div>'
+    )

@@ -1,0 +1,8 @@
+"""The command line: thin, every command a call of the Python interface with the same words.
+
+Exit codes: 0 done; 1 the model, or a computation, failed a check; 2 bad input; 130 interrupted.
+"""
+
+from ._app import app as app
+from ._app import main as main
+from ._load import load_model as load_model

@@ -1,0 +1,74 @@
+"""The application: which commands there are, in the order of the help, and the entry point."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from .._files import versions
+from ._attribute import attribute
+from ._check import check
+from ._compare import compare
+from ._demo import demo
+from ._export import export
+from ._lasso import lasso
+from ._steer import steer
+from ._terminal import complain, guarded
+from ._trace import trace
+
+COMMANDS: tuple[Callable[..., None], ...] = (demo, check, attribute, compare, trace, steer, lasso, export)
+
+app = typer.Typer(
+    help="Neuron circuits with RelP on any TransformerLens model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in COMMANDS:
+    app.command()(guarded(_command))
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        typer.echo(", ".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and leave.")
+    ] = False,
+) -> None:
+    """Neuron circuits with RelP on any TransformerLens model.
+
+    Begin with [bold]demo[/], which needs nothing; then [bold]check[/] your model. MODEL is demo-gelu, demo-swiglu, a
+    name that TransformerLens can load, or a local Hugging Face folder.
+    """
+
+
+def main() -> None:
+    """Entry point of `tl-neuron-circuits`: it ends the process with the exit code of the command.
+
+    Example:
+        >>> import sys
+        >>> from tl_neuron_circuits.cli import main
+        >>> sys.argv = ["tl-neuron-circuits", "trace"]
+        >>> main()
+        Traceback (most recent call last):
+        SystemExit: 2
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.showwarning = _say_warning
+    app()
+
+
+def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one message on stderr, without the line of code that gave it."""
+    complain.print("[yellow]warning[/]: ", end="")
+    complain.print(str(message), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,99 @@
+"""`tl-neuron-circuits compare`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ._load import load_model
+from ._options import AsJson, Backend, BatchSize, Device, Dtype, Model, PairsFile, Seed
+from ._terminal import console, print_json, progress, show, show_written
+
+
+def compare(
+    model: Model,
+    pairs: PairsFile,
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same call goes on from what is there.")],
+    evaluation_pairs: Annotated[Path | None, typer.Option(help="Held-out pairs; else half of the words.")] = None,
+    basis: Annotated[list[str] | None, typer.Option(help="neurons, mlp_outputs, ...; these two by default.")] = None,
+    sae: Annotated[list[Path] | None, typer.Option(help="Folder of an SAE, or of folders of them.")] = None,
+    transcoder: Annotated[list[Path] | None, typer.Option(help="Likewise for transcoders.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="relp, gradient, integrated_gradients, random, ...")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Numbers of nodes; 20 log-spaced ones.")] = None,
+    ablation: Annotated[str, typer.Option(help="mean, zero, resample or corrupt.")] = "mean",
+    error: Annotated[str, typer.Option(help="A dictionary's error: nodes, keep or ablate.")] = "nodes",
+    mib: Annotated[bool, typer.Option("--mib", help="Also CPR and CMD on MIB's grid.")] = False,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Compare neurons, MLP outputs, SAEs and transcoders by how faithful their circuits are, on pairs from a file.
+
+    Options that take several values are given once for each: --basis neurons --basis mlp_outputs.
+    """
+    from ..evaluation import DEFAULT_METHODS
+    from ..evaluation import compare as run
+    from ..tasks import PromptPairs
+
+    bases = _bases(basis or ["neurons", "mlp_outputs"], sae or [], transcoder or [])
+    train = PromptPairs.from_jsonl(pairs)
+    if evaluation_pairs is None:
+        train, test = train.split(0.5, seed=seed, by="contrast" if train.labels is None else "label")
+    else:
+        test = PromptPairs.from_jsonl(evaluation_pairs)
+    result = run(
+        load_model(model, backend, device, dtype),
+        train,
+        test,
+        bases=bases,
+        methods=method or DEFAULT_METHODS,  # pyright: ignore[reportArgumentType]
+        sizes=size,
+        ablation=ablation,  # pyright: ignore[reportArgumentType]
+        error=error,  # pyright: ignore[reportArgumentType]
+        mib=mib,
+        batch_size=batch_size,
+        seed=seed,
+        directory=out / "comparison",
+        verbose=progress(),
+    )
+    files = _write(result, out)
+    if as_json:
+        print_json({"headline": result.headline(), "files": files, "summary": result.summary()})
+        return
+    show(_readable(result.summary()), repr(result))
+    console.print(result.headline(), soft_wrap=True, markup=False, highlight=False)
+    show_written(files)
+
+
+def _bases(names: list[str], sae: list[Path], transcoder: list[Path]) -> list[Any]:
+    """Bases of the layers that the dictionaries have, so that all compete for the same layers."""
+    from .._errors import SettingsError
+    from ..bases import ACTIVATION_BASES, Dictionaries, load_dictionaries
+
+    if wrong := [name for name in names if name not in ACTIVATION_BASES]:
+        raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {', '.join(wrong)}.")
+    kinds = {"sae": load_dictionaries(sae), "transcoder": load_dictionaries(transcoder)}
+    layers = sorted({dictionary.layer for found in kinds.values() for dictionary in found}) or None
+    dictionaries = [Dictionaries(found, name=kind) for kind, found in kinds.items() if found]
+    return [ACTIVATION_BASES[name](layers) for name in names] + dictionaries
+
+
+def _readable(summary: Any) -> Any:
+    """What fits into 80 columns; all of it is in summary.csv."""
+    names = {"basis": "basis", "method": "method", "n_nodes": "nodes", "log_area": "area", "size_at_0.5": "to .5"}
+    names |= {"size_at_0.8": "to .8", "cpr": "CPR", "cmd": "CMD", "unexplained": "FVU"}
+    shown = summary[list(names)].rename(columns=names).dropna(axis="columns", how="all")
+    shown = shown if shown.get("FVU", shown["area"]).any() else shown.drop(columns="FVU")  # activations leave nothing
+    return shown.replace({"method": {"integrated_gradients": "IG", "activation_difference": "difference"}})
+
+
+def _write(result: Any, out: Path) -> list[Path]:
+    """The figure, every point of every curve, and the summary."""
+    files = [out / name for name in ("sparsity.html", "sparsity.csv", "summary.csv")]
+    result.plot().write_html(files[0], include_plotlyjs=True)
+    result.to_dataframe().to_csv(files[1], index=False)
+    result.summary().to_csv(files[2], index=False)
+    return files

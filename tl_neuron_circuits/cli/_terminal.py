@@ -1,0 +1,110 @@
+"""What the commands say and how they end: tables and JSON on stdout, progress and complaints on stderr, exit codes."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+complain = Console(stderr=True)
+F = TypeVar("F", bound=Callable[..., Any])
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def guarded(command: F) -> F:
+    """Turn an error of ours, or of the file system, into one message and an exit code, and Ctrl-C into 130."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from jaxtyping import TypeCheckError
+        from torch import OutOfMemoryError
+
+        from .._errors import NeuronCircuitsError, NumericalError, PropagationError
+
+        try:
+            return command(*args, **kwargs)
+        except (NumericalError, PropagationError) as error:
+            code, said = FAILED, error
+        except OutOfMemoryError as error:
+            code, said = FAILED, f"{error}\nGive a smaller --batch-size, or another --device."
+            error.__traceback__ = None
+        except (NeuronCircuitsError, TypeCheckError, OSError) as error:
+            code, said = BAD_INPUT, error
+        except KeyboardInterrupt:
+            complain.print("\ninterrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        kind = "OutOfMemoryError" if isinstance(said, str) else type(said).__name__
+        complain.print(f"[bold red]{kind}[/]: ", end="")
+        complain.print(str(said), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(code)
+
+    return run  # pyright: ignore[reportReturnType]
+
+
+def progress() -> bool:
+    """Whether somebody watches: bars go to stderr, and only to a terminal."""
+    return complain.is_terminal
+
+
+def say(text: str) -> None:
+    """A step that begins, in a terminal."""
+    if progress():
+        complain.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def show(frame: Any, title: str) -> None:
+    """Print a DataFrame as a table under its title."""
+    console.print(title, style="italic", markup=False, highlight=False)
+    table = Table()
+    for column in frame.columns:
+        is_number = frame[column].dtype.kind in "if"
+        table.add_column(str(column), justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+    for row in frame.itertuples(index=False):
+        table.add_row(*map(_cell, row))
+    console.print(table, markup=False)
+
+
+def show_written(files: Sequence[Path]) -> None:
+    """Name the files that were written, each whole, so that it can be copied."""
+    console.print("written: " + ", ".join(map(str, files)), soft_wrap=True, markup=False, highlight=False)
+
+
+def print_json(content: Any) -> None:
+    """Print JSON and nothing else; what is not a number is null."""
+    typer.echo(json.dumps(plain(content), allow_nan=False))
+
+
+def plain(content: Any) -> Any:
+    """The same in lists, dictionaries, texts and numbers, None where a number is missing."""
+    if hasattr(content, "to_dict"):
+        return plain(content.to_dict("records"))
+    if isinstance(content, Mapping):
+        return {str(key): plain(value) for key, value in content.items()}
+    if isinstance(content, Path):
+        return str(content)
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Iterable):
+        return [plain(value) for value in content]
+    number = content.item() if hasattr(content, "item") else content
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def _cell(cell: Any) -> str:
+    """Three decimals, fewer for large numbers, two digits for tiny ones, empty where there is nothing."""
+    import pandas as pd
+
+    if pd.isna(cell):
+        return ""
+    if not isinstance(cell, float):
+        return str(cell)
+    if abs(cell) >= 100:
+        return f"{cell:.0f}"
+    return f"{cell:.3f}" if cell == 0 or abs(cell) >= 0.001 else f"{cell:.1e}"
