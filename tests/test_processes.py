@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from tests import worker_of_two as worker
+from tests.transcoders.two_processes import CASES, IN_ORDER, TOKENS
 from tl_neuron_circuits import Comparison, NodeScores, SparsityCurve, attribute, evaluate
 from tl_neuron_circuits._processes import TIMEOUT, Processes
+from tl_neuron_circuits.bases import load_dictionary
+from tl_neuron_circuits.transcoders import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,6 +82,33 @@ def test_the_first_process_writes_a_comparison_that_all_have(folder: Path) -> No
     for one in had:
         for key, curve in written.curves.items():
             assert torch.equal(curve.kept, one.curves[key].kept)
+
+
+def weights_of(folder: Path, rank: str, name: str) -> dict[str, torch.Tensor]:
+    layers = [load_dictionary(folder / rank / "trained" / name / f"layer-0{layer}") for layer in range(2)]
+    return {f"{layer} {key}": value for layer, each in enumerate(layers) for key, value in each.tensors().items()}
+
+
+@pytest.mark.parametrize("name", [*CASES, "resumed"])
+def test_trained_weights_are_the_same_on_every_process(folder: Path, name: str) -> None:
+    first, second = (weights_of(folder, rank, name) for rank in "01")
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_two_processes_train_what_one_does_on_both_halves(folder: Path, model: Any) -> None:
+    found = weights_of(folder, "0", "in order")
+    for layer, dictionary in enumerate(train(model, TOKENS, IN_ORDER, verbose=False).dictionaries):
+        for key, value in dictionary.tensors().items():
+            torch.testing.assert_close(found[f"{layer} {key}"], value, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_resume_bit_for_bit(folder: Path) -> None:
+    whole, resumed = weights_of(folder, "1", "shuffled"), weights_of(folder, "1", "resumed")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    names = [
+        sorted(path.name for path in (folder / "checkpoints" / own).glob("checkpoint-*")) for own in ("", "process-1")
+    ]
+    assert names == [["checkpoint-00000018", "checkpoint-00000020"], [f"checkpoint-000000{n}" for n in ("09", 18, 20)]]
 
 
 def test_one_process_can_work_alone(folder: Path, model: Any) -> None:

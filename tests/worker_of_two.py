@@ -14,6 +14,7 @@ import torch
 
 from tests.attribution.plain import random_pairs
 from tests.families import model_cases
+from tests.transcoders.two_processes import train_and_save
 from tl_neuron_circuits import NeuronCircuitsError, attribute, compare, evaluate
 from tl_neuron_circuits._processes import here, single_process
 from tl_neuron_circuits.bases import MLPOutputs, Neurons
@@ -83,6 +84,7 @@ def main(folder: Path) -> None:
             own / f"curve {ablation}"
         )
     curves(of, PAIRS["kept"], folder / "comparison").save(own / "comparison")
+    train_and_save(of, folder, own)
     if mine.first:
         with single_process():
             attribute(of, PAIRS["kept"], batch_size=3).save(own / "alone")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tests.transcoders.conftest import SMALL
 from tests.transcoders.test_train import assert_equal
-from tl_neuron_circuits._errors import FileFormatError, SettingsError
+from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
 from tl_neuron_circuits.transcoders import _checkpoint, train
-from tl_neuron_circuits.transcoders._checkpoint import checkpoints, read_checkpoint
+from tl_neuron_circuits.transcoders._checkpoint import checkpoints, newest_checkpoint, read_checkpoint
 from tl_neuron_circuits.transcoders._trainee import Trainee
 
 VARIANTS = [
@@ -124,7 +124,7 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(
 
     train(one_tiny, tokens, SMALL.replace(steps=9), directory=tmp_path, verbose=False)
     config = SMALL.replace(steps=9)
-    tensors, notes = read_checkpoint(tmp_path, config)
+    tensors, notes = read_checkpoint(newest_checkpoint(tmp_path), config, {})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -135,7 +135,7 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000009"]
-    again, _ = read_checkpoint(tmp_path, config)
+    again, _ = read_checkpoint(newest_checkpoint(tmp_path), config, {})
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
 
 
@@ -145,6 +145,35 @@ def test_other_settings_are_refused(one_tiny: Any, tokens: Tensor, tmp_path: Pat
         train(one_tiny, tokens, SMALL.replace(steps=3), directory=tmp_path, resume=True, verbose=False)
     with pytest.raises(SettingsError, match="holds checkpoints already"):
         train(one_tiny, tokens, SMALL.replace(steps=2), directory=tmp_path, verbose=False)
+
+
+def test_another_model_or_other_tokens_are_refused(one_tiny: Any, tokens: Tensor, tmp_path: Path) -> None:
+    config = SMALL.replace(steps=2)
+    train(one_tiny, tokens, config, directory=tmp_path, verbose=False)
+    with pytest.raises(SettingsError, match=r"written with another tokens \("):
+        train(one_tiny, tokens.flip(0), config, directory=tmp_path, resume=True, verbose=False)
+    with torch.no_grad():
+        next(iter(one_tiny.parameters())).add_(1)
+    with pytest.raises(SettingsError, match=r"written with another model \("):
+        train(one_tiny, tokens, config, directory=tmp_path, resume=True, verbose=False)
+
+
+def test_weights_that_are_not_finite_never_reach_a_checkpoint(one_tiny: Any, tokens: Tensor, tmp_path: Path) -> None:
+    """The loss of a step is finite and its update overflows: what is on disk is from before it."""
+    config = SMALL.replace(checkpoint_every=1)
+    original = Trainee._update
+
+    def overflowing(self: Trainee, loss: Tensor, step: int) -> None:
+        original(self, loss, step)
+        if step == 2:
+            self.weights["W_enc"].detach().mul_(1e38).mul_(10)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainee, "_update", overflowing)
+        with pytest.raises(NumericalError, match=r"not finite after step 3.*checkpoint-00000002 is as it was"):
+            train(one_tiny, tokens, config, directory=tmp_path, verbose=False)
+    tensors, _ = read_checkpoint(newest_checkpoint(tmp_path), config, {})
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_damaged_checkpoints_are_refused(one_tiny: Any, tokens: Tensor, tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.families import model_cases
 from tests.stories_tasks import BOYS, GIRLS, PRONOUN_TEMPLATES
 from tests.transcoders.conftest import SMALL
+from tl_neuron_circuits._errors import DictionaryError
 from tl_neuron_circuits.bases import Dictionaries, VarianceSums
-from tl_neuron_circuits.transcoders import TrainingReport, train
+from tl_neuron_circuits.transcoders import TrainingReport, fidelity, train
 from tl_neuron_circuits.transcoders._config import KINDS
 from tl_neuron_circuits.transcoders._scaling import Scaling
 from tl_neuron_circuits.transcoders._sites import TrainingSite, flat_values
-from tl_neuron_circuits.transcoders._trainee import Trainee
+from tl_neuron_circuits.transcoders._trainee import MEASURES, Trainee
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 
@@ -125,6 +127,79 @@ def test_bfloat16_learns_nearly_the_same(one_tiny: Any, tokens: Tensor) -> None:
     rounded = train(one_tiny, tokens, config.replace(precision="bfloat16"), verbose=False)
     assert rounded.dictionaries[0].dtype == torch.float32
     assert abs(rounded.to_dataframe().iloc[-1]["variance_explained"] - exact) < 0.05
+
+
+def test_a_model_in_bfloat16_trains_float32_dictionaries(tokens: Tensor) -> None:
+    model = model_cases("gpt2")[-1].build(torch.bfloat16)
+    report = train(model, tokens, SMALL.replace(steps=3), verbose=False)
+    assert report[0].dtype == torch.float32 and report[0].W_enc.isfinite().all()
+
+
+def test_all_layers_learn_from_the_same_forward_passes(one_tiny: Any, tokens: Tensor) -> None:
+    passes = []
+    for layers in ((0,), (0, 1)):
+        seen: list[int] = []
+        with one_tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook, seen=seen: seen.append(1))]):
+            train(one_tiny, tokens, SMALL.replace(layers=layers), verbose=False)
+        passes.append(len(seen))
+    assert passes[0] == passes[1] > 0
+
+
+def test_warm_ups_grow_from_nothing_and_the_rate_decays_to_nothing() -> None:
+    """Rates and penalties of 20 steps: up over the first fifth, level, down over the last tenth."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(64, 6, generator=generator) for _ in range(2))
+    site = TrainingSite(0, "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out", "", "", 6, 6)
+    shares = {"learning_rate_warmup": 0.2, "learning_rate_decay": 0.1, "penalty_warmup": 0.2}
+    config = SMALL.replace(activation="relu", steps=20, learning_rate=0.1, penalty=1e3, **shares)
+    trainee = Trainee(site, config, Scaling.of(x, y, site), generator, torch.device("cpu"))
+    rates, penalties = [], []
+    for step in range(20):
+        weights = {name: value.detach().clone() for name, value in trainee.weights.items()}
+        measured = trainee.step(x, y, step)
+        rates.append(trainee._optimizer.param_groups[0]["lr"])
+        x_n, y_n = trainee.scaling.apply(x, y)
+        features = (x_n @ weights["W_enc"] + weights["b_enc"]).relu()
+        unexplained = (features @ weights["W_dec"] + weights["b_dec"] - y_n).square().mean()
+        penalties.append(float((measured["loss"] - unexplained) / (features.sum(-1).mean() / 6**0.5)))
+    assert rates == pytest.approx([0.025, 0.05, 0.075, *[0.1] * 16, 0.05])
+    assert penalties == pytest.approx([0, 250, 500, 750, *[1000] * 16], rel=1e-3, abs=1e-3)
+
+
+def test_the_buffer_bounds_what_is_held(one_tiny: Any, tokens: Tensor) -> None:
+    """`capacity` positions and at most one forward pass more, ever."""
+    from tl_neuron_circuits.transcoders._buffer import ActivationBuffer
+    from tl_neuron_circuits.transcoders._token_stream import TokenStream
+
+    name = "blocks.0.hook_mlp_out"
+    buffer = ActivationBuffer(
+        one_tiny, TokenStream(tokens, 4, 0), (name,), capacity=128, batch_size=32, ignore=(), dtype=torch.float32,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    held = []
+    for _ in range(20):
+        buffer.take()
+        tensors, _ = buffer.state()
+        held.append(sum(len(value) for key, value in tensors.items() if key != "order"))
+    assert 128 <= max(held) <= 128 + 4 * tokens.shape[1]
+
+
+def test_progress_shows_what_is_measured(one_tiny: Any, tokens: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+    train(one_tiny, tokens, SMALL.replace(steps=10))
+    shown = capsys.readouterr().err
+    assert all(f"{measure}=" in shown for measure in MEASURES)
+
+
+def test_the_input_after_the_norms_weight_can_be_read(tiny: Any, tokens: Tensor) -> None:
+    """`mlp.hook_in` exists on the Bridge; elsewhere the error says so and names the setting."""
+    config = SMALL.replace(hook_in="blocks.{layer}.mlp.hook_in", steps=2)
+    if type(tiny).__name__ == "TransformerBridge":
+        report = train(tiny, tokens, config, verbose=False)
+        assert report[1].hook_in == "blocks.1.mlp.hook_in"
+        assert fidelity(tiny, report.dictionaries, tokens, baselines=False).of("transcoder")["loss"].notna().all()
+    else:
+        with pytest.raises(DictionaryError, match=r"does not have.*set hook_in"):
+            train(tiny, tokens, config, verbose=False)
 
 
 def test_ignored_tokens_are_left_out(one_tiny: Any, tokens: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.transcoders.conftest import SMALL
-from tl_neuron_circuits._errors import DictionaryError, NumericalError, SettingsError
+from tl_neuron_circuits._errors import DictionaryError, NumericalError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.transcoders import TrainingConfig, train
 from tl_neuron_circuits.transcoders._checkpoint import checkpoints
 
@@ -45,6 +45,12 @@ def test_only_ignored_tokens(one_tiny: Any, tokens: Tensor) -> None:
 def test_wrong_sites(tiny: Any, tokens: Tensor, changes: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         train(tiny, tokens, SMALL.replace(**changes), verbose=False)
+
+
+def test_a_site_that_does_not_fire(one_tiny: Any, tokens: Tensor) -> None:
+    """Both classes list `hook_mlp_in`; neither runs it unless asked to."""
+    with pytest.raises((UnsupportedModelError, DictionaryError), match=r"hook_mlp_in"):
+        train(one_tiny, tokens, SMALL.replace(hook_in="blocks.{layer}.hook_mlp_in"), verbose=False)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,9 @@ class _Sums:
             return _Sums(len(rows), mean, deviations)
         count, step = self._count + len(rows), mean - self._mean
         share = self._count * len(rows) / count
-        return _Sums(count, self._mean + step * len(rows) / count, self._deviations + deviations + share * step.square())
+        return _Sums(
+            count, self._mean + step * len(rows) / count, self._deviations + deviations + share * step.square()
+        )
 
     @property
     def variance(self) -> Tensor:

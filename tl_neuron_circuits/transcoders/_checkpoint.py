@@ -17,9 +17,9 @@ from .._errors import FileFormatError, SettingsError
 from .._files import read_directory, write_directory
 from ._config import TrainingConfig
 
-SCHEMA = 1
+SCHEMA = 2
 _NAME = re.compile(r"checkpoint-(\d{8})")
-_REQUIRED = ("config", "step", "buffer", "history", "sums", "sites", "seconds", "positions")
+_REQUIRED = ("config", "step", "buffer", "history", "sums", "sites", "seconds", "positions", "material")
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -36,7 +36,7 @@ def write_checkpoint(
         FileFormatError: it could not be written (a full disk, no permission); the earlier checkpoints are as they were.
     """
     path = directory / f"checkpoint-{step:08d}"
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         for leftover in directory.glob(".checkpoint-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -52,24 +52,44 @@ def write_checkpoint(
     return path
 
 
-def read_checkpoint(directory: Path, config: TrainingConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The newest checkpoint of a run with these settings.
+def newest_checkpoint(directory: Path) -> Path:
+    """The newest whole checkpoint in a directory.
 
     Raises:
-        SettingsError: it belongs to other settings.
-        FileFormatError: there is none, or it is damaged.
+        FileFormatError: there is none.
     """
     found = checkpoints(directory)
     if not found:
         raise FileFormatError(
             f"expected checkpoints in {directory} to resume from; there is none. Pass resume=False to start."
         )
-    tensors, notes = read_directory(found[-1], "checkpoint", SCHEMA, required=_REQUIRED)
+    return found[-1]
+
+
+def read_checkpoint(
+    path: Path, config: TrainingConfig, material: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint of a run with these settings, on this model and these tokens.
+
+    Args:
+        material: what else must be as it was, by name: the model, the tokens, the number of processes.
+
+    Raises:
+        SettingsError: it belongs to other settings, another model or other tokens.
+        FileFormatError: it is damaged.
+    """
+    tensors, notes = read_directory(path, "checkpoint", SCHEMA, required=_REQUIRED)
+    for name, value in material.items():
+        if notes["material"].get(name) != value:
+            raise SettingsError(
+                f"{path} was written with another {name} ({notes['material'].get(name)} there, {value} here). Resume "
+                "with what it was trained on, or choose another directory."
+            )
     here = config.to_json()
     other = {name: value for name, value in notes["config"].items() if here.get(name) != value}
     if other or set(notes["config"]) != set(here):
         raise SettingsError(
-            f"{found[-1]} was written with other settings: {other} there, "
+            f"{path} was written with other settings: {other} there, "
             f"{ {name: here.get(name) for name in other} } here. Resume with its settings, or choose another directory."
         )
     return tensors, notes

@@ -64,12 +64,13 @@ class TrainingConfig:
         penalty_warmup: share of the steps over which the penalty grows from 0.
         bandwidth: width of the kernel that gives jumprelu's threshold a gradient.
         steps: updates of the weights.
-        batch_size: positions an update.
+        batch_size: positions an update, of all processes together.
         learning_rate: Adam's.
         learning_rate_warmup: share of the steps over which it grows from 0.
         learning_rate_decay: share of the steps at the end over which it falls to 0.
-        buffer_size: positions in the shuffle buffer; it bounds memory: `buffer_size` and one forward pass of positions
-            of every hook point, in `precision`. 0: no shuffling, positions come as the forward passes give them.
+        buffer_size: positions in the shuffle buffer, of all processes together; it bounds memory: `buffer_size` and one
+            forward pass of positions of every hook point, in `precision`, and that once more while a checkpoint is
+            written. 0: no shuffling, positions come as the forward passes give them.
         forward_rows: prompts a forward pass, where tokens are one tensor.
         ignore_tokens: positions with these tokens are left out (padding).
         precision: of the buffer and of matrix products; weights and sums stay float32.

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._processes import Processes
 from ._config import TrainingConfig
 
 INITIAL_THRESHOLD = 0.5
@@ -53,13 +54,15 @@ def sparsity_cost(
 
 
 def running_threshold(
-    running: Float[Tensor, ""], features: Float[Tensor, "batch d_dict"], *, first: bool
+    running: Float[Tensor, ""], features: Float[Tensor, "batch d_dict"], processes: Processes, *, first: bool
 ) -> Float[Tensor, ""]:
-    """The running mean of the smallest feature that fired."""
-    fired = features[features > 0]
-    if not len(fired):
+    """The running mean of the smallest feature that fired; of several processes' batches, the mean of their smallest."""
+    fired = features.detach()[features > 0]
+    seen = torch.stack([fired.min(), fired.new_ones(())]) if len(fired) else running.new_zeros(2)
+    smallest, count = processes.total({"smallest": seen})["smallest"]
+    if not count:
         return running
-    smallest = fired.min().detach()
+    smallest = smallest / count
     return smallest if first else _THRESHOLD_DECAY * running + (1 - _THRESHOLD_DECAY) * smallest
 
 

@@ -108,7 +108,12 @@ def fidelity(
         NumericalError: a loss is not finite, or there are too few positions to fit the linear maps on.
 
     Example:
-        >>> fidelity(model, report.dictionaries, tokens).of("transcoder")  # doctest: +SKIP
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tokens = model.to_tokens(tnc.tasks.subject_verb_agreement("simple", n=32).clean)
+        >>> measured = tnc.transcoders.fidelity(model, tnc.load_demo_dictionaries("sae")[2:3], tokens, baselines=False)
+        >>> list(measured.to_dataframe()["replacement"])
+        ['sae', 'mean', 'zero']
     """
     batches = list(batches_of(tokens, forward_rows))
     fit = batches if fit_tokens is None else list(batches_of(fit_tokens, forward_rows))

@@ -82,8 +82,12 @@ def pareto(
         SettingsError: no values, or settings that `TrainingConfig` refuses.
 
     Example:
-        >>> front = pareto(model, tokens, TrainingConfig(), [4, 8, 16], evaluation_tokens=held_out)  # doctest: +SKIP
-        >>> front.plot()  # doctest: +SKIP
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tokens = model.to_tokens(tnc.tasks.subject_verb_agreement("simple", n=64).clean)
+        >>> config = tnc.transcoders.TrainingConfig(layers=(3,), d_dict=32, steps=5, batch_size=64, buffer_size=128)
+        >>> tnc.transcoders.pareto(model, tokens[:48], config, [2, 4], evaluation_tokens=tokens[48:], verbose=False)
+        ParetoFront(demo-gelu, sae and transcoder, k of [2.0, 4.0])
     """
     if not values:
         raise SettingsError(f"expected at least one value of {config.sparsity_setting}; got none.")
@@ -96,9 +100,7 @@ def pareto(
             number = int(value) if setting == "k" else float(value)
             changed = config.replace(target=target, skip=config.skip and target != "sae", **{setting: number})
             trained = train(model, tokens, changed, verbose=verbose).dictionaries
-            measured, known = measure_fidelity(
-                model, trained, batches, fit, True, _RANK, config.ignore_tokens, known
-            )
+            measured, known = measure_fidelity(model, trained, batches, fit, True, _RANK, config.ignore_tokens, known)
             dictionaries[target, float(value)] = trained
             frames.append(measured.to_dataframe().assign(target=target, **{setting: number}))
     table = _once(pd.concat(frames, ignore_index=True), setting)

@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import NumericalError
+from .._processes import Processes
 from ._sites import TrainingSite
 
-_SAMPLE = 65_536
-"""Positions that means and scales are measured on, at most."""
+_SAMPLE, _ROWS = 65_536, 4096
+"""Positions that means and scales are measured on, at most, and how many at a time in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +33,19 @@ class Scaling:
     scale_out: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, x: Float[Tensor, "position d_in"], y: Float[Tensor, "position d_out"], site: TrainingSite) -> "Scaling":
-        """Measured on a sample.
+    def of(
+        cls,
+        x: Float[Tensor, "position d_in"],
+        y: Float[Tensor, "position d_out"],
+        site: TrainingSite,
+        processes: Processes | None = None,
+    ) -> "Scaling":
+        """Measured on a sample, or on those of all processes together.
 
         Raises:
             NumericalError: the input or the output does not vary: a dead layer.
         """
-        moments = [_moments(value) for value in (x, y)]
+        moments = [_moments(value, processes or Processes()) for value in (x, y)]
         for name, (_, scale) in zip((site.hook_in, site.hook_out), moments, strict=True):
             if not scale > 0:
                 raise NumericalError(
@@ -75,9 +82,13 @@ class Scaling:
         return {name: getattr(self, name) for name in names}
 
 
-def _moments(value: Tensor) -> tuple[Tensor, Tensor]:
-    wide = value[:_SAMPLE].double()
-    mean = wide.mean(0)
-    variance = (wide - mean).square().sum(-1).mean() / wide.shape[1]
+def _moments(value: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
+    parts = value[:_SAMPLE].split(_ROWS)
+    count = torch.tensor(float(sum(map(len, parts))), dtype=torch.float64, device=value.device)
+    summed = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0)
+    total = processes.total({"count": count, "sum": summed})
+    mean = total["sum"] / total["count"]
+    squares = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum()
+    variance = processes.total({"squares": squares})["squares"] / total["count"] / value.shape[1]
     negligible = variance <= 1e-12 * (1e-12 + mean.square().mean())  # rounding of a constant
     return mean.float(), torch.where(negligible, torch.zeros_like(variance), variance.sqrt()).float()

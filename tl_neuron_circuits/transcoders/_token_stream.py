@@ -9,17 +9,22 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .._errors import SettingsError
+from .._processes import Processes
 
 
 class TokenStream:
     """Batches `[prompt, position]` without end where the source allows it.
 
     A tensor gives `rows` prompts at a time, in a new order every epoch that depends on `seed` and the epoch alone. A
-    sequence or any other re-iterable gives its own batches again and again; an iterator gives them once.
+    sequence or any other re-iterable gives its own batches again and again; an iterator gives them once. Of several
+    processes each takes its share, and all together what one would take.
     """
 
-    def __init__(self, source: Tensor | Iterable[Any], rows: int, seed: int) -> None:
+    def __init__(
+        self, source: Tensor | Iterable[Any], rows: int, seed: int, processes: Processes | None = None
+    ) -> None:
         self._source, self._rows, self._seed = source, rows, seed
+        self._processes = processes or Processes()
         self.batches = 0
         """How many batches were taken; all that a checkpoint needs to keep."""
         self._iterator: Iterator[Tensor] = self._forever(0)
@@ -52,9 +57,10 @@ class TokenStream:
         self._iterator = self._forever(batches)
 
     def _forever(self, skipped: int) -> Iterator[Tensor]:
+        skipped *= self._processes.count
         if isinstance(self._source, Tensor):
-            return self._from_tensor(self._source, skipped)
-        return islice(self._from_iterable(self._source), skipped, None)
+            return self._processes.share(self._from_tensor(self._source, skipped))
+        return self._processes.share(islice(self._from_iterable(self._source), skipped, None))
 
     def _from_tensor(self, tokens: Tensor, skipped: int) -> Iterator[Tensor]:
         per_epoch = -(-len(tokens) // self._rows) if tokens.ndim else 0

@@ -3,7 +3,8 @@
     loss = mean (y_n - y_n_hat)^2 + penalty * cost + coefficient * auxiliary
 
 in the units of `_scaling`, in which the first term is the fraction of variance unexplained. The decoder's rows are kept
-at norm 1: the gradient along them is removed before a step, and they are normalised after it.
+at norm 1: the gradient along them is removed before a step, and they are normalised after it. Several processes average
+their gradients over batches of equal size, so that their weights are the same.
 """
 
 import math
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import NumericalError
+from .._processes import Processes
 from ..bases import Dictionary
 from ._config import TrainingConfig
 from ._dead_features import auxiliary_loss, resample
@@ -36,9 +38,10 @@ class Trainee:
         scaling: Scaling,
         generator: torch.Generator,
         device: torch.device,
+        processes: Processes | None = None,
     ) -> None:
         self.site, self.config, self.scaling = site, config, scaling
-        self._generator = generator
+        self._generator, self._processes = generator, processes or Processes()
         self._dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         weights = _initial(site, config, generator)
         self.weights = {name: value.to(device).requires_grad_() for name, value in weights.items()}
@@ -70,9 +73,22 @@ class Trainee:
         self._check(loss, dead, step)
         self._update(loss, step)
         if config.activation == "batchtopk":
-            self._threshold = running_threshold(self._threshold, features, first=step == 0)
+            self._threshold = running_threshold(self._threshold, features, self._processes, first=step == 0)
         self._maybe_resample(dead, x, missing, step)
         return self._measured(loss.detach(), features.detach(), missing.detach(), y, dead)
+
+    def check_weights(self, step: int) -> None:
+        """See that the weights can be kept.
+
+        Raises:
+            NumericalError: the last update made some of them NaN or infinite.
+        """
+        bad = [name for name, weight in self.weights.items() if not weight.detach().isfinite().all()]
+        if bad:
+            raise NumericalError(
+                f"{bad} of layer {self.site.layer} are not finite after step {step}: lower learning_rate "
+                f"({self.config.learning_rate:g}) or lengthen learning_rate_warmup."
+            )
 
     def dictionary(self, metadata: Mapping[str, Any]) -> Dictionary:
         """The dictionary as it is now, in the model's units, decoder rows of norm 1."""
@@ -120,7 +136,9 @@ class Trainee:
     @torch.no_grad()
     def _dead_after(self, features: Tensor) -> Tensor:
         fired = (features > 0).any(0)
-        self._silent_for = torch.where(fired, 0, self._silent_for + len(features))
+        if self._processes.count > 1:
+            fired = self._processes.total({"fired": fired.float()})["fired"] > 0
+        self._silent_for = torch.where(fired, 0, self._silent_for + len(features) * self._processes.count)
         return self._silent_for > self.config.dead_after
 
     def _check(self, loss: Tensor, dead: Tensor, step: int) -> None:
@@ -145,8 +163,10 @@ class Trainee:
     def _update(self, loss: Tensor, step: int) -> None:
         config, W_dec = self.config, self.weights["W_dec"]
         gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
-        for weight, gradient in zip(self.weights.values(), gradients, strict=True):
-            weight.grad = torch.zeros_like(weight) if gradient is None else gradient
+        pairs = zip(self.weights.items(), gradients, strict=True)
+        shared = self._processes.total({n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs})
+        for name, weight in self.weights.items():
+            weight.grad = shared[name] / self._processes.count
         with torch.no_grad():
             along = (W_dec.grad * W_dec).sum(-1, keepdim=True)  # pyright: ignore[reportOptionalOperand]
             W_dec.grad -= along * W_dec  # pyright: ignore[reportOperatorIssue]
@@ -161,7 +181,10 @@ class Trainee:
         config = self.config
         due = config.resample_every and (step + 1) % config.resample_every == 0 and 2 * (step + 1) <= config.steps
         if config.dead_features == "resample" and due and dead.any():
-            resample(self.weights, self._optimizer, dead, x, missing.detach(), self._generator)
+            # One process' rows for all, so that all restart alike.
+            mine = {"x": x, "missing": missing.detach()}
+            rows = self._processes.total({n: v if self._processes.first else v * 0 for n, v in mine.items()})
+            resample(self.weights, self._optimizer, dead, rows["x"], rows["missing"], self._generator)
             self._silent_for = torch.where(dead, 0, self._silent_for)
 
 
