@@ -1,5 +1,6 @@
 """Circuits from weights: whatever comes into a node sums to it, and nothing of the target is lost."""
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,21 @@ import torch
 
 from tests.families import ModelCase, model_cases
 from tests.transcoders.weights_cases import prompt, transcoders
-from tl_neuron_circuits import Circuit, load_demo_dictionaries, load_demo_model
+from tl_neuron_circuits import (
+    Circuit,
+    PromptPairs,
+    evaluate,
+    load_demo_dictionaries,
+    load_demo_model,
+    steer,
+    trace,
+)
 from tl_neuron_circuits._errors import DictionaryError, SettingsError
+from tl_neuron_circuits.bases import Dictionaries
 from tl_neuron_circuits.transcoders import contributions, trace_feature
+from tl_neuron_circuits.transcoders._explained import explained
+from tl_neuron_circuits.transcoders._one_step import Read, head_read, one_step, skip_read
+from tl_neuron_circuits.transcoders._residual_run import residual_run
 
 TEXT = "The capital of the state containing Dallas is"
 ENDS = ["embedding", "bias", "error", "remainder"]
@@ -110,6 +123,45 @@ def test_the_first_position_is_left_out_unless_asked_for(demo: tuple[Any, Any]) 
     assert 0 in set(at(with_bos))
 
 
+@pytest.mark.parametrize("case", model_cases("gpt2", "llama"), ids=lambda case: case.id)
+def test_summed_over_all_heads_edges_are_those_that_gradients_give(case: ModelCase) -> None:
+    """`trace` of features takes gradients through frozen attention: every route through heads and skips at once."""
+    model = case.build(torch.float32)
+    dictionaries, tokens = transcoders(model), prompt(model)
+    circuit = trace(model, tokens, 7, basis=Dictionaries(dictionaries), nodes=10)
+    run = residual_run(model, dictionaries, tokens[None])
+    found: dict[str, float] = defaultdict(float)
+
+    def follow(read: Read) -> None:
+        step = one_step(run, read)
+        for features in step.features:
+            for unit, value in zip(features.units.tolist(), features.contributions.tolist(), strict=True):
+                found[f"L{features.layer}/F{unit}@{read.position}"] += value
+        for layer in step.skips:
+            follow(skip_read(run, layer, read.position, read.vector))
+        for layer, head, source in ((n, h, s) for n in step.heads for h in range(4) for s in range(read.position + 1)):
+            if layer > 0:  # no features before the first layer's heads
+                follow(head_read(run, layer, head, source, read.position, read.vector))
+
+    follow(explained(run, 7, None).read)
+    edges = circuit.edges[(circuit.edges["target"] == "logit/7") & circuit.edges["source"].str.contains("/F")]
+    assert len(edges) > 5
+    for edge in edges.itertuples():
+        assert found[edge.source] == pytest.approx(edge.weight, abs=1e-4)
+
+
+def test_it_is_evaluated_and_steered(demo: tuple[Any, Any], austin: Circuit) -> None:
+    model = demo[0]
+    pairs = PromptPairs(
+        clean=[TEXT, TEXT.replace("Dallas", "Kelford")], corrupt=[TEXT.replace("Dallas", "Kelford"), TEXT],
+        answer=[" Austin", " Providence"], wrong_answer=[" Providence", " Austin"],
+    )  # fmt: skip
+    curve = evaluate(model, pairs, austin, sizes=[len(austin)])
+    assert np.isfinite(curve.to_dataframe()["faithfulness"]).all()
+    steered = steer(model, TEXT, austin, scale=0.0)
+    assert float(steered.kl[0]) > 0.01
+
+
 def test_it_is_saved_exported_and_drawn_like_any_circuit(austin: Circuit, tmp_path: Path) -> None:
     austin.save(tmp_path / "circuit")
     assert Circuit.load(tmp_path / "circuit").edges.equals(austin.edges)
@@ -126,7 +178,7 @@ def test_it_is_saved_exported_and_drawn_like_any_circuit(austin: Circuit, tmp_pa
 def test_a_circuit_of_one_prompt_says_so(austin: Circuit) -> None:
     assert "target 'Austin'" in repr(austin)
     assert len(austin) == (austin.nodes["kind"] == "feature").sum()
-    assert np.isfinite(austin.replacement_score)
+    assert np.isfinite(austin.graph_replacement)
 
 
 def test_saes_and_numbers_out_of_range_are_refused(demo: tuple[Any, Any]) -> None:

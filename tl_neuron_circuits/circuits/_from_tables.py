@@ -5,14 +5,16 @@ from typing import Any
 
 import pandas as pd
 
+from ..bases import Basis
 from ._assemble import relative_weights
 from ._circuit import Circuit
 from ._table import complete, edge_table, node_table
 
 
 def from_tables(
-    nodes: Collection[dict], edges: Collection[dict], target_value: float, settings: Mapping[str, Any]
-) -> Circuit:
+    nodes: Collection[dict], edges: Collection[dict], target_value: float, settings: Mapping[str, Any],
+    *, basis: Basis | None = None,
+) -> Circuit:  # fmt: skip
     """A circuit whose relative weights, flow, influence and shares follow from its scores and attributions.
 
     Args:
@@ -21,9 +23,11 @@ def from_tables(
         edges: rows with source, target, weight and attribution; those of one pair are added up.
         target_value: what the circuit explains.
         settings: as `trace` writes them.
+        basis: where the nodes live, for evaluation and steering.
     """
     table = node_table(nodes)
     frame = pd.DataFrame(list(edges), columns=["source", "target", "weight", "attribution"])
     frame = frame.groupby(["source", "target"], sort=False, as_index=False)[["weight", "attribution"]].sum()
     frame["relative"] = relative_weights(table, frame)
-    return Circuit(complete(table, frame, target_value), edge_table(frame), {**settings, "target_value": target_value})
+    settings = {**settings, "target_value": target_value}
+    return Circuit(complete(table, frame, target_value), edge_table(frame), settings, basis=basis)

@@ -7,7 +7,7 @@ from typing import Any
 from .._errors import DictionaryError, SettingsError
 from .._files import versions
 from .._typing import checked
-from ..bases import Dictionary
+from ..bases import Dictionaries, Dictionary
 from ..circuits import Circuit, from_tables
 from ..models import TransformerLensModel
 from ._explained import Explained, Target, explained, taken_apart, token_texts
@@ -51,8 +51,9 @@ def trace_feature(
         prepend_bos: None means the model's default.
 
     Returns:
-        A `Circuit`: page, export, pruning and saving work. The target stands where `trace` has the logits.
-        `settings["paths"]` lists the paths, strongest first: their nodes from the target on, and their contribution.
+        A `Circuit`: page, export, pruning, evaluation and steering work. The target stands where `trace` has the
+        logits. `settings["paths"]` lists the paths, strongest first: their nodes from the target on, and their
+        contribution.
 
     Raises:
         DictionaryError: a dictionary is no transcoder from an MLP's input to its output.
@@ -94,12 +95,12 @@ def trace_feature(
         "n_prompts": 1, "prompt": prompt if isinstance(prompt, str) else "".join(texts), "tokens": texts,
         "token_ids": run.tokens.tolist(), "pairs_hash": hashlib.sha256(str(run.tokens.tolist()).encode()).hexdigest(),
         "target": [target.text or target.label], "position": target.position, "baseline": "zero",
-        "method": "weights", "basis": "transcoder", "rules": ["frozen patterns", "frozen scales"],
+        "method": "weights", "basis": Dictionaries(dictionaries).name, "rules": ["frozen patterns", "frozen scales"],
         "sites": _sites(run),
         "num_iters": num_iters, "num_branches": num_branches, "rank": rank, "cap": cap, "skipped_positions": bos,
         "paths": _listed(target, paths), "versions": versions(),
     }  # fmt: skip
-    return from_tables(rows, edges, target.value, settings)
+    return from_tables(rows, edges, target.value, settings, basis=Dictionaries(dictionaries))
 
 
 def _require_transcoders(run: ResidualRun) -> None:
