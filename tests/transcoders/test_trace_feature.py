@@ -126,7 +126,7 @@ def test_it_is_saved_exported_and_drawn_like_any_circuit(austin: Circuit, tmp_pa
 def test_a_circuit_of_one_prompt_says_so(austin: Circuit) -> None:
     assert "target 'Austin'" in repr(austin)
     assert len(austin) == (austin.nodes["kind"] == "feature").sum()
-    assert np.isfinite(austin.replacement_score)
+    assert np.isfinite(austin.graph_replacement)
 
 
 def test_saes_and_numbers_out_of_range_are_refused(demo: tuple[Any, Any]) -> None:

@@ -1,7 +1,7 @@
 """`Circuit`: chosen nodes, the edges between them, and the settings that gave them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,7 +38,7 @@ class Circuit:
     nodes: pd.DataFrame
     edges: pd.DataFrame
     settings: Mapping[str, Any]
-    basis: Basis | Sequence[Basis] | None = None
+    basis: Basis | Sequence[Basis] | None = field(default=None, kw_only=True)
     """Where the nodes live, for evaluation and steering; dictionaries are not saved with a circuit."""
 
     def __post_init__(self) -> None:

@@ -133,7 +133,7 @@ def trace(
         "skipped_positions": bos, "exclude": [list(one) for one in exclude], "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
     }  # fmt: skip
-    return Circuit(table, edges, settings, basis)
+    return Circuit(table, edges, settings, basis=basis)
 
 
 def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int) -> tuple[TokenisedPairs, list[int]]:
