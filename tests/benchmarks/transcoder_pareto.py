@@ -139,7 +139,9 @@ def main() -> None:
     seconds = time.process_time() - begin
     layers, runs = len(front.dictionaries["sae", float(options.sizes[0])]), 2 * len(options.sizes)
     positions = given.config.steps * given.config.batch_size
-    print(f"{front!r}: {runs} x {layers} dictionaries of {given.config.d_dict} features, {positions:,} positions each, ")
+    print(
+        f"{front!r}: {runs} x {layers} dictionaries of {given.config.d_dict} features, {positions:,} positions each, "
+    )
     print(f"{seconds:.0f} CPU s in all, {seconds / runs / layers:.0f} a dictionary, measuring included.\n")
     print(f"{markdown(sparsity_table(front))}\n")
     for measure, title, higher in (

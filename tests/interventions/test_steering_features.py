@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.bases.site_dictionaries import D_DICT, dictionaries
+from tests.bases.tiny_dictionaries import RANDOM
 from tests.families import ModelCase, all_models, random_tokens
 from tests.interventions.test_steering import activations, logits_with
 from tl_neuron_circuits import attribute, trace
@@ -83,6 +84,7 @@ def test_a_feature_set_to_its_value_on_another_prompt_is_an_interchange(case: Mo
     )[0, -1].float())  # fmt: skip
 
 
+@RANDOM
 @few
 def test_circuits_and_scores_of_features_can_be_steered(case: ModelCase) -> None:
     model, basis = case.build(), dictionaries("transcoder")
