@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .._errors import NumericalError
 from .._files import versions
+from .._processes import here
 from .._typing import checked
-from ..bases import Basis, Neurons, name_of, reads_of, run_values, sites_of, take_apart
+from ..bases import Basis, Neurons, Parts, name_of, reads_of, run_values, sites_of, take_apart
 from ..models import TransformerLensModel
-from ..tasks import PromptPairs, TokenisedPairs, tokenise
+from ..tasks import Batch, PromptPairs, TokenisedPairs, tokenise
 from ._scores import NodeScores, require_finite, site_labels
 
 
@@ -34,8 +35,8 @@ def activation_variance(
 ) -> NodeScores:
     """Variance of every node's activation at the last token, over the clean prompts.
 
-    With `evaluate(..., ablation="zero", error="ablate")` it gives Dunefsky et al.'s comparison of neurons and transcoder
-    features: the best n are kept, the rest is zero at all positions.
+    With `evaluate(..., ablation="zero", error="ablate")` it gives Dunefsky et al.'s comparison of neurons and
+    transcoder features: the best n are kept, the rest is zero at all positions.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -69,14 +70,12 @@ def activation_variance(
     tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     if len(tokens) < 2:
         raise NumericalError(f"expected at least two prompts to vary over; got {len(tokens)}.")
-    sums: dict[tuple[str, str], _Sums] = {}
-    for batch in tokens.batches(batch_size):
-        for hook, parts in take_apart(sites, run_values(model, batch, reads_of(sites))).items():
-            for kind, values in {"node": parts.nodes, **parts.vectors}.items():
-                rows = torch.arange(len(batch), device=values.device)
-                last = values[rows, batch.position.to(values.device)]
-                sums[hook, kind] = sums.get((hook, kind), _Sums()).plus(last)
-    variances = {key: each.variance for key, each in sums.items()}
+    processes = here()
+    with processes.together("activation_variance", {"basis": name_of(nodes_of), "pairs": tokens.hash}):
+        sums: dict[tuple[str, str, str], Tensor] = {}
+        for batch in processes.share(tokens.batches(processes.fair(batch_size, len(tokens)))):
+            _add(sums, take_apart(sites, run_values(model, batch, reads_of(sites))), batch)
+        variances = _variances(processes.total(sums), len(tokens))
     settings = {
         "method": "activation_variance",
         "positions": "sum",
@@ -91,33 +90,27 @@ def activation_variance(
         "lengths": sorted(set(tokens.lengths)),
         "versions": versions(),
     }
-    errors = {hook: v.sum().float() for (hook, kind), v in variances.items() if kind == "error"}
-    return require_finite(NodeScores(_of_nodes(variances), errors, {}, site_labels(sites), settings, nodes_of))
+    nodes = {hook: variance for (hook, kind), variance in variances.items() if kind == "node"}
+    errors = {hook: variance.sum() for (hook, kind), variance in variances.items() if kind == "error"}
+    return require_finite(NodeScores(nodes, errors, {}, site_labels(sites), settings, nodes_of))
 
 
-def _of_nodes(variances: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
-    return {hook: variance.float() for (hook, kind), variance in variances.items() if kind == "node"}
+def _add(sums: dict[tuple[str, str, str], Tensor], found: Mapping[str, Parts], batch: Batch) -> None:
+    """Add the last tokens' values and their squares, in float64."""
+    for hook, parts in found.items():
+        for kind, values in {"node": parts.nodes, **parts.vectors}.items():
+            rows = torch.arange(len(batch), device=values.device)
+            last = values[rows, batch.position.to(values.device)].double()
+            for power, fresh in (("sum", last.sum(0)), ("squares", last.square().sum(0))):
+                key = hook, kind, power
+                sums[key] = sums[key] + fresh if key in sums else fresh
 
 
-class _Sums:
-    """Number, mean and squared deviations of rows, in float64, from one batch after the other (Chan et al. 1983)."""
-
-    def __init__(self, count: int = 0, mean: Tensor | None = None, deviations: Tensor | None = None) -> None:
-        self._count, self._mean, self._deviations = count, mean, deviations
-
-    def plus(self, rows: Tensor) -> "_Sums":
-        rows = rows.double()
-        mean = rows.mean(0)
-        deviations = (rows - mean).square().sum(0)
-        if self._mean is None or self._deviations is None:
-            return _Sums(len(rows), mean, deviations)
-        count, step = self._count + len(rows), mean - self._mean
-        share = self._count * len(rows) / count
-        return _Sums(
-            count, self._mean + step * len(rows) / count, self._deviations + deviations + share * step.square()
-        )
-
-    @property
-    def variance(self) -> Tensor:
-        assert self._deviations is not None
-        return self._deviations / self._count
+def _variances(sums: Mapping[tuple[str, str, str], Tensor], count: int) -> dict[tuple[str, str], Tensor]:
+    """By hook point and kind."""
+    found: dict[tuple[str, str], Tensor] = {}
+    for hook, kind, power in sums:
+        if power == "sum":
+            squares, mean = sums[hook, kind, "squares"] / count, sums[hook, kind, "sum"] / count
+            found[hook, kind] = (squares - mean.square()).clamp(min=0).float()
+    return found

@@ -56,7 +56,7 @@ def sparsity_cost(
 def running_threshold(
     running: Float[Tensor, ""], features: Float[Tensor, "batch d_dict"], processes: Processes, *, first: bool
 ) -> Float[Tensor, ""]:
-    """The running mean of the smallest feature that fired; of several processes' batches, the mean of their smallest."""
+    """The running mean of the smallest feature that fired; of several processes, of the mean of theirs."""
     fired = features.detach()[features > 0]
     seen = torch.stack([fired.min(), fired.new_ones(())]) if len(fired) else running.new_zeros(2)
     smallest, count = processes.total({"smallest": seen})["smallest"]

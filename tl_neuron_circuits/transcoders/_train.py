@@ -3,7 +3,8 @@
 All layers learn from the same forward passes. Everything drawn comes from generators seeded by `config.seed`, and all
 state is in the checkpoints, the shuffle buffer included: a resumed run equals an uninterrupted one bit for bit on the
 same machine. Started as several processes (`accelerate launch`, `torchrun`), each reads its share of the token batches
-into its share of the buffer, gradients are averaged, all have the same weights, and the first one writes. Source: METHODS.md 4.1, 4.5; `_features`, `_dead_features` and `_scaling` give the formulas.
+into its share of the buffer, gradients are averaged, all have the same weights, and the first one writes.
+Source: METHODS.md 4.1, 4.5; `_features`, `_dead_features` and `_scaling` give the formulas.
 """
 
 import time
@@ -67,8 +68,9 @@ def train(
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=32)
-        >>> small = tnc.transcoders.TrainingConfig(layers=(0,), d_dict=64, k=4, steps=20, batch_size=64, buffer_size=256)
-        >>> report = tnc.transcoders.train(model, model.to_tokens(pairs.clean), small, verbose=False)
+        >>> small = {"d_dict": 64, "k": 4, "steps": 20, "batch_size": 64, "buffer_size": 256}
+        >>> config = tnc.transcoders.TrainingConfig(layers=(0,), **small)
+        >>> report = tnc.transcoders.train(model, model.to_tokens(pairs.clean), config, verbose=False)
         >>> report[0].kind, report[0].d_dict, report.positions
         ('jumprelu_transcoder', 64, 1280)
     """
