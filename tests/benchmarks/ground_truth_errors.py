@@ -2,19 +2,23 @@
 
     python -m tests.benchmarks.ground_truth_errors [--prompts 1024]
 
-Three measurements on all planted cases, one draw of prompts.
+Four measurements on all planted cases, one draw of prompts.
 1. Wrong edges by kind, at thresholds chosen on the other cases. "Idle" components are outside the circuit but hold some
    token; "along a chain" joins two nodes of one chain that are not neighbours; "across" joins two chains.
 2. How much of each chain node's variance its true parents explain, and how much all other earlier components do
    without them (least squares, mean over units): where both are 1, no regression can tell who the parents are.
-3. The same circuits with idle components silenced (their writes are zero).
+3. The same circuits with squares of every unit as further sources (nonlinear regressors), and without them.
+4. The same circuits with idle components silenced (their writes are zero).
 """
 
 import argparse
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -52,12 +56,33 @@ def errors(planted: list[Planted], scores: list[dict[Edge, float]]) -> dict[str,
     return {"shd": judged["shd"].mean(), "auroc": judged["auroc"].mean(), **means, "missing": counts["missing"] / 12}
 
 
-def by_lasso(p: Planted, prompts: int, noise: float, share: float) -> tuple[dict[Edge, float], Observations]:
+def by_lasso(
+    p: Planted, prompts: int, noise: float, share: float, regressors: Any = "pooled"
+) -> tuple[dict[Edge, float], Observations]:
     pairs = p.pairs(prompts, 0)
-    lasso = CircuitLasso(share=share, shares=(0.3,), blocks=4, skip_positions=0, noise=noise)
+    lasso = CircuitLasso(regressors=regressors, share=share, shares=(0.3,), blocks=4, skip_positions=0, noise=noise)
     seen = lasso.observe(p.model, pairs, metric=p.metric(pairs), batch_size=256)
     edges = lasso.solve(seen).edges
     return dict(zip(zip(edges["source"], edges["target"], strict=True), edges["reach"], strict=True)), seen
+
+
+@contextmanager
+def with_squares() -> Iterator[None]:
+    """In place of the pooled columns of regressors="pooled": squares at the same position, for every target."""
+
+    def squares(now: Tensor, bidirectional: bool) -> Tensor:
+        centred = now - now.mean((0, 1))
+        return centred.square()
+
+    def allowed(watch: Any, sources: Any, targets: Any) -> Tensor:
+        stage = torch.tensor([site.stage for site in watch.sites])
+        return stage[sources.site][:, None] < stage[targets.site]
+
+    with (
+        mock.patch("tl_neuron_circuits.lasso._observations._pooled", squares),
+        mock.patch("tl_neuron_circuits.lasso._observations._allowed", allowed),
+    ):
+        yield
 
 
 def explained_by(seen: Observations, case: PlantedCase) -> pd.DataFrame:
@@ -128,6 +153,12 @@ def main() -> None:
         numbers = table[["parents", "others", "all"]].mean().items()
         as_good = float((table["others"] >= table["parents"] - 0.02).mean())
         show(f"R2 of chain nodes, noise {noise}", [*((str(k), v) for k, v in numbers), ("others as good", as_good)])
+    for noise in (0.0, 0.3):
+        found = [by_lasso(p, options.prompts, noise, 0.02, regressors="same")[0] for p in planted]
+        show(f"CircuitLasso, same position, noise {noise}", errors(planted, found).items())
+        with with_squares():
+            found = [by_lasso(p, options.prompts, noise, 0.02)[0] for p in planted]
+        show(f"the same with squares, noise {noise}", errors(planted, found).items())
     gradient = []
     for p in planted:
         pairs = p.pairs(64, 0)

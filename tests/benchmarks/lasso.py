@@ -13,6 +13,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,50 +32,63 @@ def seconds(work: Callable[[], object]) -> tuple[float, object]:
     return time.process_time() - start, result
 
 
-def linear_model(
-    observations: int, units: int, sites: int = 10, seed: int = 0, noise_seed: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 activations, and which pairs of units the order of the sites allows; `noise_seed` draws other rows."""
+def structure(units: int, sites: int = 10, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of a linear structural model, about six parents a unit, and which pairs the order of sites allows."""
     generator = torch.Generator().manual_seed(seed)
     site = torch.arange(units) * sites // units
     allowed = site[:, None] < site[None]
     parents = torch.rand(units, units, generator=generator) < 6 / (units * 0.45)
-    weights = torch.randn(units, units, generator=generator) * (parents & allowed) * 0.5
-    if noise_seed is not None:
-        generator.manual_seed(10_000 + noise_seed)
-    x = torch.randn(observations, units, generator=generator)
+    return torch.randn(units, units, generator=generator).mul_(parents & allowed).mul_(0.5), allowed
+
+
+def draw(weights: torch.Tensor, observations: int, seed: int, sites: int = 10) -> torch.Tensor:
+    """float32 activations of the model, site by site."""
+    units = len(weights)
+    site = torch.arange(units) * sites // units
+    x = torch.randn(units, observations, generator=torch.Generator().manual_seed(seed))
     for index in range(1, sites):
         here = site == index
-        x[:, here] += x @ weights[:, here]
-    return x, allowed
+        x[here] += torch.sparse.mm(weights[:, here].T.to_sparse_csr(), x)
+    return x.T.contiguous()
+
+
+def peak(reset: bool = False) -> float:
+    """Peak resident memory in MiB since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+    return int(status.split()[0]) / 1024
 
 
 def growth(share: float, most: float) -> None:
     """One line a size, then exponents fitted to the logarithms of the seconds.
 
-    Observations are streamed in batches made as they are needed, so that memory is the statistics' alone.
+    Observations are streamed in batches made as they are needed: memory is the statistics', the batch's and the solve's.
     """
     rows = []
     for units in (100, 300, 1000, 3000, 10_000):
+        weights, allowed = structure(units)
         for observations in (10_000, 100_000, 1_000_000):
             if units**2 * observations > most:
                 continue
+            before = peak(reset=True)
             accumulator, in_gram = Accumulator(), 0.0
             for start in range(0, observations, 5000):
-                x, allowed = linear_model(5000, units, seed=0, noise_seed=start)
+                x = draw(weights, 5000, start)
                 in_gram += seconds(lambda x=x, a=accumulator: a.add(x))[0]
             problem = standardise(accumulator.total())
             penalty = share * largest_penalty(problem, allowed)
             in_solve, solution = seconds(
                 lambda p=problem, a=allowed, k=penalty: solve_lasso(p, k, allowed=a, tolerance=GAP)
             )
-            held = 8 * units**2 / 2**20
             rows.append((units, observations, in_gram, in_solve))
             print(
-                f"N = {units:6}, M = {observations:8}: statistics {in_gram:8.2f} s ({held:.1f} MiB, whatever M), "
-                f"solve {in_solve:7.2f} s, {solution.n_edges} weights",
+                f"N = {units:6}, M = {observations:8}: statistics {in_gram:8.2f} s, solve {in_solve:7.2f} s, peak memory "
+                f"{peak() - before:7.0f} MiB (one Gram is {8 * units**2 / 2**20:.1f}), {solution.n_edges} weights, "
+                f"{int((weights != 0).sum())} true",
                 flush=True,
             )
+            del problem, solution, accumulator
     table = np.log(np.array([row for row in rows if row[0] >= 300]))
     design = np.column_stack([table[:, :2], np.ones(len(table))])
     for name, column in (("statistics", 2), ("solve", 3)):
@@ -90,12 +104,13 @@ def main() -> None:
     parser.add_argument("--penalty", type=float, default=0.05, help="as a share of the largest penalty")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument(
-        "--most", type=float, default=1e11, help="with --growth: leave out units^2 x observations above"
+        "--most", type=float, default=1e12, help="with --growth: leave out units^2 x observations above"
     )
     options = parser.parse_args()
     if options.growth:
         return growth(options.penalty, options.most)
-    x, allowed = linear_model(options.observations, options.units)
+    weights, allowed = structure(options.units)
+    x = draw(weights, options.observations, 0)
 
     def accumulate() -> object:
         accumulator = Accumulator()

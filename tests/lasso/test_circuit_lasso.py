@@ -1,5 +1,8 @@
 """CircuitLasso on small models: its weights are those of a plain regression on cached activations."""
 
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +14,14 @@ from torch import Tensor
 
 from tests.families import ModelCase, model_cases, random_tokens
 from tests.lasso.problems import standardised_columns
+from tests.planted.load import load_planted
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
 from tl_neuron_circuits.bases import Neurons
 from tl_neuron_circuits.circuits import Circuit
+from tl_neuron_circuits.evaluation import edge_average_precision
 from tl_neuron_circuits.lasso import CircuitLasso, LassoCircuit
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.lasso._sites import Noise, observer
+from tl_neuron_circuits.tasks import TokenisedPairs, logit_difference
 
 CASES = [pytest.param(case, id=case.id) for case in model_cases("gpt2", "pythia")]
 SMALL = {"readout": "none", "blocks": 2, "skip_positions": 0}
@@ -216,6 +222,64 @@ def test_finished_blocks_are_taken_from_the_directory(gpt2, tmp_path: Path, monk
         lasso.observe(gpt2, tokens[:10], resume=tmp_path / "kept")
 
 
+_KILLED = """
+import os, signal, sys
+from tests.families import model_cases, random_tokens
+from tl_neuron_circuits.lasso import CircuitLasso, _observations
+original = _observations._write_block
+def dying(path, block, parts, settings):
+    original(path, block, parts, settings)
+    os.kill(os.getpid(), signal.SIGKILL)
+_observations._write_block = dying
+model = model_cases("gpt2")[0].build()
+CircuitLasso(share=0.3, noise=0.2, readout="none", blocks=3, skip_positions=0).observe(
+    model, random_tokens(model, batch=20, pos=4), resume=sys.argv[1])
+"""
+
+
+def test_a_killed_process_goes_on_where_it_was_with_the_same_result(gpt2, tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert [path.name for path in tmp_path.iterdir()] == ["block0"]
+    tokens = random_tokens(gpt2, batch=20, pos=4)
+    lasso = CircuitLasso(share=0.3, noise=0.2, **{**SMALL, "blocks": 3})
+    whole, resumed = lasso.observe(gpt2, tokens), lasso.observe(gpt2, tokens, resume=tmp_path)
+    assert torch.equal(whole.total()[0].products, resumed.total()[0].products)
+    pd.testing.assert_frame_equal(lasso.solve(whole).edges, lasso.solve(resumed).edges)
+
+
+def test_noise_is_that_of_its_generator_and_later_components_see_it(gpt2) -> None:
+    tokens = random_tokens(gpt2, batch=6, pos=4)
+    data = TokenisedPairs.from_tokens(tokens, torch.zeros(6, dtype=torch.long))
+    given = {"basis": None, "attention": "heads", "mlp": "outputs", "readout": "none", "metric": logit_difference}
+    watch, batch = observer(gpt2, data, **given), next(data.batches(6))
+    plain, _ = watch.values(batch)
+    deviations = watch.deviations(batch)
+    noisy, _ = watch.values(batch, Noise(0.5, deviations, torch.Generator().manual_seed(3)))
+    drawn = torch.randn(plain[0].shape, generator=torch.Generator().manual_seed(3))
+    expected = plain[0] + 0.5 * plain[0].flatten(0, 1).std(0, correction=0) * drawn
+    assert torch.allclose(noisy[0], expected, atol=1e-6)
+    later = (noisy[-1] - plain[-1]).flatten(0, 1).std(0) / plain[-1].flatten(0, 1).std(0)
+    assert float(later.mean()) > 0.55  # its own noise, and what earlier noise did to it
+    with pytest.raises(SettingsError, match="none with a basis"):
+        CircuitLasso(basis=Neurons(), noise=0.1)
+
+
+def test_noise_tells_apart_what_observation_cannot() -> None:
+    """A chain whose middle is a copy of its start: only noise says which of the two the next one reads."""
+    precision = []
+    planted = load_planted(9)
+    data = planted.pairs(384, seed=1)
+    for noise in (0.0, 0.3):
+        lasso = CircuitLasso(share=0.03, shares=(0.3,), blocks=1, noise=noise, skip_positions=0, tolerance=1e-4)
+        edges = lasso.fit(planted.model, data, metric=planted.metric(data), batch_size=256).edges
+        reach = edges[["source", "target", "reach"]].rename(columns={"reach": "score"})
+        precision.append(edge_average_precision(planted.truth, reach))
+    assert precision[1] > precision[0] + 0.1
+
+
 def test_what_two_processes_saw_adds_up(gpt2) -> None:
     tokens = random_tokens(gpt2, batch=24, pos=4)
     lasso = CircuitLasso(share=0.3, **SMALL)
@@ -280,6 +344,15 @@ def test_as_a_circuit_it_is_saved_and_is_a_graph(gpt2, tmp_path: Path) -> None:
     lasso = CircuitLasso(readout="logits", mlp="neurons", share=0.2, shares=(0.4,), blocks=1, regressors="same")
     found = lasso.fit(gpt2, random_tokens(gpt2, batch=20, pos=5))
     circuit = found.to_circuit()
+    assert isinstance(found, Circuit) and type(circuit) is Circuit
+    found.save(tmp_path / "lasso")
+    loaded = LassoCircuit.load(tmp_path / "lasso")
+    for name in ("nodes", "edges", "path"):
+        pd.testing.assert_frame_equal(getattr(loaded, name), getattr(found, name))
+    assert loaded.settings == found.settings and repr(loaded) == repr(found)
+    found.to_html(tmp_path / "page.html")
+    assert "L1/H3" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(found.plot().data) > 2
     assert len(circuit) == len(found) == 2 * gpt2.cfg.d_mlp + 8  # neurons and heads
     circuit.save(tmp_path / "circuit")
     again = Circuit.load(tmp_path / "circuit")
@@ -287,6 +360,23 @@ def test_as_a_circuit_it_is_saved_and_is_a_graph(gpt2, tmp_path: Path) -> None:
     assert again.graph().number_of_edges() == len(found.edges)
     assert circuit.nodes.set_index("node").loc["logits", "score"] == 1
     assert circuit.nodes["score"].between(0, 1).all()
+
+
+def test_pruning_keeps_weights_and_the_way_to_the_readout(gpt2) -> None:
+    lasso = CircuitLasso(readout="logits", share=0.05, shares=(0.4,), blocks=1, regressors="same")
+    whole = lasso.fit(gpt2, random_tokens(gpt2, batch=20, pos=5))
+    few = whole.prune(edges=12)
+    assert 0 < len(few.edges) <= 12 and isinstance(few, LassoCircuit)
+    weights = whole.edges.set_index(["source", "target"])["weight"]
+    assert all(row.weight == weights[row.source, row.target] for row in few.edges.itertuples())
+    assert set(few.members) <= set(few.edges["source"])  # something follows from each
+    assert len(whole.prune(count=3)) <= 3 and len(whole - whole.prune(count=3)) <= len(whole) - 3
+    grouped = whole.group({"first": ["L0/H0", "L0/H1"]}).collapse()
+    assert "first" in set(grouped.nodes["node"]) and len(grouped) == len(whole)
+    with pytest.raises(SettingsError, match="nothing is conserved"):
+        whole.prune(node_influence=0.8)
+    with pytest.raises(SettingsError, match="join what they were fitted to"):
+        whole | few
 
 
 def test_compiled_models_have_no_edges_of_unused_parts(tracr) -> None:

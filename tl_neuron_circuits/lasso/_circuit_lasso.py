@@ -266,8 +266,8 @@ class CircuitLasso:
         return pd.Series((seen / self.bootstrap).numpy(), index=edges.index)
 
     def _plain(self) -> dict[str, Any]:
-        names = ("n_edges", "joint", "groups", "folds", "bootstrap", "floor", "tolerance")
-        return {name: getattr(self, name) for name in names}
+        names = ("n_edges", "joint", "folds", "bootstrap", "floor", "tolerance")
+        return {"group_lasso": self.groups, **{name: getattr(self, name) for name in names}}
 
 
 def _path_row(alpha: float, most: float, scale: float, fits: Sequence[Fitted], n_edges: int) -> dict[str, float]:

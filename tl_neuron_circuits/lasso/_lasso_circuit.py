@@ -148,9 +148,9 @@ class LassoCircuit(Circuit):
         Raises:
             FileFormatError: the path is something else than a directory of ours.
         """
-        tensors = {f"nodes/{name}": torch.from_numpy(self.nodes[name].to_numpy(copy=True)) for name in NODE_EXTRA}
-        tensors |= {f"edges/{name}": torch.from_numpy(self.edges[name].to_numpy(copy=True)) for name in EDGE_EXTRA}
-        tensors |= {f"path/{name}": torch.from_numpy(self.path[name].to_numpy(dtype=float)) for name in self.path}
+        tensors = {f"nodes/{name}": _tensor(self.nodes[name]) for name in NODE_EXTRA}
+        tensors |= {f"edges/{name}": _tensor(self.edges[name]) for name in EDGE_EXTRA}
+        tensors |= {f"path/{name}": _tensor(self.path[name]) for name in self.path}
         write_directory(path, "lasso_circuit", SCHEMA, tensors, {"path": list(self.path.columns)})
         super().save(Path(path) / "circuit")
 
@@ -209,6 +209,10 @@ def lasso_circuit(
         "prompt": f"{settings['n']} prompts", "tokens": [], "token_ids": [], "position": -1, "baseline": "mean",
     }  # fmt: skip
     return LassoCircuit(rows, links, {**settings, **more}, path)
+
+
+def _tensor(column: pd.Series) -> torch.Tensor:
+    return torch.from_numpy(column.to_numpy(dtype=float, copy=True))
 
 
 def _kind(kind: str, unit: int, node: str) -> str:
