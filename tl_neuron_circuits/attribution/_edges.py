@@ -40,6 +40,20 @@ class DirectEffects:
 
     Targets: the neurons, then the goals. Sources: the neurons, then by position the embeddings and the remainders, then
     the positional embeddings, the biases and the residual.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.PromptPairs(clean=["The dogs near the cat"], answer=[" are"])
+        >>> batches = list(tnc.tasks.tokenise(model, pairs).batches(1))
+        >>> goals = [attribution.answer_goal(against_wrong=False)]
+        >>> neurons = torch.tensor([[0, 2, 7], [1, 2, 9], [2, 5, 3]])  # layer, position, unit
+        >>> found = attribution.direct_effects(model, batches, neurons, goals, paired=False)
+        >>> weight, attribution_of_edge = found.edges.to_dense()[1, 0].tolist()  # from the first neuron to the second
+        >>> found.columns.embedding, found.columns.remainder, len(found.columns)
+        (3, 9, 18)
     """
 
     neurons: Neurons
@@ -97,7 +111,20 @@ class Columns:
 def mean_totals(
     model: TransformerLensModel, batches: Sequence[Batch], goals: Sequence[Goal], *, paired: bool
 ) -> Totals:
-    """Total effects on the goals' sum, averaged over batches of one prompt each."""
+    """Total effects on the goals' sum, averaged over batches of one prompt each.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.PromptPairs(clean=["The dogs near the cat"], answer=[" are"])
+        >>> batches = list(tnc.tasks.tokenise(model, pairs).batches(1))
+        >>> goals = [attribution.answer_goal(against_wrong=False)]
+        >>> found = attribution.mean_totals(model, batches, goals, paired=False)
+        >>> everything = float(found.embedding.sum()) + found.positional + found.bias
+        >>> abs(everything / float(found.goals.sum()) - 1) < 1e-3  # relevance is conserved
+        True
+    """
     found = None
     for batch in batches:
         one, _ = totals(model, batch, goals, paired=paired)
@@ -123,6 +150,21 @@ def direct_effects(
 
     Raises:
         NumericalError: incoming edges do not sum to a target's activation.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.PromptPairs(clean=["The dogs near the cat"], answer=[" are"])
+        >>> batches = list(tnc.tasks.tokenise(model, pairs).batches(1))
+        >>> goals = [attribution.answer_goal(against_wrong=False)]
+        >>> neurons = torch.tensor([[0, 2, 7], [1, 2, 9], [2, 5, 3]])  # layer, position, unit
+        >>> found = attribution.direct_effects(model, batches, neurons, goals, paired=False)
+        >>> tuple(found.edges.shape) == (len(neurons) + len(goals), len(found.columns), 2)
+        True
+        >>> found.largest_residual < 1e-4
+        True
     """
     n_positions = batches[0].clean.shape[1]
     columns = Columns(len(neurons), n_positions)

@@ -44,6 +44,16 @@ class LassoCircuit:
     path from the target on to the readout (ours, not the paper's). `nodes`: node, kind, layer, unit, position, r2 (mean
     over its units; nan where nothing comes before). `path`: one row a penalty: share, n_edges, n_weights, r2, held-out
     error with its standard error.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> method = tnc.lasso.CircuitLasso(share=0.9, attention="layers", regressors="same")
+        >>> found = method.fit(model, tnc.tasks.subject_verb_agreement("simple", n=16))
+        >>> found.to_dataframe().columns.tolist()
+        ['source', 'target', 'weight', 'norm', 'n_weights', 'reach', 'stability']
+        >>> len(found.to_circuit().edges) == len(found.edges)
+        True
     """
 
     nodes: pd.DataFrame
@@ -104,9 +114,10 @@ class CircuitLasso:
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> circuit = tnc.lasso.CircuitLasso(n_edges=40).fit(model, tnc.tasks.subject_verb_agreement("simple", n=64))
-        >>> len(circuit.edges) <= 40
-        True
+        >>> method = tnc.lasso.CircuitLasso(share=0.8, attention="layers", regressors="same")
+        >>> found = method.fit(model, tnc.tasks.subject_verb_agreement("simple", n=16))
+        >>> sorted(set(found.nodes["kind"])), len(found.edges) > 10
+        (['attention', 'embedding', 'logits', 'mlp'], True)
     """
 
     penalty: float | None = None
@@ -187,7 +198,15 @@ class CircuitLasso:
         resume: str | Path | None = None,
         verbose: bool = False,
     ) -> Observations:
-        """The statistics alone; `+` joins those of several processes before `solve`. Arguments as of `fit`."""
+        """The statistics alone; `+` joins those of several processes before `solve`. Arguments as of `fit`.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> method = tnc.lasso.CircuitLasso(attention="layers", regressors="same", blocks=2, folds=2)
+            >>> method.observe(model, ["The dog is", "The dogs are", "The cat is", "The cats are"])
+            Observations(4 prompts, 10 sites, 2 blocks)
+        """
         tokens = _tokens(model, inputs, prepend_bos)
         readout = self.readout or ("answers" if isinstance(inputs, PromptPairs | TokenisedPairs) else "logits")
         if readout in ("answers", "metric") and not isinstance(inputs, PromptPairs | TokenisedPairs):

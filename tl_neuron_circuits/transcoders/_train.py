@@ -60,9 +60,15 @@ def train(
         FileFormatError: a checkpoint could not be read or written.
 
     Example:
-        >>> report = train(model, tokens, TrainingConfig(layers=(0,)))  # doctest: +SKIP
-        >>> report[0]  # doctest: +SKIP
-        Dictionary(jumprelu_transcoder, 1,024 features, 128 -> 128, ...)
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=64)
+        >>> tokens = torch.stack(list(tnc.tasks.tokenise(model, pairs).clean))
+        >>> config = tnc.transcoders.TrainingConfig(layers=(0,), d_dict=64, steps=20, batch_size=64, buffer_size=256)
+        >>> report = tnc.transcoders.train(model, tokens, config, verbose=False)
+        >>> report[0].kind, report[0].d_dict
+        ('jumprelu_transcoder', 64)
     """
     run = _Run(model, tokens, config or TrainingConfig(), Path(directory) if directory is not None else None)
     run.start(resume)
