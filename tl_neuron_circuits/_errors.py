@@ -5,41 +5,113 @@ Each message says what was expected, what came, and what to do.
 
 
 class NeuronCircuitsError(Exception):
-    """The parent of every error this package raises on purpose."""
+    """The parent of every error this package raises on purpose.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> try:
+        ...     tnc.attribute(model, tnc.PromptPairs(clean=["The dog"], answer=[" is near"]))
+        ... except tnc.NeuronCircuitsError as error:
+        ...     print(type(error).__name__)
+        PairsError
+    """
 
 
 class UnsupportedModelError(NeuronCircuitsError):
-    """The model lacks what a rule or a basis needs; `check_model(model)` lists what and why."""
+    """The model lacks what a rule or a basis needs; `check_model(model)` lists what and why.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import models
+        >>> model = tnc.load_demo_model()
+        >>> models.hook_point(model, "blocks.0.no_such_hook")
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.UnsupportedModelError: expected the hook point 'blocks.0.no_such_hook'; ...
+    """
 
 
 class PropagationError(NeuronCircuitsError):
-    """A rule of relevance propagation did not apply as it must: the gradient would be silently wrong."""
+    """A rule of relevance propagation did not apply as it must: the gradient would be silently wrong.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> with torch.no_grad(), tnc.relp(model):
+        ...     logits = model("The dog")
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.PropagationError: expected gradients to be enabled; relp was entered under ...
+    """
 
 
 class PairsError(NeuronCircuitsError):
-    """Prompts, answers or their tokens do not fit together."""
+    """Prompts, answers or their tokens do not fit together.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tnc.attribute(model, tnc.PromptPairs(clean=["The dog"], answer=[" is near"]))
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.PairsError: pair 0 ('The dog'): the answer ' is near' ...
+    """
 
 
 class NumericalError(NeuronCircuitsError):
-    """A number that should be finite, or non-zero, is not."""
+    """A number that should be finite, or non-zero, is not.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.lasso.Statistics.of(torch.tensor([[float("nan")]]))
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.NumericalError: expected finite sources; found NaN or infinite values in ...
+    """
 
 
 class FileFormatError(NeuronCircuitsError):
-    """A saved file is missing, truncated, foreign, or of another schema."""
+    """A saved file is missing, truncated, foreign, or of another schema.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.NodeScores.load("no such folder")
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.FileFormatError: expected saved scores at no such folder; scores.json is ...
+    """
 
 
 class DictionaryError(NeuronCircuitsError):
-    """A sparse dictionary (SAE or transcoder) does not fit the model or is of an unknown kind."""
+    """A sparse dictionary (SAE or transcoder) does not fit the model or is of an unknown kind.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.as_dictionary("a text")
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.DictionaryError: A str is no dictionary: it has no decode, ...
+    """
 
 
 class SettingsError(NeuronCircuitsError):
-    """Arguments of a call contradict each other or ask for what cannot be done."""
+    """Arguments of a call contradict each other or ask for what cannot be done.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tnc.steer(model, "The dog", ["L2/N5"], scale=0, value=1.0)
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.SettingsError: expected exactly one of scale, value and add; got ...
+    """
 
 
 class ProcessesError(NeuronCircuitsError):
     """Another of the processes that share the work raised, died, hangs, or made another call.
 
     `told`: the other processes know already, or cannot be reached.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> issubclass(tnc.ProcessesError, tnc.NeuronCircuitsError)
+        True
     """
 
     def __init__(self, message: str, *, told: bool = False) -> None:

@@ -17,7 +17,17 @@ Means = Mapping[tuple[str, int], Parts]
 def shared_means(
     model: TransformerLensModel, sites: Iterable[Site], batches: Iterable[Batch], processes: Processes
 ) -> Means:
-    """`mean_parts` over the batches of all processes together."""
+    """`mean_parts` over the batches of all processes together.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits._processes import here
+        >>> from tl_neuron_circuits.attribution import shared_means
+        >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
+        >>> sites, batches = tnc.bases.Neurons([0]).sites(model), tnc.tasks.tokenise(model, pairs).batches(4)
+        >>> list(shared_means(model, sites, batches, here()))
+        [('blocks.0.mlp.hook_post', 3)]
+    """
     counts: dict[int, int] = {}
 
     def counted() -> Iterator[Batch]:

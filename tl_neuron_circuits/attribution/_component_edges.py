@@ -36,6 +36,18 @@ class EdgeScores:
     """One number an edge: `scores[i, j]` from component i to j, nan where there is no edge.
 
     `kept` is the circuit of a method that chooses one (ACDC), else None.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> edges = attribution.component_edges(model, pairs, method="eap", attention="layers")
+        >>> edges.top(3)["target"].tolist()
+        ['L0/attention', 'logits', 'L2/attention']
+        >>> edges.save("edges")
+        >>> len(attribution.EdgeScores.load("edges")) == len(edges)
+        True
     """
 
     names: tuple[str, ...]
@@ -197,6 +209,18 @@ def metric_of_edges(
     Raises:
         UnsupportedModelError: the residual stream is no sum of these components.
         PairsError: no corrupt prompts, or of another length.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=4)
+        >>> every = attribution.component_graph(model, "layers").edges
+        >>> masks = torch.stack([every, torch.zeros_like(every)])
+        >>> values = attribution.metric_of_edges(model, pairs, masks, attention="layers")
+        >>> values.shape, bool((values[0] > values[1]).all())
+        (torch.Size([2, 4]), True)
     """
     tokens = _paired(model, pairs, prepend_bos)
     graph = component_graph(model, attention)

@@ -27,6 +27,14 @@ class Component:
 
     `hook` is where its own output appears (the heads' `hook_z`, of which it is `head`), `reads` the residual stream it
     reads; `stage` orders the graph.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> mlp = attribution.component_graph(model, "layers").components[2]
+        >>> mlp.name, mlp.hook, mlp.reads
+        ('L0/MLP', 'blocks.0.hook_mlp_out', 'blocks.0.hook_resid_mid')
     """
 
     name: str
@@ -40,7 +48,16 @@ class Component:
 
 @dataclass(frozen=True)
 class ComponentGraph:
-    """All components of a model, in order; `[source, target]` of `edges` says which pairs may be connected."""
+    """All components of a model, in order; `[source, target]` of `edges` says which pairs may be connected.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> graph = attribution.component_graph(model, "layers")
+        >>> len(graph), int(graph.edges.sum())
+        (10, 45)
+    """
 
     components: tuple[Component, ...]
     n_heads: int
@@ -67,6 +84,14 @@ def component_graph(model: TransformerLensModel, attention: AttentionUnit = "hea
 
     Raises:
         UnsupportedModelError: a hook point is missing.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> attribution.component_graph(model, "layers").names
+        ['embedding', 'L0/attention', 'L0/MLP', 'L1/attention', 'L1/MLP', 'L2/attention', 'L2/MLP', 'L3/attention',
+        'L3/MLP', 'logits']
     """
     points = hook_points(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
@@ -101,7 +126,14 @@ def component_graph(model: TransformerLensModel, attention: AttentionUnit = "hea
 
 
 def split_heads(value: Tensor, n_heads: int) -> Tensor:
-    """`hook_z` as [batch, pos, head, d_head], also where heads come concatenated."""
+    """`hook_z` as [batch, pos, head, d_head], also where heads come concatenated.
+
+    Example:
+        >>> import torch
+        >>> from tl_neuron_circuits.attribution import split_heads
+        >>> split_heads(torch.zeros(2, 5, 12), n_heads=4).shape
+        torch.Size([2, 5, 4, 3])
+    """
     return value if value.dim() == 4 else value.unflatten(-1, (n_heads, -1))
 
 

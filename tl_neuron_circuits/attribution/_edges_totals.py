@@ -43,6 +43,17 @@ class Totals:
     """Scores and mean values of one prompt, or their mean over prompts. Signs of gate and up come from the values.
 
     Lists have one entry a slot, each as wide as its slot has units.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.PromptPairs(clean=["The dogs near the cat"], answer=[" are"])
+        >>> batches = list(tnc.tasks.tokenise(model, pairs).batches(1))
+        >>> goals = [attribution.answer_goal(against_wrong=False)]
+        >>> found = attribution.mean_totals(model, batches, goals, paired=False)
+        >>> len(found.score), tuple(found.score[0].shape)  # by layer: [pos, d_mlp]
+        (4, (6, 512))
     """
 
     score: Sequence[Float[Tensor, "pos _"]]

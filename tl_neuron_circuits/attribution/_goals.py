@@ -20,6 +20,12 @@ class Goal:
     """One number that a run gives.
 
     `linear` in the logits before any soft cap: then its incoming edges sum to it.
+
+    Example:
+        >>> from tl_neuron_circuits.attribution import Goal
+        >>> loudest = Goal("largest logit", lambda run, batch: run.raw_logits[0, -1].max())
+        >>> loudest.linear
+        True
     """
 
     name: str
@@ -29,7 +35,16 @@ class Goal:
 
 
 def token_goal(token: int, name: str) -> Goal:
-    """The logit of a token minus the mean logit."""
+    """The logit of a token minus the mean logit.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> goal = attribution.token_goal(model.to_single_token(" are"), " are")
+        >>> goal.name, goal.linear
+        (' are', True)
+    """
 
     def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
         logits = run.raw_logits[0, int(batch.position[0])]
@@ -39,7 +54,16 @@ def token_goal(token: int, name: str) -> Goal:
 
 
 def difference_goal(token: int, other: int, name: str) -> Goal:
-    """The logit of a token minus that of another."""
+    """The logit of a token minus that of another.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> token, other = (model.to_single_token(text) for text in (" are", " is"))
+        >>> attribution.difference_goal(token, other, "are - is").name
+        'are - is'
+    """
 
     def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
         logits = run.raw_logits[0, int(batch.position[0])]
@@ -49,7 +73,13 @@ def difference_goal(token: int, other: int, name: str) -> Goal:
 
 
 def answer_goal(*, against_wrong: bool) -> Goal:
-    """Each pair's answer: its logit minus the wrong answer's, or minus the mean logit."""
+    """Each pair's answer: its logit minus the wrong answer's, or minus the mean logit.
+
+    Example:
+        >>> from tl_neuron_circuits.attribution import answer_goal
+        >>> answer_goal(against_wrong=True).name
+        'logit_difference'
+    """
 
     def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
         logits = run.raw_logits[0, int(batch.position[0])]
@@ -62,7 +92,14 @@ def answer_goal(*, against_wrong: bool) -> Goal:
 
 
 def direction_goal(direction: Float[Tensor, " d"], name: str, *, of_logits: bool) -> Goal:
-    """A direction over the logits, or over what the unembedding reads."""
+    """A direction over the logits, or over what the unembedding reads.
+
+    Example:
+        >>> import torch
+        >>> from tl_neuron_circuits.attribution import direction_goal
+        >>> direction_goal(torch.ones(128), "any direction that the unembedding reads", of_logits=False).linear
+        True
+    """
 
     def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
         source = run.raw_logits if of_logits else run.final
@@ -72,5 +109,13 @@ def direction_goal(direction: Float[Tensor, " d"], name: str, *, of_logits: bool
 
 
 def metric_goal(metric: Metric) -> Goal:
-    """Any metric of this package, or a callable like one."""
+    """Any metric of this package, or a callable like one.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> goal = attribution.metric_goal(tnc.tasks.answer_log_probability)
+        >>> goal.name, goal.linear
+        ('answer_log_probability', False)
+    """
     return Goal(metric_name(metric), lambda run, batch: measure(metric, run.logits, batch)[0], linear=False)

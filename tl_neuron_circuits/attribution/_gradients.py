@@ -17,6 +17,20 @@ def run_gradients(
 
     One forward and one backward. The caller has entered `relp`, whose rules say what the gradient means. `hooks` run
     before the captures.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> with tnc.relp(model):
+        ...     values, gradients = attribution.run_gradients(
+        ...         model, batch, tnc.bases.Neurons().sites(model), tnc.tasks.logit_difference
+        ...     )
+        >>> hook = "blocks.0.mlp.hook_post"
+        >>> values[hook].shape == gradients[hook].shape
+        True
     """
     sites = tuple(sites)
     names = reads_of(sites)

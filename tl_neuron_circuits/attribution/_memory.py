@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
+from .. import _html
 from .._errors import SettingsError
 from .._processes import Processes
 from .._typing import checked
@@ -39,7 +40,16 @@ _ROWS = 8  # forward rows a prompt of `batch_size`, for patching
 
 @dataclass(frozen=True, repr=False)
 class MemoryEstimate:
-    """Bytes that an attribution needs above the model's own, by batch size."""
+    """Bytes that an attribution needs above the model's own, by batch size.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> estimate = tnc.estimate_memory(model, pairs)
+        >>> estimate.to_dataframe().columns.tolist()
+        ['batch_size', 'bytes', 'fits']
+    """
 
     model: int
     """Bytes of the weights and buffers themselves."""
@@ -91,7 +101,7 @@ class MemoryEstimate:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.to_dataframe().to_html(index=False)}"
+        return _html.block(repr(self), _html.table(self.to_dataframe(), bars=("bytes",), rows=60))
 
 
 @checked

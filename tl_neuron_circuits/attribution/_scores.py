@@ -20,7 +20,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class SiteLabels:
-    """What a saved score knows of its site."""
+    """What a saved score knows of its site.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> scores = tnc.attribute(model, pairs, basis=tnc.bases.MLPOutputs(layers=[1]))
+        >>> scores.sites
+        {'blocks.1.hook_mlp_out': SiteLabels(layer=1, letter='M')}
+    """
 
     layer: int
     letter: str
@@ -33,6 +42,20 @@ class NodeScores:
     `values` maps each hook point to float32 scores `[pos, unit]`, or `[unit]` where positions were summed; `errors` and
     `skips` hold one score a position (`[pos]`, or `[]`) where the basis has error or skip nodes. `nan` means: not
     measured (exact patching of chosen nodes).
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> scores = tnc.attribute(model, pairs)
+        >>> scores.top(3)[["label", "score"]].round(1)
+               label  score
+        0  L3/N425@2    0.9
+        1   L0/N25@2    0.6
+        2    L3/N1@2    0.6
+        >>> scores.save("scores")
+        >>> len(tnc.NodeScores.load("scores")) == len(scores)
+        True
     """
 
     values: Mapping[str, Tensor]
@@ -162,7 +185,13 @@ class NodeScores:
 
 
 def label(layer: int, letter: str, unit: int, position: int, kind: str) -> str:
-    """`L12/N345@7`; `L12/error@7` for vector nodes; without `@` where positions were summed."""
+    """`L12/N345@7`; `L12/error@7` for vector nodes; without `@` where positions were summed.
+
+    Example:
+        >>> from tl_neuron_circuits.attribution import label
+        >>> label(12, "N", 345, 7, "node"), label(12, "N", -1, -1, "error")
+        ('L12/N345@7', 'L12/error')
+    """
     name = f"{letter}{unit}" if kind == "node" else kind
     return f"L{layer}/{name}" + (f"@{position}" if position >= 0 else "")
 

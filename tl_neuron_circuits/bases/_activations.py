@@ -14,7 +14,14 @@ from ._site import Parts, Site
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """A hook point whose components are the nodes; heads are concatenated."""
+    """A hook point whose components are the nodes; heads are concatenated.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tnc.bases.Neurons(layers=[1]).sites(model)[0]
+        ActivationSite(hook='blocks.1.mlp.hook_post', layer=1, letter='N', vectors=())
+    """
 
     hook: str
     layer: int
@@ -123,7 +130,14 @@ class Neurons(_Activations):
 
 @dataclass(frozen=True)
 class MLPOutputs(_Activations):
-    """What each MLP writes to the residual stream (after a post norm, where the model has one)."""
+    """What each MLP writes to the residual stream (after a post norm, where the model has one).
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> [site.hook for site in tnc.bases.MLPOutputs(layers=[0, 3]).sites(model)]
+        ['blocks.0.hook_mlp_out', 'blocks.3.hook_mlp_out']
+    """
 
     hook: ClassVar[str] = "blocks.{layer}.hook_mlp_out"
     letter: ClassVar[str] = "M"
@@ -132,7 +146,14 @@ class MLPOutputs(_Activations):
 
 @dataclass(frozen=True)
 class AttentionOutputs(_Activations):
-    """The heads' outputs before the output projection (`attn.hook_z`), heads concatenated."""
+    """The heads' outputs before the output projection (`attn.hook_z`), heads concatenated.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tnc.bases.AttentionOutputs(layers=[2]).sites(model)[0].hook
+        'blocks.2.attn.hook_z'
+    """
 
     hook: ClassVar[str] = "blocks.{layer}.attn.hook_z"
     letter: ClassVar[str] = "A"
@@ -141,7 +162,14 @@ class AttentionOutputs(_Activations):
 
 @dataclass(frozen=True)
 class ResidualStream(_Activations):
-    """The residual stream after each layer (`hook_resid_post`)."""
+    """The residual stream after each layer (`hook_resid_post`).
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tnc.bases.ResidualStream(layers=[2]).sites(model)[0].hook
+        'blocks.2.hook_resid_post'
+    """
 
     hook: ClassVar[str] = "blocks.{layer}.hook_resid_post"
     letter: ClassVar[str] = "R"
@@ -150,7 +178,14 @@ class ResidualStream(_Activations):
 
 @dataclass(frozen=True)
 class AttentionWrites(_Activations):
-    """What each attention layer writes to the residual stream (`hook_attn_out`); for RelP's layer-by-position maps."""
+    """What each attention layer writes to the residual stream (`hook_attn_out`); for RelP's layer-by-position maps.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tnc.bases.AttentionWrites(layers=[2]).sites(model)[0].hook
+        'blocks.2.hook_attn_out'
+    """
 
     hook: ClassVar[str] = "blocks.{layer}.hook_attn_out"
     letter: ClassVar[str] = "W"

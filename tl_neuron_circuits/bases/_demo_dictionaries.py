@@ -23,6 +23,11 @@ def demo_dictionaries_path(kind: str = "transcoder") -> Path:
 
     Raises:
         SettingsError: there are no demo dictionaries of that kind.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> sorted(path.name for path in tnc.bases.demo_dictionaries_path("sae").glob("layer-*"))
+        ['layer-00', 'layer-01', 'layer-02', 'layer-03']
     """
     if kind not in DEMO_DICTIONARIES:
         raise SettingsError(f"expected one of {', '.join(DEMO_DICTIONARIES)}; got {kind!r}.")
@@ -41,7 +46,8 @@ def load_demo_dictionaries(kind: str) -> list[Dictionary]:
             `ln2.hook_normalized` is another value where norms are not folded.
 
     Example:
-        >>> [dictionary.layer for dictionary in load_demo_dictionaries("transcoder")]
+        >>> import tl_neuron_circuits as tnc
+        >>> [dictionary.layer for dictionary in tnc.load_demo_dictionaries("sae")]
         [0, 1, 2, 3]
     """
     folder = demo_dictionaries_path(kind)

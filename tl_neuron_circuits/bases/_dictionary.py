@@ -45,8 +45,10 @@ class Dictionary:
         DictionaryError: tensors are missing, do not fit together, or a setting is unknown.
 
     Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
         >>> eye, zeros = torch.eye(4), torch.zeros(4)
-        >>> d = Dictionary("standard", eye, eye, zeros, b_enc=zeros, hook_in="blocks.0.hook_mlp_out")
+        >>> d = tnc.Dictionary("standard", eye, eye, zeros, b_enc=zeros, hook_in="blocks.0.hook_mlp_out")
         >>> d(torch.ones(2, 4)).shape
         torch.Size([2, 4])
     """

@@ -38,7 +38,10 @@ def load_dictionary(path: str | Path) -> Dictionary:
         DictionaryError: the architecture is not known, or tensors are missing, of the wrong shape, or not finite.
 
     Example:
-        >>> dictionary = load_dictionary("saes/blocks.3.hook_mlp_out")  # doctest: +SKIP
+        >>> import tl_neuron_circuits as tnc
+        >>> folder = tnc.bases.demo_dictionaries_path("sae") / "layer-03"
+        >>> tnc.load_dictionary(folder)
+        Dictionary(jumprelu, 768 features, 128 -> 128, blocks.3.hook_mlp_out, torch.float32)
     """
     folder = Path(path)
     config = _read_config(folder)
@@ -115,7 +118,12 @@ def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool
             SAELens architecture has.
 
     Example:
-        >>> save_dictionary(dictionary, "saes/blocks.3.hook_mlp_out")  # doctest: +SKIP
+        >>> import tl_neuron_circuits as tnc
+        >>> sae = tnc.load_demo_dictionaries("sae")[3]
+        >>> tnc.save_dictionary(sae, "saes/mine").name
+        'mine'
+        >>> tnc.load_dictionary("saes/mine").d_dict == sae.d_dict
+        True
     """
     target = Path(path)
     _check_savable(dictionary)

@@ -14,6 +14,12 @@ def load_dictionaries(paths: Iterable[str | Path]) -> list[Dictionary]:
     Raises:
         FileFormatError: a folder is missing or holds no dictionary, or one is damaged.
         DictionaryError: as in `load_dictionary`.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> found = tnc.bases.load_dictionaries([tnc.bases.demo_dictionaries_path("sae")])
+        >>> [dictionary.hook_out for dictionary in found][:2]
+        ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
     """
     found: list[Dictionary] = []
     for path in map(Path, paths):

@@ -41,8 +41,15 @@ def as_dictionary(source: Any, *, hook_in: str | None = None, hook_out: str | No
         DictionaryError: the object lacks what a dictionary needs, does not decode by its `W_dec`, or names no hooks.
 
     Example:
-        >>> as_dictionary(transcoder, hook_in="blocks.3.ln2.hook_normalized", hook_out="blocks.3.hook_mlp_out")
-        ... # doctest: +SKIP
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> class Mine:
+        ...     W_enc, W_dec = torch.eye(128, 256), torch.eye(256, 128)
+        ...     def encode(self, x): return (x @ self.W_enc).relu()
+        ...     def decode(self, features): return features @ self.W_dec
+        >>> hooks = {"hook_in": "blocks.3.ln2.hook_normalized", "hook_out": "blocks.3.hook_mlp_out"}
+        >>> tnc.as_dictionary(Mine(), **hooks).d_dict
+        256
     """
     if isinstance(source, Dictionary):
         dictionary = source

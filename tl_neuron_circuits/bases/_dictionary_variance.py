@@ -21,9 +21,11 @@ class VarianceSums:
     """Sums over the positions seen so far; adding two is as if their positions had come together.
 
     Example:
-        >>> batch = VarianceSums.of(torch.randn(8, 4), torch.zeros(8, 4))
-        >>> (batch + batch).count
-        16
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> batch = tnc.bases.VarianceSums.of(torch.eye(4), torch.zeros(4, 4))
+        >>> (batch + batch).count, round(batch.unexplained, 3)
+        (8, 1.333)
     """
 
     count: int
@@ -89,8 +91,10 @@ def fraction_variance_unexplained(
         NumericalError: the target does not vary over the positions, or a number is not finite.
 
     Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
         >>> x = torch.tensor([[0.0], [2.0]])
-        >>> fraction_variance_unexplained(x, torch.ones(2, 1))
+        >>> tnc.bases.fraction_variance_unexplained(x, torch.ones(2, 1))
         1.0
     """
     return VarianceSums.of(target, reconstruction).unexplained

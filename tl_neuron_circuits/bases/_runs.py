@@ -15,17 +15,40 @@ Values = dict[str, Tensor]
 
 
 def reads_of(sites: Iterable[Site]) -> list[str]:
-    """Every hook point that some site reads, once."""
+    """Every hook point that some site reads, once.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tnc.bases.reads_of(tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")).sites(model))[:2]
+        ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
+    """
     return list(dict.fromkeys(name for site in sites for name in site.reads))
 
 
 def logits_of(model: TransformerLensModel, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Run the model on tokens."""
+    """Run the model on tokens.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tnc.bases.logits_of(model, model.to_tokens("The dog")).shape
+        torch.Size([1, 3, 726])
+    """
     return model(tokens) if attention_mask is None else model(tokens, attention_mask=attention_mask)
 
 
 def capture(store: Values, name: str) -> tuple[str, Any]:
-    """A forward hook that keeps the value. Returning it keeps reshaped views (`hook_conversion`) in the graph."""
+    """A forward hook that keeps the value. Returning it keeps reshaped views (`hook_conversion`) in the graph.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> store = {}
+        >>> logits = model.run_with_hooks("The dog", fwd_hooks=[tnc.bases.capture(store, "blocks.0.mlp.hook_post")])
+        >>> store["blocks.0.mlp.hook_post"].shape
+        torch.Size([1, 3, 512])
+    """
 
     def keep(value: Tensor, hook: Any) -> Tensor:
         store[name] = value
@@ -39,6 +62,15 @@ def run_values(model: TransformerLensModel, batch: Batch, names: Iterable[str]) 
 
     Raises:
         UnsupportedModelError: a hook point did not fire.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> values = tnc.bases.run_values(model, batch, ["blocks.0.mlp.hook_post"])
+        >>> values["blocks.0.mlp.hook_post"].shape
+        torch.Size([8, 3, 512])
     """
     store: Values = {}
     with torch.no_grad(), model.hooks(fwd_hooks=[capture(store, name) for name in names]):
@@ -47,7 +79,16 @@ def run_values(model: TransformerLensModel, batch: Batch, names: Iterable[str]) 
 
 
 def fired(store: Mapping[str, Tensor], names: Iterable[str], model: TransformerLensModel) -> Values:
-    """The store, once every hook point in `names` is in it."""
+    """The store, once every hook point in `names` is in it.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> store = {}
+        >>> logits = model.run_with_hooks("The dog", fwd_hooks=[tnc.bases.capture(store, "blocks.0.hook_mlp_out")])
+        >>> list(tnc.bases.fired(store, ["blocks.0.hook_mlp_out"], model))
+        ['blocks.0.hook_mlp_out']
+    """
     missing = [name for name in names if name not in store]
     if missing:
         for name in missing:
@@ -60,7 +101,18 @@ def fired(store: Mapping[str, Tensor], names: Iterable[str], model: TransformerL
 
 
 def take_apart(sites: Iterable[Site], values: Mapping[str, Tensor]) -> dict[str, Parts]:
-    """A run's values as parts, by hook."""
+    """A run's values as parts, by hook.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> sites = tnc.bases.MLPOutputs(layers=[0]).sites(model)
+        >>> values = tnc.bases.run_values(model, batch, tnc.bases.reads_of(sites))
+        >>> tnc.bases.take_apart(sites, values)["blocks.0.hook_mlp_out"].nodes.shape
+        torch.Size([8, 3, 128])
+    """
     return {site.hook: site.take_apart(values) for site in sites}
 
 
@@ -70,6 +122,15 @@ def mean_parts(
     """Mean of every node over the clean prompts of `batches`, per position, among prompts of one length.
 
     Keys: (hook, prompt length). For the mean over corrupt prompts give `batch.on_corrupt()` of each.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batches = tnc.tasks.tokenise(model, pairs).batches(4)
+        >>> means = tnc.bases.mean_parts(model, tnc.bases.Neurons(layers=[0]).sites(model), batches)
+        >>> {key: parts.nodes.shape for key, parts in means.items()}
+        {('blocks.0.mlp.hook_post', 3): torch.Size([1, 3, 512])}
     """
     sites = tuple(sites)
     sums: dict[tuple[str, int], Parts] = {}

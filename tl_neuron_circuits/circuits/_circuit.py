@@ -33,6 +33,19 @@ class Circuit:
     `edges` has one row an edge, largest |attribution| first. `weight` is the part of the target node's `change` (its
     activation minus the baseline's) that comes directly from the source, `attribution` that part of the target node's
     score, and `relative` its share. Over all sources they sum to the change, to the score, and to 1.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+        >>> circuit
+        Circuit(30 nodes, 775 edges, target 'Austin' = 18.412 on demo-gelu, 1 prompt(s), 69% left out)
+        >>> small = circuit.prune(count=10)
+        >>> len(small & circuit), len(circuit - small)
+        (10, 20)
+        >>> small.group({"first two": sorted(small.members)[:2]}).collapse().save("dallas")
+        >>> len(tnc.Circuit.load("dallas"))
+        10
     """
 
     nodes: pd.DataFrame
@@ -119,7 +132,11 @@ class Circuit:
             SettingsError: no criterion, or one out of its range.
 
         Example:
-            >>> circuit.prune(node_influence=0.8, edge_influence=0.98)  # doctest: +SKIP
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> len(circuit.prune(node_influence=0.8, edge_influence=0.98)) < len(circuit)
+            True
         """
         rule = _prune.Rule(share, count, edges, relative, node_influence, edge_influence)
         nodes, kept = _prune.prune(self.nodes, self.edges, self.target_value, rule)
@@ -262,7 +279,11 @@ class Circuit:
             SettingsError: details of a node that is not there, or of another form.
 
         Example:
-            >>> circuit.to_html("dallas.html", details={"L0/N92": {"description": "Dallas"}})  # doctest: +SKIP
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> best = circuit.to_dataframe().query("kind == 'neuron'")["node"].iloc[0]
+            >>> circuit.to_html("dallas.html", details={best: {"description": "the strongest neuron"}})
         """
         from ..plots import write_page
 

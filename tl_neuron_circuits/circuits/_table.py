@@ -145,7 +145,13 @@ def restrict(
 
 
 def remainder_row(position: int, token: str = "") -> dict:
-    """A remainder, as a row of the nodes."""
+    """A remainder, as a row of the nodes.
+
+    Example:
+        >>> from tl_neuron_circuits.circuits import remainder_row
+        >>> remainder_row(3)["label"]
+        'left out at 3'
+    """
     where = "everywhere" if position < 0 else f"at {position}"
     return {
         "node": remainder_name(position), "label": f"left out {where}", "kind": "remainder", "position": position,

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -52,20 +52,21 @@ def _options(
     """
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `tl-neuron-circuits`: it ends the process with the exit code of the command.
 
+    Args:
+        arguments: the command and its options; those of the process unless given.
+
     Example:
-        >>> import sys
         >>> from tl_neuron_circuits.cli import main
-        >>> sys.argv = ["tl-neuron-circuits", "trace"]
-        >>> main()
+        >>> main(["no-such-command"])
         Traceback (most recent call last):
         SystemExit: 2
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _say_warning
-    app()
+    app(arguments)
 
 
 def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -26,11 +26,11 @@ def guarded(command: F) -> F:
         from jaxtyping import TypeCheckError
         from torch import OutOfMemoryError
 
-        from .._errors import NeuronCircuitsError, NumericalError, PropagationError
+        from .._errors import NeuronCircuitsError, NumericalError, ProcessesError, PropagationError
 
         try:
             return command(*args, **kwargs)
-        except (NumericalError, PropagationError) as error:
+        except (NumericalError, PropagationError, ProcessesError) as error:
             code, said = FAILED, error
         except OutOfMemoryError as error:
             code, said = FAILED, f"{error}\nGive a smaller --batch-size, or another --device."

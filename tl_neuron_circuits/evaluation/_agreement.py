@@ -11,7 +11,18 @@ from ..attribution import NodeScores
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of two methods on the nodes that both have measured."""
+    """Agreement of two methods on the nodes that both have measured.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> scores = tnc.attribute(model, pairs)
+        >>> exact = tnc.attribute(model, pairs, method="patching", nodes=scores.top(10))
+        >>> agreement = tnc.agreement(scores, exact, top_k=5)
+        >>> agreement.n_nodes, agreement.pearson > 0.5
+        (10, True)
+    """
 
     pearson: float
     spearman: float

@@ -20,7 +20,13 @@ INDEX = "index"
 
 
 class CurveKey(NamedTuple):
-    """What a curve is of."""
+    """What a curve is of.
+
+    Example:
+        >>> from tl_neuron_circuits.evaluation import CurveKey
+        >>> CurveKey("agreement", "neurons", "relp").folder
+        'agreement--neurons--relp'
+    """
 
     task: str
     basis: str
@@ -38,6 +44,20 @@ class Comparison:
 
     `mib` holds CPR (signed ranking) and CMD (|score| ranking) on MIB's grid where they were asked for, `unexplained`
     the mean fraction of variance that a basis leaves unexplained.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> bases = [tnc.bases.Neurons()]
+        >>> comparison = tnc.compare(model, pairs, pairs, bases=bases, methods=["relp"], sizes=[10, 300])
+        >>> comparison.to_dataframe()[["basis", "method", "size"]]
+             basis method  size
+        0  neurons   relp    10
+        1  neurons   relp   300
+        >>> comparison.save("comparison")
+        >>> tnc.Comparison.load("comparison").tasks
+        ['task']
     """
 
     curves: Mapping[CurveKey, SparsityCurve]

@@ -29,7 +29,21 @@ MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparsityCurve:
-    """Metrics per prompt for every size, so that bands can be drawn from the same numbers."""
+    """Metrics per prompt for every size, so that bands can be drawn from the same numbers.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> curve = tnc.evaluate(model, pairs, tnc.attribute(model, pairs), sizes=[10, 100, 1000])
+        >>> curve.to_dataframe()["size"].tolist(), curve.faithfulness.shape
+        ([10, 100, 1000], (3,))
+        >>> bool(curve.faithfulness[-1] > 0.9 > curve.faithfulness[0])
+        True
+        >>> curve.save("curve")
+        >>> tnc.SparsityCurve.load("curve").sizes
+        (10, 100, 1000)
+    """
 
     sizes: tuple[int, ...]
     kept: Float[Tensor, "size pair"]

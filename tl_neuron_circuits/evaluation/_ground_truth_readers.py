@@ -35,6 +35,23 @@ def tracr_ground_truth(
 
     Raises:
         FileFormatError: a file is missing or of another form.
+
+    Example:
+        >>> import torch
+        >>> import json
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> from tl_neuron_circuits.evaluation import tracr_ground_truth
+        >>> folder = Path("compiled")  # without layers: the logits read what the embedding writes
+        >>> folder.mkdir()
+        >>> config = {"d_model": 2, "n_heads": 1, "d_mlp": 1}
+        >>> labels = {"residual_labels": ["token", "one"], "layers": []}
+        >>> weights = {"embed.W_E": torch.ones(3, 2), "unembed.W_U": torch.ones(2, 3)}
+        >>> for name, content in (("config", config), ("ground_truth", labels)):
+        ...     _ = (folder / f"{name}.json").write_text(json.dumps(content))
+        >>> save_file(weights, folder / "model.safetensors")
+        >>> sorted(tracr_ground_truth(folder).edges)
+        [('embedding', 'logits')]
     """
     path = Path(path)
     truth, config = _json(path / "ground_truth.json"), _json(path / "config.json")
@@ -124,6 +141,13 @@ def interpbench_ground_truth(name: str, edges: Iterable[Sequence[Any]], n_layers
         SettingsError: a node of an unknown form, or beyond the model.
 
     Source: Gupta et al. 2024, arXiv 2407.14494; its model card on granularity.
+
+    Example:
+        >>> from tl_neuron_circuits.evaluation import interpbench_ground_truth
+        >>> head = "blocks.0.attn.hook_result[1]"
+        >>> edges = [("hook_embed", head), (head, "blocks.0.hook_resid_post")]
+        >>> sorted(interpbench_ground_truth("case", edges, n_layers=1, n_heads=2).edges)
+        [('L0/H1', 'logits'), ('embedding', 'L0/H1')]
     """
     names = ["embedding"]
     stages = [0]

@@ -24,7 +24,16 @@ _FLOOR = 1e-6  # keeps the graph connected, as spectral clustering expects
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Clusters:
-    """A cluster number for every node, and the affinities they come from."""
+    """A cluster number for every node, and the affinities they come from.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> nodes = [f"L3/N{unit}" for unit in range(12)]
+        >>> clusters = tnc.cluster(tnc.profiles(model, "The dog near the cats", nodes), 3)
+        >>> len(clusters), sum(len(members) for members in clusters.groups().values())
+        (3, 12)
+    """
 
     nodes: tuple[str, ...]
     labels: Int[Tensor, " node"]

@@ -28,7 +28,18 @@ Describe = Callable[[str, pd.DataFrame], str]
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A neuron on one prompt: its activation at every token, and where it is strongest."""
+    """A neuron on one prompt: its activation at every token, and where it is strongest.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> found = tnc.strongest_examples(model, ["The dog is", "The dogs are"], ["L2/N5"], k=1)
+        >>> example = found.examples["L2/N5"][0]
+        >>> len(example.tokens) == len(example.activations)
+        True
+        >>> example.activations[example.position] == max(example.activations[1:])  # BOS is left out
+        True
+    """
 
     prompt: int
     tokens: tuple[str, ...]
@@ -38,7 +49,17 @@ class Example:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StrongestExamples:
-    """For every neuron its strongest examples, best first, and descriptions where a callable gave them."""
+    """For every neuron its strongest examples, best first, and descriptions where a callable gave them.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> found = tnc.strongest_examples(model, ["The dog is", "The dogs are"], ["L2/N5"], k=2)
+        >>> found
+        StrongestExamples(1 neurons over 2 prompts)
+        >>> found.to_dataframe()["rank"].tolist()
+        [0, 1]
+    """
 
     examples: dict[str, tuple[Example, ...]]
     n_prompts: int

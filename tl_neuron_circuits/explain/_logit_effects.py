@@ -30,6 +30,13 @@ class LogitEffects:
     """For every neuron the tokens that it promotes and suppresses most, by a positive activation.
 
     `table` has columns label, direction ("promoted" or "suppressed"), rank (from 0), token, token_id, effect.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> found = tnc.logit_effects(model, ["L3/N5", "L3/N6"], k=4)
+        >>> found, len(found.to_dataframe()) == 2 * 2 * 4
+        (LogitEffects(2 neurons, 4 tokens each way), True)
     """
 
     table: pd.DataFrame

@@ -28,7 +28,15 @@ _EMBEDDING = "hook_embed"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Profiles:
-    """One row a node; columns are, prompt by prompt, its tokens (`attribution`) and its goals (`contribution`)."""
+    """One row a node; columns are, prompt by prompt, its tokens (`attribution`) and its goals (`contribution`).
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> found = tnc.profiles(model, "The dogs near the cat", ["L1/N5@2", "L2/N7@5"], goals=3)
+        >>> found, tuple(found.contribution.shape)
+        (Profiles(2 nodes, 6 sources, 3 goals), (2, 3))
+    """
 
     nodes: tuple[str, ...]
     attribution: Float[Tensor, "node source"]

@@ -32,6 +32,14 @@ class PromptScores:
 
     `nodes` has one row a column of `values`: label, hook, unit, position (-1: summed over positions) and polarity (+1
     and -1 for positive and negative activations kept apart, else 0). Prompts with equal `keys` are equal.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> scores = tnc.prompt_scores(model, pairs, ["L2/N5", "L3/N7"])
+        >>> scores, list(scores.to_dataframe().columns)
+        (PromptScores(8 prompts, 2 nodes, logit_difference), ['L2/N5', 'L3/N7'])
     """
 
     values: Float[Tensor, "prompt node"]

@@ -29,6 +29,15 @@ class FeatureScores:
 
     `table` has columns label (the node's), hypothesis, value (the label that is told from the rest), auroc_selection,
     auroc_heldout, mean_inside (mean attribution inside the label, selection prompts), selected.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> scores = tnc.prompt_scores(model, pairs, ["L2/N5", "L3/N7"])
+        >>> features = tnc.score_features(scores, [prompt.endswith("s") for prompt in pairs.clean])
+        >>> features.to_dataframe()[["label", "value"]].drop_duplicates().shape
+        (4, 2)
     """
 
     table: pd.DataFrame
@@ -100,9 +109,10 @@ def score_features(
 
     Example:
         >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=32)
-        >>> scores = tnc.prompt_scores(tnc.load_demo_model(), pairs)
-        >>> features = tnc.score_features(scores, [answer.strip() for answer in pairs.answer])
+        >>> scores = tnc.prompt_scores(model, pairs, tnc.attribute(model, pairs).top(20))
+        >>> features = tnc.score_features(scores, [prompt.endswith("s") for prompt in pairs.clean])
         >>> best = features.selected.head()
     """
     if not 0 < fraction < 1 or not 0 <= low < high <= 1:

@@ -34,6 +34,17 @@ def ablation_hooks(sites: Iterable[Site], kept: Kept, baselines: Mapping[str, Pa
 
     Raises:
         SettingsError: a site has no entry in `baselines`.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> from tl_neuron_circuits.interventions import ablation_hooks
+        >>> (site,) = tnc.bases.Neurons(layers=[2]).sites(model)
+        >>> only_ten = torch.arange(512) < 10
+        >>> hooks = ablation_hooks([site], {(site.hook, "node"): only_ten}, {site.hook: None})
+        >>> model.run_with_hooks("The dog", fwd_hooks=hooks).shape
+        torch.Size([1, 3, 726])
     """
     hooks: Hooks = []
     for site in sites:

@@ -61,6 +61,15 @@ def run_with_edges(
 
     Raises:
         SettingsError: an edge that does not lead to a later layer, or a layer without a baseline.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> from tl_neuron_circuits.interventions import run_with_edges
+        >>> tokens, cut = model.to_tokens("The dogs"), [((0, 2, 7), (3, 2, 9)), ((2, 2, 5), None)]
+        >>> baselines = {site.hook: None for site in tnc.bases.Neurons().sites(model)}
+        >>> run_with_edges(model, tokens, cut, baselines, mode="cut").shape == model(tokens).shape
+        True
     """
     views = _views(list(edges), mode)
     ablation = _Rows(model, views, len(tokens), baselines, mode)

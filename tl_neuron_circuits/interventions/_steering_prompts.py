@@ -42,6 +42,13 @@ def read_prompts(model: TransformerLensModel, prompts: Prompts, prepend_bos: boo
 
     Raises:
         PairsError: no prompts, an empty one, text without a tokenizer, or tokens with `prepend_bos`.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> from tl_neuron_circuits.interventions import read_prompts
+        >>> [len(tokens) for tokens in read_prompts(model, ["The dog", "The dog near the cats"]).tokens]
+        [3, 6]
     """
     if isinstance(prompts, Tensor):
         if prepend_bos is not None:
@@ -62,7 +69,16 @@ def read_prompts(model: TransformerLensModel, prompts: Prompts, prepend_bos: boo
 def run(
     model: TransformerLensModel, tokens: Int[Tensor, "batch pos"], names: Sequence[str] = (), hooks: Hooks | None = None
 ) -> tuple[Tensor, Values]:
-    """Logits `[batch, pos, d_vocab]` and the values at `names`, without a graph, with `hooks` before the captures."""
+    """Logits `[batch, pos, d_vocab]` and the values at `names`, without a graph, with `hooks` before the captures.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> from tl_neuron_circuits.interventions import run
+        >>> logits, values = run(model, model.to_tokens("The dog"), ["blocks.0.mlp.hook_post"])
+        >>> values["blocks.0.mlp.hook_post"].shape
+        torch.Size([1, 3, 512])
+    """
     store: Values = {}
     with torch.no_grad(), model.hooks(fwd_hooks=[*(hooks or ()), *(capture(store, name) for name in names)]):
         logits = model(tokens)
@@ -76,7 +92,15 @@ def text_of(model: Any, tokens: Int[Tensor, " pos"]) -> str:
 
 
 def token_names(model: Any, tokens: Sequence[int]) -> list[str]:
-    """Every token as text of its own, with the space that begins it; as a number where the model has no tokenizer."""
+    """Every token as text of its own, with the space that begins it; as a number where the model has no tokenizer.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> from tl_neuron_circuits.interventions import token_names
+        >>> token_names(model, model.to_tokens("The dogs", prepend_bos=False)[0].tolist())
+        ['The', 'dogs']
+    """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return [str(token) for token in tokens]
@@ -88,7 +112,15 @@ def token_names(model: Any, tokens: Sequence[int]) -> list[str]:
 
 
 def text_pieces(model: Any, tokens: Int[Tensor, " pos"]) -> list[str]:
-    """A prompt cut at its tokens; joined, they are its text wherever the tokenizer decodes prefixes to prefixes."""
+    """A prompt cut at its tokens; joined, they are its text wherever the tokenizer decodes prefixes to prefixes.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> from tl_neuron_circuits.interventions import text_pieces
+        >>> text_pieces(model, model.to_tokens("The state containing Dallas")[0])
+        ['<bos>', ' The', ' state', ' containing', ' Dal', 'las']
+    """
     tokenizer = getattr(model, "tokenizer", None)
     names = token_names(model, tokens.tolist())
     if tokenizer is None:

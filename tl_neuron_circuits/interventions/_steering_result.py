@@ -20,6 +20,15 @@ class SteeringResult:
     watched group and prompt, the relative change of its activations: sum_n sign(a_n) (a'_n - a_n) / sum_n |a_n| with a
     before and a' after steering, so that a group scaled by m has m - 1 (nan where the whole group was at zero).
     `continuations` holds (before, after) for every prompt where text was generated. `nodes` are the steered ones.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> result = tnc.steer(model, "The dog near the cats", ["L2/N5"], scale=-2)
+        >>> result.summary().columns.tolist()
+        ['prompt', 'top_before', 'top_after', 'kl']
+        >>> len(result), result.before.shape == result.after.shape
+        (1, True)
     """
 
     prompts: tuple[str, ...]

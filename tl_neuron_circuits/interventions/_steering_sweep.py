@@ -12,7 +12,17 @@ from ._steering_result import SteeringResult, shown_tokens
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SteeringSweep:
-    """One `SteeringResult` for every multiplier, in the order given."""
+    """One `SteeringResult` for every multiplier, in the order given.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> swept = tnc.sweep(model, "The dog near the cats", ["L2/N5"], scales=(0, 1, 2))
+        >>> [round(float(result.kl[0]), 6) for result in swept.results if result.settings["amount"] == 1]
+        [0.0]
+        >>> swept.to_dataframe()["scale"].unique().tolist()
+        [0.0, 1.0, 2.0]
+    """
 
     scales: tuple[float, ...]
     results: tuple[SteeringResult, ...]

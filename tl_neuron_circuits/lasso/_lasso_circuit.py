@@ -34,6 +34,14 @@ class LassoCircuit(Circuit):
     the strongest path from the target on to the readout (ours, not the paper's). `nodes` has r2 (mean over its units;
     nan where nothing comes before). Kinds: "embedding", "component" (a head, an MLP), "neuron", "feature", "logit".
     `path`: one row a penalty: share, n_edges, n_weights, r2, held-out error with its standard error where that chose.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> method = tnc.lasso.CircuitLasso(share=0.9, attention="layers", regressors="same")
+        >>> found = method.fit(model, tnc.tasks.subject_verb_agreement("simple", n=16))
+        >>> isinstance(found, tnc.Circuit), "stability" in found.edges
+        (True, True)
     """
 
     path: pd.DataFrame

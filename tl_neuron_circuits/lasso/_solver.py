@@ -29,7 +29,18 @@ _GATHERED = 2**20  # numbers in gathered sub-matrices: 8 MB, which caches hold
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LassoSolution:
-    """Weights for one penalty: `weights[i, j]` is what source i adds to target j, in the problem's units."""
+    """Weights for one penalty: `weights[i, j]` is what source i adds to target j, in the problem's units.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> found = tnc.lasso.solve_lasso(problem, 0.1 * tnc.lasso.largest_penalty(problem))
+        >>> found.n_edges, tuple(found.weights.shape)
+        (2, (3, 1))
+    """
 
     penalty: float
     weights: Float64[Tensor, "source target"]
@@ -49,7 +60,17 @@ class LassoSolution:
 
 
 def largest_penalty(problem: Standardised, allowed: Bool[Tensor, "source target"] | None = None) -> float:
-    """The penalty from which on every weight is zero."""
+    """The penalty from which on every weight is zero.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> tnc.lasso.solve_lasso(problem, 1.01 * tnc.lasso.largest_penalty(problem)).n_edges
+        0
+    """
     cross = problem.cross if allowed is None else problem.cross * allowed
     return 2 * problem.n * float(cross.abs().max()) if cross.numel() else 0.0
 
@@ -80,8 +101,14 @@ def solve_lasso(
         NumericalError: a target did not reach `tolerance`.
 
     Example:
-        >>> problem = standardise(Statistics.of(x, y))  # doctest: +SKIP
-        >>> solve_lasso(problem, 0.1 * largest_penalty(problem)).r2  # doctest: +SKIP
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> solution = tnc.lasso.solve_lasso(problem, 0.1 * tnc.lasso.largest_penalty(problem))
+        >>> (solution.weights != 0).flatten().tolist(), bool(solution.r2 > 0.95)
+        ([True, True, False], True)
     """
     alpha = check_penalty(penalty) / (2 * problem.n)
     weights = torch.zeros_like(problem.cross) if start is None else start.clone()
@@ -115,6 +142,16 @@ def lasso_path(
     Raises:
         SettingsError: a penalty is not positive.
         NumericalError: a target did not reach `tolerance`.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> largest = tnc.lasso.largest_penalty(problem)
+        >>> [solution.n_edges for solution in tnc.lasso.lasso_path(problem, [0.9 * largest, 0.1 * largest])]
+        [1, 2]
     """
     order = sorted(range(len(penalties)), key=lambda k: -penalties[k])
     found: dict[int, LassoSolution] = {}
@@ -128,7 +165,17 @@ def lasso_path(
 
 
 def explained(problem: Standardised, weights: Float64[Tensor, "source target"]) -> Float64[Tensor, " target"]:
-    """R2 of these weights on the problem's observations (which need not be those they were fitted to)."""
+    """R2 of these weights on the problem's observations (which need not be those they were fitted to).
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> tnc.lasso.explained(problem, torch.linalg.solve(problem.gram, problem.cross)).round(decimals=4)
+        tensor([1.], dtype=torch.float64)
+    """
     residual = problem.squares + ((_times(problem.gram, weights) - 2 * problem.cross) * weights).sum(0)
     return torch.where(problem.target_constant, torch.nan, 1 - residual / problem.squares)
 

@@ -30,7 +30,15 @@ class Statistics:
     Where the targets are the sources themselves, `target_products` is `products`, held once.
 
     Example:
-        >>> whole = Statistics.of(x[:50]) + Statistics.of(x[50:])  # doctest: +SKIP
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> whole = tnc.lasso.Statistics.of(x[:50], y[:50]) + tnc.lasso.Statistics.of(x[50:], y[50:])
+        >>> whole
+        Statistics(n=200, 3 sources, 1 targets)
+        >>> torch.allclose(whole.products, tnc.lasso.Statistics.of(x, y).products)
+        True
     """
 
     n: int
@@ -105,7 +113,19 @@ class Statistics:
 
 
 class Accumulator:
-    """Statistics of batches as they come, summed in place."""
+    """Statistics of batches as they come, summed in place.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> seen = tnc.lasso.Accumulator()
+        >>> for batch in zip(x.split(64), y.split(64)):
+        ...     seen.add(*batch)
+        >>> seen.total()
+        Statistics(n=200, 3 sources, 1 targets)
+    """
 
     def __init__(self) -> None:
         self._total: Statistics | None = None
@@ -153,6 +173,15 @@ def sum_of(parts: Sequence[Statistics], times: Sequence[int]) -> Statistics:
 
     Raises:
         SettingsError: nothing is left, or the parts are of different columns.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> parts = [tnc.lasso.Statistics.of(x[:50], y[:50]), tnc.lasso.Statistics.of(x[50:], y[50:])]
+        >>> tnc.lasso.sum_of(parts, times=[2, 0]).n
+        100
     """
     chosen = [(part, int(count)) for part, count in zip(parts, times, strict=True) if count > 0]
     if not chosen:
@@ -181,6 +210,15 @@ class Standardised:
 
     Constant columns are zero throughout: never chosen as a source, nothing to explain as a target. Columns whose
     standard deviation lies below the floor are divided by the floor, so that their weight costs more.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem.gram.diagonal().round(decimals=4)
+        tensor([1., 1., 1.], dtype=torch.float64)
     """
 
     n: int
@@ -198,6 +236,15 @@ def standardise(statistics: Statistics, floor: float = 1e-4) -> Standardised:
 
     Raises:
         SettingsError: fewer than two observations.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> y = 2 * x[:, :1] - x[:, 1:2]
+        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem.n, tuple(problem.cross.shape)
+        (200, (3, 1))
     """
     if statistics.n < 2:
         raise SettingsError(f"expected at least 2 observations to standardise; got {statistics.n}. Give more tokens.")

@@ -30,6 +30,11 @@ def demo_model_path(name: str = "demo-gelu") -> Path:
 
     Raises:
         SettingsError: there is no demo model of that name.
+
+    Example:
+        >>> from tl_neuron_circuits.models import demo_model_path
+        >>> sorted(file.name for file in demo_model_path("demo-gelu").glob("*.safetensors"))
+        ['model.safetensors']
     """
     if name not in DEMO_MODELS:
         raise SettingsError(f"expected a demo model, one of {', '.join(DEMO_MODELS)}; got {name!r}")
@@ -57,7 +62,8 @@ def load_demo_model(
         SettingsError: the name is unknown, or the installed TransformerLens lacks the backend.
 
     Example:
-        >>> model = load_demo_model("demo-gelu")
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
         >>> logits = model("The capital of the state containing Dallas is")
         >>> model.to_string(logits[0, -1].argmax())
         'Austin'

@@ -22,7 +22,15 @@ _ACTIVATION_FIELDS = ("act_fn", "hidden_activation", "hidden_act", "activation_f
 
 @dataclass(frozen=True)
 class NormSites:
-    """One normalisation: `scale` fires on both classes, `input` and `output` only on `TransformerBridge`."""
+    """One normalisation: `scale` fires on both classes, `input` and `output` only on `TransformerBridge`.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import models
+        >>> model = tnc.load_demo_model()
+        >>> models.find_sites(model).norms[0].scale
+        'blocks.0.ln1.hook_scale'
+    """
 
     path: str
     scale: str
@@ -36,6 +44,14 @@ class MLPSites:
     """One MLP: neurons at `post`, the activation's input at `pre`, the linear branch of a gated MLP at `up`.
 
     `activated` is where the activation's output appears: `post`, or `hook_mid` where a norm follows (solu_ln).
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import models
+        >>> model = tnc.load_demo_model()
+        >>> mlp = models.find_sites(model).mlps[0]
+        >>> mlp.layer, mlp.post, mlp.up
+        (0, 'blocks.0.mlp.hook_post', None)
     """
 
     layer: int
@@ -47,7 +63,15 @@ class MLPSites:
 
 @dataclass(frozen=True)
 class AttentionSites:
-    """One attention layer: where queries and keys can be cut from the graph."""
+    """One attention layer: where queries and keys can be cut from the graph.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import models
+        >>> model = tnc.load_demo_model()
+        >>> models.find_sites(model).attentions[0]
+        AttentionSites(layer=0, query='blocks.0.attn.hook_q', key='blocks.0.attn.hook_k')
+    """
 
     layer: int
     query: str
@@ -56,7 +80,13 @@ class AttentionSites:
 
 @dataclass(frozen=True)
 class Problem:
-    """What stands in the way of some rules, and the remedy."""
+    """What stands in the way of some rules, and the remedy.
+
+    Example:
+        >>> from tl_neuron_circuits.models import Problem
+        >>> Problem("blocks.0.attn has no hook_q and hook_k", rules=("attention",)).rules
+        ('attention',)
+    """
 
     message: str
     rules: tuple[str, ...]
@@ -64,7 +94,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class ModelSites:
-    """Every site that a rule or a basis of this package uses, and what stands in the way of it."""
+    """Every site that a rule or a basis of this package uses, and what stands in the way of it.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import models
+        >>> model = tnc.load_demo_model()
+        >>> sites = models.find_sites(model)
+        >>> sites.n_layers, len(sites.mlps), sites.problems
+        (4, 4, ())
+    """
 
     n_layers: int
     embeddings: tuple[str, ...]
@@ -76,7 +115,15 @@ class ModelSites:
 
 
 def find_sites(model: TransformerLensModel) -> ModelSites:
-    """Find the sites of `model`; what is missing or unsupported is listed in `problems`, each with its remedy."""
+    """Find the sites of `model`; what is missing or unsupported is listed in `problems`, each with its remedy.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import models
+        >>> model = tnc.load_demo_model()
+        >>> [mlp.post for mlp in models.find_sites(model).mlps][:2]
+        ['blocks.0.mlp.hook_post', 'blocks.1.mlp.hook_post']
+    """
     points = hook_points(model)
     n_layers = int(model.cfg.n_layers)
     problems = [*_unsupported_flags(model, points)]
@@ -103,7 +150,15 @@ def find_sites(model: TransformerLensModel) -> ModelSites:
 
 
 def activation_names(model: TransformerLensModel) -> list[str]:
-    """Names under which the model's configuration knows its MLP activation, most specific first."""
+    """Names under which the model's configuration knows its MLP activation, most specific first.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import models
+        >>> model = tnc.load_demo_model()
+        >>> "gelu" in models.activation_names(model)[0]
+        True
+    """
     values = (getattr(model.cfg, field, None) for field in _ACTIVATION_FIELDS)
     return list(dict.fromkeys(value for value in values if isinstance(value, str)))
 
@@ -112,6 +167,14 @@ def bias_after_product(model: TransformerLensModel, layer: int) -> torch.Tensor 
     """`b_in` where the model adds it after gate times up (`HookedTransformer`'s gated MLP), else None.
 
     Hugging Face's up projection, and so `TransformerBridge`, adds it before the product.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import models
+        >>> model = tnc.load_demo_model("demo-swiglu")
+        >>> bias = models.bias_after_product(model, layer=0)
+        >>> bias is None or bias.shape == (model.cfg.d_mlp,)
+        True
     """
     mlp: Any = submodule(model, f"blocks.{layer}.mlp")
     if mlp is None or not isinstance(getattr(mlp, "b_in", None), torch.nn.Parameter):
@@ -171,6 +234,13 @@ def require(sites: ModelSites, rules: tuple[str, ...]) -> None:
 
     Raises:
         UnsupportedModelError: listing every problem with its remedy.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import models
+        >>> model = tnc.load_demo_model()
+        >>> sites = models.find_sites(model)
+        >>> models.require(sites, rules=("ln", "identity"))  # nothing stands in the way
     """
     problems = [p.message for p in sites.problems if set(p.rules) & set(rules)]
     if problems:

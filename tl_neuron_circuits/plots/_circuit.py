@@ -23,6 +23,15 @@ def plot_circuit(circuit: Circuit, *, max_edges: int = 200, height: int = 640) -
         circuit: any circuit.
         max_edges: how many of the strongest edges are drawn.
         height: of the figure, in pixels.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import plots
+        >>> model = tnc.load_demo_model()
+        >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=20)
+        >>> figure = plots.plot_circuit(circuit, max_edges=50)
+        >>> figure.layout.yaxis.title.text
+        'layer'
     """
     places, columns = _places(circuit)
     figure = go.Figure()

@@ -21,7 +21,17 @@ _GREY = "#888888"
 
 
 def plot_curves(curves: Sequence[SparsityCurve]) -> go.Figure:
-    """Curves side by side: faithfulness left (1 is ideal), completeness right (0 is ideal)."""
+    """Curves side by side: faithfulness left (1 is ideal), completeness right (0 is ideal).
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import plots
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> curve = tnc.evaluate(model, pairs, tnc.attribute(model, pairs), sizes=[10, 100])
+        >>> figure = plots.plot_curves([curve])
+        >>> figure.write_html("curve.html")
+    """
     figure = _panels()
     pairs = [(str(curve.settings["basis"]), str(curve.settings["method"])) for curve in curves]
     palette = colours(basis for basis, _ in pairs)
@@ -38,6 +48,16 @@ def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figur
 
     Raises:
         SettingsError: there is no such task.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import plots
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> bases = [tnc.bases.Neurons()]
+        >>> comparison = tnc.compare(model, pairs, pairs, bases=bases, methods=["relp"], sizes=[10, 300])
+        >>> plots.plot_comparison(comparison).layout.xaxis.type
+        'log'
     """
     tasks = comparison.tasks if task is None else [_known(comparison, task)]
     keys = [key for key in comparison.curves if key.task in tasks]
@@ -64,6 +84,16 @@ def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
 
     Raises:
         SettingsError: there is no such task, or it has controls alone.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import plots
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> bases = [tnc.bases.Neurons()]
+        >>> comparison = tnc.compare(model, pairs, pairs, bases=bases, methods=["relp"], sizes=[10, 300])
+        >>> plots.plot_trust(comparison).data[-1].name
+        'as promised'
     """
     task = comparison.tasks[0] if task is None else _known(comparison, task)
     keys = [key for key in comparison.curves if key.task == task and key.method not in CONTROLS]

@@ -40,6 +40,13 @@ def write_page(circuit: Circuit, path: str | Path, details: Mapping[str, Mapping
 
     Raises:
         SettingsError: details of a node that is not there, or of another form.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import plots
+        >>> model = tnc.load_demo_model()
+        >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=20)
+        >>> plots.write_page(circuit, "dallas.html")
     """
     Path(path).write_text(page(circuit, details), encoding="utf-8")
 

@@ -28,7 +28,19 @@ _ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What `check_model` found. `ok` means: every rule applies at every layer, and relevance is conserved."""
+    """What `check_model` found. `ok` means: every rule applies at every layer, and relevance is conserved.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> report = tnc.check_model(model)
+        >>> report.ok, round(report.conservation, 3)
+        (True, 1.0)
+        >>> report.memory_bytes(batch=8, pos=32) > report.parameter_bytes
+        True
+        >>> int((report.to_dataframe()["role"] == "neurons").sum())
+        4
+    """
 
     model_name: str
     model_class: str

@@ -49,6 +49,14 @@ def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
 
     Raises:
         UnsupportedModelError: the module at `path` does not say what kind of norm it is.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.propagation import read_norm
+        >>> model = tnc.load_demo_model("demo-swiglu", "TransformerBridge")  # TransformerLens 3.9 or later
+        >>> norm = read_norm(model, "blocks.0.ln1")
+        >>> norm.centred, norm.bias is None
+        (False, True)
     """
     norm: Any = submodule(model, path)
     component = getattr(norm, "original_component", None)

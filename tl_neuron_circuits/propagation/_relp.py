@@ -96,7 +96,16 @@ _MARK = "_relp_is_active"
 
 @contextmanager
 def frozen(model: TransformerLensModel) -> Iterator[None]:
-    """Parameters without `requires_grad` inside the context, as found afterwards: no graph is kept for them."""
+    """Parameters without `requires_grad` inside the context, as found afterwards: no graph is kept for them.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> from tl_neuron_circuits.propagation import frozen
+        >>> with frozen(model):
+        ...     any(parameter.requires_grad for parameter in model.parameters())
+        False
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -17,7 +17,15 @@ from ._activations import Activation
 
 @dataclass(frozen=True)
 class LnRule:
-    """Treat a norm's denominator as a constant: y = w * centre(x) / sg(scale) + b. Ali et al. 2022."""
+    """Treat a norm's denominator as a constant: y = w * centre(x) / sg(scale) + b. Ali et al. 2022.
+
+    Example:
+        >>> import torch
+        >>> from tl_neuron_circuits.propagation import LnRule
+        >>> gradient, scale = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0]])
+        >>> LnRule().gradient(gradient, torch.ones(2), scale, centred=True)
+        tensor([[-0.5000,  0.5000]])
+    """
 
     name = "ln"
 
@@ -35,7 +43,13 @@ class LnRule:
 
 @dataclass(frozen=True)
 class IdentityRule:
-    """Treat an activation as x times the constant f(x) / x. Rezaei Jafari et al. 2025."""
+    """Treat an activation as x times the constant f(x) / x. Rezaei Jafari et al. 2025.
+
+    Example:
+        >>> from tl_neuron_circuits.propagation import RULES, IdentityRule
+        >>> RULES["identity"] == IdentityRule()
+        True
+    """
 
     name = "identity"
 
@@ -52,7 +66,13 @@ class IdentityRule:
 
 @dataclass(frozen=True)
 class HalfRule:
-    """Share the gradient of a product equally: d(a * b) -> b / 2 to a, a / 2 to b. Arras et al. 2019."""
+    """Share the gradient of a product equally: d(a * b) -> b / 2 to a, a / 2 to b. Arras et al. 2019.
+
+    Example:
+        >>> from tl_neuron_circuits.propagation import HalfRule
+        >>> HalfRule().share
+        0.5
+    """
 
     name = "half"
     share = 0.5
@@ -60,7 +80,14 @@ class HalfRule:
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """Treat the attention pattern as a constant, by cutting queries and keys from the graph. Arora et al. 2026."""
+    """Treat the attention pattern as a constant, by cutting queries and keys from the graph. Arora et al. 2026.
+
+    Example:
+        >>> import torch
+        >>> from tl_neuron_circuits.propagation import AttentionRule
+        >>> AttentionRule().cut(torch.ones(2, requires_grad=True)).requires_grad
+        False
+    """
 
     name = "attention"
 

@@ -36,8 +36,9 @@ def subject_verb_agreement(
         PairsError: `n` is odd or more than there are, or `words` has unknown nouns.
 
     Example:
-        >>> subject_verb_agreement("simple", n=2)  # doctest: +SKIP
-        PromptPairs(n=2, first='The dog' → ' is' | 'The dogs' → ' are')
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.tasks.subject_verb_agreement("simple", n=2)
+        PromptPairs(n=2, first='The horse' → ' was' | 'The horses' → ' were')
     """
     by_singular = {noun.singular: noun for noun in english.NOUNS}
     at_least = 1 if structure == "simple" else 2

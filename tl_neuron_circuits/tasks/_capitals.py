@@ -50,8 +50,10 @@ def capitals(
         SettingsError: the attribute is unknown.
 
     Example:
-        >>> capitals(2, words=["Texas", "California"])  # doctest: +SKIP
-        PromptPairs(n=2, first='The capital of the state containing Dallas is' → ' Austin' | ...)
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.tasks.capitals(2, words=["Texas", "California"])
+        PromptPairs(n=2, first='The capital of the state containing Cordale is' → ' Austin' | 'The capital of the state
+        containing Millas is' → ' Sacramento')
     """
     by_name = {state.name: state for state in states.STATES}
     names = choose(words, list(by_name), "states", at_least=2)

@@ -33,8 +33,10 @@ def greater_than(n: int = 32, seed: int = 0, *, words: Sequence[str] | None = No
         PairsError: `n` is odd or more than there are, or `words` has unknown events.
 
     Example:
-        >>> greater_than(2, words=["war"])  # doctest: +SKIP
-        PromptPairs(n=2, first='The war lasted from the year 1732 to the year 17' → '33' | ...)
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.tasks.greater_than(2, words=["war"])
+        PromptPairs(n=2, first='The war lasted from the year 1236 to the year 12' → '37' | 'The war lasted from the year
+        1262 to the year 12' → '36')
     """
     events = choose(words, english.EVENTS, "events")
 

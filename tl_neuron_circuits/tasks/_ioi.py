@@ -31,8 +31,10 @@ def ioi(n: int = 32, seed: int = 0, *, phrasing: int | None = 0, words: Sequence
             no such phrasing.
 
     Example:
-        >>> ioi(2, words=["John", "Mary"])  # doctest: +SKIP
-        PromptPairs(n=2, first='When John and Mary went to the store, John gave a drink to' → ' Mary' | ...)
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.tasks.ioi(2, words=["John", "Mary"])
+        PromptPairs(n=2, first='When John and Mary went to the station, John gave a kiss to' → ' Mary' | 'When John and
+        Mary went to the station, Mary gave a kiss to' → ' John')
     """
     phrasings = range(len(english.IOI_PHRASINGS))
     if phrasing is not None:

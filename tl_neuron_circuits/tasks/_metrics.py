@@ -30,6 +30,14 @@ def logit_difference(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -
 
     Raises:
         PairsError: the pairs have no wrong answers.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> bool((tnc.tasks.logit_difference(model(batch.clean), batch) > 0).all())
+        True
     """
     if batch.wrong_answer is None:
         raise PairsError(
@@ -42,13 +50,31 @@ def logit_difference(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -
 
 @checked
 def answer_logit(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
-    """Logit of the answer."""
+    """Logit of the answer.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> tnc.tasks.answer_logit(model(batch.clean), batch).shape
+        torch.Size([8])
+    """
     return _pick(read(logits, batch), batch.answer)
 
 
 @checked
 def answer_log_probability(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
-    """Log-probability of the answer, in nats; not linear in the logits, so relevance is not conserved for it."""
+    """Log-probability of the answer, in nats; not linear in the logits, so relevance is not conserved for it.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> bool((tnc.tasks.answer_log_probability(model(batch.clean), batch) <= 0).all())
+        True
+    """
     return _pick(read(logits, batch).log_softmax(-1), batch.answer)
 
 
@@ -62,7 +88,13 @@ class ProbabilityDifference:
         PairsError: an answer is not among `tokens`.
 
     Example:
-        >>> metric = ProbabilityDifference.for_years(model, tasks.greater_than(64))  # doctest: +SKIP
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.greater_than(4)
+        >>> metric = tnc.tasks.ProbabilityDifference.for_years(model, pairs)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(4))
+        >>> bool((metric(model(batch.clean), batch) > 0.5).all())
+        True
     """
 
     tokens: Int[Tensor, " choice"]
@@ -123,7 +155,13 @@ def measure(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"], batch: B
         NumericalError: the logits or the metric's values are not finite.
 
     Example:
-        >>> values = measure(logit_difference, model(batch.clean), batch)  # doctest: +SKIP
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> values = tnc.tasks.measure(tnc.tasks.logit_difference, model(batch.clean), batch)
+        >>> values.shape, bool((values > 0).all())
+        (torch.Size([8]), True)
     """
     name, values = metric_name(metric), metric(logits, batch)
     expected = f"metric {name} must return a floating tensor of shape [{len(batch)}], one number a prompt"
@@ -152,7 +190,13 @@ def measure(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"], batch: B
 
 @checked
 def metric_name(metric: Metric) -> str:
-    """A name for files and tables: ours by their short names, others as `module.qualified_name`."""
+    """A name for files and tables: ours by their short names, others as `module.qualified_name`.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.tasks.metric_name(tnc.tasks.logit_difference)
+        'logit_difference'
+    """
     for name, known in METRICS.items():
         if metric is known:
             return name

@@ -30,7 +30,14 @@ _JSON_FIELDS = {
 
 
 class PromptPair(NamedTuple):
-    """One pair: what indexing and iterating `PromptPairs` gives."""
+    """One pair: what indexing and iterating `PromptPairs` gives.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> pairs = tnc.PromptPairs(clean=["The keys"], answer=[" are"], labels=["key"])
+        >>> pairs[0]
+        PromptPair(clean='The keys', answer=' are', corrupt=None, wrong_answer=None, label='key')
+    """
 
     clean: str
     answer: str
@@ -50,7 +57,8 @@ class PromptPairs:
         PairsError: lengths differ, an entry is empty or no string, or an answer equals its wrong answer.
 
     Example:
-        >>> pairs = PromptPairs(clean=["The keys"], answer=[" are"], corrupt=["The key"], wrong_answer=[" is"])
+        >>> import tl_neuron_circuits as tnc
+        >>> pairs = tnc.PromptPairs(clean=["The keys"], answer=[" are"], corrupt=["The key"], wrong_answer=[" is"])
         >>> pairs.both_directions()
         PromptPairs(n=2, first='The keys' → ' are' | 'The key' → ' is')
     """
@@ -125,7 +133,10 @@ class PromptPairs:
             PairsError: the file is missing or empty, or a line is not such an object; the message has its number.
 
         Example:
-            >>> PromptPairs.from_jsonl("simple_train.json")  # doctest: +SKIP
+            >>> import tl_neuron_circuits as tnc
+            >>> tnc.tasks.subject_verb_agreement("simple", n=4).to_jsonl("pairs.jsonl")
+            >>> len(tnc.PromptPairs.from_jsonl("pairs.jsonl"))
+            4
         """
         path = Path(path)
         try:
@@ -161,7 +172,10 @@ class PromptPairs:
             PairsError: `fraction` is not between 0 and 1, labels are missing, or all pairs form one group.
 
         Example:
-            >>> train, test = pairs.split(0.5, by="label")  # doctest: +SKIP
+            >>> import tl_neuron_circuits as tnc
+            >>> train, test = tnc.tasks.subject_verb_agreement("simple", n=32).split(0.5, by="label")
+            >>> set(train.labels) & set(test.labels)
+            set()
         """
         if not 0 < fraction < 1:
             raise PairsError(f"fraction must lie strictly between 0 and 1, got {fraction}.")

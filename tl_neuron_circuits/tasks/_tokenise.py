@@ -52,7 +52,9 @@ def tokenise(
         SettingsError: `prepend_bos` is given for pairs that are tokens already.
 
     Example:
-        >>> tokenise(model, PromptPairs(clean=["The keys"], answer=[" are"]))  # doctest: +SKIP
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> tnc.tasks.tokenise(model, tnc.PromptPairs(clean=["The dogs"], answer=[" are"]))
         TokenisedPairs(n=1, length=3, with=answers only)
     """
     if isinstance(pairs, TokenisedPairs):
@@ -81,7 +83,11 @@ def keep_fitting(
         PairsError: no pair fits; the message says why the first does not.
 
     Example:
-        >>> pairs = keep_fitting(model, tasks.capitals(200, vocabulary="english"))  # doctest: +SKIP
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.PromptPairs(clean=["The dogs", "The cats"], answer=[" are", " are near"])
+        >>> tnc.tasks.keep_fitting(model, pairs)  # the second answer is two tokens
+        PromptPairs(n=1, first='The dogs' → ' are')
     """
     encode = _encoder(model, prepend_bos)
     problems: list[PairsError] = []

@@ -25,6 +25,14 @@ class Batch:
     `index` holds the rows' places in the `TokenisedPairs`. `attention_mask` is None where nothing is padded, else 1 at
     tokens and 0 at padding. `position` is where a metric reads the clean run's logits, `corrupt_position` the corrupt
     run's (the same wherever clean and corrupt are aligned).
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(4))
+        >>> len(batch), tuple(batch.clean.shape), batch.position.tolist()
+        (4, (4, 3), [2, 2, 2, 2])
     """
 
     index: Int[Tensor, " batch"]
@@ -83,6 +91,14 @@ class TokenisedPairs:
 
     `position[i]` is the position in prompt i at which metrics read (the last, unless given). `pad_token` fills padded
     batches; it is masked, so its value does not matter to a model that respects the mask.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> tokens = tnc.tasks.tokenise(model, pairs)
+        >>> len(tokens), set(tokens.lengths)
+        (8, {3})
     """
 
     clean: Sequence[Int[Tensor, " _"]]
@@ -130,7 +146,9 @@ class TokenisedPairs:
             PairsError: columns differ in length, there are no pairs, or a position is outside its prompt.
 
         Example:
-            >>> TokenisedPairs.from_tokens(torch.tensor([[1, 2, 0]]), torch.tensor([0])).lengths
+            >>> import torch
+            >>> import tl_neuron_circuits as tnc
+            >>> tnc.TokenisedPairs.from_tokens(torch.tensor([[1, 2, 0]]), torch.tensor([0])).lengths
             (3,)
         """
         _check_lengths({"clean": clean, "answer": answer, "corrupt": corrupt, "labels": labels})

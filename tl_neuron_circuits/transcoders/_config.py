@@ -89,6 +89,7 @@ class TrainingConfig:
         SettingsError: a value is impossible.
 
     Example:
+        >>> from tl_neuron_circuits.transcoders import TrainingConfig
         >>> TrainingConfig(layers=(0,), activation="batchtopk", k=12).dictionary_kind
         'jumprelu_transcoder'
     """
@@ -166,6 +167,7 @@ class TrainingConfig:
         """The same settings but for some.
 
         Example:
+            >>> from tl_neuron_circuits.transcoders import TrainingConfig
             >>> TrainingConfig().replace(k=8).k
             8
         """

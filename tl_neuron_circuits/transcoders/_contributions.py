@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from .. import _html
 from .._typing import checked
 from ..attribution import label
 from ..bases import Dictionary
@@ -29,6 +30,13 @@ class Contributions:
     `table` has one row a source, largest |contribution| first: node, kind ("feature", "error", "skip", "head",
     "embedding", "bias"), layer, unit (feature, head, or token), position (where it stands; a head's source), token,
     activation and weight of features (contribution = activation * weight), contribution.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model, transcoders = tnc.load_demo_model(), tnc.load_demo_dictionaries("transcoder")
+        >>> found = tnc.transcoders.contributions(model, transcoders, "The dog near the cats", "L3/F7@-1")
+        >>> bool(abs(found.by("kind").sum() - found.value) < 1e-3)
+        True
     """
 
     table: pd.DataFrame
@@ -58,7 +66,7 @@ class Contributions:
         return f"Contributions({self.target} = {self.value:.4g} from {len(self.table)} sources)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.top(20).to_html(index=False, float_format='{:.4g}'.format, na_rep='')}"
+        return _html.block(repr(self), _html.table(self.table, bars=("contribution",)))
 
 
 @checked

@@ -39,6 +39,16 @@ class Fidelity:
 
     Columns: layer; replacement ("sae" or "transcoder", "affine", "rank 16", "mean", "zero"); kind and d_dict of the
     dictionary; l0 (of all layers: their mean), fvu, dead_share; loss, divergence, recovered_zero, recovered_mean.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=64)
+        >>> tokens = torch.stack(list(tnc.tasks.tokenise(model, pairs).clean))
+        >>> found = tnc.transcoders.fidelity(model, tnc.load_demo_dictionaries("sae"), tokens)
+        >>> found.of("sae").index.tolist()
+        [0, 1, 2, 3, 'all']
     """
 
     table: pd.DataFrame

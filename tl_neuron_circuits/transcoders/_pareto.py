@@ -26,6 +26,17 @@ class ParetoFront:
     Columns of the table: those of `Fidelity`, the setting that was varied (`k` or `penalty`), and `on_front`: no other
     dictionary of the same sort and layer has both a lower L0 and a higher `recovered_zero`. Rows of the linear maps and
     ablations, which have no L0, come once.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=64)
+        >>> tokens = torch.stack(list(tnc.tasks.tokenise(model, pairs).clean))
+        >>> config = tnc.transcoders.TrainingConfig(layers=(0,), d_dict=64, steps=10, batch_size=64, buffer_size=256)
+        >>> given = {"evaluation_tokens": tokens, "targets": ("sae",), "verbose": False}
+        >>> front = tnc.transcoders.pareto(model, tokens, config, [4, 8], **given)
+        >>> figure = front.plot(measure="fvu")
     """
 
     table: pd.DataFrame

@@ -23,6 +23,17 @@ class TrainingReport:
             variance_explained, dead_share; means over the steps since the row before, on the batches trained on.
         positions: activations seen, a position of a prompt counted whenever it was in a batch.
         seconds: where the time went: "collect" (forward passes with hooks), "update" (weights), "total".
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=64)
+        >>> tokens = torch.stack(list(tnc.tasks.tokenise(model, pairs).clean))
+        >>> config = tnc.transcoders.TrainingConfig(layers=(0,), d_dict=64, steps=20, batch_size=64, buffer_size=256)
+        >>> report = tnc.transcoders.train(model, tokens, config, verbose=False)
+        >>> [folder.name for folder in report.save("mine")]
+        ['layer-00']
     """
 
     dictionaries: tuple[Dictionary, ...]
