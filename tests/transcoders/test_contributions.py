@@ -14,7 +14,13 @@ from tl_neuron_circuits._errors import DictionaryError, NumericalError, Settings
 from tl_neuron_circuits.bases import Dictionary
 from tl_neuron_circuits.transcoders import contributions
 
+SOME_MODELS = all_models("gpt2", "llama_biased", "pythia", "qwen2", "no_norm")
 TEXT = "The capital of the state containing Dallas is"
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    return load_demo_model(), load_demo_dictionaries("transcoder")
 
 
 def values_of(model: Any, tokens: Tensor, *names: str) -> dict[str, Tensor]:
@@ -29,21 +35,18 @@ def values_of(model: Any, tokens: Tensor, *names: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", EVERY_MODEL)
 def test_sources_sum_to_the_pre_activation(case: ModelCase, untouched: Any) -> None:
     model = case.build(torch.float32)
-    generator = torch.Generator().manual_seed(1)
     dictionaries, tokens = transcoders(model), prompt(model)
-    model(tokens[None])  # the Bridge completes itself on its first forward
+    unit, position = (int(n) for n in torch.randint(LENGTH, (2,), generator=torch.Generator().manual_seed(1)))
+    reads = dictionaries[1]
+    x = values_of(model, tokens, reads.hook_in)[reads.hook_in][position]
     with untouched(model):
-        for layer in range(N_LAYERS):
-            unit, position = torch.randint(12, (), generator=generator), torch.randint(LENGTH, (), generator=generator)
-            found = contributions(model, dictionaries, tokens, f"L{layer}/F{int(unit)}@{int(position)}")
-            x = values_of(model, tokens, dictionaries[layer].hook_in)[dictionaries[layer].hook_in][position]
-            pre = x @ dictionaries[layer].W_enc[:, unit] + dictionaries[layer].b_enc[unit]
-            assert found.value == pytest.approx(float(pre), abs=1e-4)
-            assert abs(found.residual) < 1e-4
-            assert set(found.table["kind"]) <= {"feature", "error", "skip", "head", "embedding", "bias"}
+        found = contributions(model, dictionaries, tokens, f"L1/F{unit}@{position}")
+    assert found.value == pytest.approx(float(x @ reads.W_enc[:, unit] + reads.b_enc[unit]), abs=1e-4)
+    assert abs(found.residual) < 1e-4
+    assert set(found.table["kind"]) <= {"feature", "error", "skip", "head", "embedding", "bias"}
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama", "llama_biased", "pythia", "qwen2", "bloom", "no_norm"))
+@pytest.mark.parametrize("case", SOME_MODELS)
 def test_a_logit_and_a_neuron_are_the_models_own(case: ModelCase) -> None:
     model, layer = case.build(torch.float32), N_LAYERS - 1
     dictionaries, tokens = transcoders(model), prompt(model)
@@ -136,8 +139,8 @@ def test_what_is_written_before_a_post_norm_goes_through_it(case: ModelCase) -> 
     assert found.by("kind")["feature"] != pytest.approx(after.by("kind")["feature"], rel=0.01)
 
 
-def test_saes_are_sources_but_no_targets() -> None:
-    model, saes = load_demo_model(), load_demo_dictionaries("sae")
+def test_saes_are_sources_but_no_targets(demo: tuple[Any, Any]) -> None:
+    model, saes = demo[0], load_demo_dictionaries("sae")
     found = contributions(model, saes, TEXT, " Austin")
     assert abs(found.residual) < 1e-4
     assert {"feature", "error"} <= set(found.table["kind"])
@@ -145,17 +148,17 @@ def test_saes_are_sources_but_no_targets() -> None:
         contributions(model, saes, TEXT, "L3/F7@-1")
 
 
-def test_an_mlp_without_a_dictionary_is_all_error() -> None:
-    model = load_demo_model()
-    whole = contributions(model, load_demo_dictionaries("transcoder"), TEXT, "L3/F7@-1").by("layer")
-    part = contributions(model, load_demo_dictionaries("transcoder")[2:], TEXT, "L3/F7@-1")
+def test_an_mlp_without_a_dictionary_is_all_error(demo: tuple[Any, Any]) -> None:
+    model, dictionaries = demo
+    whole = contributions(model, dictionaries, TEXT, "L3/F7@-1").by("layer")
+    part = contributions(model, dictionaries[2:], TEXT, "L3/F7@-1")
     assert abs(part.residual) < 1e-4
     assert not ((part.table["kind"] == "feature") & (part.table["layer"] < 2)).any()
     assert part.by("layer")[1] == pytest.approx(whole[1], abs=1e-5)
 
 
-def test_results_sort_sum_and_say_what_they_are() -> None:
-    found = contributions(load_demo_model(), load_demo_dictionaries("transcoder"), TEXT, "L3/F7@-1")
+def test_results_sort_sum_and_say_what_they_are(demo: tuple[Any, Any]) -> None:
+    found = contributions(*demo, TEXT, "L3/F7@-1")
     assert found.target == "L3/F7@9"
     sizes = found.table["contribution"].abs()
     assert (sizes.diff().dropna() <= 0).all()
@@ -174,9 +177,9 @@ def test_results_sort_sum_and_say_what_they_are() -> None:
         ("no such token at all", "expected a target such as"),
     ],
 )  # fmt: skip
-def test_targets_that_are_not_there(target: str | int, message: str) -> None:
+def test_targets_that_are_not_there(demo: tuple[Any, Any], target: str | int, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        contributions(load_demo_model(), load_demo_dictionaries("transcoder"), TEXT, target)
+        contributions(*demo, TEXT, target)
 
 
 def test_dictionaries_elsewhere_and_encoders_of_their_own_are_refused() -> None:

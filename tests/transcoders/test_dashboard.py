@@ -20,8 +20,13 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def shown() -> tuple[FeatureDashboard, Any, Tensor]:
-    model, dictionaries = load_demo_model(), load_demo_dictionaries("transcoder")
+def demo() -> tuple[Any, Any]:
+    return load_demo_model(), load_demo_dictionaries("transcoder")
+
+
+@pytest.fixture(scope="module")
+def shown(demo: tuple[Any, Any]) -> tuple[FeatureDashboard, Any, Tensor]:
+    model, dictionaries = demo
     tokens = model.to_tokens(TEXTS)
     ignored = (int(model.tokenizer.pad_token_id), int(model.tokenizer.bos_token_id))
     _, cache = model.run_with_cache(tokens)
@@ -49,8 +54,8 @@ def test_frequency_and_bands_count_every_position(shown: Any) -> None:
     assert "<pad>" not in "".join(strongest.tokens)
 
 
-def test_restricted_pages_hold_nothing_of_the_features_own_activations(shown: Any, tmp_path: Path) -> None:
-    model, dictionaries, tokens = load_demo_model(), load_demo_dictionaries("transcoder"), shown[2]
+def test_restricted_pages_hold_nothing_of_the_features_own_activations(demo: Any, shown: Any, tmp_path: Path) -> None:
+    model, dictionaries, tokens = *demo, shown[2]
     label, path = shown[0].feature, tmp_path / "restricted.html"
     found = feature_dashboard(model, dictionaries, label, tokens, restricted=True, path=path)
     text = path.read_text(encoding="utf-8")
@@ -77,16 +82,16 @@ def test_texts_cannot_break_out_of_the_page(shown: Any) -> None:
     assert "&lt;script&gt;" in page(broken)
 
 
-def test_the_first_layer_has_heads_and_tokens_but_no_earlier_features(tmp_path: Path) -> None:
-    model, dictionaries = load_demo_model(), load_demo_dictionaries("transcoder")
+def test_the_first_layer_has_heads_and_tokens_but_no_earlier_features(demo: Any, tmp_path: Path) -> None:
+    model, dictionaries = demo
     found = feature_dashboard(model, dictionaries, "L0/F3", model.to_tokens(TEXTS), path=tmp_path / "first.html")
     assert found.routes[0].features is None
     assert [route.head is None for route in found.routes] == [True, False, False, False]
     assert "L0/F3" in repr(found) and found._repr_html_()
 
 
-def test_a_feature_that_never_fires_says_so() -> None:
-    model, dictionaries = load_demo_model(), load_demo_dictionaries("transcoder")
+def test_a_feature_that_never_fires_says_so(demo: Any) -> None:
+    model, dictionaries = demo
     tokens = model.to_tokens(TEXTS)[4:]
     _, cache = model.run_with_cache(tokens)
     silent = int(dictionaries[1].encode(cache["blocks.1.ln2.hook_normalized"])[0].sum(0).argmin())

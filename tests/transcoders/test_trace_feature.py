@@ -53,7 +53,7 @@ def assert_everything_adds_up(circuit: Circuit, tolerance: float) -> None:
     assert ends == pytest.approx(circuit.target_value, abs=tolerance)
 
 
-@pytest.mark.parametrize("case", model_cases("gpt2", "llama", "pythia", "gemma2", "phi"), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", model_cases("llama", "pythia", "gemma2", "phi"), ids=lambda case: case.id)
 def test_incoming_edges_sum_to_every_node(case: ModelCase) -> None:
     model = case.build(torch.float32)
     circuit = trace_feature(
@@ -168,7 +168,7 @@ def test_it_is_saved_exported_and_drawn_like_any_circuit(austin: Circuit, tmp_pa
     austin.to_neuronpedia(tmp_path / "graph.json")
     assert Circuit.from_neuronpedia(tmp_path / "graph.json").nodes.equals(austin.nodes)
     austin.to_html(tmp_path / "page.html")
-    assert "→" in (tmp_path / "page.html").read_text(encoding="utf-8").encode().decode("unicode_escape")
+    assert "L1/H3@8\\u21929" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert austin.plot().data
     summed = austin.sum_positions()
     assert summed.nodes["flow"].sum() == pytest.approx(austin.nodes["flow"].sum(), rel=1e-6)

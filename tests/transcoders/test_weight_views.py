@@ -40,11 +40,11 @@ def test_connections_through_a_head_are_products_of_its_weights(case: ModelCase)
     """With grouped queries: heads 2 and 3 share the second value head."""
     model = case.build(torch.float32)
     dictionaries = transcoders(model, "transcoder")
-    matrix = connections(model, dictionaries, 0, 1, head=(1, 3), sources=[2, 5], targets=[3])
+    matrix = connections(model, dictionaries, 0, 1, head=(1, 2), sources=[2, 5], targets=[3])
     attention, norm = model.blocks[1].attn, model.blocks[1].ln1
-    W_V = attention.W_V[3 if len(attention.W_V) == 4 else 1]
+    W_V = attention.W_V[2 if len(attention.W_V) == 4 else 1]
     weight = norm.w if hasattr(norm, "w") else norm.weight
-    read = weight * (W_V @ attention.W_O[3] @ dictionaries[1].W_enc[:, 3])
+    read = weight * (W_V @ attention.W_O[2] @ dictionaries[1].W_enc[:, 3])
     expected = dictionaries[0].W_dec[[2, 5]] @ read
     assert matrix[:, 0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 

@@ -13,7 +13,7 @@ from ..models import TransformerLensModel, submodule
 from ..tasks import PromptPairs, tokenise
 from ._norm_maps import norm_map
 from ._one_step import OneStep, Read, feature_read, one_step, read_through_norm
-from ._residual_run import ResidualRun, stream_names
+from ._residual_run import ResidualRun
 
 Target = str | int
 """`"L3/F17@5"` (a dictionary's feature), `"L3/N17@5"` (a neuron), or the next token as text or number."""
@@ -113,7 +113,7 @@ def _neuron(run: ResidualRun, layer: int, unit: int, position: int) -> Explained
         raise SettingsError(f"expected a neuron of this model; got L{layer}/N{unit}.")
     vector = weights.detach()[:, unit]
     vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
-    stream = stream_names(run.model, layer)[1]
+    stream = run.streams[layer][1]
     paths = (f"blocks.{layer}.{name}" for name in ("ln2", "ln1"))
     norm = next((norm for norm in (norm_map(run.model, path) for path in paths) if norm.normalises), None)
     if norm is None:

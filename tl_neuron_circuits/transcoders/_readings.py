@@ -98,14 +98,19 @@ def source_sites(model: TransformerLensModel, dictionaries: Sequence[Dictionary]
     return sites
 
 
-def stream_names(model: TransformerLensModel, layer: int) -> tuple[str, str]:
-    """The residual stream before attention and before the MLP: the same in parallel blocks."""
-    before, middle = (f"blocks.{layer}.hook_resid_{place}" for place in ("pre", "mid"))
-    parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False)) or middle not in hook_points(model)
-    return before, before if parallel else middle
+def stream_names(model: TransformerLensModel) -> list[tuple[str, str]]:
+    """Of every block the residual stream before attention and before the MLP: the same in parallel blocks."""
+    points, parallel = hook_points(model), bool(getattr(model.cfg, "parallel_attn_mlp", False))
+    names = []
+    for layer in range(int(model.cfg.n_layers)):
+        before, middle = (f"blocks.{layer}.hook_resid_{place}" for place in ("pre", "mid"))
+        names.append((before, before if parallel or middle not in points else middle))
+    return names
 
 
-def reading_of(model: TransformerLensModel, site: Site, values: Mapping[str, Tensor]) -> Reading:
+def reading_of(
+    model: TransformerLensModel, site: Site, values: Mapping[str, Tensor], streams: Sequence[tuple[str, str]]
+) -> Reading:
     """How the dictionary of a site reads the residual stream, from the values of a run.
 
     Raises:
@@ -124,7 +129,7 @@ def reading_of(model: TransformerLensModel, site: Site, values: Mapping[str, Ten
         raise DictionaryError(f"expected {dictionary.name} to read in a block; got {hook_in}.")
     layer, seen = int(found[1]), values[hook_in].flatten(0, -2)
     allowed = _CLOSE.get(values[hook_in].dtype, _ROUGH)
-    for stream, norm in _candidates(model, layer):
+    for stream, norm in _candidates(model, layer, *streams[layer]):
         expected = norm.apply(values[stream].flatten(0, -2).to(torch.promote_types(seen.dtype, torch.float32)))
         if (expected - seen).norm() <= allowed * seen.norm():
             return Reading(dictionary, site, hook_in, layer, stream, norm)
@@ -134,8 +139,7 @@ def reading_of(model: TransformerLensModel, site: Site, values: Mapping[str, Ten
     )
 
 
-def _candidates(model: TransformerLensModel, layer: int) -> Iterator[tuple[str, NormMap]]:
-    before, middle = stream_names(model, layer)
+def _candidates(model: TransformerLensModel, layer: int, before: str, middle: str) -> Iterator[tuple[str, NormMap]]:
     for path in ("ln2", "ln1"):
         norm = norm_map(model, f"blocks.{layer}.{path}")
         if norm.normalises:

@@ -57,6 +57,8 @@ class ResidualRun:
     """Without the batch axis."""
     readings: Mapping[int, Reading]
     """Of the dictionaries that can be targets, by layer of the MLP they stand for."""
+    streams: Sequence[tuple[str, str]]
+    """Hook points of the residual stream before each layer's attention and before its MLP."""
     mlps: Sequence[MLPWrites]
     embedding: Float[Tensor, "pos d_model"]
     positional: Float[Tensor, "pos d_model"] | None
@@ -70,11 +72,6 @@ class ResidualRun:
     def attentions(self) -> list[AttentionWeights]:
         """The weights of every attention layer."""
         return [attention_weights(self.model, layer) for layer in range(self.n_layers)]
-
-    @cached_property
-    def parallel(self) -> list[bool]:
-        """Whether a block's MLP does not see its attention."""
-        return [len(set(stream_names(self.model, layer))) == 1 for layer in range(self.n_layers)]
 
     @cached_property
     def attention_inputs(self) -> list[Tensor]:
@@ -122,12 +119,12 @@ def residual_run(model: TransformerLensModel, dictionaries: Sequence[Dictionary]
         DictionaryError: a dictionary does not write an MLP's output, or does not fit the model.
         UnsupportedModelError: a hook point is missing or does not fire.
     """
-    sites = source_sites(model, dictionaries)
+    sites, streams = source_sites(model, dictionaries), stream_names(model)
     n_layers, points = int(model.cfg.n_layers), hook_points(model)
     positional = getattr(model.cfg, "positional_embedding_type", "") == "standard" and "hook_pos_embed" in points
     names = ["hook_pos_embed"] if positional else []
     for layer in range(n_layers):
-        names += [*stream_names(model, layer), f"blocks.{layer}.attn.hook_pattern", f"blocks.{layer}.attn.hook_z"]
+        names += [*streams[layer], f"blocks.{layer}.attn.hook_pattern", f"blocks.{layer}.attn.hook_z"]
         pre = f"blocks.{layer}.mlp.hook_pre"
         names += [pre] if pre in points else []
         names += sites[layer].reads if layer in sites else (f"blocks.{layer}.hook_mlp_out",)
@@ -137,18 +134,19 @@ def residual_run(model: TransformerLensModel, dictionaries: Sequence[Dictionary]
     embedding = values["blocks.0.hook_resid_pre"]
     places = values["hook_pos_embed"] if positional else None
     readings = {
-        layer: reading_of(model, site, values)
+        layer: reading_of(model, site, values, streams)
         for layer, site in sites.items()
         if site.hook_in != site.hook  # pyright: ignore[reportAttributeAccessIssue]
     }
     mlps = [_writes(model, layer, sites.get(layer), values) for layer in range(n_layers)]
     return ResidualRun(
-        model, tokens[0], values, readings, mlps, embedding if places is None else embedding - places, places
+        model, tokens[0], values, readings, streams, mlps, embedding if places is None else embedding - places, places
     )
 
 
 def _values(model: TransformerLensModel, tokens: Tensor, names: list[str]) -> Values:
-    absent = [name for name in names if name not in hook_points(model)]
+    points = hook_points(model)
+    absent = [name for name in names if name not in points]
     if absent:
         raise UnsupportedModelError(
             f"circuits from weights read the residual stream and attention at {absent[:4]}, which this "
