@@ -43,7 +43,7 @@ def test_scale_one_is_the_identity_bit_for_bit(case: ModelCase, place: str, unto
     assert not torch.equal(other, before)
 
 
-@few
+@pytest.mark.parametrize("case", all_models("gpt2"))
 @places
 @pytest.mark.parametrize(("how", "amount"), [("scale", -2.0), ("value", 0.7), ("add", 0.3)])
 def test_the_change_is_that_of_the_feature_times_its_decoder_row(
