@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_neuron_circuits.bases import Dictionaries
-
 Feature = tuple[int, int, int]
 """Layer, position, unit."""
 
@@ -20,9 +18,9 @@ Feature = tuple[int, int, int]
 class FrozenReplacement:
     """Runs of the replacement model with embeddings, errors or features changed."""
 
-    def __init__(self, model: Any, tokens: Int[Tensor, "1 pos"], basis: Dictionaries) -> None:
+    def __init__(self, model: Any, tokens: Int[Tensor, "1 pos"], basis: Any) -> None:
         self._model, self._tokens = model, tokens
-        self.dictionaries = {d.layer: d for d in basis.dictionaries}
+        self.dictionaries: dict[int, Any] = {d.layer: d for d in basis.dictionaries}
         with torch.no_grad():
             _, self._clean = model.run_with_cache(tokens)
             self.features = {layer: d.encode(self._read(d)) for layer, d in self.dictionaries.items()}

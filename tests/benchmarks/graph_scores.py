@@ -31,7 +31,7 @@ def of_one_length(model: Any, pairs: tnc.PromptPairs) -> tnc.PromptPairs:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--nodes", type=int, nargs="+", default=[50, 100, 200])
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -43,16 +43,18 @@ def test_scale_one_is_the_identity_bit_for_bit(case: ModelCase, place: str, unto
     assert not torch.equal(other, before)
 
 
-@few
+@pytest.mark.parametrize("case", all_models("gpt2"))
 @places
 @pytest.mark.parametrize(("how", "amount"), [("scale", -2.0), ("value", 0.7), ("add", 0.3)])
 def test_the_change_is_that_of_the_feature_times_its_decoder_row(
     case: ModelCase, place: str, how: str, amount: float
 ) -> None:
     model, basis = case.build(), dictionaries(place)
-    tokens, site = random_tokens(model), basis.sites(case.build())[0]
+    tokens = random_tokens(model)
+    site: Any = basis.sites(model)[0]
     fixed, free = firing(model, tokens, basis)[:2]
-    hooks = steering_hooks(model, [f"L0/F{fixed}@3", f"L0/F{free}"], basis=basis, **{how: amount})
+    change_of: dict[str, Any] = {how: amount}
+    hooks = steering_hooks(model, [f"L0/F{fixed}@3", f"L0/F{free}"], basis=basis, **change_of)
     before = {name: activations(model, tokens, [], name) for name in site.reads}
     nodes = site.take_apart(before).nodes
     change = {"scale": (amount - 1) * nodes, "value": amount - nodes, "add": torch.full_like(nodes, amount)}[how]
@@ -70,7 +72,7 @@ def test_a_feature_set_to_its_value_on_another_prompt_is_an_interchange(case: Mo
     here, there = random_tokens(model, 1, 5), random_tokens(model, 1, 5, seed=1)
     labels = [f"L1/F{unit}@{position}" for unit in range(D_DICT) for position in range(5)]
     values = node_values(model, there, labels, basis=basis)
-    site = basis.sites(model)[1]
+    site: Any = basis.sites(model)[1]
     nodes, other = (
         site.take_apart({name: activations(model, tokens, [], name) for name in site.reads}) for tokens in (here, there)
     )

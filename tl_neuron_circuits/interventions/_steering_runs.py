@@ -200,9 +200,8 @@ class Runs:
                 logits, values = run(self._model, tokens, self._names, hooks)
                 place(after[number], rows, logits)
                 for name, group in self._watch.items():
-                    watched[number][name][rows] = relative_change(
-                        *(values_by_key(v, group) for v in (base, values)), group
-                    )
+                    old, new = values_by_key(base, group), values_by_key(values, group)
+                    watched[number][name][rows] = relative_change(old, new, group)
                 for row, *pair in zip(rows, plain, self._continue(tokens, hooks), strict=True):
                     texts[number][row] = (pair[0], pair[1])
         return self._results(nodes, changes, top_k, before, after, watched, texts)
