@@ -60,13 +60,13 @@ def replaced(model: Any, pairs: Any, basis: Any, features: bool) -> Tensor:
     for d in basis.dictionaries:
 
         def write(value: Tensor, hook: Any, d: Any = d) -> Tensor:
-            return (d(seen[d.hook_in]) if features else d.b_dec.expand_as(value)).to(value)
+            return (d(seen[d.hook_in].double()) if features else d.b_dec.expand_as(value)).to(value)
 
         hooks += [(d.hook_in, lambda value, hook, d=d: seen.update({d.hook_in: value})), (d.hook_out, write)]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         logits = model(torch.stack(list(pairs.clean)))[:, -1]
     rows = torch.arange(len(pairs))
-    return logits[rows, pairs.answer] - logits[rows, pairs.wrong_answer]
+    return (logits[rows, pairs.answer] - logits[rows, pairs.wrong_answer]).float()
 
 
 def test_one_prompt_does_not_vary() -> None:

@@ -28,7 +28,7 @@ from tl_neuron_circuits.attribution import activation_variance
 from tl_neuron_circuits.bases import AttentionOutputs, Basis, Dictionaries, MLPOutputs, Neurons
 from tl_neuron_circuits.plots._style import PALETTE, finish
 
-SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 RANKINGS = ("variance", "RelP")
 SHOWN = {"neurons": PALETTE[0], "features": PALETTE[1]}
 
@@ -42,8 +42,10 @@ class Task:
         self.metric = tnc.tasks.ProbabilityDifference.for_years(self.model, pairs)
         self.train, self.test = pairs.split(0.5, by="label")
 
-    def curve(self, basis: Basis, ranking: str, sizes: Sequence[int] | None) -> tnc.SparsityCurve:
-        """The metric with the best units kept; None adds to the sizes all units."""
+    def curve(
+        self, basis: Basis, ranking: str, sizes: Sequence[int] | None = None, ablation: Any = "zero"
+    ) -> tnc.SparsityCurve:
+        """The metric with the best units kept; by default at all sizes, all units last."""
         if ranking == "variance":
             scores = activation_variance(self.model, self.train, basis=basis)
         else:
@@ -52,7 +54,7 @@ class Task:
         units = sum(len(values) for values in scores.values.values())
         chosen = [size for size in SIZES if size < units] + [units] if sizes is None else sizes
         return tnc.evaluate(
-            self.model, self.test, scores, sizes=chosen, metric=self.metric, ablation="zero", error="ablate",
+            self.model, self.test, scores, sizes=chosen, metric=self.metric, ablation=ablation, error="ablate",
             completeness=False,
         )  # fmt: skip
 
@@ -96,7 +98,7 @@ def measure(task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
         bases = {"neurons": Neurons(layers), "features": Dictionaries(transcoders)}
         for unit, basis in bases.items():
             for ranking in RANKINGS:
-                curve = task.curve(basis, ranking, None)
+                curve = task.curve(basis, ranking)
                 values = curve.kept.double().mean(1).tolist()
                 shared = {"place": place, "unit": unit, "ranking": ranking}
                 rows += [{**shared, "n": n, "metric": value} for n, value in zip(curve.sizes, values, strict=True)]
@@ -111,6 +113,19 @@ def measure(task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
             }
         )
     return pd.DataFrame(references), pd.DataFrame(rows)
+
+
+def mean_table(task: Task) -> pd.DataFrame:
+    """All layers, the rest at its mean over the corrupt prompts: a row a unit and ranking."""
+    bases = {"neurons": Neurons(), "features": Dictionaries(tnc.load_demo_dictionaries("transcoder"))}
+    rows = []
+    for unit, basis in bases.items():
+        for ranking in RANKINGS:
+            curve = task.curve(basis, ranking, ablation="mean")
+            values = curve.kept.double().mean(1).tolist()
+            cells = {str(n): f"{value:.3f}" for n, value in zip(curve.sizes[:-1], values[:-1], strict=True)}
+            rows.append({"unit": unit, "ranking": ranking, **cells, "all": f"{values[-1]:.3f}"})
+    return pd.DataFrame(rows)
 
 
 def curves_table(rows: pd.DataFrame, ranking: str) -> pd.DataFrame:
@@ -163,6 +178,7 @@ def main() -> None:
     print(f"What is left without a layer's MLP or attention:\n\n{markdown(references.round(3))}\n")
     for ranking in RANKINGS:
         print(f"Units kept, by {ranking}:\n\n{markdown(curves_table(rows, ranking))}\n")
+    print(f"All layers, the rest at its mean:\n\n{markdown(mean_table(task))}\n")
     bases = [Neurons(), Dictionaries(tnc.load_demo_dictionaries("transcoder"))]
     found = tnc.compare(
         task.model, task.train, task.test, bases=bases, methods=["relp"], metric=task.metric,

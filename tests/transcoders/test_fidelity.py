@@ -165,7 +165,7 @@ def test_the_front_compares_transcoders_and_saes(one_tiny: Any, tokens: Tensor) 
         alone = fidelity(one_tiny, dictionaries, tokens, baselines=False).of(target).loc[0]
         row = own[(own["replacement"] == target) & (own["k"] == value)].iloc[0]
         for column in ("loss", "divergence", "fvu", "l0", "recovered_zero", "recovered_mean"):
-            assert row[column] == pytest.approx(alone[column], abs=1e-6)
+            assert row[column] == pytest.approx(alone[column], abs=1e-4)
     figure = front.plot()
     assert {trace.name for trace in figure.data} >= {"transcoder", "SAE (MLP out)", "affine", "rank 16"}
     with pytest.raises(SettingsError, match="measure to be one of"):

@@ -47,10 +47,13 @@ def test_wrong_sites(tiny: Any, tokens: Tensor, changes: dict[str, Any], error: 
         train(tiny, tokens, SMALL.replace(**changes), verbose=False)
 
 
-def test_a_site_that_does_not_fire(one_tiny: Any, tokens: Tensor) -> None:
-    """Both classes list `hook_mlp_in`; neither runs it unless asked to."""
-    with pytest.raises((UnsupportedModelError, DictionaryError), match=r"hook_mlp_in"):
-        train(one_tiny, tokens, SMALL.replace(hook_in="blocks.{layer}.hook_mlp_in"), verbose=False)
+def test_a_site_that_does_not_fire(tiny: Any, tokens: Tensor) -> None:
+    """HookedTransformer lists `hook_result` and does not run it unless asked to."""
+    if type(tiny).__name__ == "TransformerBridge":
+        pytest.skip("the Bridge has no hook point that is listed and silent under this name")
+    with pytest.raises(UnsupportedModelError, match=r"attn\.hook_result.* to fire"):
+        config = SMALL.replace(hook_in="blocks.{layer}.attn.hook_result")
+        train(tiny, tokens, config, verbose=False)
 
 
 @pytest.mark.parametrize(
