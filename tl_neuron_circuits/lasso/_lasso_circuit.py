@@ -174,7 +174,8 @@ class LassoCircuit(Circuit):
         nodes = circuit.nodes.assign(**{name: tensors[f"nodes/{name}"].numpy() for name in NODE_EXTRA})
         edges = circuit.edges.assign(**{name: tensors[f"edges/{name}"].numpy() for name in EDGE_EXTRA})
         table = pd.DataFrame({name: tensors[f"path/{name}"].numpy() for name in notes["path"]})
-        return cls(nodes, edges, circuit.settings, table)
+        whole = {name: "int64" for name in ("n_edges", "n_weights") if name in table}
+        return cls(nodes, edges, circuit.settings, table.astype(whole))
 
     def __repr__(self) -> str:
         s = self.settings
