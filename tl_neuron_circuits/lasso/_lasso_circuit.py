@@ -3,7 +3,8 @@
 An edge's `weight` is the regression's; its `attribution`, which ranks and colours edges as in every circuit, is `reach`
 with the weight's sign (the weight itself where there is no readout to reach). A node's `score` is the largest product
 of weights on a path from it to the readout (without one, its strongest edge). Nothing is conserved along a regression:
-`relative`, `flow` and `influence` are nan, no remainder is kept, and the target's value is 1, its own deviation (0 without a readout).
+`relative`, `flow` and `influence` are nan, no remainder is kept, and the target's value is 1, its own deviation (0
+without a readout).
 """
 
 from collections.abc import Mapping, Sequence
@@ -230,8 +231,9 @@ def lasso_circuit(
     )
     links = edges.assign(relative=np.nan, attribution=reach * np.sign(edges["weight"]))
     more = {
-        "target": [settings["readout"]], "target_value": float(has_readout), "n_prompts": settings["n"], "positions": "sum",
-        "prompt": f"{settings['n']} prompts", "tokens": [], "token_ids": [], "position": -1, "baseline": "mean",
+        "target": [settings["readout"]], "target_value": float(has_readout), "n_prompts": settings["n"],
+        "positions": "sum", "prompt": f"{settings['n']} prompts", "tokens": [], "token_ids": [], "position": -1,
+        "baseline": "mean",
     }  # fmt: skip
     return LassoCircuit(rows, links, {**settings, **more}, path)
 
