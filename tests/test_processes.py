@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from tests import worker_of_two as worker
+from tests.families import random_tokens
 from tests.transcoders.two_processes import CASES, IN_ORDER, TOKENS
 from tl_neuron_circuits import Comparison, NodeScores, SparsityCurve, attribute, evaluate
 from tl_neuron_circuits._processes import TIMEOUT, Processes
 from tl_neuron_circuits.bases import load_dictionary
+from tl_neuron_circuits.lasso import LassoCircuit
 from tl_neuron_circuits.transcoders import train
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +68,12 @@ def test_scores_are_those_of_one_process_on_every_process(folder: Path, model: A
     assert {k: v for k, v in first.settings.items() if k != "batch_size"} == {
         k: v for k, v in json.loads(json.dumps(expected.settings)).items() if k != "batch_size"
     }
+
+
+def test_a_lasso_sees_the_blocks_of_both_processes(folder: Path, model: Any) -> None:
+    expected = worker.LASSO.fit(model, random_tokens(model, batch=15, pos=4))
+    for rank in "01":
+        pd.testing.assert_frame_equal(LassoCircuit.load(folder / rank / "lasso").edges, expected.edges)
 
 
 @pytest.mark.parametrize("ablation", worker.ABLATIONS)

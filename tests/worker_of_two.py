@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from tests.attribution.plain import random_pairs
-from tests.families import model_cases
+from tests.families import model_cases, random_tokens
 from tests.transcoders.two_processes import train_and_save
 from tl_neuron_circuits import NeuronCircuitsError, attribute, compare, evaluate
 from tl_neuron_circuits._processes import here, single_process
 from tl_neuron_circuits.bases import MLPOutputs, Neurons
+from tl_neuron_circuits.lasso import CircuitLasso
 from tl_neuron_circuits.tasks import logit_difference
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -39,6 +40,7 @@ PAIRS = {
     "auto": random_pairs(5, 5, 5),
 }
 ABLATIONS = ("mean", "resample")
+LASSO = CircuitLasso(share=0.3, shares=(0.5,), readout="logits", blocks=3, noise=0.1, skip_positions=0)
 
 
 def model() -> Any:
@@ -76,6 +78,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     of, mine = model(), here()
     own = folder / str(mine.rank)
+    LASSO.fit(of, random_tokens(of, batch=15, pos=4), resume=folder / "resume" / "lasso").save(own / "lasso")
     for name, settings in CALLS.items():
         attribute(of, PAIRS[name], **settings, resume=folder / "resume" / name).save(own / name)
     scores = attribute(of, PAIRS["kept"])

@@ -63,7 +63,7 @@ def peak(reset: bool = False) -> float:
 def growth(share: float, most: float) -> None:
     """One line a size, then exponents fitted to the logarithms of the seconds.
 
-    Observations are streamed in batches made as they are needed: memory is the statistics', the batch's and the solve's.
+    Observations are streamed in batches made as they are needed, so that memory is that of statistics and solve.
     """
     rows = []
     for units in (100, 300, 1000, 3000, 10_000):
@@ -83,8 +83,9 @@ def growth(share: float, most: float) -> None:
             )
             rows.append((units, observations, in_gram, in_solve))
             print(
-                f"N = {units:6}, M = {observations:8}: statistics {in_gram:8.2f} s, solve {in_solve:7.2f} s, peak memory "
-                f"{peak() - before:7.0f} MiB (one Gram is {8 * units**2 / 2**20:.1f}), {solution.n_edges} weights, "
+                f"N = {units:6}, M = {observations:8}: statistics {in_gram:8.2f} s, solve {in_solve:7.2f} s, "
+                f"peak memory {peak() - before:7.0f} MiB (one Gram is {8 * units**2 / 2**20:.1f}), "
+                f"{solution.n_edges} weights, "
                 f"{int((weights != 0).sum())} true",
                 flush=True,
             )

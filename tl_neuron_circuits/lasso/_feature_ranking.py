@@ -208,6 +208,8 @@ def rank_features(
     """
     if len(labels) != len(pooled.values):
         raise SettingsError(f"expected one label a prompt; got {len(labels)} for {len(pooled.values)} prompts.")
+    if len(set(labels)) < 2:
+        raise SettingsError(f"the labels are all {labels[0]!r}: the same for all prompts, so nothing tells them apart.")
     if n_features < 1:
         raise SettingsError(f"expected n_features of at least 1; got {n_features}.")
     y = torch.tensor(np.asarray(labels, dtype=float))[:, None]
@@ -238,8 +240,6 @@ def _weights(
     """Standardised weights, the columns' scales, and the penalty."""
     squared = standardise(Statistics.of(x, y))
     if loss == "squared":
-        if bool(squared.target_constant.any()):
-            raise SettingsError("the labels are all the same: nothing to tell apart.")
         largest = largest_penalty(squared)
     else:
         largest = float((squared.cross * squared.target_scale).abs().max()) * len(x)

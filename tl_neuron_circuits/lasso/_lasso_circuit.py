@@ -3,7 +3,8 @@
 An edge's `weight` is the regression's; its `attribution`, which ranks and colours edges as in every circuit, is `reach`
 with the weight's sign (the weight itself where there is no readout to reach). A node's `score` is the largest product
 of weights on a path from it to the readout (without one, its strongest edge). Nothing is conserved along a regression:
-`relative`, `flow` and `influence` are nan, no remainder is kept, and the target's value is 1, its own deviation.
+`relative`, `flow` and `influence` are nan, no remainder is kept, and the target's value is 1, its own deviation (0
+without a readout).
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,22 @@ class LassoCircuit(Circuit):
         for name, before, extra in (("nodes", nodes, NODE_EXTRA), ("edges", edges, EDGE_EXTRA)):
             own = {column: before[column].to_numpy(dtype=float) for column in extra}
             object.__setattr__(self, name, getattr(self, name).assign(**own))
+
+    @property
+    def unexplained(self) -> float:
+        """Share of the readout's variance that its regression leaves; nan without a readout."""
+        goal = self.nodes.loc[self.nodes["kind"] == "logit", "r2"]
+        return float(1 - goal.iloc[0]) if len(goal) else float("nan")
+
+    @property
+    def replacement_score(self) -> float:
+        """nan: a regression has no remainders."""
+        return float("nan")
+
+    @property
+    def completeness_score(self) -> float:
+        """nan: a regression has no remainders."""
+        return float("nan")
 
     def to_circuit(self) -> Circuit:
         """A plain `Circuit`, without the regression's own columns and path."""
@@ -174,7 +191,8 @@ class LassoCircuit(Circuit):
         nodes = circuit.nodes.assign(**{name: tensors[f"nodes/{name}"].numpy() for name in NODE_EXTRA})
         edges = circuit.edges.assign(**{name: tensors[f"edges/{name}"].numpy() for name in EDGE_EXTRA})
         table = pd.DataFrame({name: tensors[f"path/{name}"].numpy() for name in notes["path"]})
-        return cls(nodes, edges, circuit.settings, table)
+        whole = {name: "int64" for name in ("n_edges", "n_weights") if name in table}
+        return cls(nodes, edges, circuit.settings, table.astype(whole))
 
     def __repr__(self) -> str:
         s = self.settings
@@ -213,8 +231,9 @@ def lasso_circuit(
     )
     links = edges.assign(relative=np.nan, attribution=reach * np.sign(edges["weight"]))
     more = {
-        "target": [settings["readout"]], "target_value": 1.0, "n_prompts": settings["n"], "positions": "sum",
-        "prompt": f"{settings['n']} prompts", "tokens": [], "token_ids": [], "position": -1, "baseline": "mean",
+        "target": [settings["readout"]], "target_value": float(has_readout), "n_prompts": settings["n"],
+        "positions": "sum", "prompt": f"{settings['n']} prompts", "tokens": [], "token_ids": [], "position": -1,
+        "baseline": "mean",
     }  # fmt: skip
     return LassoCircuit(rows, links, {**settings, **more}, path)
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .._errors import FileFormatError, SettingsError
 from .._files import read_directory, write_directory
+from .._processes import Processes, here
 from ..tasks import Batch, TokenisedPairs
 from ._sites import Noise, Observer, Site
 from ._statistics import Accumulator, Statistics, sum_of
@@ -118,6 +119,7 @@ def observe(
     """Run the model on every prompt once and keep the statistics.
 
     With `noise`, see `Noise`; its size is measured on the first prompts, and draws start anew with every block.
+    Blocks are dealt to the processes of a launcher, and every process returns all of them.
     With `resume`, the statistics of finished blocks are kept in that directory and taken from there.
 
     Raises:
@@ -126,28 +128,44 @@ def observe(
     """
     _check(tokens, regressors, n_blocks, skip)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    regressions: tuple[Regression, ...] = ()
-    deviations: Mapping[str, Tensor] = {}
-    blocks: list[tuple[Statistics, ...]] = []
-    done = {} if resume is None else _read_blocks(Path(resume), settings)
-    with tqdm(total=len(tokens), desc="observed prompts", disable=not verbose, unit="prompt") as bar:
-        for block in range(n_blocks):
-            chosen = sorted(order[block::n_blocks].tolist())
-            part = _subset(tokens, chosen)
-            if not regressions:
-                first = next(part.batches(1))
-                regressions = _regressions(watch, first, regressors, skip)
-                deviations = watch.deviations(next(part.batches(batch_size))) if noise else {}
-            if block in done:
-                blocks.append(done[block])
-            else:
-                draws = torch.Generator().manual_seed(1_000_003 * (seed + 1) + block)
-                disturbed = Noise(noise, deviations, draws) if noise else None
-                blocks.append(_block(watch, part.batches(batch_size), regressions, regressors, skip, disturbed))
-                if resume is not None:
-                    _write_block(Path(resume), block, blocks[-1], settings)
-            bar.update(len(chosen))
+    dealt = [sorted(order[block::n_blocks].tolist()) for block in range(n_blocks)]
+    processes = here()
+    with processes.together("CircuitLasso.observe", settings):
+        first = _subset(tokens, dealt[0])
+        regressions = _regressions(watch, next(first.batches(1)), regressors, skip)
+        deviations = watch.deviations(next(first.batches(batch_size))) if noise else {}
+        done = {} if resume is None else _read_blocks(Path(resume), settings)
+        mine: dict[int, tuple[Statistics, ...]] = {}
+        with tqdm(total=len(tokens), desc="observed prompts", disable=not verbose, unit="prompt") as bar:
+            for block in processes.share(range(n_blocks)):
+                if block in done:
+                    mine[block] = done[block]
+                else:
+                    draws = torch.Generator().manual_seed(1_000_003 * (seed + 1) + block)
+                    disturbed = Noise(noise, deviations, draws) if noise else None
+                    batches = _subset(tokens, dealt[block]).batches(batch_size)
+                    mine[block] = _block(watch, batches, regressions, regressors, skip, disturbed)
+                    if resume is not None:
+                        _write_block(Path(resume), block, mine[block], settings)
+                bar.update(len(dealt[block]))
+        blocks = _of_all(processes, mine)
     return Observations(watch.sites, regressions, tuple(zip(*blocks, strict=True)), settings)
+
+
+def _of_all(processes: Processes, mine: Mapping[int, tuple[Statistics, ...]]) -> list[tuple[Statistics, ...]]:
+    """Every process' blocks, in order, on every process."""
+    if processes.count == 1:
+        return [mine[block] for block in sorted(mine)]
+    notes: dict[int, list[tuple[int, bool]]] = {}
+    for part in processes.gather({block: [(s.n, s.square) for s in parts] for block, parts in mine.items()}):
+        notes |= part
+    tensors = {(block, key): t for block, parts in mine.items() for key, t in _tensors(parts).items()}
+    summed = processes.total(tensors)
+    found = []
+    for block in sorted(notes):
+        own = {key: tensor for (number, key), tensor in summed.items() if number == block}
+        found.append(tuple(_restored(own, k, n, square) for k, (n, square) in enumerate(notes[block])))
+    return found
 
 
 def _block(
@@ -246,11 +264,16 @@ def _subset(tokens: TokenisedPairs, rows: list[int]) -> TokenisedPairs:
     return TokenisedPairs(clean, tokens.answer[index], tokens.position[index], wrong_answer=wrong)
 
 
-def _write_block(path: Path, block: int, parts: Sequence[Statistics], settings: Mapping[str, Any]) -> None:
-    tensors = {}
+def _tensors(parts: Sequence[Statistics]) -> dict[str, Tensor]:
+    found = {}
     for k, part in enumerate(parts):
         names = _FIELDS[:2] if part.square else _FIELDS
-        tensors |= {f"{k}/{name}": getattr(part, name).contiguous().cpu() for name in names}
+        found |= {f"{k}/{name}": getattr(part, name).contiguous() for name in names}
+    return found
+
+
+def _write_block(path: Path, block: int, parts: Sequence[Statistics], settings: Mapping[str, Any]) -> None:
+    tensors = {key: tensor.cpu() for key, tensor in _tensors(parts).items()}
     notes = {"settings": dict(settings), "n": [part.n for part in parts], "square": [part.square for part in parts]}
     write_directory(path / f"block{block}", "observations", SCHEMA, tensors, notes)
 
