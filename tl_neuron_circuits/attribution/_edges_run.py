@@ -75,7 +75,10 @@ def run_prompt(model: TransformerLensModel, batch: Batch, *, cut: bool) -> Promp
     ends: list[tuple[Tensor, Tensor]] = []
     unembed = submodule(model, "unembed")
     if unembed is None:
-        raise PropagationError(f"expected an unembedding module on this {type(model).__name__}; it has none.")
+        raise PropagationError(
+            f"expected an unembedding module on this {type(model).__name__}; it has none. "
+            "Logits are read there: use a model that TransformerLens unembeds."
+        )
 
     def end(module: Any, arguments: Any, output: Any) -> None:
         ends.append((arguments[0], output))
@@ -87,7 +90,10 @@ def run_prompt(model: TransformerLensModel, batch: Batch, *, cut: bool) -> Promp
     finally:
         handle.remove()
     if not ends:
-        raise PropagationError("expected the unembedding to run as a module; it did not, so logits were not seen.")
+        raise PropagationError(
+            "expected the unembedding to run as a module; it did not, so logits were not "
+            "seen. Use a model whose forward calls model.unembed."
+        )
     fired(written | read, [*names, *(site.post for site in sites)], model)
     final, raw_logits = ends[-1]
     return PromptRun(

@@ -31,7 +31,10 @@ def choose_neurons(
     allowed[:, list(skipped_positions)] = False
     for layer, unit in excluded:
         if not (0 <= layer < score.shape[0] and 0 <= unit < score.shape[2]):
-            raise SettingsError(f"exclude= names the neuron ({layer}, {unit}), which this model does not have.")
+            raise SettingsError(
+                f"exclude= names the neuron ({layer}, {unit}); this model has layers below {score.shape[0]} and "
+                f"units below {score.shape[2]}."
+            )
         allowed[layer, :, unit] = False
     size = torch.where(allowed, score.abs(), 0.0).flatten()
     count = _count(size, choice, share, mass, float(totals.goals.sum()), int(allowed.sum()))
