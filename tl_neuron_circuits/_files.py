@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ._errors import FileFormatError
+from ._version import __version__
 
 _GENERATOR = "tl_neuron_circuits"
 
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    found = {}
-    for name in ("tl-neuron-circuits", "transformer-lens", "torch"):
+    found = {"tl-neuron-circuits": __version__}
+    for name in ("transformer-lens", "torch"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -29,8 +29,8 @@ def check_setting(setting: Setting, batch_size: int | str, nodes: pd.DataFrame |
         )
     if method == "integrated_gradients_inputs" and setting.baseline == "mean":
         raise SettingsError(
-            "integrated gradients over inputs go to the corrupt prompt or to zero; got baseline='mean'. "
-            "Give 'corrupt' or 'zero'."
+            "integrated gradients over inputs go to the corrupt prompt or to zero, not to a mean: "
+            "give baseline='corrupt' or 'zero'."
         )
     if nodes is not None and method != "patching":
         raise SettingsError(f"nodes= restricts method='patching'; method={method!r} scores all nodes at once.")
