@@ -65,10 +65,10 @@ def benchmarks(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """An sdist and a wheel in dist/, and the wheel imported without the checkout."""
+    """An sdist and a wheel in dist/, and the demo from the wheel, in an environment without the checkout."""
     session.install("build")
     session.run("python", "-m", "build", "--outdir", "dist", ".")
     wheel = max(session.invoked_from_path.glob("dist/*.whl"), key=lambda path: path.stat().st_mtime)
     session.install("-c", "constraints.txt", str(wheel))
     session.chdir(session.create_tmp())
-    session.run("tl-neuron-circuits", "--help")
+    session.run("tl-neuron-circuits", "demo", env=OFFLINE)

@@ -1,5 +1,7 @@
 """What a user's `pip install` gets: the wheel's and the sdist's file lists, sizes and metadata."""
 
+import ast
+import json
 import subprocess
 import sys
 import tarfile
@@ -12,6 +14,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+import tl_neuron_circuits
+from tl_neuron_circuits.bases import DEMO_DICTIONARIES
+from tl_neuron_circuits.models import DEMO_MODELS
+from tl_neuron_circuits.plots._page import _SCRIPTS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tl_neuron_circuits"
@@ -61,6 +68,17 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel_names: set[str])
     assert expected - wheel_names == set()
 
 
+def test_the_wheel_holds_demo_weights_with_their_cards_the_page_and_the_licence(wheel_names: set[str]) -> None:
+    inside = {name.removeprefix("tl_neuron_circuits/") for name in wheel_names}
+    models = {f"models/demo/{name}/{file}" for name in DEMO_MODELS for file in ("model.safetensors", "README.md")}
+    layers = {f"bases/demo/{kind}/layer-0{n}/sae_weights.safetensors" for kind in DEMO_DICTIONARIES for n in range(4)}
+    cards = {f"bases/demo/{kind}/README.md" for kind in DEMO_DICTIONARIES}
+    page = {f"plots/page/{name}" for name in ("page.html", "page.css", *_SCRIPTS)}
+    assert models | layers | cards | page | {"py.typed"} <= inside
+    for card in (name for name in models | cards if name.endswith("README.md")):
+        assert "license: mit" in (PACKAGE / card).read_text(encoding="utf-8"), card
+
+
 def test_the_wheel_holds_nothing_else_but_its_metadata_and_licence(wheel_names: set[str]) -> None:
     others = {name for name in wheel_names if not name.startswith("tl_neuron_circuits/")}
     assert all(".dist-info/" in name for name in others), others
@@ -78,7 +96,34 @@ def test_the_sdist_can_be_built_from(built: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"} <= names
-    assert any(name.startswith("tests/") for name in names)
+    assert any(name.startswith("tests/") for name in names) and "tl_neuron_circuits/_version.py" in names
+    assert not [name for name in names if name.endswith((".pyc", ".ipynb", ".png")) or name.startswith((".ci", "site"))]
+
+
+def test_installing_the_wheel_moves_nothing_that_is_there(wheel: Path) -> None:
+    if find_spec("pip") is None:
+        pytest.skip("pip is not installed in this environment")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--dry-run",
+        "--report",
+        "-",
+        str(wheel),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr  # without an index pip can only keep what is installed
+    moved = {item["metadata"]["name"] for item in json.loads(done.stdout)["install"]}
+    assert moved <= {"tl-neuron-circuits"}
+
+
+def test_every_file_is_python_3_10() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, 10))
 
 
 def test_dependencies_are_floors_only(metadata: Message) -> None:
@@ -98,6 +143,8 @@ def test_the_core_dependencies_keep_what_is_installed(metadata: Message) -> None
 
 def test_the_metadata_names_extras_python_and_the_command(metadata: Message, wheel: Path) -> None:
     assert {"saes", "explain", "docs", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    declared = {line.rpartition(" ")[2] for line in metadata.get_all("Classifier", []) if ":: Python :: 3." in line}
+    assert declared == {"3.10", "3.11", "3.12", "3.13"}
     assert metadata["Requires-Python"] == ">=3.10"
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
@@ -106,5 +153,6 @@ def test_the_metadata_names_extras_python_and_the_command(metadata: Message, whe
 
 def test_every_file_gives_the_same_version(metadata: Message) -> None:
     version_here = metadata["Version"]
+    assert version_here == tl_neuron_circuits.__version__
     assert f"\nversion: {version_here}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\n## [{version_here}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from ._errors import PropagationError as PropagationError
 from ._errors import SettingsError as SettingsError
 from ._errors import UnsupportedModelError as UnsupportedModelError
 from ._processes import single_process as single_process
+from ._version import __version__ as __version__
 from .attribution import MemoryEstimate as MemoryEstimate
 from .attribution import NodeScores as NodeScores
 from .attribution import attribute as attribute

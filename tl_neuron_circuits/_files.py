@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ._errors import FileFormatError
+from ._version import __version__
 
 _GENERATOR = "tl_neuron_circuits"
 
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    found = {}
-    for name in ("tl-neuron-circuits", "transformer-lens", "torch"):
+    found = {"tl-neuron-circuits": __version__}
+    for name in ("transformer-lens", "torch"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -55,7 +56,8 @@ def write_directory(
     recover(path)
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / f"{kind}.json").exists())):
         raise FileFormatError(
-            f"expected no file, or a directory of saved {kind}, at {path}; found something else there."
+            f"expected no file, or a directory of saved {kind}, at {path}; found something else there. "
+            "Choose another path."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -103,25 +105,33 @@ def read_directory(
     note_file, tensor_file = path / f"{kind}.json", path / f"{kind}.safetensors"
     for file in (note_file, tensor_file):
         if not file.is_file():
-            raise FileFormatError(f"expected saved {kind} at {path}; {file.name} is not there.")
+            raise FileFormatError(
+                f"expected saved {kind} at {path}; {file.name} is not there. Give the directory that save() wrote."
+            )
     try:
         notes = json.loads(note_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{note_file} is not readable JSON ({error}): it is truncated or foreign.") from error
+        raise FileFormatError(
+            f"{note_file} is not readable JSON ({error}): it is truncated or foreign. Save it again."
+        ) from error
     if not isinstance(notes, dict) or notes.get("generator") != _GENERATOR or notes.get("kind") != kind:
         raise FileFormatError(
-            f"expected {note_file} to describe {kind} saved by {_GENERATOR}; it describes something else."
+            f"expected {note_file} to describe {kind} saved by {_GENERATOR}; it describes something else. "
+            "Give the directory that save() wrote."
         )
     if notes.get("schema") != schema:
         raise FileFormatError(
             f"expected schema {schema} in {note_file}; got {notes.get('schema')}. "
-            f"It was written by version {notes.get('versions', {}).get('tl-neuron-circuits')} of this package."
+            f"It was written by version {notes.get('versions', {}).get('tl-neuron-circuits')} of this package: "
+            "install that version, or save it again with this one."
         )
     missing = [key for key in required if key not in notes]
     if missing:
-        raise FileFormatError(f"{note_file} lacks {missing}: it is damaged.")
+        raise FileFormatError(f"{note_file} lacks {missing}: it is damaged. Save it again.")
     try:
         tensors = load_file(tensor_file)
     except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{tensor_file} cannot be read ({error}): it is truncated or foreign.") from error
+        raise FileFormatError(
+            f"{tensor_file} cannot be read ({error}): it is truncated or foreign. Save it again."
+        ) from error
     return tensors, notes

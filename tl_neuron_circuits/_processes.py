@@ -125,7 +125,10 @@ class Processes:
         for found in shapes:
             for key, shape in found.items():
                 if known.setdefault(key, shape) != shape:
-                    raise ProcessesError(f"expected {key} of one shape everywhere; got {known[key]} and {shape}.")
+                    raise ProcessesError(
+                        f"expected {key} of one shape everywhere; got {known[key]} and {shape}. "
+                        "Give every process the same arguments."
+                    )
         device, group = _reducing()
         summed = {}
         for key, (shape, dtype) in known.items():

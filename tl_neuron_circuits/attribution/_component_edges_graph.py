@@ -119,7 +119,7 @@ def component_graph(model: TransformerLensModel, attention: AttentionUnit = "hea
     if missing:
         raise UnsupportedModelError(
             f"the component graph expects the hook points {missing[:3]}, which this {type(model).__name__} lacks "
-            f"({len(missing)} in all)."
+            f"({len(missing)} in all). check_model(model) lists the sites that exist."
         )
     bidirectional = getattr(model.cfg, "attention_dir", "causal") == "bidirectional"
     return ComponentGraph(tuple(found), n_heads, bidirectional)

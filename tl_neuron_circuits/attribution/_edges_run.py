@@ -62,7 +62,10 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
     ends: list[tuple[Tensor, Tensor]] = []
     unembed = submodule(model, "unembed")
     if unembed is None:
-        raise PropagationError(f"expected an unembedding module on this {type(model).__name__}; it has none.")
+        raise PropagationError(
+            f"expected an unembedding module on this {type(model).__name__}; it has none. "
+            "Logits are read there: use a model that TransformerLens unembeds."
+        )
 
     def end(module: Any, arguments: Any, output: Any) -> None:
         ends.append((arguments[0], output))
@@ -76,7 +79,10 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
         stack.enter_context(model.hooks(fwd_hooks=hooks))
         logits = logits_of(model, batch.clean, batch.attention_mask)
     if not ends:
-        raise PropagationError("expected the unembedding to run as a module; it did not, so logits were not seen.")
+        raise PropagationError(
+            "expected the unembedding to run as a module; it did not, so logits were not seen. Use a model whose forward "
+            "calls model.unembed."
+        )
     fired(read, [name for name, _ in hooks], model)
     final, raw_logits = ends[-1]
     return PromptRun(

@@ -28,7 +28,10 @@ def check_setting(setting: Setting, batch_size: int | str, nodes: pd.DataFrame |
             f"the methods relp, gradient, patching; got baseline={setting.baseline!r}, method={method!r}."
         )
     if method == "integrated_gradients_inputs" and setting.baseline == "mean":
-        raise SettingsError("integrated gradients over inputs go to the corrupt prompt or to zero, not to a mean.")
+        raise SettingsError(
+            "integrated gradients over inputs go to the corrupt prompt or to zero, not to a mean: "
+            "give baseline='corrupt' or 'zero'."
+        )
     if nodes is not None and method != "patching":
         raise SettingsError(f"nodes= restricts method='patching'; method={method!r} scores all nodes at once.")
 
@@ -70,14 +73,19 @@ def chosen_nodes(nodes: pd.DataFrame, setting: Setting, length: int) -> Chosen:
     """
     missing = {"hook", "unit", "position", "kind"} - set(nodes.columns)
     if missing:
-        raise SettingsError(f"expected nodes with columns hook, unit, position and kind; {sorted(missing)} missing.")
+        raise SettingsError(
+            f"expected nodes with columns hook, unit, position and kind; {sorted(missing)} missing. Give rows of "
+            "NodeScores.top."
+        )
     sites = {site.hook: site for site in setting.sites}
     unknown = set(nodes["hook"]) - set(sites)
     if unknown:
         raise SettingsError(f"expected nodes of the hook points {list(sites)}; got {sorted(unknown)}.")
     kept = setting.positions == "keep"
     if kept and not nodes["position"].between(0, length - 1).all():
-        raise SettingsError(f"expected positions from 0 to {length - 1} (positions='keep'); got others.")
+        raise SettingsError(
+            f"expected positions from 0 to {length - 1} (positions='keep'); got {sorted(set(nodes['position']))[:8]}."
+        )
     if setting.units == "sum":
         raise SettingsError(
             "nodes= chooses single nodes; units='sum' measures whole activations. Leave one of them out."

@@ -101,7 +101,10 @@ def _from_saelens(source: Any, kind: str) -> Dictionary:
     names = kind_of(kind).tensors
     missing = [name for name in names if not isinstance(getattr(source, name, None), Tensor)]
     if missing:
-        raise DictionaryError(f"The {type(source).__name__} says it is a {kind} and has no {', '.join(missing)}.")
+        raise DictionaryError(
+            f"The {type(source).__name__} says it is a {kind} and has no {', '.join(missing)}. "
+            "Give an object of that kind, or a Dictionary made from its tensors."
+        )
     form = {"architecture": kind, "sae_lens_version": FORMAT_VERSION, "metadata": _metadata(source)}
     config = parse_config(_plain(source.cfg) | form)
     tensors = {name: getattr(source, name) for name in names}
@@ -192,7 +195,10 @@ def _oriented(
     slope = ((moved - features) / 0.01)[active]
     errors = [float((slope - (x @ way)[active]).abs().sum()) for way in (weight, weight.mT)]
     if not active.any() or errors[0] == errors[1]:
-        raise DictionaryError(f"The {label} has a square W_enc and no active feature to tell rows from columns by.")
+        raise DictionaryError(
+            f"The {label} has a square W_enc and no active feature to tell rows from columns by. "
+            "Make a Dictionary from its tensors, W_enc [d_in, d_dict] and W_dec [d_dict, d_out]."
+        )
     return weight if errors[0] < errors[1] else weight.mT
 
 

@@ -75,7 +75,10 @@ class VarianceSums:
             )
         fraction = self.error / self.variation
         if fraction != fraction or fraction == float("inf"):
-            raise NumericalError(f"The fraction of variance unexplained is {fraction}: a value is NaN or infinite.")
+            raise NumericalError(
+                f"The fraction of variance unexplained is {fraction}: a value is NaN or infinite. "
+                "Leave those positions out, or use float32."
+            )
         return fraction
 
 

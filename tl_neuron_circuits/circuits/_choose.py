@@ -33,7 +33,10 @@ def choose_nodes(
         mask[list(skipped_positions)] = False
     for layer, unit in excluded:
         if layer not in layers or not 0 <= unit < scores[layers.index(layer)].shape[1]:
-            raise SettingsError(f"exclude= names the unit ({layer}, {unit}), which has no nodes here.")
+            raise SettingsError(
+                f"exclude= names the unit ({layer}, {unit}), which has no nodes here; nodes are in the layers {layers}, "
+                f"with {[score.shape[1] for score in scores]} units."
+            )
         allowed[layers.index(layer)][:, unit] = False
     flat = [torch.where(mask, score.abs(), 0.0).flatten() for mask, score in zip(allowed, scores, strict=True)]
     size = torch.cat(flat)

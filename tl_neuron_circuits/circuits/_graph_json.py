@@ -28,11 +28,15 @@ def read_graph(graph: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, Ma
     rows = [_row(node, tokens, groups) for node in graph["nodes"]]
     names = {row["node"] for row in rows}
     if len(names) < len(rows):
-        raise FileFormatError(f"expected unique node ids; {len(rows) - len(names)} of {len(rows)} come twice.")
+        raise FileFormatError(
+            f"expected unique node ids; {len(rows) - len(names)} of {len(rows)} come twice. Export the graph again."
+        )
     edges = pd.DataFrame(graph["links"], columns=["source", "target", "weight"])
     lost = set(edges["source"]) | set(edges["target"])
     if lost - names:
-        raise FileFormatError(f"links lead to nodes that are not there, such as {sorted(lost - names)[:3]}.")
+        raise FileFormatError(
+            f"links lead to nodes that are not there, such as {sorted(lost - names)[:3]}. Export the graph again."
+        )
     nodes = node_table(rows)
     edges["attribution"] = edges["weight"]
     edges["relative"] = np.sign(edges["weight"]) * normalised(nodes, edges)

@@ -47,7 +47,9 @@ def load(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any
         edges = pd.DataFrame({c: tensors[f"edges/{c}"].numpy() for c in EDGE_COLUMNS})
         edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]])
     except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise FileFormatError(f"the tables in {path} do not fit together ({error!r}): it is damaged.") from error
+        raise FileFormatError(
+            f"the tables in {path} do not fit together ({error!r}): it is damaged. Save it again."
+        ) from error
     kinds = {c: object if k == "str" else k for c, k in NODE_COLUMNS.items()}
     return nodes.astype(kinds), edges.astype({"source": object, "target": object}), notes["settings"]
 

@@ -55,7 +55,8 @@ def agreement(scores: NodeScores, exact: NodeScores, *, top_k: int = 100) -> Agr
     shapes = [[(hook, kind, block.shape) for hook, kind, block in s.blocks()] for s in (scores, exact)]
     if shapes[0] != shapes[1]:
         raise SettingsError(
-            "expected scores of the same nodes: the same basis, positions and prompt length; got others."
+            "expected scores of the same nodes; these differ in basis, positions or prompt length. "
+            "Attribute both with the same basis= and positions=, on the same pairs."
         )
     a, b = scores.flat().double(), exact.flat().double()
     both = ~(a.isnan() | b.isnan())

@@ -185,7 +185,8 @@ class Comparison:
             unexplained = {CurveKey(*row[:3]): row[3] for row in notes["unexplained"]}
         except (TypeError, IndexError) as error:
             raise FileFormatError(
-                f"{path} does not list its curves as this version writes them: it is damaged."
+                f"{path} does not list its curves as this version writes them: it is damaged. "
+                "Compare again into another directory."
             ) from error
         return cls({key: SparsityCurve.load(path / key.folder) for key in keys}, notes["settings"], mib, unexplained)
 

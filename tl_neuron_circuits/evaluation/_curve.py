@@ -139,7 +139,9 @@ class SparsityCurve:
         """
         tensors, notes = read_directory(path, "curve", SCHEMA, required=("sizes", "n_nodes", "settings", "groups"))
         if set(tensors) != set(_TENSORS):
-            raise FileFormatError(f"expected the tensors {_TENSORS} in {path}; got {sorted(tensors)}: it is damaged.")
+            raise FileFormatError(
+                f"expected the tensors {_TENSORS} in {path}; got {sorted(tensors)}: it is damaged. Save it again."
+            )
         groups = None if notes["groups"] is None else tuple(notes["groups"])
         return cls(
             sizes=tuple(notes["sizes"]), n_nodes=notes["n_nodes"], settings=notes["settings"], groups=groups, **tensors

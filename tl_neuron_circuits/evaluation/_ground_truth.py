@@ -45,7 +45,10 @@ class GroundTruth:
         """Check that true edges are possible."""
         strange = sorted(self.edges - self.possible)
         if strange or not self.possible:
-            raise SettingsError(f"{self.name}: expected true edges among the possible ones; {strange[:3]} are not.")
+            raise SettingsError(
+                f"{self.name}: expected true edges among the possible ones; {strange[:3]} are not. "
+                "Name edges of the same components."
+            )
 
     @property
     def empty_shd(self) -> int:

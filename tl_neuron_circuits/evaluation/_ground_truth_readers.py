@@ -58,9 +58,14 @@ def tracr_ground_truth(
     try:
         weights = load_file(path / "model.safetensors")
     except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path / 'model.safetensors'} cannot be read: {error}") from error
+        raise FileFormatError(
+            f"{path / 'model.safetensors'} cannot be read: {error}. Give a compiled model's folder."
+        ) from error
     if "residual_labels" not in truth or len(truth["residual_labels"]) != config.get("d_model"):
-        raise FileFormatError(f"expected one residual label a dimension in {path / 'ground_truth.json'}; got others.")
+        raise FileFormatError(
+            f"expected one residual label a dimension in {path / 'ground_truth.json'}; "
+            f"got {len(truth.get('residual_labels', []))} for {config.get('d_model')}. Compile the model again."
+        )
     labels = truth["residual_labels"]
     ignored = set(constant)
 
@@ -192,7 +197,11 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path} is not a readable JSON file: {error}") from error
+        raise FileFormatError(
+            f"{path} is not a readable JSON file: {error}. Give a compiled model's folder."
+        ) from error
     if not isinstance(content, dict):
-        raise FileFormatError(f"expected an object in {path}; got {type(content).__name__}.")
+        raise FileFormatError(
+            f"expected an object in {path}; got {type(content).__name__}. Give a compiled model's folder."
+        )
     return content

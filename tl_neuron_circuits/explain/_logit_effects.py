@@ -105,7 +105,10 @@ def effects_of(
         direction = _through(model, path, direction)
     unembedding = getattr(submodule(model, "unembed"), "W_U", None)
     if not isinstance(unembedding, Tensor) or unembedding.shape[0] != direction.shape[1]:
-        raise UnsupportedModelError(f"expected unembed.W_U of [{direction.shape[1]}, d_vocab] on this model.")
+        raise UnsupportedModelError(
+            f"expected unembed.W_U of [{direction.shape[1]}, d_vocab] on this {type(model).__name__}; it has none, so "
+            "direct effects cannot be read from weights. Use steer(...) or trace(...)."
+        )
     effects = direction.to(unembedding.device) @ unembedding.detach().float()
     return effects - effects.mean(1, keepdim=True)
 
@@ -119,7 +122,8 @@ def output_weights(model: TransformerLensModel, layer: int) -> Float[Tensor, "d_
     weights = getattr(submodule(model, f"blocks.{layer}.mlp"), "W_out", None)
     if not isinstance(weights, Tensor) or weights.dim() != 2 or weights.shape[1] != int(model.cfg.d_model):
         raise UnsupportedModelError(
-            f"expected blocks.{layer}.mlp.W_out of [d_mlp, {model.cfg.d_model}]; this {type(model).__name__} has none."
+            f"expected blocks.{layer}.mlp.W_out of [d_mlp, {model.cfg.d_model}]; this {type(model).__name__} has none. "
+            "Use steer(...) or trace(...), which need no weights."
         )
     return weights.detach()
 

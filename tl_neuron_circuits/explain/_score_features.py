@@ -147,7 +147,10 @@ def _read(
     for number, table in enumerate(scores):
         name = "node" if "node" in table.columns else "label"
         if not {name, "score"} <= set(table.columns):
-            raise SettingsError(f"expected tables with columns label (or node) and score; table {number} has others.")
+            raise SettingsError(
+                f"expected tables with columns label (or node) and score; table {number} has "
+                f"{list(table.columns)}. Give NodeScores.top(...) or Circuit.nodes of each prompt."
+            )
         kept = table[table["kind"].isin(("neuron", "node", "feature"))] if "kind" in table.columns else table
         rows.append(kept["score"].groupby([str(label).partition("@")[0] for label in kept[name]]).sum())
     if not rows:
@@ -169,7 +172,10 @@ def _split(
     owner = dict(zip(keys, column, strict=True))
     torn = [row for row, key in enumerate(keys) if owner[key] != column[row]]
     if torn:
-        raise SettingsError(f"expected equal prompts to have equal labels for {name!r}; prompt {torn[0]} has two.")
+        raise SettingsError(
+            f"expected equal prompts to have equal labels for {name!r}; prompt {torn[0]} has two. "
+            "Give it one, or leave out the repetition."
+        )
     generator = torch.Generator().manual_seed(seed)
     choosing: set[str] = set()
     for label in found:

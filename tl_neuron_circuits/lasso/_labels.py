@@ -144,8 +144,13 @@ def _entropy(u: Tensor) -> Tensor:
 
 def _labels(y: Tensor) -> Tensor:
     if not bool(((y == 0) | (y == 1)).all()):
-        raise SettingsError("expected labels of zeros and ones, one column a label; got other values.")
+        raise SettingsError(
+            f"expected labels of zeros and ones, one column a label; got {y.unique()[:5].tolist()}. "
+            "Give classes as columns: torch.nn.functional.one_hot(classes)."
+        )
     same = (y.mean(0) % 1 == 0).nonzero().flatten().tolist()
     if same:
-        raise SettingsError(f"labels {same} are the same for all {len(y)} observations: nothing to tell apart.")
+        raise SettingsError(
+            f"labels {same} are the same for all {len(y)} observations: nothing to tell apart. Leave them out."
+        )
     return y

@@ -88,7 +88,10 @@ class Observations:
             k for k in self.settings if k not in ("pairs_hash", "n") and self.settings[k] != other.settings.get(k)
         ]
         if differ:
-            raise SettingsError(f"expected observations of the same settings; {differ} differ.")
+            raise SettingsError(
+                f"expected observations of the same settings; {differ} differ. Observe both with one CircuitLasso, "
+                "model and readout, on pairs with the same answers."
+            )
         blocks = tuple((*a, *b) for a, b in zip(self.blocks, other.blocks, strict=True))
         hashes = hashlib.sha256((self.settings["pairs_hash"] + other.settings["pairs_hash"]).encode()).hexdigest()
         settings = {**self.settings, "pairs_hash": hashes, "n": self.settings["n"] + other.settings["n"]}

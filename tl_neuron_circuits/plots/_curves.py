@@ -98,7 +98,10 @@ def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
     task = comparison.tasks[0] if task is None else _known(comparison, task)
     keys = [key for key in comparison.curves if key.task == task and key.method not in CONTROLS]
     if not keys:
-        raise SettingsError("expected a method whose scores say how far the metric drops; there are controls alone.")
+        raise SettingsError(
+            "expected a method whose scores say how far the metric drops; there are controls alone. "
+            "Compare with method 'relp' or 'gradient' too."
+        )
     palette = colours(key.basis for key in keys)
     figure = go.Figure()
     limits: list[float] = [0.0]

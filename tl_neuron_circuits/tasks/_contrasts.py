@@ -59,7 +59,10 @@ def draw(
     if n < 2 or n % 2:
         raise PairsError(f"n counts pairs in both directions of every contrast, so it must be even, got {n}.")
     if n > 2 * total:
-        raise PairsError(f"n={n} pairs were asked for, but with these words only {2 * total} distinct ones exist.")
+        raise PairsError(
+            f"n={n} pairs were asked for, but with these words only {2 * total} distinct ones exist. "
+            "Ask for fewer, or give more words."
+        )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return PromptPairs.from_pairs(
         [pair for index in order[: n // 2].tolist() for pair in contrast(*_digits(index, sizes))]

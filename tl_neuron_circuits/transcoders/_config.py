@@ -187,6 +187,9 @@ class TrainingConfig:
         """
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise SettingsError(f"unknown settings of training: {sorted(unknown)}.")
+            raise SettingsError(
+                f"expected settings of training out of {sorted(field.name for field in dataclasses.fields(cls))}; got "
+                f"{sorted(unknown)}."
+            )
         settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         return cls(**settings)

@@ -129,7 +129,10 @@ def _logit(run: ResidualRun, token: int) -> Explained:
     unembed: Any = submodule(run.model, "unembed")
     weights, bias = getattr(unembed, "W_U", None), getattr(unembed, "b_U", None)
     if not isinstance(weights, Tensor):
-        raise UnsupportedModelError("expected unembed.W_U on this model.")
+        raise UnsupportedModelError(
+            f"expected unembed.W_U on this {type(model).__name__}; it has none. "
+            "Use trace(...), which needs gradients only."
+        )
     weights = weights.detach()
     vector = weights[:, token].float() - weights.mean(1, dtype=torch.float32)
     vector = vector.to(torch.promote_types(weights.dtype, torch.float32))

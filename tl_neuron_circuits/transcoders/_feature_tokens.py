@@ -101,7 +101,9 @@ def logit_weights(
     run = probed(model, dictionaries)
     unembedding: Any = getattr(submodule(model, "unembed"), "W_U", None)
     if not isinstance(unembedding, Tensor):
-        raise UnsupportedModelError("expected unembed.W_U on this model.")
+        raise UnsupportedModelError(
+            f"expected unembed.W_U on this {type(model).__name__}; it has none. Use contributions to features instead."
+        )
     tables = []
     for layer, units in by_layer(run, features).items():
         written = norm_map(model, "ln_final").along(decoders(run, layer, torch.tensor(units)))

@@ -1,0 +1,3 @@
+"""The version: this line alone says it; hatchling reads it when it builds."""
+
+__version__ = "0.1.0"
