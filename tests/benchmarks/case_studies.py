@@ -29,7 +29,7 @@ SCALES = (-4, -2, -1, 0, 0.5, 1, 2)
 def grouped(model: Any) -> Circuit:
     """The circuit of the two-hop capitals without Texas and Florida, in three groups."""
     names = [state.name for state in states.STATES if state.name not in ("Texas", "Florida")]
-    circuit = tnc.trace(model, tnc.tasks.capitals(n=64, words=names), nodes=400)
+    circuit = tnc.trace(model, tnc.tasks.capitals(n=256, words=names), nodes=400)
     neurons = circuit.nodes[circuit.nodes["kind"] == "neuron"]
     last, early = neurons["position"] == 9, neurons["layer"] <= 1
     groups = {"state": neurons[~last], "reading": neurons[last & early], "say the capital": neurons[last & ~early]}
