@@ -59,8 +59,8 @@ def node_details(
     """
     if describe is not None and prompts is None:
         raise SettingsError("describe= reads a neuron's examples: give prompts to seek them in.")
-    names = circuit.nodes.loc[circuit.nodes["kind"] == "neuron", "node"].str.partition("@")[0]
-    neurons = list(dict.fromkeys(names))
+    names = circuit.nodes.loc[circuit.nodes["kind"] == "neuron", "node"]
+    neurons = list(dict.fromkeys(name.partition("@")[0] for name in names))
     if not neurons:
         raise SettingsError("expected a circuit with single neurons; it has none. Ask before collapse().")
     details: dict[str, dict[str, Any]] = {}
