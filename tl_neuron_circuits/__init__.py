@@ -34,6 +34,7 @@ from .evaluation import compare as compare
 from .evaluation import evaluate as evaluate
 from .explain import cluster as cluster
 from .explain import logit_effects as logit_effects
+from .explain import node_details as node_details
 from .explain import profiles as profiles
 from .explain import prompt_scores as prompt_scores
 from .explain import score_features as score_features

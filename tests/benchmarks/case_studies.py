@@ -29,7 +29,7 @@ SCALES = (-4, -2, -1, 0, 0.5, 1, 2)
 def grouped(model: Any) -> Circuit:
     """The circuit of the two-hop capitals without Texas and Florida, in three groups."""
     names = [state.name for state in states.STATES if state.name not in ("Texas", "Florida")]
-    circuit = tnc.trace(model, tnc.tasks.capitals(n=64, words=names), nodes=400)
+    circuit = tnc.trace(model, tnc.tasks.capitals(n=256, words=names), nodes=400)
     neurons = circuit.nodes[circuit.nodes["kind"] == "neuron"]
     last, early = neurons["position"] == 9, neurons["layer"] <= 1
     groups = {"state": neurons[~last], "reading": neurons[last & early], "say the capital": neurons[last & ~early]}
@@ -91,6 +91,7 @@ def agreement(name: str, images: Path | None) -> None:
     examples = tnc.strongest_examples(model, test.clean, [neuron], k=3)
     print(examples.to_dataframe()[["text", "token", "activation"]].to_string(index=False))
     print(steered(model, test, last).to_string(index=False))
+    print(moved(model, test, scores.top(400)).to_string(index=False))
     circuit = tnc.trace(model, train.split(0.25, by="label")[0], nodes=60)
     print(circuit)
     if images:
@@ -113,6 +114,20 @@ def steered(model: Any, test: tnc.PromptPairs, node: pd.DataFrame) -> pd.DataFra
             row |= {f"{label}: right": float((apart[mask] > 0).float().mean()), label: float(apart[mask].mean())}
         out.append(row)
     return pd.DataFrame(out).round(2)
+
+
+def moved(model: Any, test: tnc.PromptPairs, ranked: pd.DataFrame) -> pd.DataFrame:
+    """How often the best neurons of one position, set to their values on the other number's prompt, flip the verb."""
+    tokens = tnc.tasks.tokenise(model, test)
+    assert tokens.wrong_answer is not None
+    rows, out = torch.arange(len(test)), []
+    for place, position, sizes in (("noun", 2, (3, 10, 20, 40)), ("last", 5, (1, 3, 5, 10))):
+        for size in sizes:
+            best = ranked[ranked["position"] == position].head(size)
+            logits = tnc.transplant(model, test.clean, test.corrupt or [], best).after
+            flips = logits[rows, tokens.answer] < logits[rows, tokens.wrong_answer]
+            out.append({"position": place, "neurons": len(best), "flips": round(float(flips.float().mean()), 2)})
+    return pd.DataFrame(out)
 
 
 def screenshot(circuit: Circuit, path: Path, click: str | None = None) -> None:

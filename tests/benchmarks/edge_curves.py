@@ -24,6 +24,7 @@ from tests.benchmarks.compare_bases import model_and_tasks, write_png
 from tl_neuron_circuits import Circuit, PromptPairs
 from tl_neuron_circuits.evaluation import evaluate_edges
 from tl_neuron_circuits.evaluation._edge_curve import ranked_edges, surviving
+from tl_neuron_circuits.plots._style import PALETTE
 
 PERCENT = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
@@ -56,13 +57,13 @@ def curves(model: Any, circuit: Circuit, pairs: PromptPairs, ranking: str, seed:
 def figure(table: pd.DataFrame, model: str) -> go.Figure:
     """Faithfulness against the number of edges, path patching."""
     out = go.Figure()
-    for ranking, part in table.groupby("ranking", sort=False):
+    for colour, (ranking, part) in zip(PALETTE, table.groupby("ranking", sort=False), strict=False):
         for column, dash in (("paths", "solid"), ("paths, completeness", "dash")):
-            name = f"{ranking}, {'kept' if dash == 'solid' else 'cut'}"
-            out.add_scatter(x=part["edges"], y=part[column], name=name, mode="lines+markers", line={"dash": dash})
+            name, line = f"{ranking}, {'kept' if dash == 'solid' else 'cut'}", {"dash": dash, "color": colour}
+            out.add_scatter(x=part["edges"], y=part[column], name=name, mode="lines+markers", line=line)
     out.update_xaxes(type="log", title="edges kept, or cut (path patching)")
     out.update_yaxes(title="share of the behaviour")
-    out.update_layout(title=f"Edges of agreement circuits on {model}", template="plotly_white", width=900, height=480)
+    out.update_layout(title=f"Circuits with few edges, {model}", template="plotly_white", width=900, height=480)
     return out
 
 

@@ -26,13 +26,14 @@ def trace(
 ) -> None:
     """Trace a prompt to a circuit; write it, an interactive page and Neuronpedia's attribution graph."""
     from ..circuits import trace as run
+    from ..explain import node_details
 
     choice = int(nodes) if nodes.isdecimal() else nodes
     loaded = load_model(model, backend, device, dtype)
     circuit = run(loaded, prompt, target, nodes=choice, share=share, verbose=progress())  # pyright: ignore[reportArgumentType]
     files = [out / "circuit", out / "circuit.html", out / "neuronpedia.json"]
     circuit.save(files[0])
-    circuit.to_html(files[1])
+    circuit.to_html(files[1], details=node_details(loaded, circuit))
     circuit.to_neuronpedia(files[2])
     best = circuit.to_dataframe().head(20)
     if as_json:

@@ -9,6 +9,7 @@ from ._examples import strongest_examples as strongest_examples
 from ._highlight import highlight as highlight
 from ._logit_effects import LogitEffects as LogitEffects
 from ._logit_effects import logit_effects as logit_effects
+from ._node_details import node_details as node_details
 from ._profiles import Profiles as Profiles
 from ._profiles import profiles as profiles
 from ._prompt_scores import PromptScores as PromptScores
