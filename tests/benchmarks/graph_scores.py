@@ -3,8 +3,8 @@
     python tests/benchmarks/graph_scores.py [--nodes 50 100 200]
 
 demo-gelu. `left out`, `errors` (the part of it that flows to error nodes), `replacement` and `completeness` are of the
-Dallas prompt's circuit; faithfulness is of a circuit of half of the two-hop pairs of ten tokens, on the other half, with
-the errors ablated like everything outside the circuit, and with all errors kept.
+Dallas prompt's circuit; faithfulness is of a circuit of half of the two-hop pairs of ten tokens, on the other half,
+with the errors ablated like everything outside the circuit, and with all errors kept.
 """
 
 import argparse

@@ -80,8 +80,8 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
         logits = logits_of(model, batch.clean, batch.attention_mask)
     if not ends:
         raise PropagationError(
-            "expected the unembedding to run as a module; it did not, so logits were not seen. Use a model whose forward "
-            "calls model.unembed."
+            "expected the unembedding to run as a module; it did not, so logits were not seen. Use a model whose "
+            "forward calls model.unembed."
         )
     fired(read, [name for name, _ in hooks], model)
     final, raw_logits = ends[-1]

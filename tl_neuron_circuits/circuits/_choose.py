@@ -34,7 +34,7 @@ def choose_nodes(
     for layer, unit in excluded:
         if layer not in layers or not 0 <= unit < scores[layers.index(layer)].shape[1]:
             raise SettingsError(
-                f"exclude= names the unit ({layer}, {unit}), which has no nodes here; nodes are in the layers {layers}, "
+                f"exclude= names the unit ({layer}, {unit}), which has no nodes here; nodes are in the layers {layers} "
                 f"with {[score.shape[1] for score in scores]} units."
             )
         allowed[layers.index(layer)][:, unit] = False
