@@ -130,7 +130,7 @@ def _logit(run: ResidualRun, token: int) -> Explained:
     weights, bias = getattr(unembed, "W_U", None), getattr(unembed, "b_U", None)
     if not isinstance(weights, Tensor):
         raise UnsupportedModelError(
-            f"expected unembed.W_U on this {type(model).__name__}; it has none. "
+            f"expected unembed.W_U on this {type(run.model).__name__}; it has none. "
             "Use trace(...), which needs gradients only."
         )
     weights = weights.detach()
