@@ -66,7 +66,16 @@ class Route:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeatureDashboard:
-    """What `feature_dashboard` returns; `to_html` writes it as a page."""
+    """What `feature_dashboard` returns; `to_html` writes it as a page.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model, transcoders = tnc.load_demo_model(), tnc.load_demo_dictionaries("transcoder")
+        >>> tokens = model.to_tokens(["The capital of Texas is Austin."])
+        >>> shown = tnc.transcoders.feature_dashboard(model, transcoders, "L1/F374", tokens, heads=1, k=3)
+        >>> len(shown.logits), len(shown.routes)
+        (6, 2)
+    """
 
     feature: str
     model: str
