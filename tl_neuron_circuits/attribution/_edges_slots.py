@@ -68,7 +68,15 @@ class Arrivals:
 
 @runtime_checkable
 class Slot(Protocol):
-    """The nodes of one layer."""
+    """The nodes of one layer.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.attribution import slots_of
+        >>> slot = slots_of(tnc.load_demo_model(), tnc.bases.Neurons())[2]
+        >>> slot.layer, slot.letter, slot.hook, slot.has_error
+        (2, 'N', 'blocks.2.mlp.hook_post', False)
+    """
 
     @property
     def layer(self) -> int: ...
@@ -133,6 +141,14 @@ def slots_of(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tup
     Raises:
         SettingsError: a basis other than neurons and dictionaries, two that claim one layer, or a dictionary that is
             not linear once its features are known.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.attribution import slots_of
+        >>> saes = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[2:])
+        >>> slots = slots_of(tnc.load_demo_model(), [tnc.bases.Neurons(layers=[0, 1]), saes])
+        >>> [slot.letter for slot in slots]
+        ['N', 'N', 'F', 'F']
     """
     mlps = {mlp.post: mlp for mlp in find_sites(model).mlps}
     slots: list[Slot] = []

@@ -26,7 +26,15 @@ from ._site import Parts, Site
 
 @dataclass(frozen=True, eq=False)
 class DictionarySite:
-    """One dictionary at the hook points it reads and writes on this model."""
+    """One dictionary at the hook points it reads and writes on this model.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae"))
+        >>> site = basis.sites(tnc.load_demo_model())[1]
+        >>> site.hook, site.letter, site.vectors
+        ('blocks.1.hook_mlp_out', 'F', ('error',))
+    """
 
     dictionary: Dictionary
     hook_in: str

@@ -35,7 +35,16 @@ class FrozenNorm:
 
 
 def is_opaque(model: TransformerLensModel, path: str) -> bool:
-    """True where `TransformerBridge` calls Hugging Face's norm as a whole, its scale outside the graph."""
+    """True where `TransformerBridge` calls Hugging Face's norm as a whole, its scale outside the graph.
+
+    GPT-2's adapter computes the norm itself, so its scale can be detached.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.propagation import is_opaque
+        >>> is_opaque(tnc.load_demo_model(), "ln_final")
+        False
+    """
     norm: Any = submodule(model, path)
     folding = bool(getattr(getattr(norm, "config", None), "layer_norm_folding", False))
     return bool(getattr(norm, "use_native_layernorm_autograd", False)) or folding
