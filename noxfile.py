@@ -60,7 +60,7 @@ def docs(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Time and memory against a reference measured in the same run; needs an otherwise idle machine."""
     session.install(*REQUIREMENTS["3.9"])
-    session.run("python", "-m", "pytest", "-s", "tests/benchmarks", *session.posargs, env=OFFLINE)
+    session.run("python", "-m", "tests.benchmarks", *session.posargs, env=OFFLINE)
 
 
 @nox.session

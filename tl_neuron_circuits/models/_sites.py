@@ -114,8 +114,10 @@ class ModelSites:
     problems: tuple[Problem, ...]
 
 
-def find_sites(model: TransformerLensModel) -> ModelSites:
+def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None) -> ModelSites:
     """Find the sites of `model`; what is missing or unsupported is listed in `problems`, each with its remedy.
+
+    `points` saves looking up the hook points again, which takes the Bridge a while.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -124,7 +126,7 @@ def find_sites(model: TransformerLensModel) -> ModelSites:
         >>> [mlp.post for mlp in models.find_sites(model).mlps][:2]
         ['blocks.0.mlp.hook_post', 'blocks.1.mlp.hook_post']
     """
-    points = hook_points(model)
+    points = hook_points(model) if points is None else points
     n_layers = int(model.cfg.n_layers)
     problems = [*_unsupported_flags(model, points)]
     embeddings = tuple(name for name in ("hook_embed", "hook_pos_embed") if name in points)

@@ -4,6 +4,7 @@ Written as f(x) / x the ratio loses all digits near zero; every function here is
 itself is used: Phi(x) for GELU, sigmoid(x) for SiLU, the step for ReLU, softmax(x) for SoLU.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,14 @@ _BY_NAME = {activation.name: activation for activation in KNOWN} | {
 }
 
 
+@functools.cache
+def _on_grid() -> tuple[Tensor, list[Tensor]]:
+    """Where activations are told apart, and the known ones' values there; both are only read."""
+    grid = torch.linspace(-6, 6, 97)
+    with torch.inference_mode(False), torch.no_grad():
+        return grid, [activation.apply(grid) for activation in KNOWN]
+
+
 def find_activation(model: TransformerLensModel, layer: int) -> Activation:
     """The activation of one MLP: recognised by its values on a grid, else by its name, else generic.
 
@@ -100,15 +109,14 @@ def find_activation(model: TransformerLensModel, layer: int) -> Activation:
     names = activation_names(model)
     if function is None:
         return next((_BY_NAME[name] for name in names if name in _BY_NAME), Activation("unknown", None, None))
-    grid = torch.linspace(-6, 6, 97)
+    grid, known_values = _on_grid()
     with torch.no_grad():
         try:
             values = function(grid)
         except (RuntimeError, TypeError, ValueError):  # a function with buffers of another dtype or device
             return Activation(names[0] if names else "unknown", function, None)
-    for known in KNOWN:
-        assert known.function is not None
-        if values.shape == grid.shape and torch.allclose(values.float(), known.function(grid), atol=2e-5):
+    for known, expected in zip(KNOWN, known_values, strict=True):
+        if values.shape == grid.shape and torch.allclose(values.float(), expected, atol=2e-5):
             return Activation(known.name, function, known.ratio)
     return Activation(names[0] if names else "unknown", function, None)
 

@@ -28,6 +28,10 @@ class FrozenNorm:
         """The norm's output at `x`, and the scale it divides by, in at least float32 as Hugging Face computes it."""
         with torch.no_grad():
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            if self.centred and self.weight.shape == x.shape[-1:]:  # one pass, which a plain LayerNorm takes too
+                weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+                output, _, inverse = torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+                return output, inverse.reciprocal_()
             x = x - x.mean(-1, keepdim=True) if self.centred else x
             scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
             output = x / scale * self.weight

@@ -2,9 +2,10 @@
 
 `Relay` sits at the end of a piece of the model (an activation, a norm). Its forward returns the value bit for bit; its
 backward asks the rule for the gradients at the piece's inputs and leaves them in a `Mailbox`. A backward pre-hook on
-each input's hook point adds what the mailbox holds to the gradient arriving there. The piece's own backward still runs,
-with zeros: with None instead, backward hooks between the two would silently never fire. Going through the hook point,
-rather than around it, is what lets a user's own `bwd` hook at `mlp.hook_pre` or `ln1.hook_in` see RelP's gradient.
+each input's hook point adds what the mailbox holds to the gradient arriving there. The piece's own backward is skipped
+where it can be: it gets no gradient at all, which torch passes on without computing. Where somebody listens inside the
+piece it gets zeros instead, since hooks there would see None. Going through the hook point, rather than around it, is
+what lets a user's own `bwd` hook at `mlp.hook_pre` or `ln1.hook_in` see RelP's gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +26,11 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._waiting: dict[str, Tensor] = {}
+        self._forms: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def address(self, name: str, value: Tensor) -> None:
+        """Note what gradients at `name` look like: some hook points show hooks a reshaped view of the value."""
+        self._forms[name] = (value.shape, value.dtype)
 
     def leave(self, gradients: Gradients) -> None:
         self._waiting.update(gradients)
@@ -37,9 +43,11 @@ class Mailbox:
         if waiting is None:
             return None
         first = arriving[0]
-        if first is not None:  # some hook points show hooks a reshaped view: OPT's MLP works on [batch * pos, d]
-            waiting = waiting.reshape(first.shape).to(first.dtype)
-            waiting = waiting if replace else waiting + first
+        form = self._forms.get(name) if first is None else (first.shape, first.dtype)
+        if form is not None:
+            waiting = waiting.reshape(form[0]).to(form[1])  # OPT's MLP works on [batch * pos, d]
+        if first is not None and not replace:
+            waiting = waiting + first
         return (waiting, *arriving[1:])
 
     def empty(self) -> None:
@@ -49,22 +57,39 @@ class Mailbox:
 class Relay(torch.autograd.Function):
     """Identity in the forward pass; in the backward pass, `rule` takes the gradient and fills the mailbox.
 
-    `bias` is what the piece adds at its end, if anything: it receives its ordinary gradient.
+    `bias` is what the piece adds at its end, if anything: it receives its ordinary gradient. `heard` tells whether
+    somebody listens to gradients inside the piece.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, bias: Tensor | None, rule: Callable[[Tensor], Gradients], box: Mailbox
+        ctx: Any,
+        value: Tensor,
+        bias: Tensor | None,
+        rule: Callable[[Tensor], Gradients],
+        box: Mailbox,
+        heard: Callable[[], bool],
     ) -> Tensor:
-        ctx.rule, ctx.box = rule, box
+        ctx.rule, ctx.box, ctx.heard = rule, box, heard
         ctx.bias_shape = None if bias is None else bias.shape
         return value.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (gradient,) = gradients
         ctx.box.leave(ctx.rule(gradient))
         to_bias = None
         if ctx.bias_shape is not None and ctx.needs_input_grad[1]:
             to_bias = gradient.sum_to_size(ctx.bias_shape)
-        return torch.zeros_like(gradient), to_bias, None, None
+        return torch.zeros_like(gradient) if ctx.heard() else None, to_bias, None, None, None
+
+
+def times(factor: Tensor, gradient: Tensor) -> Tensor:
+    """Their product, in `factor`'s memory: a second large buffer costs more than the arithmetic.
+
+    A batch of gradients (vmap, as `autograd.grad(is_grads_batched=True)` sends) does not fit there and gets its own.
+    """
+    try:
+        return factor.mul_(gradient)
+    except RuntimeError:
+        return factor * gradient

@@ -7,7 +7,7 @@ import torch
 
 from .._errors import PropagationError, SettingsError
 from .._typing import checked
-from ..models import TransformerLensModel, find_sites, require
+from ..models import TransformerLensModel, find_sites, hook_points, require
 from ._rules import ALL_RULES, check_rules
 from ._session import Session
 
@@ -61,11 +61,12 @@ class Relp:
                 "expected gradients to be enabled; relp was entered under torch.no_grad(), inference_mode() or "
                 "set_grad_enabled(False). Call it outside of those."
             )
-        sites = find_sites(self._model)
+        points = hook_points(self._model)
+        sites = find_sites(self._model, points)
         require(sites, rules=self._rules)
         if self._session is not None or getattr(self._model, _MARK, False):
             raise PropagationError("relp is active on this model already; rules cannot be stacked. Leave it first.")
-        session = Session(self._model, sites, self._rules, self._stabilizer)
+        session = Session(self._model, points, sites, self._rules, self._stabilizer)
         try:
             session.install()
         except BaseException:

@@ -37,8 +37,8 @@ class LnRule:
         centred: bool,
     ) -> Float[Tensor, "*batch d"]:
         """From the gradient at the norm's output to the gradient at its input."""
-        inner = gradient * weight / scale
-        return inner - inner.mean(-1, keepdim=True) if centred else inner
+        inner = (gradient * weight).div_(scale)
+        return inner.sub_(inner.mean(-1, keepdim=True)) if centred else inner
 
 
 @dataclass(frozen=True)

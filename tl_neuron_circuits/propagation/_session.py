@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .._errors import PropagationError
-from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product, hook_points
+from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product
 from ._activations import Activation, find_activation
 from ._checks import Checks
 from ._norms import FrozenNorm, is_opaque, read_norm
-from ._relay import Gradients, Mailbox, Relay
+from ._relay import Gradients, Mailbox, Relay, times
 from ._rules import RULES, AttentionRule, HalfRule, IdentityRule, LnRule
 
 Hook = Callable[..., Tensor | None]
@@ -25,10 +25,15 @@ class Session:
     """The rules installed on one model, from `install` to `remove`."""
 
     def __init__(
-        self, model: TransformerLensModel, sites: ModelSites, rules: tuple[str, ...], stabilizer: float | None
+        self,
+        model: TransformerLensModel,
+        points: dict[str, Any],
+        sites: ModelSites,
+        rules: tuple[str, ...],
+        stabilizer: float | None,
     ) -> None:
         self.model, self.sites, self.stabilizer = model, sites, stabilizer
-        self._points = hook_points(model)  # once: TransformerBridge builds it anew at every look
+        self._points = points  # looked up once: TransformerBridge builds them anew every time
         self.rules = {name: RULES[name] for name in rules}
         self.mailbox = Mailbox()
         self._inputs: dict[str, Tensor] = {}
@@ -88,7 +93,9 @@ class Session:
 
     def _receive(self, name: str, *, replace: bool = False) -> None:
         """Let hook point `name` take gradients out of the mailbox."""
-        self._raw_handles.append(self._receiver(name, replace=replace))
+        address = self.mailbox.address
+        note = lambda module, inputs, value: address(name, value)  # noqa: E731
+        self._raw_handles += [self._points[name].register_forward_hook(note), self._receiver(name, replace=replace)]
 
     def _receiver(self, name: str, *, replace: bool) -> Any:
         deliver = self.mailbox.deliver
@@ -183,6 +190,7 @@ class Session:
         rule = self.rules["ln"]
         assert isinstance(rule, LnRule) and norm.input is not None and norm.output is not None
         source, target = norm.input, norm.output
+        heard = self._listening(f"{norm.path}.", source, target)
 
         def relay(value: Tensor, hook: Any) -> Tensor:
             self.checks.fired(target)
@@ -201,7 +209,7 @@ class Session:
                     gradients[norm.scale] = torch.zeros_like(scale)
                 return gradients
 
-            return Relay.apply(value, frozen.bias, share, self.mailbox)  # pyright: ignore[reportReturnType]
+            return Relay.apply(value, frozen.bias, share, self.mailbox, heard)  # pyright: ignore[reportReturnType]
 
         return relay
 
@@ -224,9 +232,10 @@ class Session:
     def _coefficient(
         self, rule: IdentityRule, activation: Activation, pre: Tensor, activated: Tensor | None
     ) -> Callable[[], Tensor]:
-        """The constant of the identity rule, computed anew at every call where its closed form allows.
+        """The constant of the identity rule, in memory that the caller may overwrite: one large buffer at a time.
 
-        Kept from the forward to the backward pass it would be the largest tensor that relp adds to the graph.
+        It is computed anew at every call where its closed form allows: kept from the forward to the backward pass it
+        would be the largest tensor that relp adds to the graph.
         """
 
         def compute() -> Tensor:
@@ -237,19 +246,27 @@ class Session:
             activated = None  # not needed then
             return compute
         kept = compute()
-        return lambda: kept
+        return kept.clone
+
+    def _listening(self, prefix: str, *ends: str | None) -> Callable[[], bool]:
+        """Whether a backward hook sits inside the piece with these ends."""
+        known = {id(self._points[name]) for name in ends if name is not None}
+        inside = [p for name, p in self._points.items() if name.startswith(prefix) and id(p) not in known]
+        return lambda: any(point.bwd_hooks for point in inside)
 
     def _relay_activation(self, mlp: MLPSites, activation: Activation) -> Hook:
         rule = self.rules["identity"]
         assert isinstance(rule, IdentityRule)
 
+        heard = self._listening(f"blocks.{mlp.layer}.mlp.", mlp.pre, mlp.up, mlp.activated, mlp.post)
+
         def relay(value: Tensor, hook: Any) -> Tensor:
             self.checks.fired(mlp.activated)
             pre = self._take(mlp.pre, mlp.activated)
             ratio = self._coefficient(rule, activation, pre, value)
-            self.checks.rebuilt(mlp.activated, pre * ratio(), value)
-            share = lambda gradient: {mlp.pre: gradient * ratio()}  # noqa: E731
-            return Relay.apply(value, None, share, self.mailbox)  # pyright: ignore[reportReturnType]
+            self.checks.rebuilt(mlp.activated, ratio().mul_(pre), value)
+            share = lambda gradient: {mlp.pre: times(ratio(), gradient)}  # noqa: E731
+            return Relay.apply(value, None, share, self.mailbox, heard)  # pyright: ignore[reportReturnType]
 
         return relay
 
@@ -258,6 +275,7 @@ class Session:
         share = half.share if isinstance(half, HalfRule) else 1.0
         pre, up = mlp.pre, mlp.up
         assert up is not None
+        heard = self._listening(f"blocks.{mlp.layer}.mlp.", mlp.pre, mlp.up, mlp.activated, mlp.post)
 
         def relay(value: Tensor, hook: Any) -> Tensor:
             self.checks.fired(mlp.post)
@@ -266,17 +284,17 @@ class Session:
             if isinstance(identity, IdentityRule):
                 ratio = self._coefficient(identity, activation, gate, None)
             with torch.no_grad():
-                product = (activation.apply(gate) if ratio is None else gate * ratio()) * linear
-                self.checks.rebuilt(mlp.post, product if bias is None else product + bias, value)
+                product = activation.apply(gate) * linear if ratio is None else ratio().mul_(gate).mul_(linear)
+                self.checks.rebuilt(mlp.post, product if bias is None else product.add_(bias), value)
                 del product
 
             def send(gradient: Tensor) -> Gradients:
                 gradient = gradient * share
                 slope = _derivative(activation, gate) if ratio is None else ratio()
-                activated = activation.apply(gate) if ratio is None else gate * slope
-                return {pre: gradient * linear * slope, up: gradient * activated}
+                activated = activation.apply(gate).clone() if ratio is None else gate * slope
+                return {pre: times(slope * linear, gradient), up: times(activated, gradient)}
 
-            return Relay.apply(value, bias, send, self.mailbox)  # pyright: ignore[reportReturnType]
+            return Relay.apply(value, bias, send, self.mailbox, heard)  # pyright: ignore[reportReturnType]
 
         return relay
 
