@@ -50,6 +50,16 @@ class Generalisation:
     attribute, .5 is blind to it); worst_group (least accuracy of the four groups); n_ablated; seconds (of ranking, or
     of the projection; CPU time of the process). `candidates`: by ranking, the features that the judge saw, with its
     verdict in `chosen`. `probes`: the original probe and the oracle's.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> words = [("doctor", 0), ("farmer", 1)]
+        >>> rows = [(f"The {w}{e}", label, k) for w, label in words for k, e in enumerate((" is old.", "s are old."))]
+        >>> texts = tnc.lasso.LabelledTexts(*zip(*rows))
+        >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[1:2])
+        >>> found = tnc.lasso.generalise(tnc.load_demo_model(), texts, texts, texts, basis, n_candidates=3)
+        >>> sorted(found.candidates)
+        ['attribution', 'lasso', 'lasso_rounds', 'random']
     """
 
     table: pd.DataFrame
@@ -112,6 +122,16 @@ def generalise(
         SettingsError: groups are empty, or no feature differs between the texts.
         UnsupportedModelError: a hook point is missing.
         NumericalError: activations that are not finite.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> words = [("doctor", 0), ("farmer", 1)]
+        >>> rows = [(f"The {w}{e}", label, k) for w, label in words for k, e in enumerate((" is old.", "s are old."))]
+        >>> texts = tnc.lasso.LabelledTexts(*zip(*rows))
+        >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[1:2])
+        >>> found = tnc.lasso.generalise(tnc.load_demo_model(), texts, texts, texts, basis, n_candidates=3)
+        >>> found.table["method"].tolist()[:3]
+        ['original', 'oracle', 'concept_blind']
     """
     sites = sites_of(model, basis)
     texts = {

@@ -26,7 +26,10 @@ def contrast_judge(threshold: float = 0.75) -> Judge:
         SettingsError: a threshold outside .5 to 1.
 
     Example:
-        >>> contrast_judge(0.8)(pd.DataFrame({"label": ["L0/F1", "L0/F2"], "contrast": [0.1, 0.6]}))
+        >>> import pandas as pd
+        >>> import tl_neuron_circuits as tnc
+        >>> candidates = pd.DataFrame({"label": ["L0/F1", "L0/F2"], "contrast": [0.1, 0.6]})
+        >>> tnc.lasso.contrast_judge(0.8)(candidates)
         ['L0/F1']
     """
     if not 0.5 <= threshold <= 1:

@@ -176,7 +176,12 @@ def explained(problem: Standardised, weights: Float64[Tensor, "source target"]) 
         >>> tnc.lasso.explained(problem, torch.linalg.solve(problem.gram, problem.cross)).round(decimals=4)
         tensor([1.], dtype=torch.float64)
     """
-    residual = problem.squares + ((_times(problem.gram, weights) - 2 * problem.cross) * weights).sum(0)
+    rows = max(64, _CHUNK // max(1, len(weights)))
+    change = [
+        ((_times(problem.gram, some) - 2 * cross) * some).sum(0)
+        for some, cross in zip(weights.split(rows, 1), problem.cross.split(rows, 1), strict=True)
+    ]
+    residual = problem.squares + torch.cat(change)
     return torch.where(problem.target_constant, torch.nan, 1 - residual / problem.squares)
 
 
