@@ -51,7 +51,9 @@ def test_a_site_that_does_not_fire(tiny: Any, tokens: Tensor) -> None:
     """HookedTransformer lists `hook_result` and does not run it unless asked to."""
     if type(tiny).__name__ == "TransformerBridge":
         pytest.skip("the Bridge has no hook point that is listed and silent under this name")
-    with pytest.raises(UnsupportedModelError, match=r"attn\.hook_result.* to fire"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"attn\.hook_result.* did not fire.*hook_in and hook_out of TrainingConfig"
+    ):
         config = SMALL.replace(hook_in="blocks.{layer}.attn.hook_result")
         train(tiny, tokens, config, verbose=False)
 

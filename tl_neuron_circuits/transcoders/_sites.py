@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import DictionaryError, SettingsError
+from .._errors import DictionaryError, SettingsError, UnsupportedModelError
 from ..bases import Dictionary, check_fires, resolve_hooks
 from ..models import TransformerLensModel, hook_points
 from ._config import TrainingConfig
@@ -46,7 +46,12 @@ def training_sites(model: TransformerLensModel, tokens: Tensor, config: Training
         raise SettingsError(f"expected layers of 0 .. {n_layers - 1}; got {absent}.")
     names = [(config.input_template.format(layer=n), config.hook_out.format(layer=n)) for n in layers]
     found = [_resolved(model, *pair) for pair in names]
-    shapes = check_fires(model, tokens, [name for pair in found for name in pair])
+    try:
+        shapes = check_fires(model, tokens, [name for pair in found for name in pair])
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{error} To train elsewhere, set hook_in and hook_out of TrainingConfig."
+        ) from error
     for name, shape in shapes.items():
         if len(shape) != 3 or shape[:2] != tuple(tokens.shape):
             raise SettingsError(
@@ -71,7 +76,7 @@ def _resolved(model: TransformerLensModel, hook_in: str, hook_out: str) -> tuple
     except DictionaryError as error:
         if hook_in in hook_points(model) and hook_out in hook_points(model):
             return hook_in, hook_out  # such as mlp.hook_post, whose width is not d_model
-        raise DictionaryError(f"{error} To train there, set hook_in and hook_out of TrainingConfig.") from error
+        raise DictionaryError(f"{error} To train elsewhere, set hook_in and hook_out of TrainingConfig.") from error
 
 
 def flat_values(
