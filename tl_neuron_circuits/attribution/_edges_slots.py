@@ -68,7 +68,16 @@ class Arrivals:
 
 @runtime_checkable
 class Slot(Protocol):
-    """The nodes of one layer."""
+    """The nodes of one layer.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> (slot,) = attribution.slots_of(model, tnc.bases.Neurons([2]))
+        >>> isinstance(slot, attribution.Slot)
+        True
+    """
 
     @property
     def layer(self) -> int: ...
@@ -133,6 +142,13 @@ def slots_of(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tup
     Raises:
         SettingsError: a basis other than neurons and dictionaries, two that claim one layer, or a dictionary that is
             not linear once its features are known.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits import attribution
+        >>> model = tnc.load_demo_model()
+        >>> [slot.hook for slot in attribution.slots_of(model, tnc.bases.Neurons([0, 2]))]
+        ['blocks.0.mlp.hook_post', 'blocks.2.mlp.hook_post']
     """
     mlps = {mlp.post: mlp for mlp in find_sites(model).mlps}
     slots: list[Slot] = []

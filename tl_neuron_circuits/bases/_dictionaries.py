@@ -26,7 +26,15 @@ from ._site import Parts, Site
 
 @dataclass(frozen=True, eq=False)
 class DictionarySite:
-    """One dictionary at the hook points it reads and writes on this model."""
+    """One dictionary at the hook points it reads and writes on this model.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> (site,) = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[:1]).sites(model)
+        >>> site.hook, site.vectors
+        ('blocks.0.hook_mlp_out', ('error',))
+    """
 
     dictionary: Dictionary
     hook_in: str

@@ -37,7 +37,16 @@ Loss = Literal["logistic", "squared"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PooledFeatures:
-    """`values[i, k]`: node k of a basis on prompt i, pooled over positions; float32 on the CPU."""
+    """`values[i, k]`: node k of a basis on prompt i, pooled over positions; float32 on the CPU.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[:1])
+        >>> pooled = tnc.lasso.pooled_features(model, ["The dogs are old.", "The dog is old."], basis)
+        >>> pooled, tuple(pooled.values.shape)
+        (PooledFeatures(2 prompts, 768 nodes), (2, 768))
+    """
 
     values: Float[Tensor, "prompt node"]
     nodes: pd.DataFrame
@@ -123,6 +132,16 @@ class FeatureRanking:
     `features`: label (the node), hook, layer, unit, weight (of the feature in standard deviations; log odds, or
     standard deviations of the label), raw_weight (of the activation itself), share (of prompts it is active on).
     `n_silent` features never differ from prompt to prompt, and have none.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[-1:])
+        >>> texts = ["The dogs are old.", "The cats are here.", "The dog is old.", "The cat is here."]
+        >>> pooled = tnc.lasso.pooled_features(model, texts, basis)
+        >>> ranking = tnc.lasso.rank_features(pooled, [1, 1, 0, 0], n_features=3)
+        >>> ranking.to_dataframe().columns.tolist()
+        ['label', 'hook', 'layer', 'unit', 'weight', 'raw_weight', 'share']
     """
 
     features: pd.DataFrame

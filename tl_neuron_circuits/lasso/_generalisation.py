@@ -50,6 +50,19 @@ class Generalisation:
     attribute, .5 is blind to it); worst_group (least accuracy of the four groups); n_ablated; seconds (of ranking, or
     of the projection; CPU time of the process). `candidates`: by ranking, the features that the judge saw, with its
     verdict in `chosen`. `probes`: the original probe and the oracle's.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.lasso import LabelledTexts, generalise
+        >>> def texts(nouns):  # label: which noun; spurious: one or several
+        ...     rows = [(k % 2, k // 2 % 2, ("old", "here", "tall", "late", "happy")[k % 5]) for k in range(24)]
+        ...     forms = [f"The {nouns[k]}{('', 's')[many]} {('is', 'are')[many]} {end}." for k, many, end in rows]
+        ...     return LabelledTexts(forms, [row[0] for row in rows], [row[1] for row in rows])
+        >>> model, basis = tnc.load_demo_model(), tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[1:2])
+        >>> given, concept = texts(("doctor", "farmer")), texts(("dog", "cat"))
+        >>> found = generalise(model, given, given, concept, basis, n_candidates=8)
+        >>> found.to_dataframe().columns.tolist()
+        ['method', 'label_accuracy', 'spurious_accuracy', 'worst_group', 'n_ablated', 'seconds']
     """
 
     table: pd.DataFrame
@@ -112,6 +125,18 @@ def generalise(
         SettingsError: groups are empty, or no feature differs between the texts.
         UnsupportedModelError: a hook point is missing.
         NumericalError: activations that are not finite.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.lasso import LabelledTexts, generalise
+        >>> def texts(nouns):  # label: which noun; spurious: one or several
+        ...     rows = [(k % 2, k // 2 % 2, ("old", "here", "tall", "late", "happy")[k % 5]) for k in range(24)]
+        ...     forms = [f"The {nouns[k]}{('', 's')[many]} {('is', 'are')[many]} {end}." for k, many, end in rows]
+        ...     return LabelledTexts(forms, [row[0] for row in rows], [row[1] for row in rows])
+        >>> model, basis = tnc.load_demo_model(), tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[1:2])
+        >>> given, concept = texts(("doctor", "farmer")), texts(("dog", "cat"))
+        >>> generalise(model, given, given, concept, basis, n_candidates=8)
+        Generalisation(11 methods, 12 biased, 24 test texts, blocks.1.hook_mlp_out)
     """
     sites = sites_of(model, basis)
     texts = {

@@ -26,6 +26,8 @@ def contrast_judge(threshold: float = 0.75) -> Judge:
         SettingsError: a threshold outside .5 to 1.
 
     Example:
+        >>> import pandas as pd
+        >>> from tl_neuron_circuits.lasso import contrast_judge
         >>> contrast_judge(0.8)(pd.DataFrame({"label": ["L0/F1", "L0/F2"], "contrast": [0.1, 0.6]}))
         ['L0/F1']
     """

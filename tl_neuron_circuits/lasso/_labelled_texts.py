@@ -33,7 +33,8 @@ class LabelledTexts:
         SettingsError: lengths differ, there is no text, or a value is neither 0 nor 1.
 
     Example:
-        >>> LabelledTexts(["He cares for patients.", "She lectures."], label=[0, 1], spurious=[0, 1])
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.lasso.LabelledTexts(["He cares for patients.", "She lectures."], label=[0, 1], spurious=[0, 1])
         LabelledTexts(2 texts; label, spurious = 00: 1, 01: 0, 10: 0, 11: 1)
     """
 
@@ -114,6 +115,7 @@ def bias_in_bios(
         SettingsError: an unknown profession, or none of its texts is there.
 
     Example:
+        >>> from tl_neuron_circuits.lasso import bias_in_bios
         >>> rows = [{"hard_text": "She lectures.", "profession": 21, "gender": 1}]
         >>> bias_in_bios([*rows, {"hard_text": "He helps.", "profession": 13, "gender": 0}])
         LabelledTexts(2 texts; label, spurious = 00: 0, 01: 1, 10: 1, 11: 0)

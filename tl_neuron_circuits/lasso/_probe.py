@@ -19,7 +19,15 @@ from ._statistics import Statistics, standardise
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Probe:
-    """`log_odds(x) = x @ weights + bias` of the label being 1."""
+    """`log_odds(x) = x @ weights + bias` of the label being 1.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> probe = tnc.lasso.fit_probe(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1, 1]))
+        >>> probe.predictions(torch.tensor([[-5.0], [5.0]]))
+        tensor([0, 1])
+    """
 
     weights: Float64[Tensor, " d"]
     bias: float
@@ -44,7 +52,9 @@ def fit_probe(x: Float[Tensor, "n d"], y: Tensor, ridge: float = 1e-2, steps: in
         NumericalError: an activation is not finite, or the fit did not converge.
 
     Example:
-        >>> probe = fit_probe(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1, 1]))
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> probe = tnc.lasso.fit_probe(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1, 1]))
         >>> probe.predictions(torch.ones(1, 1))
         tensor([0])
     """
@@ -89,6 +99,14 @@ def eraser(x: Tensor, attribute: Tensor) -> Callable[[Tensor], Tensor]:
         SettingsError: the attribute is the same everywhere.
 
     Source: Belrose et al. 2023, arXiv 2306.03819.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> x, attribute = torch.tensor([[0.0, 1.0], [0.0, 2.0], [4.0, 1.0], [4.0, 2.0]]), torch.tensor([0, 0, 1, 1])
+        >>> erased = tnc.lasso.eraser(x, attribute)(x)
+        >>> bool((erased[attribute == 0].mean(0) - erased[attribute == 1].mean(0)).abs().max() < 1e-4)
+        True
     """
     x = x.double()
     mean = x.mean(0)

@@ -35,7 +35,15 @@ class FrozenNorm:
 
 
 def is_opaque(model: TransformerLensModel, path: str) -> bool:
-    """True where `TransformerBridge` calls Hugging Face's norm as a whole, its scale outside the graph."""
+    """True where `TransformerBridge` calls Hugging Face's norm as a whole, its scale outside the graph.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> from tl_neuron_circuits.propagation import is_opaque
+        >>> is_opaque(model, "blocks.0.ln1") == (type(model).__name__ == "TransformerBridge")
+        True
+    """
     norm: Any = submodule(model, path)
     folding = bool(getattr(getattr(norm, "config", None), "layer_norm_folding", False))
     return bool(getattr(norm, "use_native_layernorm_autograd", False)) or folding
