@@ -13,14 +13,17 @@ import numpy as np
 import pandas as pd
 
 POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
-BAR_WIDTH = 60
-"""Pixels on each side of zero."""
+BAR_WIDTH = 100
+"""Pixels of the longest bar."""
+LONG = 60
+"""Texts of more characters are broken into lines."""
 
 _STYLE = """
 .tnc table {border-collapse: collapse; margin: .3em 0 .8em; font-size: 13px}
-.tnc th, .tnc td {padding: 2px 8px; border: 0; border-bottom: 1px solid rgba(128,128,128,.3); text-align: left;
- white-space: pre-wrap; max-width: 40em; background: transparent; color: inherit}
-.tnc .n {text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums}
+.tnc th, .tnc td {padding: 2px 8px; border: 0; border-bottom: 1px solid rgba(128,128,128,.3); background: transparent;
+ color: inherit; text-align: left !important; white-space: pre; max-width: 40em}
+.tnc .n {text-align: right !important; font-variant-numeric: tabular-nums}
+.tnc .l {white-space: pre-wrap}
 .tnc .b {padding: 2px 4px}
 .tnc .b div {height: 10px}
 .tnc a {color: inherit; text-decoration: underline dotted}
@@ -73,7 +76,7 @@ def table(
         links: by column, an address a row of `frame`.
     """
     shown = frame.head(rows)
-    scales = {column: _largest(shown[column]) for column in bars}
+    scales = {column: _scale(shown[column]) for column in bars}
     head = "".join(_heading(str(column), frame[column], column in scales) for column in frame.columns)
     body = []
     for place in range(len(shown)):
@@ -83,7 +86,7 @@ def table(
             address = (links or {}).get(str(column), {place: None})[place]
             cells.append(_cell(value, address))
             if column in scales:
-                cells.append(f'<td class="b">{_bar(float(value), scales[column])}</td>')
+                cells.append(f'<td class="b">{_bar(float(value), *scales[column])}</td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
     more = f"<small>{len(shown):,} of {len(frame):,} rows</small>" if len(frame) > len(shown) else ""
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>{more}"
@@ -104,12 +107,13 @@ def _heading(name: str, column: pd.Series, bar: bool) -> str:
 
 
 def _cell(value: Any, address: str | None) -> str:
-    text = escape(_text(value))
+    plain = _text(value)
+    text = escape(plain)
     if address:
         text = f'<a href="{escape(address)}" target="_blank" rel="noopener">{text}</a>'
-    return (
-        f'<td class="n">{text}</td>' if isinstance(value, Real) and not isinstance(value, bool) else f"<td>{text}</td>"
-    )
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return f'<td class="n">{text}</td>'
+    return f'<td class="l">{text}</td>' if len(plain) > LONG else f"<td>{text}</td>"
 
 
 def _text(value: Any) -> str:
@@ -120,22 +124,23 @@ def _text(value: Any) -> str:
         return "" if np.isnan(float(value)) else f"{float(value):.3g}"
     if isinstance(value, list | tuple):
         return "  ".join(map(_text, value))
-    return "" if value is None else str(value)
+    return "" if value is None or value is pd.NA else str(value)
 
 
-def _largest(column: pd.Series) -> float:
-    finite = column[np.isfinite(column.astype(float))].abs()
-    return float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
+def _scale(column: pd.Series) -> tuple[float, float]:
+    """The least and the largest finite number, zero between them."""
+    finite = column.astype(float)[np.isfinite(column.astype(float))]
+    return min(float(finite.min()), 0.0) if len(finite) else 0.0, max(float(finite.max()), 0.0) if len(finite) else 0.0
 
 
-def _bar(value: float, largest: float) -> str:
-    """To the right of the middle for what is positive, to the left for what is negative."""
-    if not np.isfinite(value):
+def _bar(value: float, low: float, high: float) -> str:
+    """From zero to the right for what is positive, to the left for what is negative."""
+    if not np.isfinite(value) or high == low:
         return ""
-    width = round(min(abs(value) / largest, 1.0) * BAR_WIDTH)
-    left = BAR_WIDTH if value >= 0 else BAR_WIDTH - width
+    unit = BAR_WIDTH / (high - low)
+    start, width = round((min(value, 0.0) - low) * unit), round(abs(value) * unit)
     colour = POSITIVE if value >= 0 else NEGATIVE
     return (
-        f'<div style="width: {2 * BAR_WIDTH}px"><div style="margin-left: {left}px; width: {width}px; '
+        f'<div style="width: {BAR_WIDTH}px"><div style="margin-left: {start}px; width: {width}px; '
         f'background: {colour}"></div></div>'
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ..attribution import NodeScores
@@ -30,6 +31,13 @@ class Agreement:
     """Share of the `top_k` largest |exact| scores among the `top_k` largest |scores|."""
     top_k: int
     n_nodes: int
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row."""
+        return pd.DataFrame([vars(self)])
+
+    def _repr_html_(self) -> str:
+        return _html.block(f"Agreement on {self.n_nodes:,} nodes", _html.table(self.to_dataframe()))
 
 
 @checked

@@ -213,7 +213,11 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         table = self.summary().dropna(axis="columns", how="all")
-        return _html.block(repr(self), _html.note(self.headline()), _html.table(table, bars=("log_area",), rows=60))
+        notes = [self.headline()]
+        if len(self.tasks) == 1:  # then every curve has the same ends
+            notes.append(f"F(full) = {table['metric_full'][0]:.3g}, F(empty) = {table['metric_empty'][0]:.3g}")
+            table = table.drop(columns=["task", "metric_full", "metric_empty"])
+        return _html.block(repr(self), *map(_html.note, notes), _html.table(table, bars=("log_area",), rows=60))
 
     def _curve(self, task: str, basis: str, method: str) -> SparsityCurve:
         key = CurveKey(task, basis, method)

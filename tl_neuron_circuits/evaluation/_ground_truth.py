@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .. import _html
 from .._errors import SettingsError
 from ..attribution import EdgeScores
 
@@ -62,6 +63,10 @@ class GroundTruth:
 
     def __repr__(self) -> str:
         return f"GroundTruth({self.name}: {len(self.edges)} of {len(self.possible)} possible edges)"
+
+    def _repr_html_(self) -> str:
+        true = pd.DataFrame(sorted(self.edges), columns=["source", "target"])
+        return _html.block(repr(self), _html.table(true))
 
 
 Scores = EdgeScores | pd.DataFrame | Mapping[Edge, float]

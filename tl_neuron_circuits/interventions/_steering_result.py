@@ -97,8 +97,11 @@ class SteeringResult:
         )
 
     def _repr_html_(self) -> str:
-        first = self.to_dataframe().query("prompt == 0").drop(columns="prompt")
-        tables = _html.table(self.summary(), bars=("kl",)), _html.table(first, bars=("probability_change",))
+        first = self.to_dataframe().query("prompt == 0")
+        names = {"token": "token", "probability_before": "before", "probability_after": "after"}
+        names |= {"probability_change": "change", "logit_change": "change of logit"}
+        shown = first[list(names)].rename(columns=names)
+        tables = _html.table(self.summary(), bars=("kl",)), _html.table(shown, bars=("change",))
         return _html.block(repr(self), tables[0], _html.note(f"next token of {self.prompts[0]!r}:"), tables[1])
 
     def _shown(self) -> list[list[int]]:

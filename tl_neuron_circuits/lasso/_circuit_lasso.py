@@ -69,7 +69,7 @@ class CircuitLasso:
         >>> method = tnc.lasso.CircuitLasso(share=0.8, attention="layers", regressors="same")
         >>> found = method.fit(model, tnc.tasks.subject_verb_agreement("simple", n=16))
         >>> sorted(set(found.nodes["kind"])), len(found.edges) > 10
-        (['attention', 'embedding', 'logits', 'mlp'], True)
+        (['component', 'embedding', 'logit'], True)
     """
 
     penalty: float | None = None
@@ -156,15 +156,7 @@ class CircuitLasso:
         resume: str | Path | None = None,
         verbose: bool = False,
     ) -> Observations:
-        """The statistics alone; `+` joins those of several processes before `solve`. Arguments as of `fit`.
-
-        Example:
-            >>> import tl_neuron_circuits as tnc
-            >>> model = tnc.load_demo_model()
-            >>> method = tnc.lasso.CircuitLasso(attention="layers", regressors="same", blocks=2, folds=2)
-            >>> method.observe(model, ["The dog is", "The dogs are", "The cat is", "The cats are"])
-            Observations(4 prompts, 10 sites, 2 blocks)
-        """
+        """The statistics alone; `+` joins those of several processes before `solve`. Arguments as of `fit`."""
         tokens = to_tokens(model, inputs, prepend_bos)
         readout = self.readout or ("answers" if isinstance(inputs, PromptPairs | TokenisedPairs) else "logits")
         if readout in ("answers", "metric") and not isinstance(inputs, PromptPairs | TokenisedPairs):
