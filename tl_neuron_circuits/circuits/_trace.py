@@ -12,6 +12,7 @@ from .._files import versions
 from .._typing import checked
 from ..attribution import Goal, direct_effects, mean_totals, slots_of
 from ..bases import Basis, Neurons, logits_of, name_of
+from ..interventions import text_pieces
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
 from ..tasks import Batch, PromptPairs, TokenisedPairs, tokenise
@@ -126,7 +127,7 @@ def trace(
             {"hook": s.hook, "layer": s.layer, "letter": s.letter, "width": int(of.shape[-1]), "errors": s.has_error}
             for s, of in zip(slots, found.score, strict=True)
         ],
-        "prompt": text if text is not None else "".join(tokens), "tokens": tokens,
+        "prompt": text if text is not None else _common_text(model, pairs.clean[0], ids), "tokens": tokens,
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
         "target": labels, "target_value": float(effects.totals.goals.sum()), "position": position,
         "baseline": "corrupt" if paired else "zero", "nodes": nodes, "share": share, "mass": mass,
@@ -188,6 +189,13 @@ def _common_tokens(pairs: TokenisedPairs) -> list[int]:
     """The token at each position, -1 where prompts differ."""
     columns = torch.stack(list(pairs.clean)).T
     return [int(column[0]) if bool((column == column[0]).all()) else -1 for column in columns]
+
+
+def _common_text(model: Any, tokens: Int[Tensor, " pos"], ids: Sequence[int]) -> str:
+    """The prompt with its spaces; "…" for the tokens in which the prompts differ."""
+    pieces = text_pieces(model, tokens)
+    blank = [" …" if piece.startswith(" ") else "…" for piece in pieces]
+    return "".join(piece if one >= 0 else gap for piece, gap, one in zip(pieces, blank, ids, strict=True))
 
 
 def _goal_labels(model: Any, goals: Sequence[Goal]) -> list[str]:
