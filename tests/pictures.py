@@ -51,12 +51,14 @@ def sparsity(page: Page, scratch: Path) -> None:
 
 def circuit_page(page: Page, scratch: Path) -> None:
     """The Dallas circuit, with the strongest neuron at the town selected."""
-    circuit = tnc.trace(tnc.load_demo_model(), PROMPT, " Austin")
+    model = tnc.load_demo_model()
+    circuit = tnc.trace(model, PROMPT, " Austin")
     neurons = circuit.to_dataframe().query("kind == 'neuron'")
     town = neurons.query("position == 8")["node"]
     last = neurons.query("layer == 3")["node"]
     circuit = circuit.group({"state of the town": list(town), "say a capital": list(last)})
-    circuit.to_html(scratch / "circuit.html")
+    prompts = tnc.tasks.capitals(n=256, phrasing=0).clean
+    circuit.to_html(scratch / "circuit.html", details=tnc.node_details(model, circuit, prompts))
     page.set_viewport_size({"width": 1400, "height": 820})
     page.goto((scratch / "circuit.html").as_uri())
     page.locator(f'[data-key="{town.iloc[0]}"]').first.click()
