@@ -1,0 +1,118 @@
+"""Make the pictures of the README and the documentation: `python -m tests.pictures [name ...]`.
+
+Needs what `pip install -e ".[dev,docs]" nbconvert pillow` brings, and Chromium.
+
+    sparsity      docs/images/sparsity.png       bases on the agreement task, from `compare`
+    circuit_page  docs/images/circuit_page.png   the page of the Dallas circuit
+    notebook      docs/images/notebook.png       outputs of notebooks/01_quickstart.ipynb
+    site          docs/images/site.png           this documentation
+
+They are screenshots of headless Chromium; look at them before you commit them.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbconvert
+import nbformat
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+import tl_neuron_circuits as tnc
+
+from .notebooks import CHROMIUM, PLOTLY, ROOT, outputs
+
+IMAGES = ROOT / "docs" / "images"
+PROMPT = "The capital of the state containing Dallas is"
+
+
+def sparsity(page: Page, scratch: Path) -> None:
+    """Four bases by RelP beside random nodes, on nouns that were not used to choose them."""
+    train, test = tnc.tasks.subject_verb_agreement("nounpp", n=128, seed=0).split(0.5, seed=0, by="label")
+    kinds = ("sae", "transcoder")
+    dictionaries = [tnc.bases.Dictionaries(tnc.load_demo_dictionaries(kind), name=kind) for kind in kinds]
+    figure = tnc.compare(
+        tnc.load_demo_model(),
+        train,
+        test,
+        bases=[tnc.bases.Neurons(), tnc.bases.MLPOutputs(), *dictionaries],
+        methods=["relp", "random"],
+    ).plot()
+    figure.write_html(scratch / "figure.html", include_plotlyjs=True, config={"displayModeBar": False})
+    page.set_viewport_size({"width": 1000, "height": 490})
+    page.goto((scratch / "figure.html").as_uri())
+    page.wait_for_selector(".main-svg")
+    page.screenshot(path=IMAGES / "sparsity.png", clip={"x": 0, "y": 40, "width": 1000, "height": 450})
+
+
+def circuit_page(page: Page, scratch: Path) -> None:
+    """The Dallas circuit, with the strongest neuron at the town selected."""
+    model = tnc.load_demo_model()
+    circuit = tnc.trace(model, PROMPT, " Austin")
+    neurons = circuit.to_dataframe().query("kind == 'neuron'")
+    town = neurons.query("position == 8")["node"]
+    last = neurons.query("layer == 3")["node"]
+    circuit = circuit.group({"state of the town": list(town), "say a capital": list(last)})
+    prompts = tnc.tasks.capitals(n=256, phrasing=0).clean
+    circuit.to_html(scratch / "circuit.html", details=tnc.node_details(model, circuit, prompts))
+    page.set_viewport_size({"width": 1400, "height": 820})
+    page.goto((scratch / "circuit.html").as_uri())
+    page.locator(f'[data-key="{town.iloc[0]}"]').first.click()
+    page.mouse.move(600, 20)
+    page.wait_for_timeout(500)
+    page.screenshot(path=IMAGES / "circuit_page.png")
+
+
+def notebook(page: Page, scratch: Path) -> None:
+    """Outputs of the first notebook: the map of the scores and the curve."""
+    content = nbformat.read(ROOT / "notebooks" / "01_quickstart.ipynb", as_version=4)
+    for output in outputs(content):
+        output.get("data", {}).pop(PLOTLY, None)  # its script would come from the network; the picture stays
+    html, _ = nbconvert.HTMLExporter().from_notebook_node(content)
+    (scratch / "notebook.html").write_text(html, encoding="utf-8")
+    page.set_viewport_size({"width": 960, "height": 1300})
+    page.goto((scratch / "notebook.html").as_uri())
+    page.get_by_text("3. Score every neuron").first.scroll_into_view_if_needed()
+    page.evaluate("window.scrollBy(0, document.querySelectorAll('h2')[2].getBoundingClientRect().top - 20)")
+    page.wait_for_timeout(500)
+    page.screenshot(path=IMAGES / "notebook.png")
+
+
+def site(page: Page, scratch: Path) -> None:
+    """The methods page of the documentation as it is built."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--no-directory-urls", "--site-dir", str(scratch)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    page.set_viewport_size({"width": 1300, "height": 900})
+    page.goto((scratch / "methods.html").as_uri())
+    page.wait_for_timeout(500)
+    page.screenshot(path=IMAGES / "site.png")
+
+
+PICTURES: dict[str, Callable[[Page, Path], None]] = {
+    "sparsity": sparsity,
+    "circuit_page": circuit_page,
+    "notebook": notebook,
+    "site": site,
+}
+
+
+def main(names: list[str]) -> None:
+    """Make the pictures named, all of them without names."""
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as scratch:
+        browser: Any = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for name in names or PICTURES:
+            PICTURES[name](browser.new_page(), Path(scratch))
+            path = IMAGES / f"{name}.png"
+            with Image.open(path) as image:
+                small = image.convert("RGB").quantize(256)  # flat colours: half the bytes, no visible loss
+            small.save(path, optimize=True)
+            print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
