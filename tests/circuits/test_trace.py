@@ -14,7 +14,7 @@ from tests.families import ModelCase, all_models, random_tokens
 from tests.stories_tasks import pronoun_pairs
 from tl_neuron_circuits import Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
-from tl_neuron_circuits.tasks import TokenisedPairs, logit_difference
+from tl_neuron_circuits.tasks import TokenisedPairs, capitals, logit_difference
 
 FAMILIES = ("gpt2", "llama", "gemma2")
 both = all_models("gpt2", "llama")
@@ -224,3 +224,9 @@ def test_the_demo_models_circuit_reads_the_city(name: str) -> None:
     embeddings = circuit.nodes.query("kind == 'embedding'").nlargest(3, "score")["token"]
     assert set(embeddings) == {"Dal", "##las", "capital"}
     assert circuit.nodes.query("kind == 'neuron'")["share"].abs().min() >= circuit.settings["share"]
+
+
+def test_pairs_name_the_text_they_share_with_its_spaces() -> None:
+    pairs = capitals(n=2)
+    circuit = trace(load_demo_model(), pairs, nodes=2)
+    assert circuit.settings["prompt"] == "<bos> The capital of the state containing …… is"
