@@ -38,7 +38,7 @@ from tl_neuron_circuits.tasks import Batch, measure, tokenise
 
 Masks = dict[str, Tensor]
 SHARES = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
-METHODS = {"RelP": "relp", "AtP": "gradient"}
+METHODS: dict[str, Any] = {"RelP": "relp", "AtP": "gradient"}
 LEARN, TEST = states.ATTRIBUTES[1::2], states.ATTRIBUTES[0::2]
 """Attributes asked for when neurons are chosen, and when they are tested (the capital among the latter)."""
 NEAREST = 5
@@ -105,7 +105,9 @@ class Trial:
 
         With `like`, what the masked neurons write is scaled to the norm of what those of `like` would.
         """
-        return self._hit([(hook, self._write(hook, mask, like and like[hook])) for hook, mask in masks.items()])
+        return self._hit(
+            [(hook, self._write(hook, mask, None if like is None else like[hook])) for hook, mask in masks.items()]
+        )
 
     def _hit(self, hooks: Hooks) -> Tensor:
         assert self.batch.wrong_answer is not None
