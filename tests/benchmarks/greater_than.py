@@ -132,9 +132,9 @@ def curves_table(rows: pd.DataFrame, ranking: str) -> pd.DataFrame:
     """A row a place and unit, a column a size; "all" is the largest."""
     out = []
     for (place, unit), group in rows[rows["ranking"] == ranking].groupby(["place", "unit"], sort=False):
-        group = group.sort_values("n")
-        cells = {str(n): f"{m:.3f}" for n, m in zip(group["n"][:-1], group["metric"][:-1], strict=True)}
-        out.append({"place": place, "unit": unit, **cells, "all": f"{group['metric'].iloc[-1]:.3f}"})
+        values = dict(zip(group["n"], group["metric"], strict=True))
+        cells = {str(n): f"{values[n]:.3f}" if n in values else "" for n in SIZES}
+        out.append({"place": place, "unit": unit, **cells, "all": f"{values[max(values)]:.3f}"})
     return pd.DataFrame(out)
 
 

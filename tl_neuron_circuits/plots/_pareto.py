@@ -57,7 +57,10 @@ def plot_pareto(table: "pd.DataFrame", measure: str = "recovered_zero", model: s
                 marker={"color": palette[sort], "symbol": "circle-open"}, row=1, col=column,
             )  # fmt: skip
         _lines(figure, column, rows[rows["target"] != "sae"], measure)
-    figure.update_xaxes(type="log", title="L0 (features that fire)")
+    powers = [2**power for power in range(16)]
+    figure.update_xaxes(type="log", title="L0 (features that fire)", tickvals=powers)
+    if measure == "divergence":  # over orders of magnitude, from ablation to nearly the model
+        figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(title=MEASURES[measure], col=1)
     width = table["d_dict"].dropna().unique()
     features = f"{int(width[0]):,} features a dictionary" if len(width) == 1 else ""
