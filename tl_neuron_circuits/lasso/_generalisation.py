@@ -78,7 +78,7 @@ class Generalisation:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='%.3f')}"
+        return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='{:.3f}'.format)}"
 
 
 @checked
@@ -145,7 +145,7 @@ def generalise(
     plain = Ablation(sites, {}, sites[-1].hook if hook is None else hook, skip, batch_size, errors)
     run = _Run(model, texts, tokens, plain, ridge)
     table, probes = _baselines(run)
-    given = {"skip_positions": skip, "batch_size": batch_size}
+    given: Any = {"skip_positions": skip, "batch_size": batch_size}
     features, shown = (pooled_features(model, tokens[name], basis, **given) for name in ("biased", "concept"))
     see = Jury(judge or contrast_judge(), contrasts(shown, concept.spurious), n_candidates)
     candidates: dict[str, pd.DataFrame] = {}

@@ -65,7 +65,9 @@ class LabelledTexts:
 
     def take(self, rows: Sequence[int]) -> "LabelledTexts":
         """These rows."""
-        return LabelledTexts(*([column[k] for k in rows] for column in (self.texts, self.label, self.spurious)))
+        return LabelledTexts(
+            [self.texts[k] for k in rows], [self.label[k] for k in rows], [self.spurious[k] for k in rows]
+        )
 
     def biased(self, n: int | None = None, seed: int = 0) -> "LabelledTexts":
         """Texts whose label and attribute agree, half of each label; as many as there are, or `n`.
@@ -153,7 +155,7 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
             raise FileFormatError(f"{file} cannot be read: {error}") from error
 
 
-def _table(file: Path) -> list[Mapping[str, Any]]:
+def _table(file: Path) -> Iterable[Any]:
     if file.suffix == ".jsonl":
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if file.suffix == ".json":
