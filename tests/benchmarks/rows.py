@@ -15,7 +15,6 @@ import torch
 import tl_neuron_circuits as tnc
 from tests.benchmarks import edges, relp_cost
 from tests.benchmarks.curve_cost import counted
-from tests.benchmarks.lasso import linear_model
 from tests.families import build_bridge_from_module
 from tl_neuron_circuits.lasso import Accumulator, largest_penalty, solve_lasso, standardise
 from tl_neuron_circuits.tasks import TokenisedPairs, tokenise
@@ -163,10 +162,11 @@ def steering_over_forward(quick: bool) -> Pair:
 def lasso_over_sklearn(quick: bool) -> Pair:
     import numpy as np
 
-    from tests.benchmarks.lasso import by_path, prepared
+    from tests.benchmarks.lasso import by_path, draw, prepared, structure
 
     units, n = (60, 500) if quick else (500, 20_000)
-    x, allowed = linear_model(n, units)
+    weights, allowed = structure(units)
+    x = draw(weights, n, seed=0)
 
     def ours() -> Any:
         accumulator = Accumulator()
