@@ -1,7 +1,7 @@
 """`evaluate`: keep the best nodes and ablate the rest, then the reverse, on held-out pairs."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,10 +98,10 @@ def evaluate(
     sizes = chosen_sizes(sizes, len(ranked))
     size = processes.fair(batch_size, len(tokens))
     shown = verbose and processes.first
+    settings = {"basis": name_of(basis), "ablation": ablation, "ranking": ranking, "error": error, "seed": seed}
+    settings |= {"metric": metric_name(metric), "pairs_hash": tokens.hash} | _from_scores(scores)
     with (
-        processes.together(
-            "evaluate", [tokens.hash, sizes, ablation, ranking, error, completeness, metric_name(metric)]
-        ),
+        processes.together("evaluate", [settings, sizes, completeness]),
         tqdm(total=2 + (1 + completeness) * len(sizes), desc="evaluate", disable=not shown, unit="run") as bar,
     ):
         run = Evaluation(model, sites, metric, tokens, ablation, size, seed, processes)
@@ -112,25 +112,21 @@ def evaluate(
         full, empty, *curves = run.gathered([full, empty, *kept, *removed])
         kept, removed = curves[: len(sizes)], curves[len(sizes) :]
     _check_range(full, empty, ablation)
-    settings = {
-        **{key: scores.settings[key] for key in ("method", "positions", "rules", "model")},
-        "basis": name_of(basis),
-        "baseline": scores.settings["baseline"],
-        "ablation": ablation,
-        "ranking": ranking,
-        "error": error,
-        "metric": metric_name(metric),
-        "attribution_hash": scores.settings["pairs_hash"],
-        "pairs_hash": tokens.hash,
-        "variance_unexplained": dict(scores.settings.get("variance_unexplained", {})),
-        "seed": seed,
-        "versions": versions(),
-    }
     predicted = torch.tensor([ranked.sum_of_best(size) for size in sizes])
     groups = None if tokens.labels is None else tuple(tokens.labels)
     return SparsityCurve(
         tuple(sizes), stack(kept), stack(removed), full, empty, predicted, len(ranked), settings, groups
     )
+
+
+def _from_scores(scores: NodeScores) -> dict[str, Any]:
+    """What a curve says of the scores that it judges."""
+    return {
+        **{key: scores.settings[key] for key in ("method", "positions", "rules", "model", "baseline")},
+        "attribution_hash": scores.settings["pairs_hash"],
+        "variance_unexplained": dict(scores.settings.get("variance_unexplained", {})),
+        "versions": versions(),
+    }
 
 
 def _matching_sites(sites: tuple[Site, ...], scores: NodeScores) -> tuple[Site, ...]:
