@@ -20,10 +20,14 @@ ENTRY = """    options:
 
 
 def re_exports(room: str) -> list[str]:
-    """Names in `from ._x import y as y` statements of a room's `__init__.py`, in their order."""
+    """Names in `from ._x import y as y` statements of an `__init__.py`, in their order.
+
+    In a room these are all public names; in the package itself those that belong to no room.
+    """
     source = ROOT.joinpath(*room.split("."), "__init__.py").read_text(encoding="utf-8")
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
-    return [alias.name for node in imports for alias in node.names if alias.name == alias.asname]
+    own = [node for node in imports if (node.module or "").startswith("_")]
+    return [alias.name for node in own for alias in node.names if alias.name == alias.asname]
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -1,8 +1,11 @@
 """The README and the documentation agree with each other and with the files they point at."""
 
 import ast
+import importlib.util
+import pkgutil
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,3 +99,63 @@ def test_the_check_for_names_can_fail() -> None:
 def test_the_readmes_python_runs() -> None:
     (block,) = python_blocks(ROOT / "README.md")
     exec(compile(block, "README.md", "exec"), {})
+
+
+def public_names() -> set[str]:
+    """Every name that the package or one of its rooms re-exports, dotted."""
+    packages = [info.name for info in pkgutil.iter_modules(tnc.__path__) if info.ispkg]
+    rooms = {f"{tnc.__name__}.{name}" for name in packages if not name.startswith("_")}
+    names = set()
+    for room in sorted(rooms | {tnc.__name__}):
+        source = Path(tnc.__file__).parents[1].joinpath(*room.split("."), "__init__.py").read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom):
+                names |= {f"{room}.{alias.asname}" for alias in node.names if alias.asname}
+    return names
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    pytest.importorskip("griffe", reason="the extra docs is not installed")
+    specification = importlib.util.spec_from_file_location("_api_pages", ROOT / "docs" / "_api_pages.py")
+    assert specification is not None and specification.loader is not None
+    hook = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(hook)
+    entries: set[str] = set()
+    for path in (ROOT / "docs" / "api").glob("*.md"):
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=f"api/{path.name}"))
+        markdown = hook.on_page_markdown(path.read_text(encoding="utf-8"), page=page)
+        entries |= set(re.findall(r"^::: (\S+)", markdown, flags=re.MULTILINE))
+    # A name that the package takes from a room has its entry there; rooms are entries themselves.
+    short = {entry.rpartition(".")[2] for entry in entries}
+    assert {name for name in public_names() if name.rpartition(".")[2] not in short} == set()
+    in_rooms = {name for name in public_names() if name.count(".") == 2}
+    assert len(in_rooms) > 200 and in_rooms - entries == set()
+
+
+def runnable_blocks(page: Path) -> list[str]:
+    """The Python blocks of a page that imports the package, but those after a line `<!-- not run: why -->`."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"(<!-- not run: [^\n]*-->\n)?^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = [block for mark, block in found if not mark]
+    return blocks if any("import tl_neuron_circuits" in block for block in blocks) else []
+
+
+def slow(page: Path) -> bool:
+    return page.name.startswith("case-study-") or page.name in ("circuit-lasso.md", "large-models.md", "transcoders.md")
+
+
+RUNNABLE = [
+    pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.notebooks] if slow(page) else [])
+    for page in PAGES
+    if page.name != "README.md" and runnable_blocks(page)
+]
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_the_blocks_of_a_page_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in runnable_blocks(page):
+        exec(compile(block, str(page), "exec"), names)
