@@ -4,7 +4,7 @@
 
 Both passes are the real ones, under a meter of all tensors that torch makes, on the longest prompt; so the number holds
 for any architecture, method and basis, and costs about as much as attributing six prompts. Temporaries inside kernels
-and the allocator's slack come on top: on a CPU the measured peak was within a factor of 1.5.
+and the allocator's slack come on top.
 """
 
 import logging
@@ -137,7 +137,7 @@ def estimate_memory(
         SettingsError: arguments contradict each other.
         PairsError: as `attribute`.
 
-    Source: measured against peaks of resident memory, see docs/how-to/large-models.md.
+    Source: ours; docs/how-to/large-models.md says what it was compared with.
 
     Example:
         >>> import tl_neuron_circuits as tnc

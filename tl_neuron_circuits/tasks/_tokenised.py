@@ -81,8 +81,9 @@ class Batch:
         """Yield the rows in batches of at most `size`, in order."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
-            columns = {field.name: getattr(self, field.name) for field in fields(self)}
-            yield Batch(**{name: None if column is None else column[rows] for name, column in columns.items()})
+            columns = ((field.name, getattr(self, field.name)) for field in fields(self))
+            part: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns}
+            yield Batch(**part)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
