@@ -148,6 +148,16 @@ def edges_over_passes(quick: bool) -> Pair:
     return Pair(lambda: tnc.trace(model, tokens, nodes=nodes), reference, per=nodes, note=note)
 
 
+def edges_over_prompts(quick: bool) -> Pair:
+    """All targets of a circuit against as many prompts, forward and backward: a target costs no more than a prompt."""
+    model = edges.random_model(*((2, 64) if quick else (12, 256)))
+    tokens, nodes = edges.random_tokens(model, 1, 12), 20 if quick else 200
+    chunk = tnc.trace(model, tokens, nodes=nodes).settings["chunk"]
+    many = tokens.repeat(nodes, 1)
+    note = f"{nodes} targets, at most {chunk} in a chunk; {nodes} prompts"
+    return Pair(lambda: tnc.trace(model, tokens, nodes=nodes), lambda: relp_cost.propagated(model, many), note=note)
+
+
 def steering_over_forward(quick: bool) -> Pair:
     model, pairs = demo("nounpp", 16)
     scores = tnc.attribute(model, pairs)
@@ -238,6 +248,7 @@ ALL = [
     Row("curve", "`evaluate`, a whole curve", "45 forwards of the batch", curve_over_forwards, 1.0, rounds=3),
     Row("compare", "`compare`", "as many bare forwards", compare_over_parts, rounds=3),
     Row("edges", "`trace`, a target of an edge", "RelP forward + backward", edges_over_passes, rounds=3),
+    Row("edges-chunk", "`trace`, all edges", f"RelP {BOTH}, a prompt a target", edges_over_prompts, 1.3, rounds=3),
     Row("steering", "a steered forward", "a forward", steering_over_forward),
     Row("lasso", "CircuitLasso, all targets", "scikit-learn `lasso_path`", lasso_over_sklearn, rounds=2),
     Row("transcoders", "training transcoders", "forwards of as many positions", training_over_forward, rounds=2),
