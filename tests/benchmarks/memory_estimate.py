@@ -1,6 +1,7 @@
 """`estimate_memory` beside the peak of resident memory that `attribute` really reaches.
 
-    MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=0 python -m tests.benchmarks.memory_estimate [BACKEND LAYERS WIDTH]
+    export MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=0
+    python -m tests.benchmarks.memory_estimate [BACKEND LAYERS WIDTH]
 
 32 prompts of 32 tokens in batches of 16, on a random GPT-2-like model; the environment makes malloc give freed blocks
 back. Linux only: the peak is `VmHWM`, reset through /proc/self/clear_refs.
