@@ -10,7 +10,10 @@ import pytest
 
 from . import notebooks
 
-NAMES = (*("01_quickstart", "02_neurons_vs_saes", "03_two_hop_circuit_and_steering", "06_your_own_model_and_task"),)
+NAMES = (
+    *("01_quickstart", "02_neurons_vs_saes", "03_two_hop_circuit_and_steering", "04_transcoder_circuits"),
+    *("05_circuit_lasso", "06_your_own_model_and_task"),
+)
 MOST_SECONDS, MOST_BYTES = 45, 1_000_000
 ROOT = notebooks.ROOT
 # An sdist is without the notebooks.
