@@ -10,7 +10,10 @@ import pytest
 
 from . import notebooks
 
-NAMES = (*("01_quickstart", "02_neurons_vs_saes", "03_two_hop_circuit_and_steering", "06_your_own_model_and_task"),)
+NAMES = (
+    *("01_quickstart", "02_neurons_vs_saes", "03_two_hop_circuit_and_steering", "04_transcoder_circuits"),
+    *("05_circuit_lasso", "06_your_own_model_and_task"),
+)
 MOST_SECONDS, MOST_BYTES = 45, 1_000_000
 ROOT = notebooks.ROOT
 # An sdist is without the notebooks.
@@ -28,7 +31,9 @@ def source(notebook: Any) -> str:
 
 def repository() -> str:
     """OWNER/NAME of the repository, as mkdocs.yml has it."""
-    (address,) = re.findall(r"^repo_url: https://github\.com/(\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    (address,) = re.findall(
+        r"^  repository: https://github\.com/(\S+)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE
+    )
     return address
 
 
@@ -50,6 +55,14 @@ def test_the_badge_opens_this_notebook_in_colab(path: Path) -> None:
     badge = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     address = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{path.name}"
     assert f"{badge}({address})" in read(path).cells[1].source
+
+
+def test_the_documentation_links_every_notebook() -> None:
+    page = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    found = re.findall(
+        rf"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/(\S+)\.ipynb", page
+    )
+    assert tuple(found) == NAMES
 
 
 @each_notebook
