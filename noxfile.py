@@ -23,7 +23,7 @@ REQUIREMENTS = {
 def tests(session: nox.Session, transformer_lens: str) -> None:
     """The suite on one line of TransformerLens: `nox -s "tests(2.18)" -- -k half_rule`."""
     session.install(*REQUIREMENTS[transformer_lens])
-    session.run("python", "-m", "pytest", *session.posargs, env=OFFLINE)
+    session.run("python", "-m", "pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=OFFLINE)
 
 
 @nox.session
