@@ -4,7 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: threads that wait for a core spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start, too: waiting threads spin
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
