@@ -1,5 +1,6 @@
 """A feature's pre-activation is the sum of its sources, and every source is what a plain forward computation says."""
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -9,18 +10,13 @@ from torch import Tensor
 from tests.bases.site_dictionaries import dictionary
 from tests.families import N_LAYERS, ModelCase, all_models, model_cases
 from tests.transcoders.weights_cases import EVERY_MODEL, LENGTH, prompt, transcoders
-from tl_neuron_circuits import load_demo_dictionaries, load_demo_model
+from tl_neuron_circuits import load_demo_dictionaries
 from tl_neuron_circuits._errors import DictionaryError, NumericalError, SettingsError
 from tl_neuron_circuits.bases import Dictionary
 from tl_neuron_circuits.transcoders import contributions
 
 SOME_MODELS = all_models("gpt2", "llama_biased", "pythia", "qwen2", "no_norm")
 TEXT = "The capital of the state containing Dallas is"
-
-
-@pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
-    return load_demo_model(), load_demo_dictionaries("transcoder")
 
 
 def values_of(model: Any, tokens: Tensor, *names: str) -> dict[str, Tensor]:
@@ -75,8 +71,12 @@ def test_sources_are_what_a_forward_computation_gives(case: ModelCase) -> None:
             x, by = x - x.mean(-1, keepdim=True), by - by.mean(-1, keepdim=True)
         return x / (by.pow(2).mean(-1, keepdim=True) + float(model.cfg.eps)).sqrt()
 
+    ln2 = model.blocks[1].ln2
+    after_weight = version("transformer-lens").startswith("2.") and hasattr(ln2, "w")  # what hook_normalized has there
+
     def read(vector: Tensor) -> float:
-        return float(normalised(vector, values["blocks.1.hook_resid_mid"][t]) @ target.W_enc[:, f])
+        seen = normalised(vector, values["blocks.1.hook_resid_mid"][t])
+        return float((seen * ln2.w.detach() if after_weight else seen) @ target.W_enc[:, f])
 
     found = contributions(model, dictionaries, tokens, f"L1/F{f}@{t}").table.set_index("node")["contribution"]
     x, source = values[dictionaries[0].hook_in][t], dictionaries[0]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tl_neuron_circuits import load_demo_dictionaries, load_demo_model
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.transcoders import FeatureDashboard, feature_dashboard
 from tl_neuron_circuits.transcoders._dashboard_page import page
@@ -17,11 +16,6 @@ TEXTS = [
     "The capital of the state containing Dallas is Austin.", "The bird of Texas is Mockingbird.", "Hollas is in Texas.",
     "The capital of Texas is Austin.", "The dog near the cats barks.",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
-    return load_demo_model(), load_demo_dictionaries("transcoder")
 
 
 @pytest.fixture(scope="module")

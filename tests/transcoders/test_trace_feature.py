@@ -15,7 +15,6 @@ from tl_neuron_circuits import (
     PromptPairs,
     evaluate,
     load_demo_dictionaries,
-    load_demo_model,
     steer,
     trace,
 )
@@ -28,11 +27,6 @@ from tl_neuron_circuits.transcoders._residual_run import residual_run
 
 TEXT = "The capital of the state containing Dallas is"
 ENDS = ["embedding", "bias", "error", "remainder"]
-
-
-@pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
-    return load_demo_model(), load_demo_dictionaries("transcoder")
 
 
 @pytest.fixture(scope="module")

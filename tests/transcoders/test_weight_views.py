@@ -8,17 +8,12 @@ import torch
 
 from tests.families import ModelCase, model_cases
 from tests.transcoders.weights_cases import prompt, transcoders
-from tl_neuron_circuits import load_demo_dictionaries, load_demo_model, logit_effects
+from tl_neuron_circuits import logit_effects
 from tl_neuron_circuits._errors import SettingsError, UnsupportedModelError
 from tl_neuron_circuits.bases import Dictionary
 from tl_neuron_circuits.transcoders import connections, contributions, deembed, logit_weights, pull_back
 from tl_neuron_circuits.transcoders._feature_means import encoded, feature_means
 from tl_neuron_circuits.transcoders._pulled_back import probed
-
-
-@pytest.fixture(scope="module")
-def demo() -> tuple[Any, Any]:
-    return load_demo_model(), load_demo_dictionaries("transcoder")
 
 
 @pytest.mark.parametrize("case", model_cases("gpt2", "llama", "gemma2"), ids=lambda case: case.id)
