@@ -60,16 +60,16 @@ def peak(reset: bool = False) -> float:
     return int(status.split()[0]) / 1024
 
 
-def growth(share: float, most: float) -> None:
+def growth(share: float, most: float, only: tuple[int, int] | None = None) -> None:
     """One line a size, then exponents fitted to the logarithms of the seconds.
 
     Observations are streamed in batches made as they are needed, so that memory is that of statistics and solve.
     """
     rows = []
-    for units in (100, 300, 1000, 3000, 10_000):
+    for units in (100, 300, 1000, 3000, 10_000) if only is None else only[:1]:
         weights, allowed = structure(units)
-        for observations in (10_000, 100_000, 1_000_000):
-            if units**2 * observations > most:
+        for observations in (10_000, 100_000, 1_000_000) if only is None else only[1:]:
+            if only is None and units**2 * observations > most:
                 continue
             before = peak(reset=True)
             accumulator, in_gram = Accumulator(), 0.0
@@ -90,6 +90,8 @@ def growth(share: float, most: float) -> None:
                 flush=True,
             )
             del problem, solution, accumulator
+    if only is not None:
+        return
     table = np.log(np.array([row for row in rows if row[0] >= 300]))
     design = np.column_stack([table[:, :2], np.ones(len(table))])
     for name, column in (("statistics", 2), ("solve", 3)):
@@ -107,9 +109,10 @@ def main() -> None:
     parser.add_argument(
         "--most", type=float, default=1e12, help="with --growth: leave out units^2 x observations above"
     )
+    parser.add_argument("--size", type=int, nargs=2, metavar=("N", "M"), help="with --growth: this size alone")
     options = parser.parse_args()
     if options.growth:
-        return growth(options.penalty, options.most)
+        return growth(options.penalty, options.most, options.size and tuple(options.size))
     weights, allowed = structure(options.units)
     x = draw(weights, options.observations, 0)
 
