@@ -78,13 +78,6 @@ def missing_names(block: str) -> list[str]:
     return missing
 
 
-whole_package = pytest.mark.skipif(
-    not (hasattr(tnc, "evaluate") and hasattr(tnc, "load_demo_model")),
-    reason="the package does not have evaluate and load_demo_model yet",
-)
-
-
-@whole_package
 @each_page
 def test_python_blocks_use_names_that_exist(page: Path) -> None:
     assert [name for block in python_blocks(page) for name in missing_names(block)] == []
@@ -96,7 +89,6 @@ def test_the_check_for_names_can_fail() -> None:
     assert missing_names("tnc.__doc__") == []
 
 
-@whole_package
 def test_the_readmes_python_runs() -> None:
     (block,) = python_blocks(ROOT / "README.md")
     exec(compile(block, "README.md", "exec"), {})
