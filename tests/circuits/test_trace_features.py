@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -328,10 +329,9 @@ def test_the_bridges_input_of_a_norm_is_no_place_to_write() -> None:
 
 @pytest.mark.parametrize("kind", ["transcoder", "sae"])
 def test_the_demo_dictionaries_explain_the_demo_model(kind: str) -> None:
-    try:  # the demo transcoders need TransformerLens 3
-        basis = bases.Dictionaries(load_demo_dictionaries(kind))
-    except SettingsError as error:
-        pytest.skip(str(error))
+    if kind == "transcoder" and version("transformer-lens").startswith("2."):
+        pytest.skip("the demo transcoders need TransformerLens 3 or later")
+    basis = bases.Dictionaries(load_demo_dictionaries(kind))
     circuit = trace(load_demo_model(), PROMPT, " Austin", basis=basis)
     assert_explains_everything(circuit, 1e-4)
     assert circuit.graph_replacement > 0.7 and circuit.graph_completeness > 0.8
