@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ..attribution import label as node_label
@@ -186,7 +187,7 @@ class FeatureRanking:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.features.head(20).to_html(index=False, float_format='%.3g')}"
+        return _html.block(repr(self), _html.table(self.features, bars=("weight",)))
 
 
 @checked

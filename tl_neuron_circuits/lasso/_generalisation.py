@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .. import _html
 from .._files import versions
 from .._typing import checked
 from ..bases import Basis, name_of, sites_of
@@ -78,7 +79,7 @@ class Generalisation:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.table.to_html(index=False, float_format='{:.3f}'.format)}"
+        return _html.block(repr(self), _html.table(self.table, bars=("label_accuracy", "spurious_accuracy")))
 
 
 @checked

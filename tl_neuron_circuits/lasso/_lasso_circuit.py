@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .. import _html
 from .._errors import SettingsError
 from .._files import read_directory, write_directory
 from ..circuits import Circuit
@@ -201,7 +202,7 @@ class LassoCircuit(Circuit):
 
     def _repr_html_(self) -> str:
         shown = ["source", "target", "weight", "reach", "n_weights", "stability"]
-        return f"<p>{self!r}</p>{self.edges[shown].head(20).to_html(index=False, float_format='%.3f')}"
+        return _html.block(repr(self), _html.table(self.edges[shown], bars=("weight", "reach")))
 
 
 def lasso_circuit(

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .. import _html
 from .._errors import NumericalError, SettingsError
 from .._typing import checked
 from ..bases import Dictionary
@@ -103,7 +104,7 @@ class FeatureDashboard:
     def _repr_html_(self) -> str:
         from ._dashboard_page import body
 
-        return f"<p>{self!r}</p>{body(self)}"
+        return _html.note(repr(self)) + body(self)
 
 
 @checked
