@@ -179,9 +179,8 @@ def bias_after_product(model: TransformerLensModel, layer: int) -> torch.Tensor 
         True
     """
     mlp: Any = submodule(model, f"blocks.{layer}.mlp")
-    if mlp is None or not isinstance(getattr(mlp, "b_in", None), torch.nn.Parameter):
-        return None
-    return mlp.b_in if "b_in" in dict(mlp.named_parameters(recurse=False)) else None
+    own = {} if mlp is None else dict(mlp.named_parameters(recurse=False))
+    return own["b_in"] if own.keys() >= {"b_in", "W_gate"} else None
 
 
 def _is_our_norm(name: str) -> bool:
