@@ -14,6 +14,7 @@ from .._errors import PropagationError
 from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product
 from ._activations import Activation, find_activation
 from ._checks import Checks
+from ._linear import end_linears, skip_zero_rows
 from ._norms import FrozenNorm, is_opaque, read_norm
 from ._relay import Gradients, Mailbox, Relay, times
 from ._rules import RULES, AttentionRule, HalfRule, IdentityRule, LnRule
@@ -64,6 +65,9 @@ class Session:
                 self._install_mlp(mlp)
         end = self._points[self.sites.last]
         self._raw_handles.append(end.register_forward_hook(self._end_of_forward))
+        if self.rules:  # without any, the gradient is torch's own bit for bit
+            for linear in end_linears(self.model, self.sites.n_layers):
+                self._raw_handles.append(skip_zero_rows(linear, self._own))
 
     def remove(self) -> bool:
         """Take everything off again; True if all of our hooks were still there."""
@@ -83,6 +87,9 @@ class Session:
         self._inside.clear()
         self.mailbox.empty()
         return complete
+
+    def _own(self) -> set[int]:
+        return {handle.id for handle in self._raw_handles}
 
     def _add(self, name: str, hook: Hook, *, first: bool, layer: int | None) -> None:
         point = self._points[name]
