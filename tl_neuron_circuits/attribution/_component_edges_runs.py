@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .._errors import UnsupportedModelError
-from ..bases import Values, capture, fired, logits_of
+from ..bases import Values, logits_of, run_values
 from ..models import TransformerLensModel
 from ..tasks import Batch
 from ._component_edges_graph import Component, ComponentGraph, split_heads
@@ -64,11 +64,7 @@ def streams(model: TransformerLensModel, graph: ComponentGraph, batch: Batch, we
     Raises:
         UnsupportedModelError: a hook point did not fire, or the stream is no sum of the components' writes.
     """
-    store: Values = {}
-    names = hook_names(graph)
-    with torch.no_grad(), model.hooks(fwd_hooks=[capture(store, name) for name in names]):
-        logits_of(model, batch.clean, batch.attention_mask)
-    values = fired(store, names, model)
+    values = run_values(model, batch, hook_names(graph))
     senders = graph.components[:-1]
     writes = torch.stack([write_of(component, values, weights, graph.n_heads) for component in senders])
     rest = {}

@@ -29,6 +29,7 @@ from ._runs import mean_parts as mean_parts
 from ._runs import reads_of as reads_of
 from ._runs import run_values as run_values
 from ._runs import take_apart as take_apart
+from ._runs import values_at as values_at
 from ._site import Basis as Basis
 from ._site import Parts as Parts
 from ._site import Site as Site

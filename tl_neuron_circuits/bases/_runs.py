@@ -1,6 +1,8 @@
 """Forward passes and what they leave at the sites of a basis."""
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -72,10 +74,55 @@ def run_values(model: TransformerLensModel, batch: Batch, names: Iterable[str]) 
         >>> values["blocks.0.mlp.hook_post"].shape
         torch.Size([8, 3, 512])
     """
+    return values_at(model, batch.clean, names, attention_mask=batch.attention_mask)
+
+
+def values_at(
+    model: TransformerLensModel,
+    tokens: Tensor,
+    names: Iterable[str],
+    *,
+    attention_mask: Tensor | None = None,
+    hooks: Iterable[tuple[str, Any]] = (),
+    kept: Callable[[Tensor], Tensor] | None = None,
+) -> Values:
+    """Values at `names`, without a graph; the forward pass ends at the last of them, so that no logits are computed.
+
+    `hooks` are forward hooks of the caller's that run before the values are read; `kept` says what to keep of a value
+    (all of it). Where accelerate moves weights in and out (offloading), the pass runs to its end, which puts them back.
+
+    Raises:
+        UnsupportedModelError: a hook point did not fire.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> values = tnc.bases.values_at(model, model.to_tokens("The dog"), ["blocks.0.mlp.hook_post"])
+        >>> values["blocks.0.mlp.hook_post"].shape
+        torch.Size([1, 3, 512])
+    """
+    wanted = list(dict.fromkeys(names))
     store: Values = {}
-    with torch.no_grad(), model.hooks(fwd_hooks=[capture(store, name) for name in names]):
-        logits_of(model, batch.clean, batch.attention_mask)
-    return fired(store, names, model)
+    whole = not wanted or any(hasattr(module, "_hf_hook") for module in _modules(model))
+
+    def keep(value: Tensor, hook: Any, name: str) -> Tensor:
+        store[name] = value if kept is None else kept(value)
+        if not whole and len(store) == len(wanted):
+            raise _AllRead
+        return value
+
+    reading = [(name, functools.partial(keep, name=name)) for name in wanted]
+    with suppress(_AllRead), torch.no_grad(), model.hooks(fwd_hooks=[*hooks, *reading]):
+        logits_of(model, tokens, attention_mask)
+    return fired(store, wanted, model)
+
+
+def _modules(model: TransformerLensModel) -> Iterable[torch.nn.Module]:
+    return torch.nn.Module.modules(model)  # pyright: ignore[reportArgumentType]
+
+
+class _AllRead(Exception):
+    """Every value that was asked for is there."""
 
 
 def fired(store: Mapping[str, Tensor], names: Iterable[str], model: TransformerLensModel) -> Values:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..bases import Parts, Site, Values, capture, fired, logits_of, reads_of
+from ..bases import Parts, Site, Values, capture, fired, logits_of, reads_of, values_at
 from ..models import TransformerLensModel
 from ..propagation import relp
 from ..tasks import TokenisedPairs
@@ -60,11 +60,9 @@ def pooled_activations(
     """Mean over positions at `ablation.hook`, float32 on the CPU."""
     rows: list[Tensor] = [torch.empty(0)] * len(tokens)
     for batch in tokens.batches(ablation.batch_size):
-        store: Values = {}
-        hooks = [*ablation.hooks(store), capture(store, ablation.hook)]
-        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-            logits_of(model, batch.clean, batch.attention_mask)
-        value = fired(store, [ablation.hook], model)[ablation.hook].flatten(2)
+        hooks, mask = ablation.hooks({}), batch.attention_mask
+        value = values_at(model, batch.clean, [ablation.hook], attention_mask=mask, hooks=hooks)[ablation.hook]
+        value = value.flatten(2)
         for row, mean in zip(batch.index.tolist(), value[:, ablation.skip :].mean(1).float().cpu(), strict=True):
             rows[row] = mean
     return torch.stack(rows)

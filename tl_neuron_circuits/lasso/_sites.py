@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from ..attribution import ComponentGraph, component_graph, label, split_heads
-from ..bases import Basis, Neurons, Values, capture, fired, logits_of, sites_of
+from ..bases import Basis, Neurons, Values, capture, fired, logits_of, run_values, sites_of, values_at
 from ..bases import Site as BasisSite
 from ..models import TransformerLensModel
 from ..tasks import Batch, Metric, TokenisedPairs, measure
@@ -68,10 +68,7 @@ class Observer:
 
     def deviations(self, batch: Batch) -> dict[str, Float[Tensor, "..."]]:
         """Standard deviation of every unit at every hook point, over prompts and positions."""
-        store: Values = {}
-        with torch.no_grad(), self.model.hooks(fwd_hooks=[capture(store, name) for name in self.names]):
-            logits_of(self.model, batch.clean, batch.attention_mask)
-        values = fired(store, self.names, self.model)
+        values = run_values(self.model, batch, self.names)
         return {name: value.flatten(0, 1).std(0, correction=0) for name, value in values.items()}
 
     def values(
@@ -85,8 +82,12 @@ class Observer:
             UnsupportedModelError: a hook point did not fire.
         """
         names = self.names
-        store: Values = {}
         disturbing = [] if noise is None else [noise.at(name) for name in names]
+        if self.readout == "none" and all(site.hook or site.basis_site is not None for site in self.sites):
+            mask = batch.attention_mask
+            found = values_at(self.model, batch.clean, names, attention_mask=mask, hooks=disturbing)
+            return [self._value(site, found, None) for site in self.sites], None
+        store: Values = {}
         hooks = [*disturbing, *(capture(store, name) for name in names)]
         with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             logits = logits_of(self.model, batch.clean, batch.attention_mask)
@@ -99,10 +100,11 @@ class Observer:
                 return found, logits[rows, batch.position][:, list(self.answers)]
         return found, None
 
-    def _value(self, site: Site, store: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+    def _value(self, site: Site, store: Mapping[str, Tensor], logits: Tensor | None) -> Tensor:
         if site.basis_site is not None:
             return site.basis_site.take_apart(store).nodes
         if not site.hook:
+            assert logits is not None  # the forward pass went to its end
             return logits
         value = store[site.hook]
         return split_heads(value, self.n_heads)[:, :, site.head] if site.head >= 0 else value.flatten(2)

@@ -1,14 +1,13 @@
 """Features over data: their mean activation, and one feature's every activation, in one stream of forward passes."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..bases import Dictionary, Values, capture, fired, logits_of
+from ..bases import Dictionary, Values, values_at
 from ..models import TransformerLensModel
 from ._residual_run import ResidualRun
 
@@ -59,11 +58,8 @@ def runs_over(
     wanted = list(dict.fromkeys(names))
     for start in range(0, len(tokens), batch_size):
         part = tokens[start : start + batch_size].to(model.cfg.device or "cpu")
-        store: Values = {}
-        hooks: list[Any] = [capture(store, name) for name in wanted]
-        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-            logits_of(model, part)
-        yield fired(store, wanted, model), ~torch.isin(part, torch.tensor(ignore, dtype=part.dtype, device=part.device))
+        ignored = torch.tensor(ignore, dtype=part.dtype, device=part.device)
+        yield values_at(model, part, wanted), ~torch.isin(part, ignored)
 
 
 def encoded(dictionary: Dictionary, x: Float[Tensor, "row d_in"]) -> Iterator[Float[Tensor, "row feature"]]:

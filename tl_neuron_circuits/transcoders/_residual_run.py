@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import SettingsError, UnsupportedModelError
-from ..bases import Dictionary, Site, Values, capture, fired, logits_of
+from ..bases import Dictionary, Site, Values, values_at
 from ..models import TransformerLensModel, hook_points
 from ._attention_weights import AttentionWeights, attention_weights
 from ._norm_maps import NO_NORM, NormMap, norm_map
@@ -152,10 +152,7 @@ def _values(model: TransformerLensModel, tokens: Tensor, names: list[str]) -> Va
             f"circuits from weights read the residual stream and attention at {absent[:4]}, which this "
             f"{type(model).__name__} lacks. Use attribute(...) or trace(...), which need gradients only."
         )
-    store: Values = {}
-    with torch.no_grad(), model.hooks(fwd_hooks=[capture(store, name) for name in names]):
-        logits_of(model, tokens)
-    found = fired(store, names, model)
+    found = values_at(model, tokens, names)
     # OPT on TransformerBridge flattens batch and positions before the MLP.
     found = {name: value[None] if value.dim() == 2 else value for name, value in found.items()}
     return {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in found.items()}

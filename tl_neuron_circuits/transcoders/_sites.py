@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._errors import DictionaryError, SettingsError, UnsupportedModelError
-from ..bases import Dictionary, check_fires, resolve_hooks
+from ..bases import Dictionary, check_fires, resolve_hooks, values_at
 from ..models import TransformerLensModel, hook_points
 from ._config import TrainingConfig
 
@@ -84,16 +83,9 @@ def flat_values(
 ) -> dict[str, Tensor]:
     """Activations `[position, width]` of one forward pass, heads concatenated, positions of ignored tokens left out."""
     kept = ~torch.isin(tokens, torch.tensor(ignore, dtype=tokens.dtype, device=tokens.device)) if ignore else None
-    values: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        def hook(value: Tensor, hook: Any) -> None:
-            flat = value.detach().flatten(0, 1) if kept is None else value.detach()[kept.to(value.device)]
-            # A copy: some models go on in place.
-            values[name] = flat.flatten(1).to(dtype, copy=True)
+    def flat(value: Tensor) -> Tensor:
+        rows = value.flatten(0, 1) if kept is None else value[kept.to(value.device)]
+        return rows.flatten(1).to(dtype, copy=True)  # a copy: some models go on in place
 
-        return hook
-
-    with torch.no_grad(), model.hooks(fwd_hooks=[(name, keep(name)) for name in dict.fromkeys(names)]):
-        model(tokens)
-    return values
+    return values_at(model, tokens, names, kept=flat)
