@@ -14,6 +14,7 @@ from ._metrics import measure as measure
 from ._metrics import metric_name as metric_name
 from ._pairs import PromptPair as PromptPair
 from ._pairs import PromptPairs as PromptPairs
+from ._token_rows import TokenRows as TokenRows
 from ._tokenise import keep_fitting as keep_fitting
 from ._tokenise import tokenise as tokenise
 from ._tokenised import Batch as Batch

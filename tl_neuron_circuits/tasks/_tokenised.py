@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._errors import PairsError, SettingsError
 from .._typing import checked
+from ._token_rows import TokenRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,18 +113,24 @@ class TokenisedPairs:
     pad_token: int = 0
 
     def __post_init__(self) -> None:
-        """Check that the columns fit together."""
+        """Check that the columns fit together, and store the prompts in one tensor."""
+        for name in ("clean", "corrupt"):
+            if (rows := getattr(self, name)) is not None:
+                object.__setattr__(self, name, TokenRows.of(rows))
         columns = {name: getattr(self, name) for name in ("clean", "answer", "position", "corrupt", "wrong_answer")}
         _check_lengths({**columns, "corrupt_position": self.corrupt_position, "labels": self.labels})
         for name, prompts, positions in (
             ("clean", self.clean, self.position),
-            ("corrupt", self.corrupt or (), () if self.corrupt_position is None else self.corrupt_position),
+            ("corrupt", self.corrupt, self.corrupt_position),
         ):
-            for index, (prompt, position) in enumerate(zip(prompts, positions, strict=True)):
-                if not 0 <= int(position) < len(prompt):
+            if prompts is None or positions is None:
+                continue
+            lengths = TokenRows.of(prompts).lengths
+            for index, (length, position) in enumerate(zip(lengths, positions.tolist(), strict=True)):
+                if not 0 <= position < length:
                     raise PairsError(
-                        f"pair {index}: position {int(position)} is outside the {name} prompt of {len(prompt)} tokens "
-                        f"{prompt.tolist()}. Positions count from 0, padding not counted."
+                        f"pair {index}: position {position} is outside the {name} prompt of {length} tokens "
+                        f"{prompts[index].tolist()}. Positions count from 0, padding not counted."
                     )
 
     @classmethod
@@ -156,9 +163,9 @@ class TokenisedPairs:
         device = answer.device
         corrupt_position = None
         if corrupt is not None:
-            corrupt = tuple(prompt.to(device) for prompt in corrupt)
+            corrupt = _on(device, corrupt)
             corrupt_position = _last(corrupt, device) if position is None else position.to(device)
-        clean = tuple(prompt.to(device) for prompt in clean)
+        clean = _on(device, clean)
         return cls(
             clean=clean,
             answer=answer,
@@ -173,16 +180,23 @@ class TokenisedPairs:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Token length of every clean prompt."""
-        return tuple(len(prompt) for prompt in self.clean)
+        return TokenRows.of(self.clean).lengths
 
     @property
     def hash(self) -> str:
         """SHA-256 of the tokens, answers and positions, in hexadecimal, for provenance."""
-        parts: list[object] = [[prompt.tolist() for prompt in self.clean], self.answer.tolist(), self.position.tolist()]
-        parts.append(None if self.corrupt is None else [prompt.tolist() for prompt in self.corrupt])
-        parts.append(None if self.wrong_answer is None else self.wrong_answer.tolist())
-        parts.append(None if self.corrupt_position is None else self.corrupt_position.tolist())
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        digest = hashlib.sha256()
+        columns = (self.clean, self.answer, self.position, self.corrupt, self.wrong_answer, self.corrupt_position)
+        for number, column in enumerate(columns):  # the text of a list of lists, without building it
+            digest.update(b", " if number else b"[")
+            if column is None or isinstance(column, Tensor):
+                digest.update(repr(column if column is None else column.tolist()).encode())
+                continue
+            for row, prompt in enumerate(TokenRows.of(column).lists()):
+                digest.update((", " if row else "[").encode() + repr(prompt).encode())
+            digest.update(b"]")
+        digest.update(b"]")
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -215,19 +229,20 @@ class TokenisedPairs:
 
     def _batches(self, batch_size: int, equal_length: bool, padding_side: Literal["left", "right"]) -> Iterator[Batch]:
         groups: dict[tuple[int, int], list[int]] = {}
-        for index, prompt in enumerate(self.clean):
-            other = 0 if self.corrupt is None else len(self.corrupt[index])
-            groups.setdefault((len(prompt), other) if equal_length else (0, 0), []).append(index)
+        others = (0,) * len(self) if self.corrupt is None else TokenRows.of(self.corrupt).lengths
+        for index, lengths in enumerate(zip(self.lengths, others, strict=True)):
+            groups.setdefault(lengths if equal_length else (0, 0), []).append(index)
         for key in sorted(groups):
             for start in range(0, len(groups[key]), batch_size):
                 yield self._batch(groups[key][start : start + batch_size], not equal_length, padding_side)
 
     def _batch(self, rows: list[int], padded: bool, side: Literal["left", "right"]) -> Batch:
         index = torch.tensor(rows, device=self.answer.device)
-        clean, mask, shift = _pad([self.clean[row] for row in rows], self.pad_token, side)
+        clean, mask, shift = TokenRows.of(self.clean).rectangle(rows, self.pad_token, side)
         corrupt = corrupt_mask = corrupt_position = None
         if self.corrupt is not None and self.corrupt_position is not None:
-            corrupt, corrupt_mask, corrupt_shift = _pad([self.corrupt[row] for row in rows], self.pad_token, side)
+            others = TokenRows.of(self.corrupt)
+            corrupt, corrupt_mask, corrupt_shift = others.rectangle(rows, self.pad_token, side)
             corrupt_position = self.corrupt_position[index] + corrupt_shift
         return Batch(
             index=index,
@@ -249,19 +264,11 @@ def _check_lengths(columns: dict[str, Any]) -> None:
         raise PairsError(f"every column needs one entry a pair and at least one pair, got lengths {lengths}.")
 
 
-def _last(prompts: Sequence[Int[Tensor, " _"]], device: torch.device) -> Int[Tensor, " n"]:
-    return torch.tensor([len(prompt) - 1 for prompt in prompts], dtype=torch.long, device=device)
+def _on(device: torch.device, prompts: Int[Tensor, "n pos"] | Sequence[Int[Tensor, " _"]]) -> TokenRows:
+    if isinstance(prompts, Tensor | TokenRows):
+        return TokenRows.of(prompts).to(device)
+    return TokenRows.of([prompt.to(device) for prompt in prompts])
 
 
-def _pad(
-    prompts: Sequence[Int[Tensor, " _"]], pad_token: int, side: Literal["left", "right"]
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
-    """Rectangle of the prompts, its mask, and by how much each prompt moved to the right."""
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = prompts[0].new_full((len(prompts), longest), pad_token)
-    mask = torch.zeros_like(tokens, dtype=torch.long)
-    shifts = [longest - len(prompt) if side == "left" else 0 for prompt in prompts]
-    for row, (prompt, shift) in enumerate(zip(prompts, shifts, strict=True)):
-        tokens[row, shift : shift + len(prompt)] = prompt
-        mask[row, shift : shift + len(prompt)] = 1
-    return tokens, mask, torch.tensor(shifts, device=tokens.device)
+def _last(prompts: TokenRows, device: torch.device) -> Int[Tensor, " n"]:
+    return torch.tensor(prompts.lengths, dtype=torch.long, device=device) - 1
