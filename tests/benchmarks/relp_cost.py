@@ -32,22 +32,22 @@ from tl_neuron_circuits.attribution import attribute
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.tasks import TokenisedPairs
 
-BATCH, POS, D_VOCAB = 8, 32, 1000
+BATCH, POS, D_VOCAB, GPT2_VOCAB = 8, 32, 1000, 50257
 
 
-def model_of(backend: str, layers: int, width: int) -> Any:
+def model_of(backend: str, layers: int, width: int, d_vocab: int = D_VOCAB) -> Any:
     """Build the random model with frozen parameters."""
     heads = width // 64
     if backend == "HookedTransformer":
         shape = {"n_layers": layers, "d_model": width, "n_heads": heads, "d_head": 64, "d_mlp": 4 * width}
         config = HookedTransformerConfig(
-            **shape, d_vocab=D_VOCAB, n_ctx=64, act_fn="gelu_new", normalization_type="LN", device="cpu", seed=0
+            **shape, d_vocab=d_vocab, n_ctx=64, act_fn="gelu_new", normalization_type="LN", device="cpu", seed=0
         )
         model = HookedTransformer(config)
     else:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        settings = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": D_VOCAB, "n_positions": 64}
+        settings = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": d_vocab, "n_positions": 64}
         config = GPT2Config(**settings, bos_token_id=0, eos_token_id=1)
         config._attn_implementation = "eager"
         model = build_bridge_from_module(GPT2LMHeadModel(config), "GPT2LMHeadModel", hf_config=config)
@@ -94,7 +94,7 @@ def alternating(runs: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 
 
 
 def measure_time(backend: str, arguments: argparse.Namespace) -> dict[str, float]:
-    model, tokens = model_of(backend, arguments.layers, arguments.width), tokens_of()
+    model, tokens = model_of(backend, arguments.layers, arguments.width, arguments.vocabulary), tokens_of()
     forward = lambda: model(tokens)  # noqa: E731
     runs = {"forward": forward, "plain": lambda: plain(model, tokens), "relp": lambda: propagated(model, tokens)}
     seconds = alternating(runs, arguments.rounds)
@@ -116,7 +116,7 @@ def measure_time(backend: str, arguments: argparse.Namespace) -> dict[str, float
 
 def peak_memory(backend: str, what: str, arguments: argparse.Namespace) -> float:
     """Megabytes of resident memory above the model's, in this process; plain and relp as in `measure_time`."""
-    model, tokens = model_of(backend, arguments.layers, arguments.width), tokens_of()
+    model, tokens = model_of(backend, arguments.layers, arguments.width, arguments.vocabulary), tokens_of()
     model(tokens[:1, :2])  # libraries that are loaded on first use
     {"plain": plain, "relp": propagated}[what](model, tokens[:1, :2])
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--ig-rounds", type=int, default=1, help="rounds of RelP and IG-10 through attribute; 0: none")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--vocabulary", type=int, default=D_VOCAB, help=f"GPT-2's is {GPT2_VOCAB}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", help="only this model class")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

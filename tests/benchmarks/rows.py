@@ -48,11 +48,11 @@ def no_grad(work: Callable[[], Any]) -> Callable[[], Any]:
     return torch.no_grad()(work)
 
 
-def gpt2(quick: bool, backend: str = "HookedTransformer") -> tuple[Any, Any]:
+def gpt2(quick: bool, backend: str = "HookedTransformer", d_vocab: int = relp_cost.D_VOCAB) -> tuple[Any, Any]:
     """A random GPT-2-like model, 12 layers and 768 wide, and 8 prompts of 32 tokens."""
     there = relp_cost.HookedTransformer is not None and backend == "HookedTransformer"
     backend = backend if there or backend != "HookedTransformer" else "TransformerBridge"
-    return relp_cost.model_of(backend, *((2, 128) if quick else (12, 768))), relp_cost.tokens_of()
+    return relp_cost.model_of(backend, *((2, 128) if quick else (12, 768)), d_vocab), relp_cost.tokens_of()
 
 
 def random_pairs(tokens: torch.Tensor, n: int) -> TokenisedPairs:
@@ -60,9 +60,11 @@ def random_pairs(tokens: torch.Tensor, n: int) -> TokenisedPairs:
     return TokenisedPairs.from_tokens(many, many[:, 0], many.flip(1), many[:, 1])
 
 
-def relp_over(reference: str, backend: str = "HookedTransformer") -> Callable[[bool], Pair]:
+def relp_over(
+    reference: str, backend: str = "HookedTransformer", d_vocab: int = relp_cost.D_VOCAB
+) -> Callable[[bool], Pair]:
     def build(quick: bool) -> Pair:
-        model, tokens = gpt2(quick, backend)
+        model, tokens = gpt2(quick, backend, d_vocab)
         references = {"forward": no_grad(lambda: model(tokens)), "both": lambda: relp_cost.plain(model, tokens)}
         return Pair(lambda: relp_cost.propagated(model, tokens), references[reference])
 
@@ -236,11 +238,22 @@ def many_over_few(quick: bool) -> Pair:
 
 
 BOTH, IN_ATTRIBUTE, IG = "forward + backward", "RelP, both in `attribute`", "integrated_gradients"
-BRIDGE = "TransformerBridge"
+BRIDGE, GPT2 = "TransformerBridge", "GPT-2's vocabulary of 50,257"
 ALL = [
     Row("relp/forward", "RelP, four rules, checks", "one forward", relp_over("forward")),
     Row("relp", "RelP, four rules, checks", BOTH, relp_over("both"), 0.9, True, 9, 0.9),
     Row("relp-bridge", f"RelP on {BRIDGE}", BOTH, relp_over("both", BRIDGE), 0.9, True, 9, 0.9),
+    Row("relp-50257", f"RelP, {GPT2}", BOTH, relp_over("both", d_vocab=relp_cost.GPT2_VOCAB), 0.9, True, 5, 0.9),
+    Row(
+        "relp-bridge-50257",
+        f"RelP on {BRIDGE}, {GPT2}",
+        BOTH,
+        relp_over("both", BRIDGE, relp_cost.GPT2_VOCAB),
+        0.9,
+        True,
+        5,
+        0.9,
+    ),
     Row("attribute", "`attribute`, scores included", "its bare passes", attribute_over_passes, 1.1, True, 7),
     Row("ig-10", "IG-10, layer by layer", IN_ATTRIBUTE, method_over_relp(IG), rounds=2),
     Row("ig-10-inputs", "IG-10 over inputs", IN_ATTRIBUTE, method_over_relp(f"{IG}_inputs"), rounds=3),
@@ -256,5 +269,5 @@ ALL = [
     Row("streaming", "`attribute` on many prompts", "on few", many_over_few, 1.1, True, 2, 1.1),
 ]
 ROWS: dict[str, Row] = {
-    row.name: row for row in ALL if row.name != "relp-bridge" or build_bridge_from_module is not None
+    row.name: row for row in ALL if not row.name.startswith("relp-bridge") or build_bridge_from_module is not None
 }
