@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from tl_neuron_circuits import Circuit, NodeScores
 from tl_neuron_circuits.cli import app, load_model
+from tl_neuron_circuits.tasks import subject_verb_agreement
 
 runner = CliRunner()
 
@@ -163,10 +164,12 @@ def test_demo_runs_in_a_terminal_and_writes_what_it_names(tmp_path: Path) -> Non
 
 
 def test_ctrl_c_in_the_midst_of_a_run_leaves_no_traceback(tmp_path: Path) -> None:
-    with terminal("compare", "demo-gelu", "--pairs", str(agreement_pairs(tmp_path)), "--out", str(tmp_path / "o")) as (
-        process,
-        end,
-    ):
+    pairs = tmp_path / "many.json"  # enough for many seconds, so that the key comes in time on a busy machine too
+    fields = ("clean_prefix", "clean_answer", "patch_prefix", "patch_answer")
+    task = subject_verb_agreement("within_rc", n=1000)
+    rows = [dict(zip(fields, (p.clean, p.answer, p.corrupt, p.wrong_answer), strict=True)) for p in task]
+    pairs.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with terminal("compare", "demo-gelu", "--pairs", str(pairs), "--out", str(tmp_path / "o")) as (process, end):
         read_until(end, "0/10")
         os.write(end, b"\x03")
         rest = read_until(end)
