@@ -10,8 +10,8 @@ from tests.attribution.plain import random_pairs
 from tests.families import AVAILABLE_BRIDGES, bridge, hooked_transformer
 from tl_neuron_circuits import attribute, check_model, estimate_memory
 from tl_neuron_circuits._errors import PropagationError, SettingsError
-from tl_neuron_circuits.attribution import _run
-from tl_neuron_circuits.attribution._meter import Meter
+from tl_neuron_circuits._memory import out_of_memory
+from tl_neuron_circuits._meter import Meter
 from tl_neuron_circuits.tasks import logit_difference
 
 LAYERS, WIDTH, HEADS = 32, 32, 8
@@ -163,7 +163,7 @@ def test_auto_halves_where_memory_runs_out(error: Exception, caplog: Any) -> Non
 
 def test_other_errors_do_not_halve() -> None:
     with pytest.raises(RuntimeError, match="of mine"):
-        _run.out_of_memory(_raise, last=False)
+        out_of_memory(_raise, last=False)
 
 
 def _raise() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from .._files import fingerprint, versions
+from .._memory import Halving
 from .._processes import here
 from .._typing import checked
 from ..bases import Basis, Neurons, name_of, sites_of
@@ -114,9 +115,9 @@ def attribute(
         partial = None if resume is None else Partial(resume, same, processes)
         planned = [size for size in processes.gather(partial and partial.planned) if size]
         size = planned[0] if planned else fitting_batch(setting, tokens, batch_size, processes)
-        run = Run(setting, tokens, size, batch_size == "auto", chosen, seed, processes, verbose)
+        run = Run(setting, tokens, Halving(size, batch_size == "auto"), chosen, seed, processes, verbose)
         total = run.total(partial)
-        found = {"batch_size": run.batch_size, "variance_unexplained": total.unexplained()}
+        found = {"batch_size": run.batches.size, "variance_unexplained": total.unexplained()}
         scores = total.scores(len(tokens), settings | found, nodes_of)
         return scores if chosen is not None else require_finite(scores)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
+from .._memory import Halving
 from .._processes import Processes
 from ..bases import Parts, Site, mean_parts, reads_of, run_values, take_apart
 from ..models import TransformerLensModel
@@ -15,9 +16,13 @@ Means = Mapping[tuple[str, int], Parts]
 
 
 def shared_means(
-    model: TransformerLensModel, sites: Iterable[Site], batches: Iterable[Batch], processes: Processes
+    model: TransformerLensModel,
+    sites: Iterable[Site],
+    batches: Iterable[Batch],
+    processes: Processes,
+    halving: Halving | None = None,
 ) -> Means:
-    """`mean_parts` over the batches of all processes together.
+    """`mean_parts` over the batches of all processes together; with `halving` in pieces that memory holds.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -29,13 +34,19 @@ def shared_means(
         [('blocks.0.mlp.hook_post', 3)]
     """
     counts: dict[int, int] = {}
+    sites = tuple(sites)
+    batches = batches if halving is None else tuple(batches)
 
-    def counted() -> Iterator[Batch]:
-        for batch in batches:
+    def own(size: int | None = None) -> Means:
+        counts.clear()
+        return mean_parts(model, sites, counted(size))
+
+    def counted(size: int | None) -> Iterator[Batch]:
+        for batch in (piece for whole in batches for piece in ([whole] if size is None else whole.split(size))):
             counts[batch.clean.shape[1]] = counts.get(batch.clean.shape[1], 0) + len(batch)
             yield batch
 
-    means = mean_parts(model, sites, counted())
+    means = own() if halving is None else halving.whole(own)
     if processes.count == 1:
         return means
     sums: dict[tuple[str, int, str], Tensor] = {}

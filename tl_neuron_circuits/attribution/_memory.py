@@ -8,10 +8,8 @@ and the allocator's slack come on top.
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -19,6 +17,8 @@ import torch
 
 from .. import _html
 from .._errors import SettingsError
+from .._memory import available_memory, first_batch, growth
+from .._meter import Meter
 from .._processes import Processes
 from .._typing import checked
 from ..bases import Basis, Neurons, mean_parts, sites_of
@@ -26,14 +26,11 @@ from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
 from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, tokenise
 from ._inputs import check_pairs, check_setting
-from ._meter import Meter
 from ._run import score
 from ._setting import Baseline, Direction, MethodName, Setting
 from ._total import Total
 
 logger = logging.getLogger(__name__)
-_FILL = 0.8  # of what is available, for "auto"
-_LARGEST = 128  # a larger batch is not faster
 _REFUSE = 1.5  # times what is available: beyond the estimate's own error
 _ROWS = 8  # forward rows a prompt of `batch_size`, for patching
 
@@ -158,14 +155,11 @@ def estimate_memory(
 def measured(setting: Setting, tokens: TokenisedPairs, batch_size: int, available: int | None = None) -> MemoryEstimate:
     """The estimate, from one and two rows of the longest prompt."""
     setting = replace(setting, steps=1)
-    row = max(range(len(tokens)), key=lambda index: tokens.lengths[index])
-    _peak(setting, _rows(tokens, row, 1))  # what is made on first use is not the batch's
-    one, two = (_peak(setting, _rows(tokens, row, n)) for n in (1, 2))
-    each = max(two - one, 1)
+    fixed, each = growth(lambda n: _peak(setting, next(tokens.longest(n).batches(n))))
     if available is None:
         available = available_memory(setting.model)
     weights = sum(p.numel() * p.element_size() for p in setting.model.parameters())
-    return MemoryEstimate(weights, max(one - each, 0), each, batch_size, tokens.lengths[row], available)
+    return MemoryEstimate(weights, fixed, each, batch_size, max(tokens.lengths), available)
 
 
 def fitting_batch(setting: Setting, tokens: TokenisedPairs, batch_size: int | str, processes: Processes) -> int:
@@ -178,10 +172,8 @@ def fitting_batch(setting: Setting, tokens: TokenisedPairs, batch_size: int | st
     """
     available = available_memory(setting.model)
     if batch_size == "auto":
-        estimate = measured(setting, tokens, 1, None if available is None else int(_FILL * available))
-        most = min(_LARGEST, len(tokens))
-        size = most if estimate.largest_batch is None else max(1, min(most, estimate.largest_batch))
-        size = min(processes.gather(size))
+        estimate = measured(setting, tokens, 1, available)
+        size = min(processes.gather(first_batch(estimate.fixed, estimate.per_prompt, available, len(tokens))))
         logger.info("batch_size='auto' begins with %d: %r", size, replace(estimate, batch_size=size))
         return size
     size = int(batch_size)
@@ -220,67 +212,6 @@ def rule_of_thumb(model: TransformerLensModel, length: int, batch_size: int) -> 
     a_layer = 16 * width + 8 * hidden + 4 * heads * length
     size = next(iter(model.parameters())).element_size()
     return batch_size * length * (int(cfg.n_layers) * a_layer * size + 8 * int(cfg.d_vocab))
-
-
-def available_memory(model: TransformerLensModel) -> int | None:
-    """Bytes free on the devices that hold the model's parameters; None where a device does not tell."""
-    free = [_free(device) for device in {parameter.device for parameter in model.parameters()}]
-    known = [one for one in free if one is not None]
-    return sum(known) if len(known) == len(free) else None
-
-
-def _free(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu":
-        return None
-    limits = [_meminfo(), _cgroup()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
-
-
-def _meminfo() -> int | None:
-    """Linux: what can be had without swapping."""
-    file = Path("/proc/meminfo")
-    if not file.is_file():
-        return _pages()
-    fields = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
-
-
-def _pages() -> int | None:
-    names = getattr(os, "sysconf_names", {})
-    if "SC_AVPHYS_PAGES" not in names:
-        return None
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup() -> int | None:
-    """A container's limit less what it uses, the file cache not counted."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
-
-
-def _rows(tokens: TokenisedPairs, row: int, n: int) -> Batch:
-    index = torch.full((n,), row, device=tokens.answer.device)
-    column = lambda tensor: None if tensor is None else tensor[index]  # noqa: E731
-    same = TokenisedPairs(
-        clean=(tokens.clean[row],) * n,
-        answer=tokens.answer[index],
-        position=tokens.position[index],
-        corrupt=None if tokens.corrupt is None else (tokens.corrupt[row],) * n,
-        wrong_answer=column(tokens.wrong_answer),
-        corrupt_position=column(tokens.corrupt_position),
-        labels=None if tokens.labels is None else (tokens.labels[row],) * n,
-    )
-    return next(same.batches(n))
 
 
 def _peak(setting: Setting, batch: Batch) -> int:

@@ -1,15 +1,11 @@
 """One attribution over all pairs: batch by batch, by one process or several, from the start or where it stopped."""
 
 import dataclasses
-import functools
-import logging
-from collections import deque
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
+from .._memory import Halving
 from .._processes import Processes
 from ..bases import reads_of, run_values, take_apart
 from ..tasks import Batch, TokenisedPairs
@@ -19,17 +15,14 @@ from ._partial import Partial
 from ._setting import Runs, Setting
 from ._total import Total
 
-logger = logging.getLogger(__name__)
-
 
 @dataclasses.dataclass
 class Run:
-    """What goes over the pairs; `batch_size` falls where `halving` and the memory did not hold a batch."""
+    """What goes over the pairs."""
 
     setting: Setting
     tokens: TokenisedPairs
-    batch_size: int
-    halving: bool
+    batches: Halving
     chosen: Any
     seed: int
     processes: Processes
@@ -38,10 +31,10 @@ class Run:
     def total(self, partial: Partial | None) -> Total:
         """The sums over all pairs, of all processes."""
         total, done = Total(self.setting, self.seed), 0
-        planned = self.processes.fair(self.batch_size, len(self.tokens))
-        self.batch_size = planned
+        planned = self.processes.fair(self.batches.size, len(self.tokens))
+        self.batches.size = planned
         if partial is not None and (found := partial.read(total)) is not None:
-            done, planned, self.batch_size = found
+            done, planned, self.batches.size = found
         means = self._means(planned)
         own = self.processes.share(self.tokens.batches(planned))
         shown = self.verbose and self.processes.first
@@ -51,12 +44,12 @@ class Run:
                 if number > done:
                     self._add(batch, means, total)
                     if partial is not None:
-                        partial.write(total, number, planned, self.batch_size)
+                        partial.write(total, number, planned, self.batches.size)
                 bar.update(min(len(batch) * self.processes.count, len(self.tokens) - bar.n))
         if partial is not None and number > done:
-            partial.write(total, number, planned, self.batch_size, last=True)
+            partial.write(total, number, planned, self.batches.size, last=True)
         total.reduce(self.processes)
-        self.batch_size = min(self.processes.gather(self.batch_size))
+        self.batches.size = min(self.processes.gather(self.batches.size))
         return total
 
     def _means(self, batch_size: int) -> Means | None:
@@ -66,39 +59,16 @@ class Run:
         return shared_means(self.setting.model, self.setting.sites, batches, self.processes)
 
     def _add(self, batch: Batch, means: Means | None, total: Total) -> None:
-        if not self.halving:
+        if not self.batches.allowed:
             self._score(batch, means, total)
             return
-        pieces = deque(batch.split(self.batch_size))
-        while pieces:
-            piece, part = pieces.popleft(), Total(self.setting, self.seed)
-            shortage = out_of_memory(functools.partial(self._score, piece, means, part), last=len(piece) == 1)
-            if shortage is None:
-                total.merge(part)
-                continue
-            self.batch_size = max(1, len(piece) // 2)
-            logger.warning("no memory for %d prompts (%s); going on with %d", len(piece), shortage, self.batch_size)
-            pieces.extendleft(reversed(list(piece.split(self.batch_size))))
+        for part in self.batches.over(batch, lambda piece: self._score(piece, means, Total(self.setting, self.seed))):
+            total.merge(part)
 
-    def _score(self, batch: Batch, means: Means | None, total: Total) -> None:
-        rows = 8 * self.batch_size
+    def _score(self, batch: Batch, means: Means | None, total: Total) -> Total:
+        rows = 8 * self.batches.size
         score(self.setting, batch, means, self.chosen, total, rows=rows, verbose=self.verbose and self.processes.first)
-
-
-def out_of_memory(work: Callable[[], None], *, last: bool) -> str | None:
-    """Do the work; None when done, else how memory ran out. When that was the `last` chance, it is raised."""
-    try:
-        work()
-    except (RuntimeError, MemoryError) as error:  # torch.cuda.OutOfMemoryError is a RuntimeError
-        message = str(error)
-        known = ("out of memory", "not enough memory", "can't allocate")
-        if last or not (isinstance(error, MemoryError) or any(words in message for words in known)):
-            raise
-    else:
-        return None
-    if torch.cuda.is_available():  # only here, when the frames that hold the batch's tensors are gone
-        torch.cuda.empty_cache()
-    return message.strip().splitlines()[0][:200] if message.strip() else "MemoryError"
+        return total
 
 
 def score(

@@ -1,98 +1,152 @@
-"""The metric of pairs with nodes ablated: what a curve is made of."""
+"""The metric of pairs with nodes ablated: what a curve is made of.
 
-from collections.abc import Mapping, Sequence
+All runs of a batch follow each other, with hooks that are put in once and the batch's ablation values computed once; so
+memory holds one batch, however many pairs and sizes there are.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._memory import Halving, available_memory, first_batch, growth
+from .._meter import Meter
 from .._processes import Processes
 from ..attribution import shared_means
 from ..bases import Parts, Site, logits_of, reads_of, run_values, take_apart
-from ..interventions import Ablation, Kept, ablation_hooks
+from ..interventions import Ablation, AblationSwitch, Kept
 from ..models import TransformerLensModel
 from ..tasks import Batch, Metric, TokenisedPairs, measure
 
+logger = logging.getLogger(__name__)
+Baselines = Mapping[str, Parts | None]
+Read = Callable[[Tensor], Tensor]
+"""From logits to the metric of each row."""
+NodeSet = Callable[[], Kept | None]
+"""The nodes to keep, made when they are needed; None: all, that is the original model."""
+BatchSize = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """A model whose nodes outside a set take values of corrupt prompts, and the metric that is read there."""
+
+    model: TransformerLensModel
+    sites: tuple[Site, ...]
+    metric: Metric
+    ablation: Ablation
+    seed: int = 0
+
 
 class Evaluation:
-    """This process' share of the pairs, in batches with their ablation values, on one model."""
+    """This process' share of the pairs.
+
+    A batch size of "auto" begins with what holds the work of `probe`, and halves where memory runs out all the same.
+    """
 
     def __init__(
         self,
-        model: TransformerLensModel,
-        sites: tuple[Site, ...],
-        metric: Metric,
+        ablated: Ablated,
         tokens: TokenisedPairs,
-        ablation: Ablation,
-        batch_size: int,
-        seed: int,
+        batch_size: BatchSize,
         processes: Processes,
+        probe: "Callable[[Evaluation], object]",
+        *,
+        shown: bool = False,
     ) -> None:
-        self._model, self._sites, self._metric, self._n = model, sites, metric, len(tokens)
-        self._processes = processes
-        self._batches = list(tokens.batches(batch_size))
-        if ablation != "resample":  # which takes values from other prompts, so every process needs all
-            self._batches = list(processes.share(self._batches))
-        self._bases = self._baselines(ablation, torch.Generator().manual_seed(seed))
-        if ablation == "resample":
-            self._batches = list(processes.share(self._batches))
-            self._bases = list(processes.share(self._bases))
+        self._ablated, self._tokens, self._processes, self._shown = ablated, tokens, processes, shown
+        size = _fitting(ablated, tokens, processes, probe) if batch_size == "auto" else batch_size
+        self._halving = Halving(processes.fair(size, len(tokens)), allowed=batch_size == "auto")
+        self._batches = list(processes.share(tokens.batches(self._halving.size)))
+        self._means = self._mean_values() if ablated.ablation == "mean" else {}
+        self._sources = self._shuffled() if ablated.ablation == "resample" else None
 
     @property
-    def n_pairs(self) -> int:
-        return self._n
+    def batch_size(self) -> int:
+        """Prompts in one pass, as memory held them in the end; the fewest of all processes."""
+        return min(self._processes.gather(self._halving.size))
 
-    @property
-    def batches(self) -> list[tuple[Batch, Mapping[str, Parts | None]]]:
-        return list(zip(self._batches, self._bases, strict=True))
+    def metrics(self, sets: Sequence[NodeSet]) -> list[Tensor]:
+        """The metric of every prompt with only these nodes live, a tensor a set."""
+        model, sites = self._ablated.model, self._ablated.sites
 
-    def metric(self, kept: Kept | None, bar: tqdm) -> Tensor:
-        """The metric of every prompt with only `kept` live; the original model's for None. Others' prompts: 0."""
-        out = torch.zeros(self._n)
-        for batch, base in zip(self._batches, self._bases, strict=True):
-            hooks = [] if kept is None else ablation_hooks(self._sites, kept, base)
-            with torch.no_grad(), self._model.hooks(fwd_hooks=hooks):
-                logits = logits_of(self._model, batch.clean, batch.attention_mask)
-                out[batch.index.cpu()] = measure(self._metric, logits, batch).float().cpu()
-        bar.update()
-        return out
+        def runs(batch: Batch, base: Baselines, read: Read) -> list[Tensor]:
+            switch, found = AblationSwitch(sites, base), []
+            with model.hooks(fwd_hooks=switch.hooks):
+                for chosen in sets:
+                    switch.keep(chosen())
+                    found.append(read(logits_of(model, batch.clean, batch.attention_mask)))
+            return found
 
-    def gathered(self, metrics: Sequence[Tensor]) -> list[Tensor]:
-        """Metrics of all processes' prompts, from what `metric` gave here."""
-        return list(self._processes.total(dict(enumerate(metrics))).values())
+        return self.measured(runs, len(sets))
 
-    def _baselines(self, ablation: Ablation, generator: torch.Generator) -> list[Mapping[str, Parts | None]]:
+    def measured(self, runs: Callable[[Batch, Baselines, Read], list[Tensor]], n: int) -> list[Tensor]:
+        """The metric of every prompt in n runs, of all processes' prompts; `runs` makes them for one batch."""
+        out = torch.zeros(n, len(self._tokens))
+        total = n * sum(len(batch) for batch in self._batches)
+        with torch.no_grad(), tqdm(total=total, desc="evaluate", disable=not self._shown, unit="prompt") as bar:
+            for batch in self._batches:
+                for rows, found in self._halving.over(batch, lambda piece: (piece, self._measured(runs, piece, bar))):
+                    out[:, rows.index.cpu()] = found.cpu()
+        return list(self._processes.total({"metrics": out})["metrics"])
+
+    def _measured(self, runs: Callable[..., list[Tensor]], batch: Batch, bar: tqdm) -> Tensor:
+        before = bar.n
+
+        def read(logits: Tensor) -> Tensor:
+            found = measure(self._ablated.metric, logits, batch).float()
+            bar.update(len(batch))
+            return found
+
+        try:
+            return torch.stack(runs(batch, self._baselines(batch), read))
+        except BaseException:
+            bar.update(before - bar.n)
+            raise
+
+    def _baselines(self, batch: Batch) -> Baselines:
+        ablation, sites = self._ablated.ablation, self._ablated.sites
         if ablation == "zero":
-            return [dict.fromkeys(site.hook for site in self._sites)] * len(self._batches)
+            return dict.fromkeys(site.hook for site in sites)
         if ablation == "mean":
-            corrupt = (batch.on_corrupt() for batch in self._batches)
-            means = shared_means(self._model, self._sites, corrupt, self._processes)
-            return [{s.hook: means[s.hook, b.clean.shape[1]] for s in self._sites} for b in self._batches]
-        own = [self._corrupt_parts(batch) for batch in self._batches]
-        return [{**parts} for parts in own] if ablation == "corrupt" else self._shuffled(own, generator)
+            return {site.hook: self._means[site.hook, batch.clean.shape[1]] for site in sites}
+        corrupt = batch.on_corrupt()
+        if self._sources is not None:
+            prompts, others = self._tokens.corrupt or (), [self._sources[row] for row in batch.index.tolist()]
+            corrupt = replace(corrupt, clean=torch.stack([prompts[row] for row in others]))
+        return take_apart(sites, run_values(self._ablated.model, corrupt, reads_of(sites)))
 
-    def _corrupt_parts(self, batch: Batch) -> Mapping[str, Parts]:
-        return take_apart(self._sites, run_values(self._model, batch.on_corrupt(), reads_of(self._sites)))
+    def _mean_values(self) -> Mapping[tuple[str, int], Parts]:
+        corrupt = [batch.on_corrupt() for batch in self._batches]
+        return shared_means(self._ablated.model, self._ablated.sites, corrupt, self._processes, self._halving)
 
-    def _shuffled(self, own: list[Mapping[str, Parts]], generator: torch.Generator) -> list[Mapping[str, Parts | None]]:
-        """Each prompt gets the values of another prompt of its length, by a random cycle through them."""
-        out: list[Mapping[str, Parts | None]] = [{} for _ in own]
-        lengths = [batch.clean.shape[1] for batch in self._batches]
-        for length in set(lengths):
-            members = [i for i, other in enumerate(lengths) if other == length]
-            sizes = [len(self._batches[i]) for i in members]
-            order = torch.randperm(sum(sizes), generator=generator)
-            source = torch.empty_like(order)
-            source[order] = order.roll(1)
-            for site in self._sites:
-                nodes = torch.cat([own[i][site.hook].nodes for i in members])[
-                    source.to(own[members[0]][site.hook].nodes.device)
-                ]
-                vectors = {
-                    name: torch.cat([own[i][site.hook].vectors[name] for i in members])[source.to(nodes.device)]
-                    for name in site.vectors
-                }
-                split = {name: vector.split(sizes) for name, vector in vectors.items()}
-                for place, (i, part) in enumerate(zip(members, nodes.split(sizes), strict=True)):
-                    out[i] = {**out[i], site.hook: Parts(part, {name: v[place] for name, v in split.items()})}
-        return out
+    def _shuffled(self) -> dict[int, int]:
+        """For each prompt another one of its length, by a random cycle through them."""
+        generator = torch.Generator().manual_seed(self._ablated.seed)
+        lengths, sources = self._tokens.lengths, {}
+        for length in set(sorted(lengths)):
+            members = [row for row, other in enumerate(lengths) if other == length]
+            order = torch.randperm(len(members), generator=generator).tolist()
+            for place, row in enumerate(order):
+                sources[members[row]] = members[order[place - 1]]
+        return sources
+
+
+def _fitting(
+    ablated: Ablated, tokens: TokenisedPairs, processes: Processes, probe: Callable[[Evaluation], object]
+) -> int:
+    """The batch size that "auto" begins with, from what the longest prompt takes once and twice."""
+
+    def peak(n: int) -> int:
+        with Meter() as meter:
+            probe(Evaluation(ablated, tokens.longest(n), n, Processes(), probe))
+        return meter.peak
+
+    fixed, each = growth(peak)
+    size = min(processes.gather(first_batch(fixed, each, available_memory(ablated.model), len(tokens))))
+    logger.info("batch_size='auto' begins with %d: %.3g GB and %.3g GB a prompt", size, fixed / 1e9, each / 1e9)
+    return size

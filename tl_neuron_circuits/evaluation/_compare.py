@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -49,7 +49,7 @@ def compare(
     steps: int = 10,
     mib: bool = False,
     bootstrap: int = 1000,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = 64,
     prepend_bos: bool | None = None,
     seed: int = 0,
     directory: str | Path | None = None,
@@ -69,6 +69,7 @@ def compare(
         ablation: as in `evaluate`.
         error: as in `evaluate`.
         metric: as in `evaluate`.
+        batch_size: prompts in one pass, for scores and for curves; "auto" as in `attribute` and `evaluate`.
         prepend_bos: as in `evaluate`.
         steps: of integrated gradients.
         mib: also CPR (signed ranking) and CMD (|score| ranking) on MIB's grid, 20 more forwards a batch and curve.

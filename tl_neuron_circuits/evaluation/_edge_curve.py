@@ -10,13 +10,13 @@ model, 0 every node ablated):
 - "edges": the edges themselves are kept, or cut, by path patching. Of neurons only.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import versions
@@ -27,8 +27,8 @@ from ..bases import sites_of
 from ..circuits import Circuit
 from ..interventions import Ablation, Edge, EdgeMode, Kept, run_with_edges
 from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, measure, metric_name, tokenise
-from ._ablated_runs import Evaluation
+from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
+from ._ablated_runs import Ablated, Baselines, Evaluation, Read
 from ._curve import SparsityCurve, stack
 from ._evaluate import _check, _check_range
 
@@ -43,7 +43,7 @@ def evaluate_edges(
     protocol: Literal["nodes", "edges"] = "nodes",
     ablation: Ablation = "mean",
     metric: Metric = logit_difference,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     prepend_bos: bool | None = None,
     seed: int = 0,
     verbose: bool = False,
@@ -61,7 +61,7 @@ def evaluate_edges(
         metric: as in `evaluate`.
         prepend_bos: as in `evaluate`.
         seed: as in `evaluate`.
-        batch_size: prompts in one pass; with "edges" a pass has one row a target and prompt.
+        batch_size: prompts in one pass; with "edges" a pass has one row a target and prompt. "auto" as in `evaluate`.
         verbose: show progress.
 
     Returns:
@@ -92,33 +92,40 @@ def evaluate_edges(
     _check(tokens, scores, ablation)
     edges = ranked_edges(circuit)
     sizes = _sizes(sizes, len(edges))
-    run = Evaluation(model, sites_of(model, scores.basis), metric, tokens, ablation, batch_size, seed, Processes())
     nodes = circuit.nodes.set_index("node")
-    masks = lambda alive: _masks(scores, alive)  # noqa: E731
-    with tqdm(total=2 + 2 * len(sizes), desc="edges", disable=not verbose, unit="run") as bar:
-        full, empty = run.metric(None, bar), run.metric(masks(nodes.iloc[:0]), bar)
-        kept, removed, predicted = [], [], []
-        for size in sizes:
-            alive = nodes.loc[sorted(surviving(circuit, edges.head(size)))]
-            predicted.append(float(alive["score"].sum()))
-            if protocol == "nodes":
-                mask = masks(alive)
-                kept.append(run.metric(mask, bar))
-                removed.append(run.metric({key: ~keep for key, keep in mask.items()}, bar))
-            else:
-                chosen = as_edges(nodes, edges.head(size))
-                kept.append(_patched(run, model, metric, chosen, "keep", bar))
-                removed.append(_patched(run, model, metric, chosen, "cut", bar))
+    alive = [nodes.loc[sorted(surviving(circuit, edges.head(size)))] for size in sizes]
+    masks = [_masks(scores, those) for those in alive]
+    chosen = [as_edges(nodes, edges.head(size)) for size in sizes] if protocol == "edges" else []
+
+    def probe(run: Evaluation) -> object:
+        return _patched(run, model, chosen[-1:]) if chosen else run.metrics([lambda: masks[-1]])
+
+    ablated = Ablated(model, sites_of(model, scores.basis), metric, ablation, seed)
+    run = Evaluation(ablated, tokens, batch_size, Processes(), probe, shown=verbose)
+    sets: list[Kept | None] = [None, _masks(scores, nodes.iloc[:0])]
+    if protocol == "nodes":
+        sets += [*masks, *({key: ~keep for key, keep in mask.items()} for mask in masks)]
+    full, empty, *curves = run.metrics([lambda mask=mask: mask for mask in sets])
+    curves = curves or _patched(run, model, chosen)
+    predicted = [float(those["score"].sum()) for those in alive]
     _check_range(full, empty, ablation)
     settings = {
         **{key: scores.settings[key] for key in ("method", "positions", "rules", "model")},
         "basis": f"{protocol} of edges", "ablation": ablation, "ranking": "abs", "error": "nodes",
         "metric": metric_name(metric), "attribution_hash": scores.settings["pairs_hash"], "pairs_hash": tokens.hash,
-        "variance_unexplained": {}, "seed": seed, "versions": versions(),
+        "variance_unexplained": {}, "seed": seed, "batch_size": run.batch_size, "versions": versions(),
     }  # fmt: skip
     groups = None if tokens.labels is None else tuple(tokens.labels)
     return SparsityCurve(
-        tuple(sizes), stack(kept), stack(removed), full, empty, torch.tensor(predicted), len(edges), settings, groups
+        tuple(sizes),
+        stack(curves[: len(sizes)]),
+        stack(curves[len(sizes) :]),
+        full,
+        empty,
+        torch.tensor(predicted),
+        len(edges),
+        settings,
+        groups,
     )
 
 
@@ -143,17 +150,16 @@ def as_edges(nodes: pd.DataFrame, edges: pd.DataFrame) -> list[Edge]:
     return [(places[source], None if target in logits else places[target]) for source, target in pairs]
 
 
-def _patched(
-    run: Evaluation, model: TransformerLensModel, metric: Metric, edges: list[Edge], mode: EdgeMode, bar: tqdm
-) -> Tensor:
-    """The metric of every prompt with only these edges, or without them."""
-    out = torch.empty(run.n_pairs)
-    for batch, parts in run.batches:
-        values = {hook: None if part is None else part.nodes for hook, part in parts.items()}
-        logits = run_with_edges(model, batch.clean, edges, values, mode=mode, attention_mask=batch.attention_mask)
-        out[batch.index.cpu()] = measure(metric, logits, batch).float().cpu()
-    bar.update()
-    return out
+def _patched(run: Evaluation, model: TransformerLensModel, chosen: list[list[Edge]]) -> list[Tensor]:
+    """The metric of every prompt with only these edges, for each list of them, and then without them."""
+    modes: tuple[EdgeMode, ...] = ("keep", "cut")
+
+    def runs(batch: Batch, base: Baselines, read: Read) -> list[Tensor]:
+        values = {hook: None if part is None else part.nodes for hook, part in base.items()}
+        patched = functools.partial(run_with_edges, model, batch.clean, attention_mask=batch.attention_mask)
+        return [read(patched(edges, values, mode=mode)) for mode in modes for edges in chosen]
+
+    return run.measured(runs, 2 * len(chosen))
 
 
 def _masks(like: NodeScores, alive: pd.DataFrame) -> Kept:

@@ -1,11 +1,11 @@
 """`evaluate`: keep the best nodes and ablate the rest, then the reverse, on held-out pairs."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import NumericalError, PairsError, SettingsError
 from .._files import versions
@@ -17,9 +17,9 @@ from ..circuits import Circuit
 from ..interventions import Ablation
 from ..models import TransformerLensModel
 from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
-from ._ablated_runs import Evaluation
+from ._ablated_runs import Ablated, Evaluation, NodeSet
 from ._curve import SparsityCurve, stack
-from ._node_sets import RankedNodes, Ranking, chosen_sizes
+from ._node_sets import Chosen, RankedNodes, Ranking, chosen_sizes
 
 Errors = Literal["nodes", "keep", "ablate"]
 
@@ -37,7 +37,7 @@ def evaluate(
     basis: Basis | Sequence[Basis] | None = None,
     metric: Metric = logit_difference,
     completeness: bool = True,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = 64,
     prepend_bos: bool | None = None,
     multi_token: Literal["error", "first_difference"] = "error",
     seed: int = 0,
@@ -61,7 +61,9 @@ def evaluate(
         prepend_bos: as in `attribute`.
         multi_token: as in `attribute`.
         completeness: False saves half of the forwards and leaves completeness nan.
-        batch_size: prompts in one pass. Cost: 2 + 2 x sizes forwards a batch, and one over the corrupt prompts.
+        batch_size: prompts in one pass. Cost: 2 + 2 x sizes forwards a batch, and one over the corrupt prompts; sets
+            that are the same (all nodes, none) are run once. "auto" begins with what fits into memory, and halves where
+            it runs out all the same; `.settings["batch_size"]` says what was used.
         seed: of "resample".
         verbose: show progress.
 
@@ -96,26 +98,37 @@ def evaluate(
     fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "nodes": {}}[error]
     ranked = RankedNodes(scores, ranking, **fixed)
     sizes = chosen_sizes(sizes, len(ranked))
-    size = processes.fair(batch_size, len(tokens))
-    shown = verbose and processes.first
     settings = {"basis": name_of(basis), "ablation": ablation, "ranking": ranking, "error": error, "seed": seed}
     settings |= {"metric": metric_name(metric), "pairs_hash": tokens.hash} | _from_scores(scores)
-    with (
-        processes.together("evaluate", [settings, sizes, completeness]),
-        tqdm(total=2 + (1 + completeness) * len(sizes), desc="evaluate", disable=not shown, unit="run") as bar,
-    ):
-        run = Evaluation(model, sites, metric, tokens, ablation, size, seed, processes)
-        full, empty = run.metric(None, bar), run.metric(ranked.best(0), bar)
-        kept = [run.metric(ranked.best(size), bar) for size in sizes]
-        nothing = torch.full_like(full, torch.nan)
-        removed = [run.metric(ranked.all_but_best(size), bar) if completeness else nothing for size in sizes]
-        full, empty, *curves = run.gathered([full, empty, *kept, *removed])
-        kept, removed = curves[: len(sizes)], curves[len(sizes) :]
+    with processes.together("evaluate", [settings, sizes, completeness]):
+        half: NodeSet = lambda: ranked.best(len(ranked) // 2)  # noqa: E731
+        ablated, shown = Ablated(model, sites, metric, ablation, seed), verbose and processes.first
+        run = Evaluation(ablated, tokens, batch_size, processes, lambda run: run.metrics([half]), shown=shown)
+        full, empty, kept, removed = _metrics(run, ranked, sizes, completeness)
+        settings |= {"batch_size": run.batch_size}
     _check_range(full, empty, ablation)
     predicted = torch.tensor([ranked.sum_of_best(size) for size in sizes])
     groups = None if tokens.labels is None else tuple(tokens.labels)
     return SparsityCurve(
         tuple(sizes), stack(kept), stack(removed), full, empty, predicted, len(ranked), settings, groups
+    )
+
+
+def _metrics(
+    run: Evaluation, ranked: RankedNodes, sizes: Sequence[int], completeness: bool
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Of the original model, without any node, with the best ones, and without them; each set of nodes is run once."""
+    kept = [ranked.keeping(size) for size in sizes]
+    removed = [ranked.keeping(size, but=True) for size in sizes if completeness]
+    full, empty = Chosen("whole", 0), ranked.keeping(0)
+    sets = list(dict.fromkeys([full, empty, *kept, *removed]))
+    found = dict(zip(sets, run.metrics([functools.partial(ranked.masks, chosen) for chosen in sets]), strict=True))
+    nothing = torch.full_like(found[full], torch.nan)
+    return (
+        found[full],
+        found[empty],
+        [found[chosen] for chosen in kept],
+        [found[chosen] for chosen in removed] or [nothing for _ in sizes],
     )
 
 

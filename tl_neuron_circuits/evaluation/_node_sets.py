@@ -1,7 +1,7 @@
 """Node sets for a curve: the k best nodes of a ranking, as masks by block."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,13 @@ from ..attribution import NodeScores
 from ..interventions import Kept
 
 Ranking = Literal["abs", "signed"]
+
+
+class Chosen(NamedTuple):
+    """One set of a ranking: all nodes ("whole"), the `size` best, or all but these."""
+
+    what: Literal["whole", "best", "but"]
+    size: int
 
 
 class RankedNodes:
@@ -55,6 +62,20 @@ class RankedNodes:
     def all_but_best(self, size: int) -> Kept:
         """Masks that keep every node but the `size` best."""
         return self._masks(self.ranks >= size)
+
+    def keeping(self, size: int, *, but: bool = False) -> Chosen:
+        """The `size` best nodes (or all `but` these), by one name where two are the same set."""
+        if but and size in (0, len(self)):
+            return self.keeping(len(self) - size)
+        if size == len(self) > 0 and all(self._fixed.values()):
+            return Chosen("whole", 0)
+        return Chosen("but" if but else "best", size)
+
+    def masks(self, chosen: Chosen) -> Kept | None:
+        """The masks of this set; None for the whole."""
+        if chosen.what == "whole":
+            return None
+        return self.best(chosen.size) if chosen.what == "best" else self.all_but_best(chosen.size)
 
     def _masks(self, flat: Tensor) -> Kept:
         masks: dict[tuple[str, str], Tensor] = {}

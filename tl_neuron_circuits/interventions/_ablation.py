@@ -46,35 +46,110 @@ def ablation_hooks(sites: Iterable[Site], kept: Kept, baselines: Mapping[str, Pa
         >>> model.run_with_hooks("The dog", fwd_hooks=hooks).shape
         torch.Size([1, 3, 726])
     """
-    hooks: Hooks = []
-    for site in sites:
-        masks = {kind: kept[site.hook, kind] for kind in ("node", *site.vectors) if (site.hook, kind) in kept}
-        if site.hook not in baselines:
-            raise SettingsError(f"expected a baseline (None for zero) for {site.hook}; got {list(baselines)}.")
-        if not all(bool(mask.all()) for mask in masks.values()):
-            hooks += _site_hooks(site, masks, baselines[site.hook])
-    return hooks
+    switch = AblationSwitch(sites, baselines)
+    switch.keep(kept)
+    return [pair for site in switch.touched for pair in site.hooks()]
 
 
-def _site_hooks(site: Site, masks: Mapping[str, Tensor], base: Parts | None) -> Hooks:
-    seen: dict[str, Tensor] = {}
+class AblationSwitch:
+    """Ablation hooks that stay in place while the kept nodes change from run to run, as they do along a curve.
 
-    def read(value: Tensor, hook: Any, name: str) -> None:
-        seen[name] = value
+    Adding and removing hooks visits every hook point of a model, which costs more than the ablation itself. A site that
+    stays whole returns nothing and computes nothing; one that loses all its nodes does not compute the live ones.
 
-    def write(value: Tensor, hook: Any) -> Tensor:
-        live = site.take_apart({**seen, site.hook: value})
-        seen.clear()
-        nodes = _choose(masks.get("node"), live.nodes, None if base is None else base.nodes)
+    Args:
+        sites: as of `ablation_hooks`.
+        baselines: as of `ablation_hooks`.
+
+    Raises:
+        SettingsError: a site has no entry in `baselines`.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.interventions import AblationSwitch
+        >>> model = tnc.load_demo_model()
+        >>> (site,) = tnc.bases.Neurons(layers=[2]).sites(model)
+        >>> switch = AblationSwitch([site], {site.hook: None})
+        >>> with torch.no_grad(), model.hooks(fwd_hooks=switch.hooks):
+        ...     whole = model("The dog")
+        ...     switch.keep({(site.hook, "node"): torch.zeros(512, dtype=torch.bool)})
+        ...     ablated = model("The dog")
+        >>> torch.equal(whole, model("The dog")), torch.equal(ablated, whole)
+        (True, False)
+    """
+
+    def __init__(self, sites: Iterable[Site], baselines: Mapping[str, Parts | None]) -> None:
+        """Every node is live until `keep` is called."""
+        sites = tuple(sites)
+        missing = [site.hook for site in sites if site.hook not in baselines]
+        if missing:
+            raise SettingsError(f"expected a baseline (None for zero) for {missing[0]}; got {list(baselines)}.")
+        self._sites = [_AblatedSite(site, baselines[site.hook]) for site in sites]
+
+    @property
+    def hooks(self) -> Hooks:
+        """`(name, hook)` pairs for `model.hooks(fwd_hooks=...)`."""
+        return [pair for site in self._sites for pair in site.hooks()]
+
+    @property
+    def touched(self) -> "list[_AblatedSite]":
+        """The sites that lose a node."""
+        return [site for site in self._sites if site.masks]
+
+    def keep(self, kept: Kept | None) -> None:
+        """From now on only these nodes stay live; None: all of them."""
+        for site in self._sites:
+            site.keep({} if kept is None else kept)
+
+
+class _AblatedSite:
+    """One site's hooks, and the masks they use: none where it stays whole."""
+
+    def __init__(self, site: Site, base: Parts | None) -> None:
+        self._site, self._base = site, base
+        self._seen: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
+        self._empty = False
+
+    def keep(self, kept: Kept) -> None:
+        kinds, hook = ("node", *self._site.vectors), self._site.hook
+        masks = {kind: kept[hook, kind] for kind in kinds if (hook, kind) in kept}
+        self.masks = {} if all(bool(mask.all()) for mask in masks.values()) else masks
+        self._empty = len(self.masks) == len(kinds) and not any(bool(mask.any()) for mask in masks.values())
+        self._seen.clear()
+
+    def hooks(self) -> Hooks:
+        others = [name for name in self._site.reads if name != self._site.hook]
+        readers = [(name, lambda value, hook, name=name: self._read(value, name)) for name in others]
+        return [*readers, (self._site.hook, lambda value, hook: self._write(value))]
+
+    def _read(self, value: Tensor, name: str) -> None:
+        if self.masks:
+            self._seen[name] = value
+
+    def _write(self, value: Tensor) -> Tensor | None:
+        if not self.masks:
+            return None
+        if self._empty and self._base is not None and self._base.nodes.dim() == 3:
+            return self._baseline(self._base, value)
+        live, base = self._site.take_apart({**self._seen, self._site.hook: value}), self._base
+        self._seen.clear()
+        nodes = _choose(self.masks.get("node"), live.nodes, None if base is None else base.nodes)
         vectors = {
-            name: _choose(masks.get(name), vector, None if base is None else base.vectors[name], vector=True)
+            name: _choose(self.masks.get(name), vector, None if base is None else base.vectors[name], vector=True)
             for name, vector in live.vectors.items()
         }
-        return site.put_together(Parts(nodes, vectors), value)
+        return self._site.put_together(Parts(nodes, vectors), value)
 
-    others = [name for name in site.reads if name != site.hook]
-    readers = [(name, lambda value, hook, name=name: read(value, hook, name)) for name in others]
-    return [*readers, (site.hook, write)]
+    def _baseline(self, base: Parts, value: Tensor) -> Tensor:
+        """The site with all its nodes ablated: put together once where every row has the same baseline."""
+        self._seen.clear()
+        like = value[: base.nodes.shape[0]]
+        rows, positions = like.shape[:2]
+        parts = base.map(lambda part: part.to(value.device).expand(rows, positions, -1))
+        same = self._site.put_together(parts, like).expand_as(value)
+        return same.clone(memory_format=torch.contiguous_format)  # what the model does in place reaches no baseline
 
 
 def _choose(mask: Tensor | None, live: Tensor, base: Tensor | None, *, vector: bool = False) -> Tensor:

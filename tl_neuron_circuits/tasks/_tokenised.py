@@ -198,6 +198,22 @@ class TokenisedPairs:
         digest.update(b"]")
         return digest.hexdigest()
 
+    def longest(self, n: int) -> "TokenisedPairs":
+        """Return the pair of the longest prompt `n` times over: what measures the memory that a batch needs."""
+        row = max(range(len(self)), key=lambda index: len(self.clean[index]))
+        index = torch.full((n,), row, device=self.answer.device)
+        column = lambda tensor: None if tensor is None else tensor[index]  # noqa: E731
+        return replace(
+            self,
+            clean=(self.clean[row],) * n,
+            answer=self.answer[index],
+            position=self.position[index],
+            corrupt=None if self.corrupt is None else (self.corrupt[row],) * n,
+            wrong_answer=column(self.wrong_answer),
+            corrupt_position=column(self.corrupt_position),
+            labels=None if self.labels is None else (self.labels[row],) * n,
+        )
+
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.clean)
