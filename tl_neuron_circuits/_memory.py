@@ -46,14 +46,15 @@ class Halving:
         if not self.allowed:
             yield work(batch)
             return
-        pieces = deque(batch.split(self.size))
+        pieces = deque([batch])
         while pieces:
-            piece = pieces.popleft()
+            piece, *rest = pieces.popleft().split(self.size)  # which may have fallen since
+            pieces.extendleft(reversed(rest))
             results: list[T] = []
             if self._fits(lambda piece=piece, results=results: results.append(work(piece)), len(piece)):
                 yield results.pop()
             else:
-                pieces.extendleft(reversed(list(piece.split(self.size))))
+                pieces.appendleft(piece)
 
     def whole(self, work: Callable[[int], T]) -> T:
         """What `work` gives at this batch size, begun again at smaller ones until memory holds it."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import tl_neuron_circuits as tnc
-from tests.benchmarks import edges, relp_cost
+from tests.benchmarks import curve_cost, edges, relp_cost
 from tests.benchmarks.curve_cost import counted
 from tests.families import build_bridge_from_module
 from tl_neuron_circuits.lasso import Accumulator, largest_penalty, solve_lasso, standardise
@@ -112,17 +112,18 @@ def curve_over_forwards(quick: bool) -> Pair:
     n = 8 if quick else 64
     model, pairs = demo("nounpp", 2 * n)
     train, test = pairs.split(0.5, by="label")
-    scores, test = tnc.attribute(model, train), test[:n]
-    (batch,) = tokenise(model, test).batches(n)
-    work = lambda: tnc.evaluate(model, test, scores, batch_size=64)  # noqa: E731
-    forwards, _ = counted(model, work)
+    return curve_of(model, test[:n], tnc.attribute(model, train))
 
-    @torch.no_grad()
-    def reference() -> None:
-        for _ in range(45):
-            model(batch.clean)
 
-    return Pair(work, reference, note=f"20 sizes, {n} pairs, {forwards} forwards")
+def curve_of_gpt2(quick: bool) -> Pair:
+    (model, _), n, length = gpt2(quick), 8 if quick else 64, 16
+    return curve_of(model, curve_cost.random_pairs(n, length), tnc.attribute(model, curve_cost.random_pairs(4, length)))
+
+
+def curve_of(model: Any, test: Any, scores: tnc.NodeScores) -> Pair:
+    runs = curve_cost.work_and_reference(model, test, scores)
+    forwards, _ = counted(model, runs["curve"])
+    return Pair(runs["curve"], runs["forwards"], note=f"20 sizes, {len(test)} pairs, {forwards} forwards")
 
 
 def compare_over_parts(quick: bool) -> Pair:
@@ -258,7 +259,8 @@ ALL = [
     Row("ig-10", "IG-10, layer by layer", IN_ATTRIBUTE, method_over_relp(IG), rounds=2),
     Row("ig-10-inputs", "IG-10 over inputs", IN_ATTRIBUTE, method_over_relp(f"{IG}_inputs"), rounds=3),
     Row("patching", "exact patching of every neuron", IN_ATTRIBUTE, patching_over_relp, rounds=3),
-    Row("curve", "`evaluate`, a whole curve", "45 forwards of the batch", curve_over_forwards, 1.0, rounds=3),
+    Row("curve", "`evaluate`, a whole curve", "45 forwards of the batch", curve_over_forwards, 1.0, rounds=9),
+    Row("curve-gpt2", "`evaluate`, 12 x 768", "45 forwards of the batch", curve_of_gpt2, 1.0, rounds=1),
     Row("compare", "`compare`", "as many bare forwards", compare_over_parts, rounds=3),
     Row("edges", "`trace`, a target of an edge", "RelP forward + backward", edges_over_passes, rounds=3),
     Row("edges-chunk", "`trace`, all edges", f"RelP {BOTH}, a prompt a target", edges_over_prompts, 1.3, rounds=3),

@@ -245,3 +245,16 @@ def test_twenty_sizes_with_completeness_cost_at_most_45_forwards_a_batch(case: M
     evaluate(model, tokens, scores, sizes=range(1, 21))
     assert 40 <= len(forwards) <= 45
     handle.remove()
+
+
+@both_classes
+def test_a_set_of_nodes_is_run_once(case: ModelCase) -> None:
+    """All, none, and a size twice over: the original model, none, the mean, and the one set and its complement."""
+    model, tokens, scores = built(case), pairs(built(case)), scored(case, "neurons")
+    forwards: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    curve = evaluate(model, tokens, scores, sizes=[0, 7, len(scores)])
+    handle.remove()
+    assert len(forwards) == 5
+    assert torch.equal(curve.kept[2], curve.full) and torch.equal(curve.removed[0], curve.full)
+    assert torch.equal(curve.kept[0], curve.empty) and torch.equal(curve.removed[2], curve.empty)

@@ -9,7 +9,8 @@ from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of, tokens_of
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.bases import AttentionOutputs, Neurons, Parts
-from tl_neuron_circuits.interventions import ablation_hooks
+from tl_neuron_circuits.interventions import AblationSwitch, ablation_hooks
+from tl_neuron_circuits.interventions._ablation import _choose
 
 models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
 NAME = "blocks.1.mlp.hook_post"
@@ -61,3 +62,40 @@ def test_a_site_without_a_baseline_is_an_error(case: ModelCase) -> None:
     sites = Neurons().sites(model_of(case))
     with pytest.raises(SettingsError, match=r"expected a baseline \(None for zero\) for blocks\.0"):
         ablation_hooks(sites, {}, {NAME: None})
+
+
+@models
+def test_a_switch_is_the_hooks_of_every_set_in_turn(case: ModelCase) -> None:
+    """All nodes, some, none, all again: the same bits as hooks made for each, and the model's own where all stay."""
+    model, tokens = model_of(case), tokens_of(case)
+    sites = Neurons().sites(model)
+    base = {site.hook: Parts(torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(1))) for site in sites}
+    before = {hook: parts.nodes.clone() for hook, parts in base.items()}
+    some = torch.rand(6, 24, generator=torch.Generator().manual_seed(0)) < 0.5
+    none = torch.zeros(6, 24, dtype=torch.bool)
+    sets = [{(site.hook, "node"): mask for site in sites} for mask in (~none, some, none)] + [None]
+    switch = AblationSwitch(sites, base)
+    with torch.no_grad():
+        expected = [model.run_with_hooks(tokens, fwd_hooks=ablation_hooks(sites, kept or {}, base)) for kept in sets]
+        with model.hooks(fwd_hooks=switch.hooks):
+            for kept, logits in zip(sets, expected, strict=True):
+                switch.keep(kept)
+                assert torch.equal(model(tokens), logits)
+    assert torch.equal(expected[0], expected[3]) and not torch.equal(expected[1], expected[2])
+    assert all(torch.equal(base[hook].nodes, value) for hook, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_values_are_chosen_bit_for_bit(dtype: torch.dtype) -> None:
+    """Infinite and undefined live values of ablated nodes leave nothing behind, and signs of zero stay."""
+    generator = torch.Generator().manual_seed(0)
+    live = torch.randn(3, 4, 50, generator=generator).to(dtype)
+    live[0, 0, :6] = torch.tensor([float("inf"), float("nan"), -0.0, 0.0, float("-inf"), 1e-40])
+    mask = torch.rand(4, 50, generator=generator) < 0.5
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[live.element_size()]
+    for base in (None, torch.randn(1, 4, 50, generator=generator), torch.randn(3, 4, 50, generator=generator)):
+        expected = torch.where(mask, live, live.new_zeros(()) if base is None else base.to(dtype))
+        assert torch.equal(_choose(mask, live, base).view(bits), expected.view(bits))
+    grown = live.clone().requires_grad_()
+    _choose(mask, grown, None).nan_to_num(0, 0, 0).sum().backward()
+    assert grown.grad is not None and not grown.grad[:, ~mask].any() and grown.grad[1:, mask].all()
