@@ -16,7 +16,7 @@ from ..attribution import MethodName, NodeScores, attribute
 from ..bases import Basis, MLPOutputs, Neurons, sites_of
 from ..interventions import Ablation
 from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name
+from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
 from ._comparison import Comparison, CurveKey
 from ._curve import MIB_FRACTIONS
 from ._evaluate import Errors, evaluate
@@ -105,12 +105,16 @@ def compare(
     settings = _provenance(model, chosen, train, test) | plain | {"prepend_bos": prepend_bos, "seed": seed}
     keys = [CurveKey(task, basis.name, method) for task in train for basis in chosen for method in methods]
     by_name = {basis.name: basis for basis in chosen}
-    common = {"metric": metric, "batch_size": batch_size, "prepend_bos": prepend_bos, "seed": seed}
+    common = {"metric": metric, "batch_size": batch_size, "seed": seed}
     judge = {**common, "ablation": ablation, "error": error}
     processes = here()
     with processes.together("compare", settings):
         found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)  # noqa: E731
         done = processes.from_first(found)
+        train, test = (  # once, not for every curve
+            {task: tokenise(model, pairs, prepend_bos=prepend_bos) for task, pairs in sets.items()}
+            for sets in (train, test)
+        )
         curves, grid, unexplained = dict(done.curves), dict(done.mib), dict(done.unexplained)
         for key in tqdm(keys, desc="compare", disable=not (verbose and processes.first), unit="curve"):
             if key in curves:
