@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..bases import Site, Values, capture, fired, logits_of, reads_of
+from ..bases import Site, Values, answers_only, capture, fired, logits_of, reads_of
 from ..models import TransformerLensModel
 from ..tasks import Batch, Metric, measure
 
@@ -35,10 +35,11 @@ def run_gradients(
     sites = tuple(sites)
     names = reads_of(sites)
     store: Values = {}
-    with model.hooks(fwd_hooks=[*hooks, *(capture(store, name) for name in names)]):
+    reading = [capture(store, name) for name in names]
+    with answers_only(model, batch, metric) as seen, model.hooks(fwd_hooks=[*hooks, *reading]):
         logits = logits_of(model, batch.clean, batch.attention_mask)
     fired(store, names, model)
-    total = measure(metric, logits, batch).sum()
+    total = measure(metric, logits, seen).sum()
     del logits
     targets = [store[site.hook] for site in sites]
     gradients = torch.autograd.grad(total, targets)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._errors import PairsError
-from ..bases import Site, Values, logits_of, run_values
+from ..bases import Site, Values, answers_only, logits_of, run_values
 from ..propagation import relp
 from ..tasks import Batch, measure
 from ._gradients import run_gradients
@@ -36,9 +36,9 @@ def _along_site(setting: Setting, batch: Batch, site: Site, runs: Runs, clean: T
         point = torch.lerp(clean, target, step / setting.steps).requires_grad_(True)
         with relp(setting.model, setting.rules, stabilizer=setting.stabilizer):
             replace = [(site.hook, lambda value, hook, point=point: point)]
-            with setting.model.hooks(fwd_hooks=replace):
+            with answers_only(setting.model, batch, setting.metric) as seen, setting.model.hooks(fwd_hooks=replace):
                 logits = logits_of(setting.model, batch.clean, batch.attention_mask)
-            (gradient,) = torch.autograd.grad(measure(setting.metric, logits, batch).sum(), point)
+            (gradient,) = torch.autograd.grad(measure(setting.metric, logits, seen).sum(), point)
         total += gradient / setting.steps
     return total
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import SettingsError
-from ..bases import Parts, Site, logits_of
+from ..bases import Parts, Site, answers_only, logits_of
 from ..tasks import Batch, measure
 from ._setting import Runs, Setting
 
@@ -30,8 +30,8 @@ def patch(
 
     `batch` holds the run that is patched as its clean prompts, `runs.clean` its parts, `runs.base` what is patched in.
     """
-    with torch.no_grad():
-        start = measure(setting.metric, logits_of(setting.model, batch.clean, batch.attention_mask), batch)
+    with torch.no_grad(), answers_only(setting.model, batch, setting.metric) as seen:
+        start = measure(setting.metric, logits_of(setting.model, batch.clean, batch.attention_mask), seen)
     sign = 1.0 if setting.direction == "noising" else -1.0
     out: dict[tuple[str, str], Tensor] = {}
     for site in tqdm(setting.sites, desc="patched sites", disable=not verbose, leave=False):
@@ -84,8 +84,9 @@ def _change(
     patched = Parts(nodes.flatten(0, 1), {name: vector.flatten(0, 1) for name, vector in vectors.items()})
     repeated = batch.repeat(n)
     replace = [(site.hook, lambda value, hook: site.put_together(patched, value))]
-    with torch.no_grad(), setting.model.hooks(fwd_hooks=replace):
-        metric = measure(setting.metric, logits_of(setting.model, repeated.clean, repeated.attention_mask), repeated)
+    narrow = answers_only(setting.model, repeated, setting.metric)
+    with torch.no_grad(), narrow as seen, setting.model.hooks(fwd_hooks=replace):
+        metric = measure(setting.metric, logits_of(setting.model, repeated.clean, repeated.attention_mask), seen)
     return (start[None] - metric.reshape(n, len(batch))).sum(1)
 
 

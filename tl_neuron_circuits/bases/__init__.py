@@ -22,6 +22,7 @@ from ._dictionary_objects import as_dictionary as as_dictionary
 from ._dictionary_variance import VarianceSums as VarianceSums
 from ._dictionary_variance import fraction_variance_unexplained as fraction_variance_unexplained
 from ._runs import Values as Values
+from ._runs import answers_only as answers_only
 from ._runs import capture as capture
 from ._runs import fired as fired
 from ._runs import logits_of as logits_of

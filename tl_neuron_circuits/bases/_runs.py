@@ -1,16 +1,17 @@
 """Forward passes and what they leave at the sites of a basis."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._errors import UnsupportedModelError
-from ..models import TransformerLensModel, hook_point
-from ..tasks import Batch
+from ..models import TransformerLensModel, hook_point, submodule
+from ..tasks import Batch, Metric, reads_answers_only
 from ._site import Parts, Site
 
 Values = dict[str, Tensor]
@@ -38,6 +39,45 @@ def logits_of(model: TransformerLensModel, tokens: Tensor, attention_mask: Tenso
         torch.Size([1, 3, 726])
     """
     return model(tokens) if attention_mask is None else model(tokens, attention_mask=attention_mask)
+
+
+@contextmanager
+def answers_only(model: TransformerLensModel, batch: Batch, metric: Metric) -> Iterator[Batch]:
+    """Inside, the model unembeds only the positions that the metric reads; yields the batch as it then reads them.
+
+    Logits are `[batch, 1, d_vocab]` there: with GPT-2's vocabulary they are a third of a forward pass, and its largest
+    tensor. A metric that is not ours, or a hook at the unembedding, gets the logits of all positions.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> with tnc.bases.answers_only(model, batch, tnc.tasks.logit_difference) as seen:
+        ...     logits = model(batch.clean)
+        >>> logits.shape, tnc.tasks.logit_difference(logits, seen).shape
+        (torch.Size([8, 1, 726]), torch.Size([8]))
+    """
+    unembed = submodule(model, "unembed")
+    points = () if unembed is None else (getattr(unembed, name, None) for name in ("hook_in", "hook_out"))
+    if unembed is None or not reads_answers_only(metric) or any(_hooked(point) for point in points):
+        yield batch
+        return
+
+    def narrow(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        residual = arguments[0]
+        rows = torch.arange(len(residual), device=residual.device)
+        return (residual[rows, batch.position.to(residual.device)][:, None], *arguments[1:])
+
+    handle = unembed.register_forward_pre_hook(narrow)
+    try:
+        yield replace(batch, position=torch.zeros_like(batch.position))
+    finally:
+        handle.remove()
+
+
+def _hooked(point: Any) -> bool:
+    return point is not None and bool(point.fwd_hooks or point.bwd_hooks)
 
 
 def capture(store: Values, name: str) -> tuple[str, Any]:

@@ -17,15 +17,15 @@ from .._memory import Halving, available_memory, first_batch, growth
 from .._meter import Meter
 from .._processes import Processes
 from ..attribution import shared_means
-from ..bases import Parts, Site, logits_of, reads_of, run_values, take_apart
+from ..bases import Parts, Site, answers_only, logits_of, reads_of, run_values, take_apart
 from ..interventions import Ablation, AblationSwitch, Kept
 from ..models import TransformerLensModel
 from ..tasks import Batch, Metric, TokenisedPairs, measure
 
 logger = logging.getLogger(__name__)
 Baselines = Mapping[str, Parts | None]
-Read = Callable[[Tensor], Tensor]
-"""From logits to the metric of each row."""
+Read = Callable[[Tensor, Batch], Tensor]
+"""From logits, and the batch that they are of, to the metric of each row."""
 NodeSet = Callable[[], Kept | None]
 """The nodes to keep, made when they are needed; None: all, that is the original model."""
 BatchSize = int | Literal["auto"]
@@ -76,10 +76,11 @@ class Evaluation:
 
         def runs(batch: Batch, base: Baselines, read: Read) -> list[Tensor]:
             switch, found = AblationSwitch(sites, base), []
-            with model.hooks(fwd_hooks=switch.hooks):
+            narrow = answers_only(model, batch, self._ablated.metric)
+            with narrow as seen, model.hooks(fwd_hooks=switch.hooks):
                 for chosen in sets:
                     switch.keep(chosen())
-                    found.append(read(logits_of(model, batch.clean, batch.attention_mask)))
+                    found.append(read(logits_of(model, batch.clean, batch.attention_mask), seen))
             return found
 
         return self.measured(runs, len(sets))
@@ -97,8 +98,8 @@ class Evaluation:
     def _measured(self, runs: Callable[..., list[Tensor]], batch: Batch, bar: tqdm) -> Tensor:
         before = bar.n
 
-        def read(logits: Tensor) -> Tensor:
-            found = measure(self._ablated.metric, logits, batch).float()
+        def read(logits: Tensor, seen: Batch) -> Tensor:
+            found = measure(self._ablated.metric, logits, seen).float()
             bar.update(len(batch))
             return found
 

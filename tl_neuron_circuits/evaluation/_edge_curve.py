@@ -157,7 +157,7 @@ def _patched(run: Evaluation, model: TransformerLensModel, chosen: list[list[Edg
     def runs(batch: Batch, base: Baselines, read: Read) -> list[Tensor]:
         values = {hook: None if part is None else part.nodes for hook, part in base.items()}
         patched = functools.partial(run_with_edges, model, batch.clean, attention_mask=batch.attention_mask)
-        return [read(patched(edges, values, mode=mode)) for mode in modes for edges in chosen]
+        return [read(patched(edges, values, mode=mode), batch) for mode in modes for edges in chosen]
 
     return run.measured(runs, 2 * len(chosen))
 

@@ -56,9 +56,14 @@ def skip_zero_rows(module: nn.Module, ours: Callable[[], set[int]]) -> Any:
 
 
 def _watched(module: nn.Module, ours: set[int]) -> bool:
-    """Whether somebody else's hook sits on the module or inside it: it may edit values, or ask for gradients."""
+    """Whether somebody else's hook sits on the module or inside it: it may edit values, or ask for gradients.
+
+    What runs before the module only changes the input, which is seen here as it is then.
+    """
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(not ours.issuperset(getattr(part, kind)) for part in module.modules() for kind in kinds)
+    found = ((part, kind) for part in module.modules() for kind in kinds)
+    before = (module, "_forward_pre_hooks")
+    return any(not ours.issuperset(getattr(part, kind)) for part, kind in found if (part, kind) != before)
 
 
 class LinearEnd(torch.autograd.Function):

@@ -12,6 +12,7 @@ from ._metrics import answer_logit as answer_logit
 from ._metrics import logit_difference as logit_difference
 from ._metrics import measure as measure
 from ._metrics import metric_name as metric_name
+from ._metrics import reads_answers_only as reads_answers_only
 from ._pairs import PromptPair as PromptPair
 from ._pairs import PromptPairs as PromptPairs
 from ._token_rows import TokenRows as TokenRows

@@ -135,6 +135,19 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def reads_answers_only(metric: Metric) -> bool:
+    """Whether the metric reads logits at `batch.position` alone, as ours do; of others nobody knows.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.tasks.reads_answers_only(tnc.tasks.logit_difference)
+        True
+        >>> tnc.tasks.reads_answers_only(lambda logits, batch: logits[:, 0, 0])
+        False
+    """
+    return isinstance(metric, ProbabilityDifference) or any(metric is known for known in METRICS.values())
+
+
 def read(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, "batch d_vocab"]:
     """Logits at each row's position, in float32 at least."""
     rows = torch.arange(len(batch), device=logits.device)

@@ -1,0 +1,87 @@
+"""Logits only where the metric reads them: the same numbers, and all logits for whoever might read others."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.families import ModelCase, all_models, random_tokens
+from tests.model_state import unchanged
+from tl_neuron_circuits import attribute
+from tl_neuron_circuits.bases import answers_only
+from tl_neuron_circuits.tasks import (
+    Batch,
+    ProbabilityDifference,
+    TokenisedPairs,
+    answer_log_probability,
+    answer_logit,
+    logit_difference,
+)
+
+CHOICE = torch.arange(2, 50)
+METRICS = (logit_difference, answer_logit, answer_log_probability, ProbabilityDifference(CHOICE))
+FEW = all_models("gpt2", "llama", "gemma2")
+
+
+def batch_of(model: Any) -> Batch:
+    """Three prompts, read at different positions."""
+    tokens = random_tokens(model, batch=3)
+    where = torch.tensor([6, 2, 4])
+    pairs = TokenisedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1], position=where)
+    return next(pairs.batches(3))
+
+
+@pytest.mark.parametrize("case", all_models())
+def test_a_metric_of_ours_sees_the_same_logits(case: ModelCase) -> None:
+    model = case.build()
+    batch = batch_of(model)
+    with torch.no_grad():
+        everything = model(batch.clean)
+        for metric in METRICS:
+            with unchanged(model), answers_only(model, batch, metric) as seen:
+                logits = model(batch.clean)
+            assert logits.shape == (3, 1, model.cfg.d_vocab)
+            torch.testing.assert_close(metric(logits, seen), metric(everything, batch), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_a_metric_of_the_users_gets_every_position(case: ModelCase) -> None:
+    model = case.build()
+    batch = batch_of(model)
+    with torch.no_grad(), answers_only(model, batch, lambda logits, batch: logits[:, 0, 0]) as seen:
+        assert torch.equal(model(seen.clean), model(batch.clean))
+    assert seen is batch
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("direction", ["fwd_hooks", "bwd_hooks"])
+def test_a_hook_at_the_unembedding_sees_every_position(case: ModelCase, direction: str) -> None:
+    model = case.build()
+    if "unembed.hook_in" not in model.hook_dict:
+        pytest.skip("this TransformerLens has no hook point inside the unembedding")
+    batch, shapes = batch_of(model), []
+
+    def look(value: Tensor, hook: Any) -> None:
+        shapes.append(value.shape)
+
+    with model.hooks(**{direction: [("unembed.hook_in", look)]}), answers_only(model, batch, answer_logit) as seen:
+        model(batch.clean)[:, -1].sum().backward()
+    assert seen is batch
+    assert [shape[:2] for shape in shapes] == [(3, 7)]
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("method", ["relp", "gradient", "integrated_gradients", "patching"])
+def test_scores_are_those_of_all_logits(case: ModelCase, method: Any) -> None:
+    model = case.build()
+    tokens = random_tokens(model, batch=3)
+    pairs = TokenisedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1])
+
+    def same(logits: Tensor, batch: Batch) -> Tensor:
+        return logit_difference(logits, batch)
+
+    narrow, whole = (
+        attribute(model, pairs, method=method, metric=metric, steps=2).flat() for metric in (logit_difference, same)
+    )
+    torch.testing.assert_close(narrow, whole, rtol=1e-5, atol=1e-7)
