@@ -5,6 +5,7 @@ device, and whatever the model is made of. What kernels allocate inside themselv
 """
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,11 +34,10 @@ class Meter(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         if key in self._alive or size == 0:
             return
-
-        def freed(_: Any) -> None:
-            self._alive.pop(key, None)
-            self._now -= size
-
-        self._alive[key] = weakref.ref(storage, freed)
+        self._alive[key] = weakref.ref(storage, partial(self._freed, key, size))
         self._now += size
         self.peak = max(self.peak, self._now)
+
+    def _freed(self, key: int, size: int, _: Any) -> None:
+        self._alive.pop(key, None)
+        self._now -= size

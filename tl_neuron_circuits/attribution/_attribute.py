@@ -81,7 +81,7 @@ def attribute(
         verbose: show progress.
 
     Returns:
-        Scores in float32, on the model's device.
+        Scores in float32, those of each hook on its layer's device.
 
     Raises:
         UnsupportedModelError: a site of the basis is missing or did not fire; `check_model(model)` lists them.

@@ -12,7 +12,7 @@ Source: Syed et al. 2023 (EAP); Hanna et al. 2024, arXiv 2403.17806 (EAP-IG); Re
 METHODS 5.3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def gradient_scores(
     graph: ComponentGraph,
     batch: Batch,
     metric: Metric,
-    weights: Tensor | None,
+    weights: Mapping[int, Tensor],
     rules: Sequence[str],
     steps: int,
 ) -> Float[Tensor, "source target"]:
@@ -79,4 +79,4 @@ def read_gradients(
             split_heads(gradient, graph.n_heads)[:, :, component.head] = mine
         (back,) = torch.autograd.grad(output, store[component.reads], gradient, retain_graph=True)
         gradients.append(back)
-    return torch.stack([*gradients, found[-1]]).detach()
+    return torch.stack([gradient.to(found[-1].device) for gradient in (*gradients, found[-1])]).detach()

@@ -10,7 +10,7 @@ Cost: patching, one forward row an edge, prompt and head of a layer; ACDC the sa
 Source: Vig et al. 2020; Conmy et al. 2023, arXiv 2304.14997; METHODS 5.5.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -32,7 +32,7 @@ def patch_edges(
     graph: ComponentGraph,
     batch: Batch,
     metric: Metric,
-    weights: Tensor | None,
+    weights: Mapping[int, Tensor],
     rows: int,
     verbose: bool = False,
 ) -> Float[Tensor, "source target"]:
@@ -59,7 +59,7 @@ def metric_with_edges(
     kept: Bool[Tensor, "mask source target"],
     clean: Streams,
     corrupt: Streams,
-    weights: Tensor | None,
+    weights: Mapping[int, Tensor],
 ) -> Float[Tensor, "mask batch"]:
     """The metric with only the kept edges live."""
     logits = run_with_edges(model, graph, batch, kept, clean, corrupt, weights)
@@ -72,7 +72,7 @@ def acdc(
     graph: ComponentGraph,
     batches: Sequence[Batch],
     metric: Metric,
-    weights: Tensor | None,
+    weights: Mapping[int, Tensor],
     threshold: float,
     divergence: Divergence,
     verbose: bool = False,
@@ -117,5 +117,6 @@ def _distance(original: Tensor, logits: Tensor, batch: Batch, metric: Metric, di
         if divergence == "metric":
             return (measure(metric, original, batch) - measure(metric, logits, batch)).abs()
         rows = torch.arange(len(batch), device=logits.device)
-        p, q = (side[rows, batch.position].double().log_softmax(-1) for side in (original, logits))
+        position = batch.position.to(logits.device)
+        p, q = (side[rows, position].double().log_softmax(-1) for side in (original, logits))
         return (p.exp() * (p - q)).sum(-1)

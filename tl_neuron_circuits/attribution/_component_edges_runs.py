@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._errors import UnsupportedModelError
 from ..bases import Values, logits_of, run_values
-from ..models import TransformerLensModel
+from ..models import TransformerLensModel, submodule
 from ..tasks import Batch
 from ._component_edges_graph import Component, ComponentGraph, split_heads
 
@@ -31,15 +31,14 @@ class Streams:
     rest: Mapping[str, Float[Tensor, "batch pos d_model"]]
 
 
-def output_weights(model: TransformerLensModel, graph: ComponentGraph) -> Tensor | None:
-    """The heads' output matrices [layer, head, d_head, d_model], where heads are nodes.
-
-    Raises:
-        UnsupportedModelError: a norm stands between the heads and the residual stream.
-    """
-    if not any(component.kind == "head" for component in graph.components):
-        return None
-    return model.W_O.detach()  # pyright: ignore[reportAttributeAccessIssue]
+def output_weights(
+    model: TransformerLensModel, graph: ComponentGraph
+) -> dict[int, Float[Tensor, "head d_head d_model"]]:
+    """The output matrices of every layer whose heads are nodes, each on its layer's device."""
+    layers = {component.layer for component in graph.components if component.kind == "head"}
+    modules: dict[int, Any] = {layer: submodule(model, f"blocks.{layer}.attn") for layer in layers}
+    weights = {layer: module.W_O.detach() for layer, module in modules.items()}
+    return {layer: weight.reshape(graph.n_heads, -1, weight.shape[-1]) for layer, weight in weights.items()}
 
 
 def hook_names(graph: ComponentGraph) -> list[str]:
@@ -48,30 +47,30 @@ def hook_names(graph: ComponentGraph) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def write_of(component: Component, values: Mapping[str, Tensor], weights: Tensor | None, n_heads: int) -> Tensor:
+def write_of(component: Component, values: Mapping[str, Tensor], weights: Mapping[int, Tensor], n_heads: int) -> Tensor:
     """What a component adds to the residual stream, from the values at its hook."""
     value = values[component.hook]
     if component.kind != "head":
         return value
-    assert weights is not None
     z = split_heads(value, n_heads)[:, :, component.head]
-    return z @ weights[component.layer, component.head].to(z)
+    return z @ weights[component.layer][component.head].to(z)
 
 
-def streams(model: TransformerLensModel, graph: ComponentGraph, batch: Batch, weights: Tensor | None) -> Streams:
-    """Writes and reads on the batch's clean prompts.
+def streams(model: TransformerLensModel, graph: ComponentGraph, batch: Batch, weights: Mapping[int, Tensor]) -> Streams:
+    """Writes and reads on the batch's clean prompts, gathered where the last of them is read.
 
     Raises:
         UnsupportedModelError: a hook point did not fire, or the stream is no sum of the components' writes.
     """
     values = run_values(model, batch, hook_names(graph))
     senders = graph.components[:-1]
-    writes = torch.stack([write_of(component, values, weights, graph.n_heads) for component in senders])
+    home = values[graph.components[-1].reads].device
+    writes = torch.stack([write_of(component, values, weights, graph.n_heads).to(home) for component in senders])
     rest = {}
     for component in graph.components[1:]:
         if component.reads not in rest:
-            before = torch.tensor([sender.stage < component.stage for sender in senders], device=writes.device)
-            rest[component.reads] = values[component.reads] - writes[before].sum(0)
+            before = torch.tensor([sender.stage < component.stage for sender in senders], device=home)
+            rest[component.reads] = values[component.reads].to(home) - writes[before].sum(0)
     found = Streams(writes, rest)
     _require_sum(model, graph, found, values)
     return found
@@ -98,7 +97,7 @@ def run_with_edges(
     kept: Bool[Tensor, "mask source target"],
     clean: Streams,
     corrupt: Streams,
-    weights: Tensor | None,
+    weights: Mapping[int, Tensor],
 ) -> Float[Tensor, "mask batch pos d_vocab"]:
     """Logits of the clean prompts with only the edges in `kept` live, once for every mask.
 
@@ -119,7 +118,7 @@ class _Run:
     """The live writes of one forward pass, filled in as components compute them."""
 
     def __init__(
-        self, graph: ComponentGraph, kept: Tensor, clean: Streams, corrupt: Streams, weights: Tensor | None
+        self, graph: ComponentGraph, kept: Tensor, clean: Streams, corrupt: Streams, weights: Mapping[int, Tensor]
     ) -> None:
         self._graph, self._kept, self._corrupt, self._weights = graph, kept, corrupt.writes, weights
         self._rest = clean.rest
@@ -138,7 +137,7 @@ class _Run:
         indices = self.readers[name]
         views = [self._view(index) for index in indices]
         views += [views[0]] * (self.copies - len(views))
-        return torch.stack(views, 1).flatten(0, 2).to(value.dtype)
+        return torch.stack(views, 1).flatten(0, 2).to(value)
 
     def write(self, name: str, value: Tensor, hook: Any) -> Tensor:
         """Keep each component's output from the copy in which it read its own stream."""

@@ -41,7 +41,7 @@ def patch(
             wanted = torch.arange(shape.numel()) if chosen is None else _flat(chosen, site.hook, kind, shape)
             for chunk in wanted.split(max(1, rows // len(batch))) if len(wanted) else ():
                 scores[chunk] = sign * _change(setting, batch, site, kind, shape, chunk, runs, start).float().cpu()
-            out[site.hook, kind] = scores.reshape(shape)
+            out[site.hook, kind] = scores.reshape(shape).to(runs.clean[site.hook].nodes.device)
     return out
 
 

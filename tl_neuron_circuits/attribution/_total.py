@@ -1,4 +1,4 @@
-"""Sums over batches, kept in float32 on the model's device: memory does not grow with the number of prompts."""
+"""Sums over batches, kept in float32 on each hook's device: memory does not grow with the number of prompts."""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -149,8 +149,11 @@ def _attributions(
 
 
 def _at_nodes(values: Values, frame: pd.DataFrame, row: int) -> Float[Tensor, " node"]:
-    """The numbers of the frame's nodes in one row of the batch; a node without a position is summed over positions."""
-    found = []
+    """The numbers of the frame's nodes in one row of the batch, gathered on one device.
+
+    A node without a position is summed over positions.
+    """
+    found, home = [], next(iter(values.values())).device
     for hook, unit, position in zip(frame["hook"], frame["unit"], frame["position"], strict=True):
         flat = values[hook].flatten(2)[row]
         if position >= flat.shape[0] or unit >= flat.shape[1]:
@@ -158,5 +161,5 @@ def _at_nodes(values: Values, frame: pd.DataFrame, row: int) -> Float[Tensor, " 
                 f"expected positions below {flat.shape[0]} and units below {flat.shape[1]} at {hook}; got {position} "
                 f"and {unit}."
             )
-        found.append(flat[:, unit].sum() if position < 0 else flat[position, unit])
+        found.append((flat[:, unit].sum() if position < 0 else flat[position, unit]).to(home))
     return torch.stack(found)

@@ -97,8 +97,8 @@ def pooled_features(
     rows: list[Tensor | None] = [None] * len(tokens)
     for batch in tokens.batches(batch_size):
         values = run_values(model, batch, reads_of(sites))
-        parts = torch.cat([_pool(site.take_apart(values).nodes[:, skip:], pool) for site in sites], 1)
-        for row, part in zip(batch.index.tolist(), parts.float().cpu(), strict=True):
+        parts = torch.cat([_pool(site.take_apart(values).nodes[:, skip:], pool).float().cpu() for site in sites], 1)
+        for row, part in zip(batch.index.tolist(), parts, strict=True):
             rows[row] = part
     widths = _widths(model, tokens, sites)
     nodes = pd.DataFrame(

@@ -195,7 +195,8 @@ def _block(
         else:
             sums[0].add(torch.cat([here, _pooled(now, watch.bidirectional)[:, skip:].flatten(0, 1)], 1), here)
         if readout is not None:
-            sums[1].add(now[torch.arange(len(batch), device=now.device), batch.position], readout)
+            rows, position = torch.arange(len(batch), device=now.device), batch.position.to(now.device)
+            sums[1].add(now[rows, position], readout)
     return tuple(accumulator.total() for accumulator in sums)
 
 

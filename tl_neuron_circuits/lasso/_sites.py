@@ -74,7 +74,7 @@ class Observer:
     def values(
         self, batch: Batch, noise: "Noise | None" = None
     ) -> tuple[list[Float[Tensor, "batch pos _"]], Float[Tensor, "batch answer"] | None]:
-        """Values of all sites at all positions, and the readout of a whole prompt where there is one.
+        """Values of all sites at all positions, and the readout of a whole prompt where there is one, on one device.
 
         With `noise`, every site is disturbed as it is computed, and read as it is handed on.
 
@@ -86,19 +86,25 @@ class Observer:
         if self.readout == "none" and all(site.hook or site.basis_site is not None for site in self.sites):
             mask = batch.attention_mask
             found = values_at(self.model, batch.clean, names, attention_mask=mask, hooks=disturbing)
-            return [self._value(site, found, None) for site in self.sites], None
+            return self._gathered(found, None), None
         store: Values = {}
         hooks = [*disturbing, *(capture(store, name) for name in names)]
         with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             logits = logits_of(self.model, batch.clean, batch.attention_mask)
             store = fired(store, names, self.model)
-            found = [self._value(site, store, logits) for site in self.sites]
+            home, found = store[names[-1]].device, self._gathered(store, logits)
             if self.readout == "metric":
-                return found, measure(self.metric, logits, batch)[:, None]
+                return found, measure(self.metric, logits, batch)[:, None].to(home)
             if self.readout == "answers":
                 rows = torch.arange(len(batch), device=logits.device)
-                return found, logits[rows, batch.position][:, list(self.answers)]
+                position = batch.position.to(logits.device)
+                return found, logits[rows, position][:, list(self.answers)].to(home)
         return found, None
+
+    def _gathered(self, store: Mapping[str, Tensor], logits: Tensor | None) -> list[Tensor]:
+        """All sites' values on the last one's device: one regression takes them together."""
+        home = store[self.names[-1]].device
+        return [self._value(site, store, logits).to(home) for site in self.sites]
 
     def _value(self, site: Site, store: Mapping[str, Tensor], logits: Tensor | None) -> Tensor:
         if site.basis_site is not None:

@@ -114,9 +114,12 @@ class ActivationBuffer:
         tensors |= {f"pending.{name}": value for name, value in self._pending.items()}
         return tensors | {"order": self._order}, {"cursor": self._cursor, "batches": self._stream.batches}
 
-    def restore(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], device: torch.device) -> None:
-        """Take up what `state` gave."""
+    def restore(
+        self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], devices: Mapping[str, torch.device]
+    ) -> None:
+        """Take up what `state` gave; `devices` says where each hook point's activations live."""
         for part, store in (("rows.", self._rows), ("pending.", self._pending)):
-            store.update({key[len(part) :]: value.to(device) for key, value in tensors.items() if key.startswith(part)})
+            own = {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
+            store.update({name: value.to(devices[name]) for name, value in own.items()})
         self._order, self._cursor = tensors["order"], int(notes["cursor"])
         self._stream.skip_to(int(notes["batches"]))

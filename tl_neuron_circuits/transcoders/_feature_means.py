@@ -29,7 +29,8 @@ def feature_means(
     for values, counts in runs_over(model, tokens, [hook_in for _, hook_in in reads.values()], ignore, batch_size):
         count += int(counts.sum())
         for layer, (dictionary, hook_in) in reads.items():
-            x = values[hook_in].reshape(*counts.shape, -1)[counts]
+            value = values[hook_in]
+            x = value.reshape(*counts.shape, -1)[counts.to(value.device)]
             for features in encoded(dictionary, x):
                 sums[layer] += features.sum(0).float().cpu()
     if not count:

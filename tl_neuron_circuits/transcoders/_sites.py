@@ -89,3 +89,9 @@ def flat_values(
         return rows.flatten(1).to(dtype, copy=True)  # a copy: some models go on in place
 
     return values_at(model, tokens, names, kept=flat)
+
+
+def devices_of(model: TransformerLensModel, tokens: Tensor, names: Iterable[str]) -> dict[str, torch.device]:
+    """The device of each hook point's activations, seen in one forward pass."""
+    values = flat_values(model, tokens, names, (), torch.float32)
+    return {name: value.device for name, value in values.items()}

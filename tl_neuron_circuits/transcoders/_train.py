@@ -28,7 +28,7 @@ from ._checkpoint import check_fresh, checkpoints, newest_checkpoint, read_check
 from ._config import TrainingConfig
 from ._report import TrainingReport
 from ._scaling import Scaling
-from ._sites import TrainingSite, training_sites
+from ._sites import TrainingSite, devices_of, training_sites
 from ._token_stream import TokenStream
 from ._trainee import MEASURES, Trainee
 
@@ -100,9 +100,9 @@ class _Run:
                 f"expected batch_size to be a multiple of the {count} processes, and buffer_size at least two batches; "
                 f"got {config.batch_size} and {config.buffer_size}."
             )
-        self._device = next(iter(model.parameters())).device
         self._material = {"model": _model_identity(model), "tokens": _tokens_identity(tokens), "processes": count}
         first, source = _peek(tokens, config)
+        self._first = first
         self._sites: tuple[TrainingSite, ...] = training_sites(model, first, config)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._buffer = ActivationBuffer(
@@ -116,6 +116,7 @@ class _Run:
             generator=self._generator,
         )
         self._step = 0
+        self._trainees: list[Trainee] = []
         self._history: list[dict[str, Any]] = []
         self._sums = {site.layer: dict.fromkeys(MEASURES, 0.0) for site in self._sites}
         self._seconds = {"collect": 0.0, "update": 0.0, "total": 0.0}
@@ -126,9 +127,12 @@ class _Run:
             raise SettingsError("resume=True needs the directory with the checkpoints: train(..., directory=...).")
         if resume and self._directory is not None:
             tensors, notes = self._read(self._directory)
-            scalings = [Scaling(**_part(tensors, f"{site.layer}.scaling.")) for site in self._sites]
-            self._trainees = [self._trainee(*pair) for pair in zip(self._sites, scalings, strict=True)]
-            self._restore(tensors, notes)
+            devices = devices_of(self._model, self._first, [name for site in self._sites for name in site.hooks])
+            for site in self._sites:
+                own = _part(tensors, f"{site.layer}.scaling.").items()
+                scaling = Scaling(**{name: value.to(devices[site.hook_in]) for name, value in own})
+                self._trainees.append(self._trainee(site, scaling))
+            self._restore(tensors, notes, devices)
             return
         if self._directory is not None:
             self._processes.from_first(lambda: _begin(self._directory))
@@ -239,10 +243,10 @@ class _Run:
         own, own_notes = read_checkpoint(path, self._config, self._material)
         return {n: v for n, v in tensors.items() if not n.startswith("buffer.")} | own, own_notes
 
-    def _restore(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    def _restore(self, tensors: dict[str, Tensor], notes: dict[str, Any], devices: dict[str, torch.device]) -> None:
         for site, trainee in zip(self._sites, self._trainees, strict=True):
             trainee.restore(_part(tensors, f"{site.layer}."))
-        self._buffer.restore(_part(tensors, "buffer."), notes["buffer"], self._device)
+        self._buffer.restore(_part(tensors, "buffer."), notes["buffer"], devices)
         self._generator.set_state(tensors["generator"])
         self._step, self._history = int(notes["step"]), list(notes["history"])
         self._sums = {int(layer): dict(sums) for layer, sums in notes["sums"].items()}
