@@ -10,7 +10,7 @@ from torch import Tensor
 from .._errors import PairsError, SettingsError
 from .._files import versions
 from .._typing import checked
-from ..attribution import Goal, direct_effects, mean_totals, slots_of
+from ..attribution import Goal, Totals, direct_effects, slots_of
 from ..bases import Basis, Neurons, logits_of, name_of
 from ..interventions import text_pieces
 from ..models import TransformerLensModel
@@ -106,12 +106,15 @@ def trace(
     batches = list(pairs.batches(1))
     goals = find_goals(model, pairs, target, text, top if single else ())
     slots = slots_of(model, basis)
-    found = mean_totals(model, batches, goals, paired=paired, slots=slots)
     bos = [] if keep_bos else _bos_positions(model, pairs)
     layers = [slot.layer for slot in slots]
-    chosen = choose_nodes(found, layers, nodes, share=share, mass=mass, skipped_positions=bos, excluded=list(exclude))
+
+    def choose(found: Totals) -> Int[Tensor, "node 3"]:
+        which = {"share": share, "mass": mass, "skipped_positions": bos, "excluded": list(exclude)}
+        return choose_nodes(found, layers, nodes, **which)
+
     effects = direct_effects(
-        model, batches, chosen, goals, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
+        model, batches, choose, goals, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
     )
     ids = _common_tokens(pairs)
     tokens = ["…" if one < 0 else token_text(model, one) for one in ids]
@@ -125,7 +128,7 @@ def trace(
         "basis": name_of(basis), "n_prompts": len(pairs),
         "sites": [
             {"hook": s.hook, "layer": s.layer, "letter": s.letter, "width": int(of.shape[-1]), "errors": s.has_error}
-            for s, of in zip(slots, found.score, strict=True)
+            for s, of in zip(slots, effects.totals.score, strict=True)
         ],
         "prompt": text if text is not None else _common_text(model, pairs.clean[0], ids), "tokens": tokens,
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
