@@ -114,9 +114,7 @@ def test_totals_equal_attribute(case: ModelCase, baseline: str) -> None:
     """Scores that choose the nodes are those of `attribute`, which computes them another way."""
     model = case.build()
     pairs = pairs_of(model, 3)
-    found = mean_totals(
-        model, list(pairs.batches(1)), [metric_goal(logit_difference)], paired=baseline == "corrupt"
-    )
+    found = mean_totals(model, list(pairs.batches(1)), [metric_goal(logit_difference)], paired=baseline == "corrupt")
     expected = attribute(model, pairs, metric=logit_difference, baseline=baseline)
     for layer, score in enumerate(found.score):
         torch.testing.assert_close(

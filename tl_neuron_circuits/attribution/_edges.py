@@ -23,13 +23,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._errors import NumericalError
+from .._errors import NumericalError, SettingsError
 from ..bases import Neurons
 from ..models import TransformerLensModel
 from ..tasks import Batch
 from ._edges_paths import End
-from ._edges_prompt import Prompt, opened
-from ._edges_slot import Chosen, Slot, summed, wide
+from ._edges_prompt import Goals, Prompt, opened
+from ._edges_slot import Chosen, Reading, Slot, summed, wide
 from ._edges_slots import slots_of
 from ._edges_totals import Totals
 from ._goals import Goal
@@ -66,6 +66,7 @@ class DirectEffects:
     chunk: int
     """Targets in one backward pass."""
     columns: "Columns"
+    goals: Sequence[Goal]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def mean_totals(
 
 def direct_effects(
     model: TransformerLensModel, batches: Sequence[Batch], nodes: Chosen | Callable[[Totals], Chosen],
-    goals: Sequence[Goal], *, paired: bool, slots: Sequence[Slot] | None = None, max_bytes: int = 2**30,
+    goals: Goals, *, paired: bool, slots: Sequence[Slot] | None = None, max_bytes: int = 2**30,
     verbose: bool = False,
 ) -> DirectEffects:  # fmt: skip
     """Edges between `nodes`, and from everything to them and to the goals, averaged over prompts of one length.
@@ -152,7 +153,7 @@ def direct_effects(
         model: any TransformerLens model that RelP applies to.
         batches: one prompt each.
         nodes: slot, position and unit, ordered by slot; or what chooses them from the scores averaged over prompts.
-        goals: see `Goal`.
+        goals: see `Goal`; for one prompt also what finds them from its next token's logits.
         paired: take differences to the corrupt prompts.
         slots: from `slots_of`; the neurons of every layer unless given.
         max_bytes: for the gradients of one chunk of targets, on top of the graph of one prompt.
@@ -160,6 +161,7 @@ def direct_effects(
 
     Raises:
         NumericalError: incoming edges do not sum to a target's activation.
+        SettingsError: several prompts, and goals that depend on each.
 
     Example:
         >>> import torch
@@ -177,7 +179,9 @@ def direct_effects(
         True
     """
     slots = slots_of(model, Neurons()) if slots is None else slots
-    if not isinstance(nodes, Tensor) and len(batches) > 1:
+    if len(batches) > 1 and callable(goals):
+        raise SettingsError(f"expected goals for {len(batches)} prompts; got a function that finds them for one.")
+    if len(batches) > 1 and not isinstance(nodes, Tensor) and not callable(goals):
         nodes = nodes(mean_totals(model, batches, goals, paired=paired, slots=slots))
     found, sums, worst, chunk = None, None, 0.0, 1
     with tqdm(desc="edges", disable=not verbose, unit="target") as bar:
@@ -186,14 +190,14 @@ def direct_effects(
                 nodes = nodes if isinstance(nodes, Tensor) else nodes(prompt.totals)
                 edges = _Edges(prompt, nodes, max_bytes)
                 bar.total = len(batches) * edges.size[0]
-                parts = list(edges.of_chunks(bar))
+                parts, of = list(edges.of_chunks(bar)), prompt.goals
             indices, values = torch.cat([i for i, _ in parts], 1), torch.cat([v for _, v in parts])
             matrix = torch.sparse_coo_tensor(indices, values / len(batches), edges.size, check_invariants=True)
             found = matrix if found is None else (found + matrix)
             sums = prompt.totals if sums is None else sums.plus(prompt.totals)
             worst, chunk, columns = max(worst, edges.largest_residual), edges.chunk, edges.columns
     assert found is not None and sums is not None and isinstance(nodes, Tensor)
-    return DirectEffects(nodes, found.coalesce(), sums.over(len(batches)), worst, chunk, columns)
+    return DirectEffects(nodes, found.coalesce(), sums.over(len(batches)), worst, chunk, columns, of)
 
 
 class _Edges:
@@ -202,6 +206,7 @@ class _Edges:
     def __init__(self, prompt: Prompt, nodes: Chosen, max_bytes: int) -> None:
         self._prompt, self._slots, self._change = prompt, prompt.slots, prompt.change
         self._n_goals, n_slots = len(prompt.goals), len(prompt.slots)
+        self._linear = all(goal.linear for goal in prompt.goals)
         with_errors = tuple(index for index, slot in enumerate(prompt.slots) if slot.has_error)
         self.columns = Columns(len(nodes), prompt.change.embedding.shape[1], with_errors)
         self.size = (len(nodes) + self._n_goals, len(self.columns), 2)
@@ -232,8 +237,11 @@ class _Edges:
             here = (slot == index).nonzero()[:, 0].tolist()
             return range(here[0], here[-1] + 1) if here else range(0)
 
-        def seeds(index: int, some: range) -> Tensor:
-            return self._seeds(index, rows[some.start : some.stop])
+        def seeds(index: int, some: range) -> tuple[Tensor, Tensor]:
+            reading = self._read(index, rows[some.start : some.stop])
+            if reading.constant is not None and not change.paired:
+                weights[some.start : some.stop, columns.bias] += reading.constant
+            return reading.tensor, reading.seeds
 
         for targets, end, gradient in self._prompt.paths.direct(rows_of, seeds):
             into = weights[targets]
@@ -250,12 +258,12 @@ class _Edges:
                 into[:, columns.bias] += _dots(self._prompt.biases[end.index], gradient)
         return weights
 
-    def _seeds(self, index: int, rows: Tensor) -> Tensor:
-        goals = self._prompt.goals
+    def _read(self, index: int, rows: Tensor) -> Reading:
+        goals = self._prompt.values
         if index == len(self._slots):
-            return torch.eye(len(goals)).to(goals)[rows - len(self._nodes)]
+            return Reading(goals, torch.eye(len(goals)).to(goals)[rows - len(self._nodes)])
         place, unit = self._nodes[rows, 1], self._nodes[rows, 2]
-        return self._slots[index].seeds(self._prompt.paths.runs[index], place, unit)
+        return self._slots[index].read(self._prompt.paths.runs[index], place, unit)
 
     def _arrive(self, weights: Tensor, end: End, gradient: Float[Tensor, "target pos d"]) -> None:
         """Enter what comes from one slot: its chosen nodes, the remainder, errors and biases."""
@@ -277,12 +285,9 @@ class _Edges:
         prompt, paired = self._prompt, self._change.paired
         if index == len(self._slots):
             activation = self._change.goals[rows - len(self._nodes)]
-            slope, exact = torch.ones(len(rows)).double(), not paired and prompt.linear
+            slope, exact = torch.ones(len(rows)).double(), not paired and self._linear
         else:
             place, unit = self._nodes[rows, 1], self._nodes[rows, 2]
-            constant = None if paired else self._slots[index].constant(prompt.paths.runs[index], place, unit)
-            if constant is not None:
-                weights[:, self.columns.bias] += constant
             activation, slope = (
                 of[place.to(of.device), unit.to(of.device)].cpu().double()
                 for of in (self._change.slots[index].nodes, prompt.totals.gradient[index])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..bases import DictionarySite
 from ._edges_dictionary import LinearEncoder
-from ._edges_slot import Arrivals, Hooks, Seen, SlotChange, SlotRun, keep, summed, through, wide
+from ._edges_slot import Arrivals, Hooks, Reading, Seen, SlotChange, SlotRun, keep, seeds_at, summed, through, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +89,15 @@ class DictionarySlot:
         nodes = self.node_gradient(gradient[0].flatten(1)) * run.factor
         return (nodes.to(run.reading) @ self.encoder.weight.to(run.reading).mT).reshape(run.reading.shape)
 
-    def seeds(self, run: SlotRun, place: Tensor, unit: Tensor) -> Tensor:
+    def read(self, run: SlotRun, place: Tensor, unit: Tensor) -> Reading:
         assert run.factor is not None
         place, unit = place.to(run.reading.device), unit.to(run.reading.device)
-        seeds = run.reading.new_zeros(len(place), *run.reading.shape)
-        columns = self.encoder.weight[:, unit.to(self.encoder.weight.device)].mT.to(seeds)
-        seeds[torch.arange(len(place), device=seeds.device), 0, place] = columns * run.factor[place, unit, None]
-        return seeds
-
-    def constant(self, run: SlotRun, place: Tensor, unit: Tensor) -> Tensor:
-        assert run.factor is not None
-        place, unit = place.to(run.factor.device), unit.to(run.factor.device)
-        return (run.factor[place, unit] * self.encoder.bias.to(run.factor)[unit]).cpu().double()
+        factor = run.factor.to(run.reading.device)[place, unit]
+        columns = self.encoder.weight[:, unit.to(self.encoder.weight.device)].mT.to(run.reading)
+        bias = self.encoder.bias.to(factor)[unit]
+        return Reading(
+            run.reading, seeds_at(run.reading, place, columns * factor[:, None]), (factor * bias).cpu().double()
+        )
 
     def arrivals(self, gradient: Tensor, run: SlotRun, change: SlotChange, place: Tensor, unit: Tensor) -> Arrivals:
         assert change.written is not None and change.error is not None

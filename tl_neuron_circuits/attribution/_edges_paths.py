@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._edges_run import PromptRun
-from ._edges_slot import Slot, SlotRun
+from ._edges_slot import Slot, SlotRun, leaves_of
 
 Kind = Literal["slot", "embedding", "positional", "bias"]
 
@@ -56,19 +56,18 @@ class Paths:
     """Whether there is one a layer."""
 
     def direct(
-        self, rows: Callable[[int], range], seeds: Callable[[int, range], Tensor]
+        self, rows: Callable[[int], range], seeds: Callable[[int, range], tuple[Tensor, Tensor]]
     ) -> Iterator[tuple[slice, End, Tensor]]:
         """Gradients of many targets at every end they reach: which targets, the end, `[target, *end.tensor.shape]`.
 
-        `rows(slot)` are the targets read there, one slot's right after the other's; `seeds` their gradients there.
+        `rows(slot)` are the targets read there, one slot's right after the other's; `seeds` a tensor and their
+        gradients there.
         """
         flowing, targets = None, slice(0, 0)
         for stretch in self.stretches:
             new, below = rows(stretch.slot), []
             if len(new):
-                assert stretch.reading is not None
-                sources = [(stretch.reading, seeds(stretch.slot, new))]
-                down, found = _pull(sources, stretch.bottom, stretch.ends, batched=True)
+                down, found = _pull([seeds(stretch.slot, new)], stretch.bottom, stretch.ends, batched=True)
                 yield from ((slice(new.start, new.stop), end, gradient) for end, gradient in found)
                 below += [down]
             if flowing is not None and stretch.top is not None:
@@ -144,7 +143,7 @@ def _layers(
         top = None if layer == n_layers else run.stream[layer]
         bottom = None if layer == 0 else run.stream[layer - 1]
         reading = goals if layer == n_layers else None if slot < 0 else run.slots[slot].reading
-        leaves = _leaves([t for t in (top, reading) if t is not None], [] if bottom is None else [bottom])
+        leaves = leaves_of([t for t in (top, reading) if t is not None], [] if bottom is None else [bottom])
         ends = [end for end in (*(starts if layer == 0 else ()), *biases) if id(end.tensor) in leaves]
         written = () if layer == n_layers or slot < 0 else (exits[slot],)
         known = {id(end.tensor) for end in biases} | (at_start if layer == 0 else set())
@@ -152,7 +151,7 @@ def _layers(
             known.add(id(run.slots[slot].source))
             if not _only_by(run.slots[slot], top, bottom):
                 return None
-        if not leaves <= known:
+        if not leaves.keys() <= known:
             return None
         stretches.append(Stretch(slot, reading, top, bottom, written, tuple(ends)))
     return stretches
@@ -163,24 +162,7 @@ def _only_by(slot: SlotRun, top: Tensor | None, bottom: Tensor | None) -> bool:
     if slot.output is None or top is None:
         return True
     stops = [slot.output.tensor, *([] if bottom is None else [bottom])]
-    return id(slot.source) not in _leaves([top], stops)
-
-
-def _leaves(outputs: Iterable[Tensor], stops: Iterable[Tensor]) -> set[int]:
-    """The ids of all leaves that gradients of `outputs` can reach without passing `stops`."""
-    seen: set[Any] = {tensor.grad_fn for tensor in stops}
-    todo: list[Any] = [tensor.grad_fn for tensor in outputs]
-    found = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        todo += [following for following, _ in node.next_functions]
-    return found
+    return id(slot.source) not in leaves_of([top], stops)
 
 
 def _pull(

@@ -1,10 +1,11 @@
 """One prompt, open: its graph, its scores, and the way down from every node and goal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import PropagationError
@@ -14,8 +15,11 @@ from ..tasks import Batch
 from ._edges_paths import Paths, find_paths
 from ._edges_run import run_prompt
 from ._edges_slot import Slot
-from ._edges_totals import Changes, Totals, baseline, changes, goal_values, totals
+from ._edges_totals import Changes, Totals, changes, goal_values, totals
 from ._goals import Goal
+
+Goals = Sequence[Goal] | Callable[[Float[Tensor, " d_vocab"]], Sequence[Goal]]
+"""Goals, or what finds them from the logits of the next token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +28,9 @@ class Prompt:
 
     slots: Sequence[Slot]
     paths: Paths
-    goals: Tensor
-    """With their past."""
-    linear: bool
-    """Whether the goals are."""
+    goals: Sequence[Goal]
+    values: Float[Tensor, " goal"]
+    """The goals', with their past."""
     biases: Sequence[Tensor]
     change: Changes
     totals: Totals
@@ -35,7 +38,7 @@ class Prompt:
 
 @contextmanager
 def opened(
-    model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], goals: Sequence[Goal], *, paired: bool
+    model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], goals: Goals, *, paired: bool
 ) -> Iterator[Prompt]:
     """Run a batch of one prompt: one forward and one backward pass, and a forward of its corrupt prompt for pairs.
 
@@ -46,12 +49,17 @@ def opened(
         raise PropagationError(
             "expected gradients to be enabled; call this outside torch.no_grad() and inference_mode()."
         )
-    base = baseline(model, batch, slots, goals) if paired else None
+    there, base, position = batch.on_corrupt() if paired else None, None, int(batch.position[0])
+    if there is not None:
+        with torch.no_grad():
+            base = run_prompt(model, there, slots)
     with relp(model), nullcontext({}) if paired else biases_in_graph(model) as biases:
         run = run_prompt(model, batch, slots)
-        values = goal_values(goals, run, batch)
-        change = changes(slots, run, values.detach(), base)
+        found = goals(run.logits[0, position].detach()) if callable(goals) else goals
+        values = goal_values(found, run, batch)
+        base_values = None if base is None or there is None else goal_values(found, base, there).cpu().double()
+        change = changes(slots, run, values.detach(), base, base_values)
         some = list(biases.values())
         paths = find_paths(run, slots, values, some, positional=change.positional is not None)
-        found = totals(run, paths, slots, change, some)
-        yield Prompt(slots, paths, values, all(goal.linear for goal in goals), some, change, found)
+        total = totals(run, paths, slots, change, some, position)
+        yield Prompt(slots, paths, found, values, some, change, total)

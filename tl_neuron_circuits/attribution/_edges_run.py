@@ -77,7 +77,9 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot])
         stack.callback(unembed.register_forward_hook(end).remove)
         for slot, of in zip(slots, seen, strict=True):
             for name, hook in slot.early_hooks(of):
-                stack.callback(points[name].register_forward_pre_hook(hook).remove)
+                place = points.get(name) or submodule(model, name)
+                if place is not None:
+                    stack.callback(place.register_forward_pre_hook(hook).remove)
         for name in above:
             if name in points:
                 stack.callback(points[name].register_forward_pre_hook(note_input(stream, name)).remove)
@@ -92,7 +94,7 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot])
     final, raw_logits = ends[-1]
     return PromptRun(
         slots=[slot.run(of) for slot, of in zip(slots, seen, strict=True)],
-        gate=[_detached(of.get("gate")) for of in seen],
+        gate=[_detached(of.get("pre") if "up" in of else None) for of in seen],
         up=[_detached(of.get("up")) for of in seen],
         embedding=read["hook_embed"],
         positional=read.get("hook_pos_embed"),

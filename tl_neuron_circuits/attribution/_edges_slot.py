@@ -5,7 +5,7 @@ target of edges, and at which tensor the gradient says what each contributes as 
 leaf: what later layers read is a copy without a past.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,7 +32,9 @@ class SlotRun:
     factor: Float[Tensor, "pos unit"] | None = None
     """Frozen: a feature's value over its linear pre-activation; zero where it does not fire."""
     output: "Output | None" = None
-    """Where gradients of few nodes are read sooner than at `source`."""
+    """Where gradients at few nodes are read sooner than at `source`."""
+    input: "Input | None" = None
+    """Where gradients of few nodes are known sooner than at `reading`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,23 @@ class Output:
     """Without the bias, in float32 at least."""
 
 
+@dataclass(frozen=True, eq=False)
+class Input:
+    """What the MLP reads: the graph above it has nothing but these branches, `tensor @ weights`, and biases."""
+
+    tensor: Float[Tensor, "..."]
+    branches: tuple["Branch", ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """A linear map into an MLP."""
+
+    value: Float[Tensor, "..."]
+    weights: Float[Tensor, "d_model d_mlp"]
+    bias: Float[Tensor, " d_mlp"] | None
+
+
 @dataclass(frozen=True)
 class SlotChange:
     """Values of a run at a slot minus their baseline."""
@@ -54,6 +73,15 @@ class SlotChange:
     error: Float[Tensor, "pos d"] | None
     written: Float[Tensor, "pos d"] | None
     """What all nodes together write; None where that is not known."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Nodes as targets: gradients of each at a tensor, and what in them does not come from there."""
+
+    tensor: Float[Tensor, "..."]
+    seeds: Float[Tensor, "target ..."]
+    constant: Float[Tensor, " target"] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +123,7 @@ class Slot(Protocol):
     def has_error(self) -> bool: ...
 
     def early_hooks(self, seen: Seen) -> list[tuple[str, Callable[..., None]]]:
-        """Forward pre-hooks of hook points, for values that are read before TransformerLens' hooks, if they fire."""
+        """Forward pre-hooks of hook points and modules, for values read before TransformerLens' hooks, if they fire."""
         ...
 
     def hooks(self, seen: Seen) -> Hooks:
@@ -118,12 +146,8 @@ class Slot(Protocol):
         """From the gradient at the source to the gradient at `run.reading`, all nodes together."""
         ...
 
-    def seeds(self, run: SlotRun, place: Tensor, unit: Tensor) -> Float[Tensor, "target ..."]:
-        """Gradients of chosen nodes at `run.reading`."""
-        ...
-
-    def constant(self, run: SlotRun, place: Tensor, unit: Tensor) -> Float[Tensor, " target"] | None:
-        """The part of chosen nodes that does not depend on `run.reading`; None where there is none."""
+    def read(self, run: SlotRun, place: Tensor, unit: Tensor) -> "Reading":
+        """Where chosen nodes are read from the graph."""
         ...
 
     def arrivals(
@@ -154,9 +178,35 @@ def note_input(seen: Seen, key: str) -> Callable[..., None]:
     """A forward pre-hook that keeps what enters a hook point, before anything replaces it."""
 
     def note(module: Any, arguments: tuple[Tensor, ...]) -> None:
-        seen[key] = arguments[0]
+        if arguments:
+            seen[key] = arguments[0]
 
     return note
+
+
+def leaves_of(outputs: Iterable[Tensor], stops: Iterable[Tensor]) -> dict[int, Tensor]:
+    """All leaves, by id, that gradients of `outputs` can reach without passing `stops`."""
+    seen: set[Any] = {tensor.grad_fn for tensor in stops}
+    todo: list[Any] = [tensor.grad_fn for tensor in outputs]
+    found = {}
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+def seeds_at(tensor: Tensor, place: Tensor, rows: Float[Tensor, "target d"]) -> Float[Tensor, "target ..."]:
+    """Gradients of targets at a tensor of one prompt: each has its row, at its place."""
+    d = rows.shape[1]
+    seeds = tensor.new_zeros(len(place), tensor.numel() // d, d)
+    seeds[torch.arange(len(place), device=seeds.device), place] = rows.to(seeds)
+    return seeds.reshape(len(place), *tensor.shape)
 
 
 def through(

@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..models import TransformerLensModel
 from ..tasks import Batch
 from ._edges_paths import Paths
-from ._edges_run import PromptRun, run_prompt
+from ._edges_run import PromptRun
 from ._edges_slot import Slot, SlotChange, wide
 from ._goals import Goal
 
@@ -69,6 +68,8 @@ class Totals:
     goals: Float[Tensor, " goal"]
     """Minus their baseline."""
     goal_values: Float[Tensor, " goal"]
+    probabilities: Float[Tensor, " d_vocab"]
+    """Of the next token."""
 
     def plus(self, other: "Totals") -> "Totals":
         """The sum, number by number."""
@@ -87,33 +88,20 @@ def _add(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list
     return [None if a is None or b is None else a + b for a, b in zip(some, others, strict=True)]
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """What the corrupt prompt left."""
-
-    run: PromptRun
-    goals: Float[Tensor, " goal"]
-
-
 @torch.no_grad()
-def baseline(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], goals: Sequence[Goal]) -> Baseline:
-    """Run the corrupt prompt."""
-    there = batch.on_corrupt()
-    run = run_prompt(model, there, slots)
-    return Baseline(run, goal_values(goals, run, there).detach().cpu().double())
-
-
-@torch.no_grad()
-def changes(slots: Sequence[Slot], run: PromptRun, values: Float[Tensor, " goal"], base: Baseline | None) -> Changes:
+def changes(
+    slots: Sequence[Slot], run: PromptRun, values: Float[Tensor, " goal"], base: PromptRun | None,
+    base_values: Float[Tensor, " goal"] | None,
+) -> Changes:  # fmt: skip
     """Clean values, minus those of the corrupt prompt where there is one."""
     values = values.cpu().double()
-    others = [None] * len(slots) if base is None else base.run.slots
+    others = [None] * len(slots) if base is None else base.slots
     found = [slot.change(here, other) for slot, here, other in zip(slots, run.slots, others, strict=True)]
-    if base is None:
+    if base is None or base_values is None:
         positional = None if run.positional is None else run.positional.detach()
         return Changes(found, run.embedding.detach(), positional, values, values, False)
     # Positional embeddings are the same at every prompt.
-    return Changes(found, run.embedding.detach() - base.run.embedding, None, values - base.goals, values, True)
+    return Changes(found, run.embedding.detach() - base.embedding, None, values - base_values, values, True)
 
 
 def goal_values(goals: Sequence[Goal], run: PromptRun, batch: Batch) -> Float[Tensor, " goal"]:
@@ -121,8 +109,10 @@ def goal_values(goals: Sequence[Goal], run: PromptRun, batch: Batch) -> Float[Te
     return torch.stack([goal.value(run, batch) for goal in goals])
 
 
-def totals(run: PromptRun, paths: Paths, slots: Sequence[Slot], change: Changes, biases: Sequence[Tensor]) -> Totals:
-    """Scores of one prompt: one backward pass."""
+def totals(
+    run: PromptRun, paths: Paths, slots: Sequence[Slot], change: Changes, biases: Sequence[Tensor], position: int
+) -> Totals:
+    """Scores of one prompt: one backward pass. Goals are read at `position`."""
     gradients = paths.total(slots)
     at_sources = [_or_zero(gradients.get(("slot", i)), s.source)[0].flatten(1) for i, s in enumerate(run.slots)]
     bias = sum(dot(bias, gradients.get(("bias", i))) for i, bias in enumerate(biases))
@@ -143,6 +133,7 @@ def totals(run: PromptRun, paths: Paths, slots: Sequence[Slot], change: Changes,
         bias=float(bias),
         goals=change.goals,
         goal_values=change.goal_values,
+        probabilities=run.logits[0, position].detach().float().softmax(-1).cpu(),
     )
 
 
