@@ -319,11 +319,13 @@ def _dots(value: Tensor, gradient: Tensor) -> Float[Tensor, " target"]:
 
 
 def bytes_per_target(prompt: Prompt) -> int:
-    """Bytes that one target's backward pass holds at its peak: gradients within a layer, and at the stream above it.
+    """Bytes that one target's backward pass holds at its peak: gradients at the residual stream and inside one layer.
 
-    Where the graph has no layers, gradients at all sources are held at once.
+    Gradients of all neurons are held where the weights of few cannot be used, and of all layers where there are none.
     """
     n_positions, d_model = prompt.change.embedding[0].shape
-    widths = [run.source[0, 0].numel() for run in prompt.paths.runs]
-    at_once = 0 if prompt.paths.layered else sum(widths)
-    return prompt.change.embedding.element_size() * n_positions * (at_once + 5 * max(widths) + 12 * d_model)
+    runs = prompt.paths.runs
+    wide_ones = [run.source[0, 0].numel() for run in runs if run.output is None or run.input is None]
+    at_once = 0 if prompt.paths.layered else sum(wide_ones)
+    numbers = at_once + 5 * max(wide_ones, default=0) + 12 * d_model
+    return prompt.change.embedding.element_size() * n_positions * numbers
