@@ -12,9 +12,10 @@ from tests.families import ModelCase, all_models, random_tokens
 from tl_neuron_circuits._errors import NumericalError, PropagationError, UnsupportedModelError
 from tl_neuron_circuits.attribution import (
     DirectEffects,
-    _edges,
+    _edges_prompt,
     attribute,
     direct_effects,
+    mean_totals,
     metric_goal,
     token_goal,
 )
@@ -113,9 +114,7 @@ def test_totals_equal_attribute(case: ModelCase, baseline: str) -> None:
     """Scores that choose the nodes are those of `attribute`, which computes them another way."""
     model = case.build()
     pairs = pairs_of(model, 3)
-    found = _edges.mean_totals(
-        model, list(pairs.batches(1)), [metric_goal(logit_difference)], paired=baseline == "corrupt"
-    )
+    found = mean_totals(model, list(pairs.batches(1)), [metric_goal(logit_difference)], paired=baseline == "corrupt")
     expected = attribute(model, pairs, metric=logit_difference, baseline=baseline)
     for layer, score in enumerate(found.score):
         torch.testing.assert_close(
@@ -188,7 +187,7 @@ def test_sums_that_do_not_hold_are_an_error(case: ModelCase, monkeypatch: pytest
     def without_biases(model: Any) -> Any:
         yield {}
 
-    monkeypatch.setattr(_edges, "biases_in_graph", without_biases)
+    monkeypatch.setattr(_edges_prompt, "biases_in_graph", without_biases)
     with pytest.raises(NumericalError, match="do not sum"):
         effects_of(case.build())
 

@@ -14,7 +14,7 @@ from ._component_edges_graph import split_heads as split_heads
 from ._edges import DirectEffects as DirectEffects
 from ._edges import direct_effects as direct_effects
 from ._edges import mean_totals as mean_totals
-from ._edges_slots import Slot as Slot
+from ._edges_slot import Slot as Slot
 from ._edges_slots import slots_of as slots_of
 from ._edges_totals import Totals as Totals
 from ._goals import Goal as Goal

@@ -10,12 +10,12 @@ the dictionary's error, and per position the remainder (the nodes that were not 
 the paths, as attention is. That sum is checked whenever edges are computed. With pairs, weights are of differences,
 biases cancel, and the residual of the linearisation is a source of its own.
 
-Cost: two forward passes a prompt (three for pairs) and a vector-Jacobian product a target, in chunks of `max_bytes`.
+Cost: a forward and a backward pass a prompt (one forward more for pairs), and a vector-Jacobian product a target,
+through attention alone and only below the target, in chunks of `max_bytes`.
 Source: Arora et al. 2026, arXiv 2601.22594; Ameisen et al. 2025 (features); METHODS 1.5, 4.5.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._errors import NumericalError
+from .._errors import NumericalError, SettingsError
 from ..bases import Neurons
 from ..models import TransformerLensModel
-from ..propagation import biases_in_graph, relp
 from ..tasks import Batch
-from ._edges_run import PromptRun, run_prompt
-from ._edges_slots import Chosen, Slot, slots_of, summed, wide
-from ._edges_totals import Changes, Totals, totals
+from ._edges_paths import End
+from ._edges_prompt import Goals, Prompt, opened
+from ._edges_slot import Chosen, Reading, Slot, summed, wide
+from ._edges_slots import slots_of
+from ._edges_totals import Totals
 from ._goals import Goal
 
 _ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -65,6 +66,7 @@ class DirectEffects:
     chunk: int
     """Targets in one backward pass."""
     columns: "Columns"
+    goals: Sequence[Goal]
 
 
 @dataclass(frozen=True)
@@ -134,23 +136,24 @@ def mean_totals(
     slots = slots_of(model, Neurons()) if slots is None else slots
     found = None
     for batch in batches:
-        one, _ = totals(model, batch, slots, goals, paired=paired)
-        found = one if found is None else found.plus(one)
+        with opened(model, batch, slots, goals, paired=paired) as prompt:
+            found = prompt.totals if found is None else found.plus(prompt.totals)
     assert found is not None
     return found.over(len(batches))
 
 
 def direct_effects(
-    model: TransformerLensModel, batches: Sequence[Batch], nodes: Chosen, goals: Sequence[Goal], *,
-    paired: bool, slots: Sequence[Slot] | None = None, max_bytes: int = 2**30, verbose: bool = False,
+    model: TransformerLensModel, batches: Sequence[Batch], nodes: Chosen | Callable[[Totals], Chosen],
+    goals: Goals, *, paired: bool, slots: Sequence[Slot] | None = None, max_bytes: int = 2**30,
+    verbose: bool = False,
 ) -> DirectEffects:  # fmt: skip
     """Edges between `nodes`, and from everything to them and to the goals, averaged over prompts of one length.
 
     Args:
         model: any TransformerLens model that RelP applies to.
         batches: one prompt each.
-        nodes: slot, position and unit, ordered by slot.
-        goals: see `Goal`.
+        nodes: slot, position and unit, ordered by slot; or what chooses them from the scores averaged over prompts.
+        goals: see `Goal`; for one prompt also what finds them from its next token's logits.
         paired: take differences to the corrupt prompts.
         slots: from `slots_of`; the neurons of every layer unless given.
         max_bytes: for the gradients of one chunk of targets, on top of the graph of one prompt.
@@ -158,6 +161,7 @@ def direct_effects(
 
     Raises:
         NumericalError: incoming edges do not sum to a target's activation.
+        SettingsError: several prompts, and goals that depend on each.
 
     Example:
         >>> import torch
@@ -175,106 +179,98 @@ def direct_effects(
         True
     """
     slots = slots_of(model, Neurons()) if slots is None else slots
-    with_errors = tuple(index for index, slot in enumerate(slots) if slot.has_error)
-    columns = Columns(len(nodes), batches[0].clean.shape[1], with_errors)
-    size = (len(nodes) + len(goals), len(columns), 2)
+    if len(batches) > 1 and callable(goals):
+        raise SettingsError(f"expected goals for {len(batches)} prompts; got a function that finds them for one.")
+    if len(batches) > 1 and not isinstance(nodes, Tensor) and not callable(goals):
+        nodes = nodes(mean_totals(model, batches, goals, paired=paired, slots=slots))
     found, sums, worst, chunk = None, None, 0.0, 1
-    with tqdm(total=len(batches) * size[0], desc="edges", disable=not verbose, unit="target") as bar:
+    with tqdm(desc="edges", disable=not verbose, unit="target") as bar:
         for batch in batches:
-            one, change = totals(model, batch, slots, goals, paired=paired)
-            prompt = _Prompt(model, batch, slots, goals, nodes, columns, change, one, max_bytes)
-            parts = list(prompt.edges(bar))
+            with opened(model, batch, slots, goals, paired=paired) as prompt:
+                nodes = nodes if isinstance(nodes, Tensor) else nodes(prompt.totals)
+                edges = _Edges(prompt, nodes, max_bytes)
+                bar.total = len(batches) * edges.size[0]
+                parts, of = list(edges.of_chunks(bar)), prompt.goals
             indices, values = torch.cat([i for i, _ in parts], 1), torch.cat([v for _, v in parts])
-            matrix = torch.sparse_coo_tensor(indices, values / len(batches), size, check_invariants=True)
+            matrix = torch.sparse_coo_tensor(indices, values / len(batches), edges.size, check_invariants=True)
             found = matrix if found is None else (found + matrix)
-            sums = one if sums is None else sums.plus(one)
-            worst, chunk = max(worst, prompt.largest_residual), prompt.chunk
-    assert found is not None and sums is not None
-    return DirectEffects(nodes, found.coalesce(), sums.over(len(batches)), worst, chunk, columns)
+            sums = prompt.totals if sums is None else sums.plus(prompt.totals)
+            worst, chunk, columns = max(worst, edges.largest_residual), edges.chunk, edges.columns
+    assert found is not None and sums is not None and isinstance(nodes, Tensor)
+    return DirectEffects(nodes, found.coalesce(), sums.over(len(batches)), worst, chunk, columns, of)
 
 
-class _Prompt:
-    """Edges of one prompt, a chunk of targets at a time."""
+class _Edges:
+    """Edges of one prompt, a chunk of targets at a time: nodes ordered by slot, then the goals."""
 
-    def __init__(
-        self, model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], goals: Sequence[Goal], nodes: Chosen,
-        columns: Columns, change: Changes, total: Totals, max_bytes: int,
-    ) -> None:  # fmt: skip
-        self._model, self._batch, self._slots, self._goals, self._nodes = model, batch, slots, goals, nodes
-        self._columns, self._change, self._total = columns, change, total
-        self._allowed = _ALLOWED.get(change.embedding.dtype, 1e-4)
-        self._of_slot = [(nodes[:, 0] == index).nonzero()[:, 0] for index in range(len(slots))]
+    def __init__(self, prompt: Prompt, nodes: Chosen, max_bytes: int) -> None:
+        self._prompt, self._slots, self._change = prompt, prompt.slots, prompt.change
+        self._n_goals, n_slots = len(prompt.goals), len(prompt.slots)
+        self._linear = all(goal.linear for goal in prompt.goals)
+        with_errors = tuple(index for index, slot in enumerate(prompt.slots) if slot.has_error)
+        self.columns = Columns(len(nodes), prompt.change.embedding.shape[1], with_errors)
+        self.size = (len(nodes) + self._n_goals, len(self.columns), 2)
+        self._allowed = _ALLOWED.get(prompt.change.embedding.dtype, 1e-4)
+        self._nodes = nodes
+        self._of_slot = [(nodes[:, 0] == index).nonzero()[:, 0] for index in range(n_slots)]
+        goals = len(nodes) + torch.arange(self._n_goals)
+        self._order = torch.cat([*self._of_slot, goals])
+        self._slot = torch.cat([nodes[self._order[: len(nodes)], 0], torch.full((self._n_goals,), n_slots)])
         self.largest_residual = 0.0
-        self.chunk = max(1, min(len(nodes), max_bytes // bytes_per_target(change)))
+        self.chunk = max(1, min(self.size[0], max_bytes // bytes_per_target(prompt)))
 
-    def edges(self, bar: tqdm) -> Iterator[tuple[Int[Tensor, "2 edge"], Float[Tensor, "edge 2"]]]:
+    def of_chunks(self, bar: tqdm) -> Iterator[tuple[Int[Tensor, "2 edge"], Float[Tensor, "edge 2"]]]:
         """Target and source of each edge that is not zero, and its weight and attribution."""
-        biased = nullcontext({}) if self._change.paired else biases_in_graph(self._model)
-        with relp(self._model), biased as biases:
-            run = run_prompt(self._model, self._batch, self._slots, cut=True)
-            goals = torch.stack([goal.value(run, self._batch) for goal in self._goals])
-            for slot in range(len(self._slots)):
-                for rows in self._of_slot[slot].split(self.chunk):
-                    if len(rows):
-                        yield self._node_rows(run, biases, slot, rows)
-                    bar.update(len(rows))
-            for rows in torch.arange(len(self._goals)).split(self.chunk):
-                yield self._goal_rows(run, biases, goals, rows)
-                bar.update(len(rows))
+        for rows, slot in zip(self._order.split(self.chunk), self._slot.split(self.chunk), strict=True):
+            weights = self._weights(rows, slot)
+            for index in slot.unique().tolist():
+                here = slot == index
+                yield self._sparse(weights[here], rows[here], index)
+            bar.update(len(rows))
 
-    def _node_rows(self, run: PromptRun, biases: dict, index: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        slot, here = self._slots[index], run.slots[index]
-        place, unit = self._nodes[rows, 1], self._nodes[rows, 2]
-        weights = self._weights(run, biases, here.reading, slot.seeds(here, place, unit), index)
-        constant = None if self._change.paired else slot.constant(here, place, unit)
-        if constant is not None:
-            weights[:, self._columns.bias] += constant
-        activation, slope = (
-            of[place.to(of.device), unit.to(of.device)].cpu().double()
-            for of in (self._change.slots[index].nodes, self._total.gradient[index])
-        )
-        return self._sparse(weights, rows, activation, slope, exact=not self._change.paired)
+    def _weights(self, rows: Tensor, slot: Tensor) -> Float[Tensor, "target source"]:
+        """Dense weights of some targets, by one batched backward pass."""
+        columns, change = self.columns, self._change
+        weights = torch.zeros(len(rows), len(columns), dtype=torch.float64)
 
-    def _goal_rows(self, run: PromptRun, biases: dict, goals: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = torch.eye(len(goals), dtype=goals.dtype, device=goals.device)[rows.to(goals.device)]
-        weights = self._weights(run, biases, goals, chosen, len(run.slots))
-        exact = not self._change.paired and all(goal.linear for goal in self._goals)
-        rows_after = rows + len(self._nodes)
-        return self._sparse(weights, rows_after, self._change.goals[rows], torch.ones(len(rows)).double(), exact=exact)
+        def rows_of(index: int) -> range:
+            here = (slot == index).nonzero()[:, 0].tolist()
+            return range(here[0], here[-1] + 1) if here else range(0)
 
-    def _weights(
-        self, run: PromptRun, biases: dict[str, Tensor], output: Tensor, chosen: Tensor, n_slots: int
-    ) -> Float[Tensor, "target source"]:
-        """Dense weights of a few targets, by one batched backward pass."""
-        change, columns = self._change, self._columns
-        positional = [] if change.positional is None or run.positional is None else [run.positional]
-        sources = [slot.source for slot in run.slots[:n_slots]]
-        inputs = [*sources, run.embedding, *positional, *biases.values()]
-        gradients = torch.autograd.grad(
-            output, inputs, chosen, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
-        weights = torch.zeros(len(chosen), len(columns), dtype=torch.float64)
-        for slot, gradient in enumerate(gradients[:n_slots]):
-            if gradient is not None:
-                self._arrive(weights, slot, gradient[:, 0].flatten(2))
-        embedding = gradients[n_slots]
-        if embedding is not None:
-            weights[:, columns.embedding : columns.remainder] = summed(
-                wide(embedding[:, 0]) * wide(change.embedding[0])
-            )
-        if positional and gradients[n_slots + 1] is not None:
-            assert change.positional is not None
-            weights[:, columns.positional] = _dots(change.positional, gradients[n_slots + 1])
-        for bias, gradient in zip(biases.values(), gradients[n_slots + 1 + len(positional) :], strict=True):
-            if gradient is not None:
-                weights[:, columns.bias] += _dots(bias, gradient)
+        def seeds(index: int, some: range) -> tuple[Tensor, Tensor]:
+            reading = self._read(index, rows[some.start : some.stop])
+            if reading.constant is not None and not change.paired:
+                weights[some.start : some.stop, columns.bias] += reading.constant
+            return reading.tensor, reading.seeds
+
+        for targets, end, gradient in self._prompt.paths.direct(rows_of, seeds):
+            into = weights[targets]
+            if end.kind == "slot":
+                self._arrive(into, end, gradient.reshape(len(gradient), change.embedding.shape[1], -1))
+            elif end.kind == "embedding":
+                into[:, columns.embedding : columns.remainder] = summed(
+                    wide(gradient[:, 0]) * wide(change.embedding[0])
+                )
+            elif end.kind == "positional":
+                assert change.positional is not None
+                into[:, columns.positional] = _dots(change.positional, gradient)
+            else:
+                into[:, columns.bias] += _dots(self._prompt.biases[end.index], gradient)
         return weights
 
-    def _arrive(self, weights: Tensor, slot: int, gradient: Float[Tensor, "target pos d"]) -> None:
+    def _read(self, index: int, rows: Tensor) -> Reading:
+        goals = self._prompt.values
+        if index == len(self._slots):
+            return Reading(goals, torch.eye(len(goals)).to(goals)[rows - len(self._nodes)])
+        place, unit = self._nodes[rows, 1], self._nodes[rows, 2]
+        return self._slots[index].read(self._prompt.paths.runs[index], place, unit)
+
+    def _arrive(self, weights: Tensor, end: End, gradient: Float[Tensor, "target pos d"]) -> None:
         """Enter what comes from one slot: its chosen nodes, the remainder, errors and biases."""
-        columns, here = self._columns, self._of_slot[slot]
+        slot, columns, here = end.index, self.columns, self._of_slot[end.index]
         place, unit = self._nodes[here, 1], self._nodes[here, 2]
-        found = self._slots[slot].arrivals(gradient, self._change.slots[slot], place, unit)
+        run, change = self._prompt.paths.runs[slot], self._change.slots[slot]
+        found = self._slots[slot].arrivals(gradient, run, change, place, unit)
         weights[:, here] = found.nodes
         left = weights[:, columns.remainder : columns.positional]
         left += found.everything
@@ -284,34 +280,52 @@ class _Prompt:
         if found.bias is not None and not self._change.paired:
             weights[:, columns.bias] += found.bias
 
-    def _sparse(
-        self, weights: Tensor, rows: Tensor, activation: Tensor, slope: Tensor, *, exact: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Check the sums, add the residual where one belongs, and keep what is not zero."""
-        residual = activation - weights.sum(1)
-        relative = residual.abs() / (weights.abs().sum(1) + torch.finfo(torch.float32).tiny)
-        if exact:
-            self.largest_residual = max(self.largest_residual, float(relative.max()))
-            if not self.largest_residual <= self._allowed:
-                raise NumericalError(
-                    f"incoming edges do not sum to their target's activation: off by {self.largest_residual:.1e} of "
-                    f"the sum of their sizes, allowed {self._allowed:.0e}. check_model(model) tells whether relevance "
-                    "is conserved on this model; in half precision use float32."
-                )
+    def _sparse(self, weights: Tensor, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Check the sums of one slot's targets, add the residual where one belongs, and keep what is not zero."""
+        prompt, paired = self._prompt, self._change.paired
+        if index == len(self._slots):
+            activation = self._change.goals[rows - len(self._nodes)]
+            slope, exact = torch.ones(len(rows)).double(), not paired and self._linear
         else:
-            rounding = 100 * torch.finfo(self._change.embedding.dtype).eps
-            weights[:, self._columns.residual] = torch.where(relative > rounding, residual, 0.0)
+            place, unit = self._nodes[rows, 1], self._nodes[rows, 2]
+            activation, slope = (
+                of[place.to(of.device), unit.to(of.device)].cpu().double()
+                for of in (self._change.slots[index].nodes, prompt.totals.gradient[index])
+            )
+            exact = not paired
+        self._check(weights, activation, exact=exact)
         target, source = weights.nonzero(as_tuple=True)
         weight = weights[target, source]
         return torch.stack([rows[target], source]), torch.stack([weight, weight * slope[target]], 1)
+
+    def _check(self, weights: Tensor, activation: Tensor, *, exact: bool) -> None:
+        residual = activation - weights.sum(1)
+        relative = residual.abs() / (weights.abs().sum(1) + torch.finfo(torch.float32).tiny)
+        if not exact:
+            rounding = 100 * torch.finfo(self._change.embedding.dtype).eps
+            weights[:, self.columns.residual] = torch.where(relative > rounding, residual, 0.0)
+            return
+        self.largest_residual = max(self.largest_residual, float(relative.max()))
+        if not self.largest_residual <= self._allowed:
+            raise NumericalError(
+                f"incoming edges do not sum to their target's activation: off by {self.largest_residual:.1e} of "
+                f"the sum of their sizes, allowed {self._allowed:.0e}. check_model(model) tells whether relevance "
+                "is conserved on this model; in half precision use float32."
+            )
 
 
 def _dots(value: Tensor, gradient: Tensor) -> Float[Tensor, " target"]:
     return summed((wide(gradient) * wide(value.detach())).reshape(len(gradient), 1, -1))[:, 0]
 
 
-def bytes_per_target(change: Changes) -> int:
-    """Bytes that one target's backward pass holds at its peak: the gradients at all sources, and a few more."""
-    n_positions, d_model = change.embedding[0].shape
-    widths = [slot.width for slot in change.slots]
-    return change.embedding.element_size() * n_positions * (sum(widths) + 5 * max(widths) + 12 * d_model)
+def bytes_per_target(prompt: Prompt) -> int:
+    """Bytes that one target's backward pass holds at its peak: gradients at the residual stream and inside one layer.
+
+    Gradients of all neurons are held where the weights of few cannot be used, and of all layers where there are none.
+    """
+    n_positions, d_model = prompt.change.embedding[0].shape
+    runs = prompt.paths.runs
+    wide_ones = [run.source[0, 0].numel() for run in runs if run.output is None or run.input is None]
+    at_once = 0 if prompt.paths.layered else sum(wide_ones)
+    numbers = at_once + 5 * max(wide_ones, default=0) + 12 * d_model
+    return prompt.change.embedding.element_size() * n_positions * numbers

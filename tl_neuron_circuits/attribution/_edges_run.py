@@ -1,8 +1,8 @@
 """One prompt's forward pass, held so that direct effects can be read from it.
 
-With `cut=True` every slot writes a leaf: what later layers read is a copy without a past. The gradient of anything with
-respect to a leaf is then its direct effect, every slot in between stopped, and one forward pass has all of them. With
-`cut=False` nothing is cut and the same gradients are total effects.
+Every slot writes a leaf: what later layers read is a copy without a past. The gradient of anything with respect to a
+leaf is then its direct effect, every slot in between stopped, and one forward pass has all of them. Total effects are
+the same gradients, passed on by every slot from its leaf to what it was computed from.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from .._errors import PropagationError
 from ..bases import fired, logits_of
 from ..models import TransformerLensModel, hook_points, submodule
 from ..tasks import Batch
-from ._edges_slots import Seen, Slot, SlotRun
+from ._edges_slot import Seen, Slot, SlotRun, note_input
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class PromptRun:
     final: Float[Tensor, "1 pos d_model"]
     """What the unembedding reads, after the final norm."""
     logits: Float[Tensor, "1 pos d_vocab"]
+    stream: Sequence[Float[Tensor, "1 pos d_model"] | None]
+    """The residual stream above each layer; the last is `final`. None where the model does not show it."""
 
 
-def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], *, cut: bool) -> PromptRun:
+def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot]) -> PromptRun:
     """Run the model on a batch of one prompt.
 
-    Inside `relp` the run has a graph; under `torch.no_grad()` it only has values, and `cut` says nothing.
+    Inside `relp` the run has a graph; under `torch.no_grad()` it only has values.
 
     Raises:
         PropagationError: the unembedding did not run as a module.
@@ -56,9 +58,7 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
 
     names = _embeddings(model)
     hooks: list[tuple[str, Any]] = [(name, _named(embedding, name)) for name in names]
-    hooks += [
-        (n, _noting(h, n, read)) for slot, of in zip(slots, seen, strict=True) for n, h in slot.hooks(of, cut=cut)
-    ]
+    hooks += [(n, _noting(h, n, read)) for slot, of in zip(slots, seen, strict=True) for n, h in slot.hooks(of)]
     ends: list[tuple[Tensor, Tensor]] = []
     unembed = submodule(model, "unembed")
     if unembed is None:
@@ -71,11 +71,18 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
         ends.append((arguments[0], output))
 
     points = hook_points(model)
+    above = [f"blocks.{layer}.hook_resid_pre" for layer in range(1, int(model.cfg.n_layers))]
+    stream: Seen = {}
     with ExitStack() as stack:
         stack.callback(unembed.register_forward_hook(end).remove)
         for slot, of in zip(slots, seen, strict=True):
             for name, hook in slot.early_hooks(of):
-                stack.callback(points[name].register_forward_pre_hook(hook).remove)
+                place = points.get(name) or submodule(model, name)
+                if place is not None:
+                    stack.callback(place.register_forward_pre_hook(hook).remove)
+        for name in above:
+            if name in points:
+                stack.callback(points[name].register_forward_pre_hook(note_input(stream, name)).remove)
         stack.enter_context(model.hooks(fwd_hooks=hooks))
         logits = logits_of(model, batch.clean, batch.attention_mask)
     if not ends:
@@ -87,13 +94,14 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
     final, raw_logits = ends[-1]
     return PromptRun(
         slots=[slot.run(of) for slot, of in zip(slots, seen, strict=True)],
-        gate=[_detached(of.get("gate")) for of in seen],
+        gate=[_detached(of.get("pre") if "up" in of else None) for of in seen],
         up=[_detached(of.get("up")) for of in seen],
         embedding=read["hook_embed"],
         positional=read.get("hook_pos_embed"),
         raw_logits=raw_logits,
         final=final,
         logits=logits,
+        stream=[*(stream.get(name) for name in above), final],
     )
 
 

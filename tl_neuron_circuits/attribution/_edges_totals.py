@@ -9,7 +9,6 @@ Source: METHODS 1.2, case studies (zero baseline), 4.5 (local replacement); pair
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .._errors import PropagationError
-from ..models import TransformerLensModel
-from ..propagation import biases_in_graph, relp
 from ..tasks import Batch
-from ._edges_run import PromptRun, run_prompt
-from ._edges_slots import Slot, SlotChange, wide
+from ._edges_paths import Paths
+from ._edges_run import PromptRun
+from ._edges_slot import Slot, SlotChange, wide
 from ._goals import Goal
 
 
@@ -71,6 +68,8 @@ class Totals:
     goals: Float[Tensor, " goal"]
     """Minus their baseline."""
     goal_values: Float[Tensor, " goal"]
+    probabilities: Float[Tensor, " d_vocab"]
+    """Of the next token."""
 
     def plus(self, other: "Totals") -> "Totals":
         """The sum, number by number."""
@@ -89,61 +88,39 @@ def _add(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list
     return [None if a is None or b is None else a + b for a, b in zip(some, others, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Baseline:
-    """What the corrupt prompt left."""
-
-    run: PromptRun
-    goals: Float[Tensor, " goal"]
-
-
 @torch.no_grad()
-def _baseline(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], goals: Sequence[Goal]) -> _Baseline:
-    there = batch.on_corrupt()
-    run = run_prompt(model, there, slots, cut=False)
-    return _Baseline(run, _goal_values(goals, run, there))
-
-
-@torch.no_grad()
-def _changes(slots: Sequence[Slot], run: PromptRun, values: Float[Tensor, " goal"], base: _Baseline | None) -> Changes:
+def changes(
+    slots: Sequence[Slot], run: PromptRun, values: Float[Tensor, " goal"], base: PromptRun | None,
+    base_values: Float[Tensor, " goal"] | None,
+) -> Changes:  # fmt: skip
     """Clean values, minus those of the corrupt prompt where there is one."""
-    others = [None] * len(slots) if base is None else base.run.slots
-    changes = [slot.change(here, other) for slot, here, other in zip(slots, run.slots, others, strict=True)]
-    if base is None:
+    values = values.cpu().double()
+    others = [None] * len(slots) if base is None else base.slots
+    found = [slot.change(here, other) for slot, here, other in zip(slots, run.slots, others, strict=True)]
+    if base is None or base_values is None:
         positional = None if run.positional is None else run.positional.detach()
-        return Changes(changes, run.embedding.detach(), positional, values, values, False)
+        return Changes(found, run.embedding.detach(), positional, values, values, False)
     # Positional embeddings are the same at every prompt.
-    return Changes(changes, run.embedding.detach() - base.run.embedding, None, values - base.goals, values, True)
+    return Changes(found, run.embedding.detach() - base.embedding, None, values - base_values, values, True)
 
 
-def _goal_values(goals: Sequence[Goal], run: PromptRun, batch: Batch) -> Float[Tensor, " goal"]:
-    return torch.stack([goal.value(run, batch).detach().cpu().double() for goal in goals])
+def goal_values(goals: Sequence[Goal], run: PromptRun, batch: Batch) -> Float[Tensor, " goal"]:
+    """The goals, with their past."""
+    return torch.stack([goal.value(run, batch) for goal in goals])
 
 
 def totals(
-    model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], goals: Sequence[Goal], *, paired: bool
-) -> tuple[Totals, Changes]:
-    """Scores of one prompt, and the changes they are of: one forward and one backward pass, two forwards for pairs."""
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        raise PropagationError(
-            "expected gradients to be enabled; call this outside torch.no_grad() and inference_mode()."
-        )
-    base = _baseline(model, batch, slots, goals) if paired else None
-    with relp(model), nullcontext({}) if paired else biases_in_graph(model) as biases:
-        run = run_prompt(model, batch, slots, cut=False)
-        change = _changes(slots, run, _goal_values(goals, run, batch), base)
-        goal = torch.stack([goal.value(run, batch) for goal in goals]).sum()
-        inputs = [*(slot.source for slot in run.slots), run.embedding, *biases.values()]
-        inputs += [] if change.positional is None or run.positional is None else [run.positional]
-        gradients = torch.autograd.grad(goal, inputs, allow_unused=True)
-    n = len(slots)
-    at_sources = [_or_zero(g, s.source)[0].flatten(1) for g, s in zip(gradients[:n], run.slots, strict=True)]
-    bias = sum(dot(b, g) for b, g in zip(biases.values(), gradients[n + 1 : n + 1 + len(biases)], strict=True))
-    if not paired:
+    run: PromptRun, paths: Paths, slots: Sequence[Slot], change: Changes, biases: Sequence[Tensor], position: int
+) -> Totals:
+    """Scores of one prompt: one backward pass. Goals are read at `position`."""
+    gradients = paths.total(slots)
+    at_sources = [_or_zero(gradients.get(("slot", i)), s.source)[0].flatten(1) for i, s in enumerate(run.slots)]
+    bias = sum(dot(bias, gradients.get(("bias", i))) for i, bias in enumerate(biases))
+    if not change.paired:
         bias += sum(s.bias_score(r, g) for s, r, g in zip(slots, run.slots, at_sources, strict=True))
     nodes = [slot.node_gradient(gradient) for slot, gradient in zip(slots, at_sources, strict=True)]
-    embedding = wide(change.embedding[0]) * wide(_or_zero(gradients[n], change.embedding)[0])
-    found = Totals(
+    at_embedding = _or_zero(gradients.get(("embedding", 0)), change.embedding)
+    return Totals(
         score=[wide(d.nodes) * g for d, g in zip(change.slots, nodes, strict=True)],
         activation=[wide(slot.nodes) for slot in run.slots],
         change=[wide(d.nodes) for d in change.slots],
@@ -151,13 +128,13 @@ def totals(
         gate=[None if v is None else v[0] for v in run.gate],
         up=[None if v is None else v[0] for v in run.up],
         errors=[_error_score(d, g) for d, g in zip(change.slots, at_sources, strict=True)],
-        embedding=embedding.sum(-1).cpu().double(),
-        positional=dot(change.positional, gradients[-1]) if change.positional is not None else 0.0,
+        embedding=(wide(change.embedding[0]) * wide(at_embedding[0])).sum(-1).cpu().double(),
+        positional=0.0 if change.positional is None else dot(change.positional, gradients.get(("positional", 0))),
         bias=float(bias),
         goals=change.goals,
         goal_values=change.goal_values,
+        probabilities=run.logits[0, position].detach().float().softmax(-1).cpu(),
     )
-    return found, change
 
 
 def _error_score(change: SlotChange, gradient: Tensor) -> Float[Tensor, " pos"] | None:

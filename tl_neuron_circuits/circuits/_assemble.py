@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attribution import DirectEffects, Goal, Slot, label
-from ._table import KIND_OF_LETTER, complete, edge_table, node_table, remainder_row
+from ._table import KIND_OF_LETTER, complete, edge_table, node_table, remainder_row, rows_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _output(effects: DirectEffects, goal: Goal, places: Places, k: int) -> dict:
 
 def relative_weights(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
     """Each edge's share of its target's score; on a single prompt that is its share of the activation too."""
-    score = nodes.set_index("node")["score"][edges["target"]].to_numpy()
+    score = nodes["score"].to_numpy()[rows_of(nodes, edges["target"])]
     attribution = edges["attribution"].to_numpy()
     return np.divide(attribution, score, out=np.zeros_like(attribution), where=score != 0)
 
@@ -74,8 +74,8 @@ def _edges(matrix: Tensor, names: np.ndarray, targets: np.ndarray) -> pd.DataFra
     live = (values != 0).any(1)
     return pd.DataFrame(
         {
-            "source": names[source[live]],
-            "target": targets[target[live]],
+            "source": pd.Series(names[source[live]], dtype=object),  # plain strings: looked up by the ten thousands
+            "target": pd.Series(targets[target[live]], dtype=object),
             "weight": values[live, 0],
             "relative": 0.0,
             "attribution": values[live, 1],

@@ -67,10 +67,17 @@ def remainder_name(position: int) -> str:
     return "remainder" if position < 0 else f"remainder@{position}"
 
 
+def rows_of(nodes: pd.DataFrame, names: pd.Series) -> np.ndarray:
+    """The row of each named node, by plain strings: pandas' own kind is made anew at every look-up."""
+    rows = pd.Index(nodes["node"], dtype=object).get_indexer(pd.Index(names, dtype=object))
+    if (rows < 0).any():
+        raise KeyError(sorted(set(names[rows < 0])))
+    return rows
+
+
 def handed_down(nodes: pd.DataFrame, edges: pd.DataFrame, start: np.ndarray, column: np.ndarray) -> np.ndarray:
     """x = start + sum over out-edges of column * x(target): exact, by as many steps as the graph is deep."""
-    index = pd.Series(np.arange(len(nodes)), index=nodes["node"])
-    source, target = index[edges["source"]].to_numpy(), index[edges["target"]].to_numpy()
+    source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
     x = start.copy()
     for _ in range(2 * int(nodes["layer"].nunique()) + 2):
         before, x = x, start + np.bincount(source, column * x[target], len(nodes))
@@ -109,9 +116,11 @@ def normalised(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
 
     On a single prompt that is circuit-tracer's |weight| over their sum; with pairs in both directions weights cancel.
     """
-    kind = nodes.set_index("node")["kind"][edges["source"]].to_numpy()
-    size = edges["attribution"].abs().where(kind != "bias", 0.0)
-    return (size / size.groupby(edges["target"]).transform("sum").clip(lower=np.finfo(float).tiny)).to_numpy()
+    source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
+    bias = (nodes["kind"] == "bias").to_numpy()
+    size = np.where(bias[source], 0.0, edges["attribution"].abs().to_numpy())
+    sums = np.bincount(target, size, len(nodes))
+    return size / sums[target].clip(min=np.finfo(float).tiny)
 
 
 def influence(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:

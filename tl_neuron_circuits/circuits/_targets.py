@@ -1,6 +1,6 @@
 """What `trace` explains, from what its caller wrote: tokens, a difference of two, a direction, a metric."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,17 +19,17 @@ or over what the unembedding reads (`d_model`); a metric."""
 
 
 def find_goals(
-    model: TransformerLensModel, pairs: TokenisedPairs, target: Target, prompt: str | None, top: Sequence[int]
-) -> list[Goal]:
-    """The goals that `target` names; for None the pairs' answers, or the tokens in `top`.
+    model: TransformerLensModel, pairs: TokenisedPairs, target: Target, prompt: str | None, top_k: int | None
+) -> list[Goal] | Callable[[Tensor], list[Goal]]:
+    """The goals that `target` names. For None the pairs' answers, or what finds the `top_k` likeliest tokens.
 
     Raises:
         SettingsError: a token that is none, or a direction of another size.
     """
     token = lambda found: _token_id(model, found, prompt)  # noqa: E731
     if target is None:
-        if top:
-            return [token_goal(one, f"logit/{one}") for one in top]
+        if top_k is not None:
+            return lambda logits: [token_goal(one, f"logit/{one}") for one in logits.topk(top_k).indices.tolist()]
         return [answer_goal(against_wrong=pairs.wrong_answer is not None)]
     if isinstance(target, Tensor):
         return [_direction(model, target)]

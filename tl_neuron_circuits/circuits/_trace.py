@@ -10,12 +10,12 @@ from torch import Tensor
 from .._errors import PairsError, SettingsError
 from .._files import versions
 from .._typing import checked
-from ..attribution import Goal, direct_effects, mean_totals, slots_of
+from ..attribution import Goal, Totals, direct_effects, slots_of
 from ..bases import Basis, Neurons, logits_of, name_of
 from ..interventions import text_pieces
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
-from ..tasks import Batch, PromptPairs, TokenisedPairs, tokenise
+from ..tasks import PromptPairs, TokenisedPairs, tokenise
 from ._assemble import Places, assemble
 from ._choose import Choice, choose_nodes
 from ._circuit import Circuit
@@ -77,7 +77,8 @@ def trace(
         verbose: show progress.
 
     Returns:
-        A `Circuit`. Cost: three forward passes and one vector-Jacobian product a node, for each prompt.
+        A `Circuit`. Cost: a forward and a backward pass a prompt (twice for several, one forward more for pairs), and a
+        vector-Jacobian product a node, through attention alone and only below it.
 
     Raises:
         UnsupportedModelError: relevance propagation does not apply to this model; `check_model(model)` says why.
@@ -101,23 +102,29 @@ def trace(
     """
     text = prompt_or_pairs if isinstance(prompt_or_pairs, str) else None
     single = not isinstance(prompt_or_pairs, PromptPairs | TokenisedPairs)
-    pairs, top = _as_pairs(model, prompt_or_pairs, prepend_bos, top_k)
+    pairs = _as_pairs(model, prompt_or_pairs, prepend_bos, top_k, answered=callable(target))
     paired = _is_paired(pairs, baseline)
     batches = list(pairs.batches(1))
-    goals = find_goals(model, pairs, target, text, top if single else ())
+    goals = find_goals(model, pairs, target, text, top_k if single else None)
     slots = slots_of(model, basis)
-    found = mean_totals(model, batches, goals, paired=paired, slots=slots)
     bos = [] if keep_bos else _bos_positions(model, pairs)
     layers = [slot.layer for slot in slots]
-    chosen = choose_nodes(found, layers, nodes, share=share, mass=mass, skipped_positions=bos, excluded=list(exclude))
+
+    def choose(found: Totals) -> Int[Tensor, "node 3"]:
+        which = {"share": share, "mass": mass, "skipped_positions": bos, "excluded": list(exclude)}
+        return choose_nodes(found, layers, nodes, **which)
+
     effects = direct_effects(
-        model, batches, chosen, goals, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
+        model, batches, choose, goals, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
     )
+    goals = effects.goals
+    if single:  # its answer is the likeliest token, which is known now
+        pairs = TokenisedPairs.from_tokens(pairs.clean, effects.totals.probabilities.topk(1).indices)
     ids = _common_tokens(pairs)
     tokens = ["…" if one < 0 else token_text(model, one) for one in ids]
     position = int(pairs.position[0])
     labels = _goal_labels(model, goals)
-    probabilities = _probabilities(model, batches, goals)
+    probabilities = _probabilities(effects.totals, goals)
     places = Places(tokens, ids, position, int(model.cfg.n_layers), slots, labels, probabilities)
     table, edges = assemble(effects, goals, places, paired=paired)
     settings = {
@@ -125,7 +132,7 @@ def trace(
         "basis": name_of(basis), "n_prompts": len(pairs),
         "sites": [
             {"hook": s.hook, "layer": s.layer, "letter": s.letter, "width": int(of.shape[-1]), "errors": s.has_error}
-            for s, of in zip(slots, found.score, strict=True)
+            for s, of in zip(slots, effects.totals.score, strict=True)
         ],
         "prompt": text if text is not None else _common_text(model, pairs.clean[0], ids), "tokens": tokens,
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
@@ -137,8 +144,8 @@ def trace(
     return Circuit(table, edges, settings, basis=basis)
 
 
-def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int) -> tuple[TokenisedPairs, list[int]]:
-    """Pairs, and for a single prompt its likeliest next tokens; the first of them is its answer."""
+def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, *, answered: bool) -> TokenisedPairs:
+    """Pairs of one length. The answer of a single prompt is its likeliest next token if `answered`, else unknown."""
     if isinstance(prompt, PromptPairs | TokenisedPairs):
         pairs = tokenise(model, prompt, prepend_bos=prepend_bos)
         lengths = sorted(set(pairs.lengths))
@@ -147,7 +154,7 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int) 
                 f"a circuit has positions, so all prompts need one token length; got {lengths}. Trace the prompts of "
                 "each length, sum_positions() each circuit, and join them with Circuit.merge([...])."
             )
-        return pairs, []
+        return pairs
     if isinstance(prompt, str):
         options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
         tokens = model.to_tokens(prompt, **options)
@@ -157,11 +164,11 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int) 
         tokens = prompt.reshape(1, -1).to(model.cfg.device or "cpu")
     if tokens.numel() == 0 or not 1 <= top_k <= int(model.cfg.d_vocab):
         raise SettingsError(f"expected a prompt with tokens, and top_k between 1 and the vocabulary; got {top_k=}.")
-    with torch.no_grad():
-        logits = logits_of(model, tokens)[0, -1]
-    top = logits.topk(top_k).indices.tolist()
-    answer = torch.tensor(top[:1], device=tokens.device)
-    return TokenisedPairs.from_tokens(list(tokens), answer), top
+    answer = torch.zeros(1, dtype=torch.long, device=tokens.device)
+    if answered:
+        with torch.no_grad():
+            answer = logits_of(model, tokens)[0, -1].topk(1).indices
+    return TokenisedPairs.from_tokens(list(tokens), answer)
 
 
 def _is_paired(pairs: TokenisedPairs, baseline: str) -> bool:
@@ -206,12 +213,10 @@ def _goal_labels(model: Any, goals: Sequence[Goal]) -> list[str]:
     return labels
 
 
-def _probabilities(model: Any, batches: Sequence[Batch], goals: Sequence[Goal]) -> list[float]:
+def _probabilities(totals: Totals, goals: Sequence[Goal]) -> list[float]:
     """Mean probability of each goal that is one token; nan for the others."""
     single = [goal.name == f"logit/{goal.token}" for goal in goals]
-    if not any(single):
-        return [float("nan")] * len(goals)
-    with torch.no_grad():
-        rows = [logits_of(model, b.clean, b.attention_mask)[0, int(b.position[0])].float().softmax(-1) for b in batches]
-    mean = torch.stack(rows).mean(0)
-    return [float(mean[goal.token]) if alone else float("nan") for goal, alone in zip(goals, single, strict=True)]
+    return [
+        float(totals.probabilities[goal.token]) if alone else float("nan")
+        for goal, alone in zip(goals, single, strict=True)
+    ]
