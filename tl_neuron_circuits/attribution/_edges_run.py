@@ -8,6 +8,7 @@ the same gradients, passed on by every slot from its leaf to what it was compute
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot])
 
     names = _embeddings(model)
     hooks: list[tuple[str, Any]] = [(name, _named(embedding, name)) for name in names]
-    hooks += [(n, _noting(h, n, read)) for slot, of in zip(slots, seen, strict=True) for n, h in slot.hooks(of)]
+    hooks += [
+        (n, partial(_noting, h, n, read)) for slot, of in zip(slots, seen, strict=True) for n, h in slot.hooks(of)
+    ]
     ends: list[tuple[Tensor, Tensor]] = []
     unembed = submodule(model, "unembed")
     if unembed is None:
@@ -114,15 +117,11 @@ def _named(keep: Callable[[Tensor, str], Tensor], name: str) -> Any:
     return lambda value, hook: keep(value, name)
 
 
-def _noting(change: Callable[..., Tensor], name: str, read: Seen) -> Callable[..., Tensor]:
-    """The hook, noting that it fired."""
-
-    def note(value: Tensor, hook: Any) -> Tensor:
-        out = change(value, hook=hook)
-        read.setdefault(name, out)
-        return out
-
-    return note
+def _noting(change: Callable[..., Tensor], name: str, read: Seen, value: Tensor, hook: Any) -> Tensor:
+    """What the hook makes of the value, noting that it fired."""
+    out = change(value, hook=hook)
+    read.setdefault(name, out)
+    return out
 
 
 def _detached(value: Tensor | None) -> Tensor | None:

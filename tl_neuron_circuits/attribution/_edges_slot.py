@@ -7,6 +7,7 @@ leaf: what later layers read is a copy without a past.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -176,12 +177,12 @@ def keep(seen: Seen, key: str) -> Callable[..., Tensor]:
 
 def note_input(seen: Seen, key: str) -> Callable[..., None]:
     """A forward pre-hook that keeps what enters a hook point, before anything replaces it."""
+    return partial(_note, seen, key)
 
-    def note(module: Any, arguments: tuple[Tensor, ...]) -> None:
-        if arguments:
-            seen[key] = arguments[0]
 
-    return note
+def _note(seen: Seen, key: str, module: Any, arguments: tuple[Tensor, ...]) -> None:
+    if arguments:
+        seen[key] = arguments[0]
 
 
 def leaves_of(outputs: Iterable[Tensor], stops: Iterable[Tensor]) -> dict[int, Tensor]:

@@ -64,16 +64,17 @@ def answers_only(model: TransformerLensModel, batch: Batch, metric: Metric) -> I
         yield batch
         return
 
-    def narrow(_: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        residual = arguments[0]
-        rows = torch.arange(len(residual), device=residual.device)
-        return (residual[rows, batch.position.to(residual.device)][:, None], *arguments[1:])
-
-    handle = unembed.register_forward_pre_hook(narrow)
+    handle = unembed.register_forward_pre_hook(functools.partial(_narrow, batch.position))
     try:
         yield replace(batch, position=torch.zeros_like(batch.position))
     finally:
         handle.remove()
+
+
+def _narrow(position: Tensor, module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    residual, *others = arguments
+    rows = torch.arange(len(residual), device=residual.device)
+    return (residual[rows, position.to(residual.device)][:, None], *others)
 
 
 def _hooked(point: Any) -> bool:
@@ -91,12 +92,12 @@ def capture(store: Values, name: str) -> tuple[str, Any]:
         >>> store["blocks.0.mlp.hook_post"].shape
         torch.Size([1, 3, 512])
     """
+    return name, functools.partial(_keep, store, name)
 
-    def keep(value: Tensor, hook: Any) -> Tensor:
-        store[name] = value
-        return value
 
-    return name, keep
+def _keep(store: Values, name: str, value: Tensor, hook: Any) -> Tensor:
+    store[name] = value
+    return value
 
 
 def run_values(model: TransformerLensModel, batch: Batch, names: Iterable[str]) -> Values:
@@ -145,13 +146,8 @@ def values_at(
     store: Values = {}
     whole = not wanted or any(hasattr(module, "_hf_hook") for module in _modules(model))
 
-    def keep(value: Tensor, hook: Any, name: str) -> Tensor:
-        store[name] = value if kept is None else kept(value)
-        if not whole and len(store) == len(wanted):
-            raise _AllRead
-        return value
-
-    reading = [(name, functools.partial(keep, name=name)) for name in wanted]
+    enough = None if whole else len(wanted)
+    reading = [(name, functools.partial(_read, store, name, kept, enough)) for name in wanted]
     with suppress(_AllRead), torch.no_grad(), model.hooks(fwd_hooks=[*hooks, *reading]):
         logits_of(model, tokens, attention_mask)
     return fired(store, wanted, model)
@@ -159,6 +155,20 @@ def values_at(
 
 def _modules(model: TransformerLensModel) -> Iterable[torch.nn.Module]:
     return torch.nn.Module.modules(model)  # pyright: ignore[reportArgumentType]
+
+
+def _read(
+    store: Values,
+    name: str,
+    kept: Callable[[Tensor], Tensor] | None,
+    enough: int | None,
+    value: Tensor,
+    hook: Any,
+) -> Tensor:
+    store[name] = value if kept is None else kept(value)
+    if len(store) == enough:
+        raise _AllRead
+    return value
 
 
 class _AllRead(Exception):

@@ -5,6 +5,7 @@ product of these zeros with the unembedding is as dear as the forward pass throu
 out. The gradient is the same, for every rule, and the same module computed the forward value.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,18 +42,18 @@ def to_input(module: nn.Module) -> tuple[Tensor, bool] | None:
 
 def skip_zero_rows(module: nn.Module, ours: Callable[[], set[int]]) -> Any:
     """Install on a linear map; returns torch's handle. `ours` are the ids of the raw hooks that may be inside it."""
+    return module.register_forward_hook(functools.partial(_skip, ours))
 
-    def hook(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
-        found = to_input(module)
-        if found is None or len(arguments) != 1 or _watched(module, ours()):
-            return None
-        (x,), (weight, stored_in_out) = arguments, found
-        frozen = not any(p.requires_grad for p in module.parameters())
-        if not (frozen and output.requires_grad and x.dtype == weight.dtype == output.dtype) or weight.is_meta:
-            return None
-        return LinearEnd.apply(x, output, weight.T if stored_in_out else weight)  # pyright: ignore[reportReturnType]
 
-    return module.register_forward_hook(hook)
+def _skip(ours: Callable[[], set[int]], module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
+    found = to_input(module)
+    if found is None or len(arguments) != 1 or _watched(module, ours()):
+        return None
+    (x,), (weight, stored_in_out) = arguments, found
+    frozen = not any(p.requires_grad for p in module.parameters())
+    if not (frozen and output.requires_grad and x.dtype == weight.dtype == output.dtype) or weight.is_meta:
+        return None
+    return LinearEnd.apply(x, output, weight.T if stored_in_out else weight)  # pyright: ignore[reportReturnType]
 
 
 def _watched(module: nn.Module, ours: set[int]) -> bool:

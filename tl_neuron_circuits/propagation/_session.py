@@ -5,6 +5,7 @@ user attached before is seen. Reads and replacements of one layer meet in `_inpu
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class Session:
         if "attention" in self.rules:
             for site in self.sites.attentions:
                 for name in (site.query, site.key):
-                    self._add(name, self._cut(name), first=True, layer=site.layer)
+                    self._add(name, partial(self._cut, name), first=True, layer=site.layer)
         if "identity" in self.rules or "half" in self.rules:
             for mlp in self.sites.mlps:
                 self._install_mlp(mlp)
@@ -122,11 +123,11 @@ class Session:
                 self._inside.pop(name).remove()
 
     def _read(self, name: str, layer: int) -> None:
-        def read(value: Tensor, hook: Any) -> None:
-            self.checks.fired(name)
-            self._inputs[name] = value.detach()
+        self._add(name, partial(self._note, name), first=False, layer=layer)
 
-        self._add(name, read, first=False, layer=layer)
+    def _note(self, name: str, value: Tensor, hook: Any) -> None:
+        self.checks.fired(name)
+        self._inputs[name] = value.detach()
 
     def _take(self, name: str, asked_by: str) -> Tensor:
         if name not in self._inputs:
@@ -158,15 +159,11 @@ class Session:
 
     # --- attention ---
 
-    def _cut(self, name: str) -> Hook:
+    def _cut(self, name: str, value: Tensor, hook: Any) -> Tensor:
         rule = self.rules["attention"]
         assert isinstance(rule, AttentionRule)
-
-        def cut(value: Tensor, hook: Any) -> Tensor:
-            self.checks.fired(name)
-            return rule.cut(value)
-
-        return cut
+        self.checks.fired(name)
+        return rule.cut(value)
 
     # --- norms ---
 
@@ -174,7 +171,7 @@ class Session:
         parts = norm.path.split(".")
         layer = int(parts[1]) if parts[0] == "blocks" else (self.sites.n_layers if norm.path == "ln_final" else -1)
         if norm.input is None or norm.output is None or not is_opaque(self.model, norm.path):
-            self._add(norm.scale, self._detach_scale(norm.scale), first=True, layer=layer)
+            self._add(norm.scale, partial(self._detach, norm.scale), first=True, layer=layer)
             return
         frozen = read_norm(self.model, norm.path)
         if frozen is None:
@@ -186,12 +183,9 @@ class Session:
         self._raw_handles.append(start.register_forward_hook(lambda *_: self._receive_inside(inside)))
         self._add(norm.output, self._relay_norm(norm, frozen), first=True, layer=layer)
 
-    def _detach_scale(self, name: str) -> Hook:
-        def detach(value: Tensor, hook: Any) -> Tensor:
-            self.checks.fired(name)
-            return value.detach()
-
-        return detach
+    def _detach(self, name: str, value: Tensor, hook: Any) -> Tensor:
+        self.checks.fired(name)
+        return value.detach()
 
     def _relay_norm(self, norm: NormSites, frozen: FrozenNorm) -> Hook:
         rule = self.rules["ln"]

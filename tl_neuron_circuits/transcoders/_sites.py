@@ -1,5 +1,6 @@
 """Where each dictionary of a training run reads and writes on the model."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -84,11 +85,12 @@ def flat_values(
     """Activations `[position, width]` of one forward pass, heads concatenated, positions of ignored tokens left out."""
     kept = ~torch.isin(tokens, torch.tensor(ignore, dtype=tokens.dtype, device=tokens.device)) if ignore else None
 
-    def flat(value: Tensor) -> Tensor:
-        rows = value.flatten(0, 1) if kept is None else value[kept.to(value.device)]
-        return rows.flatten(1).to(dtype, copy=True)  # a copy: some models go on in place
+    return values_at(model, tokens, names, kept=functools.partial(_flat, kept, dtype))
 
-    return values_at(model, tokens, names, kept=flat)
+
+def _flat(kept: Tensor | None, dtype: torch.dtype, value: Tensor) -> Tensor:
+    rows = value.flatten(0, 1) if kept is None else value[kept.to(value.device)]
+    return rows.flatten(1).to(dtype, copy=True)  # a copy: some models go on in place
 
 
 def devices_of(model: TransformerLensModel, tokens: Tensor, names: Iterable[str]) -> dict[str, torch.device]:
