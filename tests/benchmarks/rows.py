@@ -116,7 +116,7 @@ def curve_over_forwards(quick: bool) -> Pair:
 
 
 def curve_of_gpt2(quick: bool) -> Pair:
-    (model, _), n, length = gpt2(quick), 8 if quick else 64, 16
+    (model, _), n, length = gpt2(quick), 8 if quick else 64, 8
     return curve_of(model, curve_cost.random_pairs(n, length), tnc.attribute(model, curve_cost.random_pairs(4, length)))
 
 
@@ -149,6 +149,17 @@ def edges_over_passes(quick: bool) -> Pair:
     reference = lambda: relp_cost.propagated(model, tokens)  # noqa: E731
     note = f"{len(circuit.edges):,} edges between {nodes} nodes, a target"
     return Pair(lambda: tnc.trace(model, tokens, nodes=nodes), reference, per=nodes, note=note)
+
+
+def edges_in_chunks(quick: bool) -> Pair:
+    """A chunk of targets against one forward and backward pass of the prompt, whose graph they share."""
+    model = edges.random_model(*((2, 64) if quick else (12, 768)))
+    tokens, nodes = edges.random_tokens(model, 1, 12), 20 if quick else 200
+    work = lambda: tnc.trace(model, tokens, nodes=nodes, max_bytes=2**24)  # noqa: E731
+    circuit = work()
+    targets, chunk = int(circuit.nodes["kind"].isin(["neuron", "logit"]).sum()), circuit.settings["chunk"]
+    note = f"12 x 768, {targets} targets in chunks of {chunk}"
+    return Pair(work, lambda: relp_cost.propagated(model, tokens), per=targets / chunk, note=note)
 
 
 def edges_over_prompts(quick: bool) -> Pair:
@@ -263,6 +274,7 @@ ALL = [
     Row("curve-gpt2", "`evaluate`, 12 x 768", "45 forwards of the batch", curve_of_gpt2, 1.0, rounds=1),
     Row("compare", "`compare`", "as many bare forwards", compare_over_parts, rounds=3),
     Row("edges", "`trace`, a target of an edge", "RelP forward + backward", edges_over_passes, rounds=3),
+    Row("edges-share", "`trace`, a chunk of targets", f"RelP {BOTH}", edges_in_chunks, 1.3, rounds=3),
     Row("edges-chunk", "`trace`, all edges", f"RelP {BOTH}, a prompt a target", edges_over_prompts, 1.3, rounds=3),
     Row("steering", "a steered forward", "a forward", steering_over_forward),
     Row("lasso", "CircuitLasso, all targets", "scikit-learn `lasso_path`", lasso_over_sklearn, rounds=2),
