@@ -61,10 +61,14 @@ def _watched(module: nn.Module, ours: set[int]) -> bool:
 
     What runs before the module only changes the input, which is seen here as it is then.
     """
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    found = ((part, kind) for part in module.modules() for kind in kinds)
-    before = (module, "_forward_pre_hooks")
-    return any(not ours.issuperset(getattr(part, kind)) for part, kind in found if (part, kind) != before)
+    parts = (part for part in module.modules() if part is not module)
+    return others_hooks(module, ours, before=False) or any(others_hooks(part, ours) for part in parts)
+
+
+def others_hooks(module: nn.Module, ours: set[int], *, before: bool = True) -> bool:
+    """Whether a torch hook that is not one of `ours` sits on the module; without `before`, one that sees its value."""
+    kinds = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks", *(("_forward_pre_hooks",) if before else ()))
+    return any(not ours.issuperset(getattr(module, kind)) for kind in kinds)
 
 
 class LinearEnd(torch.autograd.Function):

@@ -4,6 +4,7 @@ Hooks that replace a value run first at their hook point (prepended), hooks that
 user attached before is seen. Reads and replacements of one layer meet in `_inputs`, emptied as soon as they are used.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .._errors import PropagationError
-from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product
+from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product, submodule
 from ._activations import Activation, find_activation
 from ._checks import Checks
-from ._linear import end_linears, skip_zero_rows
+from ._linear import end_linears, others_hooks, skip_zero_rows
 from ._norms import FrozenNorm, is_opaque, read_norm
 from ._relay import Gradients, Mailbox, Relay, times
 from ._rules import RULES, AttentionRule, HalfRule, IdentityRule, LnRule
+from ._unsaved import Unsaved
 
 Hook = Callable[..., Tensor | None]
 
@@ -37,7 +39,7 @@ class Session:
         self.model, self.sites, self.stabilizer = model, sites, stabilizer
         self._points = points  # looked up once: TransformerBridge builds them anew every time
         self.rules = {name: RULES[name] for name in rules}
-        self.mailbox = Mailbox()
+        self.mailbox, self.unsaved = Mailbox(), Unsaved()
         self._inputs: dict[str, Tensor] = {}
         self._installed: list[tuple[Any, Any]] = []  # (hook point, TransformerLens' handle)
         self._raw_handles: list[Any] = []
@@ -68,10 +70,11 @@ class Session:
         self._raw_handles.append(end.register_forward_hook(self._end_of_forward))
         if self.rules:  # without any, the gradient is torch's own bit for bit
             for linear in end_linears(self.model, self.sites.n_layers):
-                self._raw_handles.append(skip_zero_rows(linear, self._own))
+                self._raw_handles.append(skip_zero_rows(linear, lambda: self._own))
 
     def remove(self) -> bool:
         """Take everything off again; True if all of our hooks were still there."""
+        self.unsaved.close()
         complete = True
         for point, handle in self._installed:
             if handle in point.fwd_hooks:
@@ -89,8 +92,10 @@ class Session:
         self.mailbox.empty()
         return complete
 
+    @functools.cached_property
     def _own(self) -> set[int]:
-        return {handle.id for handle in self._raw_handles}
+        """Ids of our hooks, read when all are installed."""
+        return {raw.id for raw in (*self._raw_handles, *(handle.hook for _, handle in self._installed))}
 
     def _add(self, name: str, hook: Hook, *, first: bool, layer: int | None) -> None:
         point = self._points[name]
@@ -140,6 +145,7 @@ class Session:
         The leaf comes before the hook point, so that torch does not warn of a backward hook there, and is copied, so
         that a user's hook may edit the embeddings in place.
         """
+        self.unsaved.close()  # a forward pass that was broken off left it open
         if not torch.is_grad_enabled():
             raise PropagationError(
                 "expected gradients to be enabled inside relp; the model was run under torch.no_grad() or "
@@ -193,7 +199,10 @@ class Session:
         source, target = norm.input, norm.output
         heard = self._listening(f"{norm.path}.", source, target)
 
+        self._forget_inside(norm.path, (source,), target)
+
         def relay(value: Tensor, hook: Any) -> Tensor:
+            self.unsaved.close()
             self.checks.fired(target)
             rebuilt, scale = frozen.rebuild(self._take(source, target))
             self.checks.rebuilt(target, rebuilt.to(value.dtype), value)
@@ -249,6 +258,27 @@ class Session:
         kept = compute()
         return kept.clone
 
+    def _forget_inside(self, path: str, starts: tuple[str, ...], *ends: str) -> None:
+        """Let autograd keep nothing of a piece, from where the last of its inputs was read to where its relay closes.
+
+        Not where somebody may need it: a hook inside the piece, or one that runs after ours at an input.
+        """
+        outer = {id(self._points[name]) for name in (*starts, *ends)}
+        piece = submodule(self.model, path)
+        inside = [part for part in (piece.modules() if piece else ()) if part is not piece and id(part) not in outer]
+        points = [self._points[name] for name in starts]
+        last: list[int] = []
+
+        def opened(*_: Any) -> None:
+            read = all(name in self._inputs for name in starts)
+            alone = all(next(reversed(p._forward_hooks)) in last for p in points)
+            if read and alone and not any(others_hooks(part, self._own) for part in inside):
+                self.unsaved.open()
+
+        handles = [point.register_forward_hook(opened) for point in points]
+        last += [handle.id for handle in handles]
+        self._raw_handles += handles
+
     def _listening(self, prefix: str, *ends: str | None) -> Callable[[], bool]:
         """Whether a backward hook sits inside the piece with these ends."""
         known = {id(self._points[name]) for name in ends if name is not None}
@@ -260,8 +290,10 @@ class Session:
         assert isinstance(rule, IdentityRule)
 
         heard = self._listening(f"blocks.{mlp.layer}.mlp.", mlp.pre, mlp.up, mlp.activated, mlp.post)
+        self._forget_inside(f"blocks.{mlp.layer}.mlp", (mlp.pre,), mlp.activated, mlp.post)
 
         def relay(value: Tensor, hook: Any) -> Tensor:
+            self.unsaved.close()
             self.checks.fired(mlp.activated)
             pre = self._take(mlp.pre, mlp.activated)
             ratio = self._coefficient(rule, activation, pre, value)
@@ -277,8 +309,10 @@ class Session:
         pre, up = mlp.pre, mlp.up
         assert up is not None
         heard = self._listening(f"blocks.{mlp.layer}.mlp.", mlp.pre, mlp.up, mlp.activated, mlp.post)
+        self._forget_inside(f"blocks.{mlp.layer}.mlp", (pre, up), mlp.post)
 
         def relay(value: Tensor, hook: Any) -> Tensor:
+            self.unsaved.close()
             self.checks.fired(mlp.post)
             gate, linear = self._take(pre, mlp.post), self._take(up, mlp.post)
             ratio = None
