@@ -38,10 +38,13 @@ class Checks:
             )
         self._fired.add(name)
 
-    def rebuilt(self, name: str, rebuilt: Tensor, value: Tensor) -> None:
-        """Note how far `rebuilt` (overwritten) is from the model's own `value`, relative to the largest value."""
+    def rebuilt(self, name: str, rebuilt: Tensor, value: Tensor, whole: Tensor | None = None) -> None:
+        """Note how far `rebuilt` (overwritten) is from the model's own `value`, relative to the largest value.
+
+        Where `value` are some rows of `whole`, all of it must be finite, and its largest value counts.
+        """
         with torch.no_grad():
-            off, size = _largest(rebuilt.sub_(value)), _largest(value)
+            off, size = _largest(rebuilt.sub_(value)), _largest(value if whole is None else whole)
             relative = off.float() / (size.float() + torch.finfo(torch.float32).tiny)
         self._deviations.append((name, relative, _TOLERANCE[value.dtype] + self._slack))
 

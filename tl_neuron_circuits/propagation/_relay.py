@@ -25,28 +25,29 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, Tensor] = {}
+        self._waiting: dict[str, tuple[Tensor, bool]] = {}
         self._forms: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
     def address(self, name: str, value: Tensor) -> None:
         """Note what gradients at `name` look like: some hook points show hooks a reshaped view of the value."""
         self._forms[name] = (value.shape, value.dtype)
 
-    def leave(self, gradients: Gradients) -> None:
-        self._waiting.update(gradients)
+    def leave(self, gradients: Gradients, *, alone: bool = False) -> None:
+        """Leave gradients; `alone` says that no other reaches these hook points, so that none need be added."""
+        self._waiting.update((name, (gradient, alone)) for name, gradient in gradients.items())
 
     def deliver(
         self, name: str, arriving: tuple[Tensor | None, ...], *, replace: bool = False
     ) -> tuple[Tensor | None, ...] | None:
         """The gradient arriving at hook point `name` plus (or replaced by) what waits, None where nothing waits."""
-        waiting = self._waiting.pop(name, None)
-        if waiting is None:
+        if name not in self._waiting:
             return None
+        waiting, alone = self._waiting.pop(name)
         first = arriving[0]
         form = self._forms.get(name) if first is None else (first.shape, first.dtype)
         if form is not None:
             waiting = waiting.reshape(form[0]).to(form[1])  # OPT's MLP works on [batch * pos, d]
-        if first is not None and not replace:
+        if first is not None and not (replace or alone):
             waiting = waiting + first
         return (waiting, *arriving[1:])
 
@@ -58,7 +59,7 @@ class Relay(torch.autograd.Function):
     """Identity in the forward pass; in the backward pass, `rule` takes the gradient and fills the mailbox.
 
     `bias` is what the piece adds at its end, if anything: it receives its ordinary gradient. `heard` tells whether
-    somebody listens to gradients inside the piece.
+    somebody listens to gradients inside the piece, `alone` whether nothing else than the piece takes up its inputs.
     """
 
     @staticmethod
@@ -69,19 +70,20 @@ class Relay(torch.autograd.Function):
         rule: Callable[[Tensor], Gradients],
         box: Mailbox,
         heard: Callable[[], bool],
+        alone: bool = False,
     ) -> Tensor:
-        ctx.rule, ctx.box, ctx.heard = rule, box, heard
+        ctx.rule, ctx.box, ctx.heard, ctx.alone = rule, box, heard, alone
         ctx.bias_shape = None if bias is None else bias.shape
         return value.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (gradient,) = gradients
-        ctx.box.leave(ctx.rule(gradient))
+        ctx.box.leave(ctx.rule(gradient), alone=ctx.alone)
         to_bias = None
         if ctx.bias_shape is not None and ctx.needs_input_grad[1]:
             to_bias = gradient.sum_to_size(ctx.bias_shape)
-        return torch.zeros_like(gradient) if ctx.heard() else None, to_bias, None, None, None
+        return torch.zeros_like(gradient) if ctx.heard() else None, to_bias, None, None, None, None
 
 
 def times(factor: Tensor, gradient: Tensor) -> Tensor:

@@ -25,11 +25,13 @@ class Unsaved:
             self._open = torch.autograd.graph.saved_tensors_hooks(_drop, _gone)
             self._open.__enter__()
 
-    def close(self) -> None:
-        """Tensors are saved again; nothing happens where it is not open."""
-        if self._open is not None:
-            opened, self._open = self._open, None
-            opened.__exit__(None, None, None)
+    def close(self) -> bool:
+        """Tensors are saved again. Returns whether it was open: nobody else reads or writes inside the piece then."""
+        if self._open is None:
+            return False
+        opened, self._open = self._open, None
+        opened.__exit__(None, None, None)
+        return True
 
 
 def _drop(value: Tensor) -> Any:
