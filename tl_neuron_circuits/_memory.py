@@ -1,6 +1,6 @@
 """Memory that is free, batches that fit into it, and batches that are halved where they did not.
 
-Nothing here knows what the work is: `attribute` and `evaluate` bring it, and how much one and two prompts of it take.
+Nothing here knows what the work is: `attribute` and `evaluate` bring it, and how much a few prompts of it take.
 """
 
 import logging
@@ -88,12 +88,18 @@ def out_of_memory(work: Callable[[], None], *, last: bool) -> str | None:
     return message.strip().splitlines()[0][:200] if message.strip() else "MemoryError"
 
 
-def growth(peak: Callable[[int], int]) -> tuple[int, int]:
-    """Bytes that any batch needs, and bytes more for each prompt, from the peaks of one and of two."""
+def growth(peak: Callable[[int], int], available: int | None, wanted: int) -> tuple[int, int]:
+    """Bytes that any batch needs, and bytes more for each prompt, from the peaks of one and of two.
+
+    Another moment may be the peak of larger batches, and grow faster: where there is room, four and eight tell.
+    """
     peak(1)  # what is made on first use is not the batch's
     one, two = peak(1), peak(2)
     each = max(two - one, 1)
-    return max(one - each, 0), each
+    fixed, many = max(one - each, 0), min(8, wanted)
+    if many >= 4 and (available is None or 2 * (fixed + many * each) < available):
+        each = max(each, -(-(peak(many) - peak(many // 2)) // (many - many // 2)))
+    return fixed, each
 
 
 def first_batch(fixed: int, each: int, available: int | None, n: int) -> int:

@@ -153,11 +153,12 @@ def estimate_memory(
 
 
 def measured(setting: Setting, tokens: TokenisedPairs, batch_size: int, available: int | None = None) -> MemoryEstimate:
-    """The estimate, from one and two rows of the longest prompt."""
+    """The estimate, from one and two rows of the longest prompt, and four and eight where there is room."""
     setting = replace(setting, steps=1)
-    fixed, each = growth(lambda n: _peak(setting, next(tokens.longest(n).batches(n))))
     if available is None:
         available = available_memory(setting.model)
+    wanted = len(tokens) if batch_size == 1 else batch_size
+    fixed, each = growth(lambda n: _peak(setting, next(tokens.longest(n).batches(n))), available, wanted)
     weights = sum(p.numel() * p.element_size() for p in setting.model.parameters())
     return MemoryEstimate(weights, fixed, each, batch_size, max(tokens.lengths), available)
 

@@ -147,7 +147,8 @@ def _fitting(
             probe(Evaluation(ablated, tokens.longest(n), n, Processes(), probe))
         return meter.peak
 
-    fixed, each = growth(peak)
-    size = min(processes.gather(first_batch(fixed, each, available_memory(ablated.model), len(tokens))))
+    available = available_memory(ablated.model)
+    fixed, each = growth(peak, available, len(tokens))
+    size = min(processes.gather(first_batch(fixed, each, available, len(tokens))))
     logger.info("batch_size='auto' begins with %d: %.3g GB and %.3g GB a prompt", size, fixed / 1e9, each / 1e9)
     return size
