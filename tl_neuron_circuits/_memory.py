@@ -97,8 +97,11 @@ def growth(peak: Callable[[int], int], available: int | None, wanted: int) -> tu
     one, two = peak(1), peak(2)
     each = max(two - one, 1)
     fixed, many = max(one - each, 0), min(8, wanted)
-    if many >= 4 and (available is None or 2 * (fixed + many * each) < available):
-        each = max(each, -(-(peak(many) - peak(many // 2)) // (many - many // 2)))
+    if many < 4 or (available is not None and 2 * (fixed + many * each) >= available):
+        return fixed, each
+    larger: list[int] = []
+    if out_of_memory(lambda: larger.extend((peak(many // 2), peak(many))), last=False) is None:
+        each = max(each, -(-(larger[1] - larger[0]) // (many - many // 2)))
     return fixed, each
 
 
