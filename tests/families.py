@@ -302,12 +302,12 @@ def model_cases(*names: str, supported: bool = True) -> list[ModelCase]:
 
 
 def all_models(*names: str) -> list[Any]:
-    """Parametrise a test by `ModelCase`, with ids such as "gemma2-TransformerBridge"."""
+    """Parametrize a test by `ModelCase`, with ids such as "gemma2-TransformerBridge"."""
     return [pytest.param(case, id=case.id) for case in model_cases(*names)]
 
 
 def unsupported_models() -> list[Any]:
-    """Parametrise a test by the models that relevance propagation must refuse."""
+    """Parametrize a test by the models that relevance propagation must refuse."""
     return [pytest.param(case, id=case.id) for case in model_cases(supported=False)]
 
 
@@ -331,7 +331,7 @@ def hooked_transformer(name: str, dtype: torch.dtype = torch.float64, seed: int 
     }
     config = HookedTransformerConfig(**(shared | settings | overrides))
     model = HookedTransformer(config)
-    _randomise(model, seed, FAMILIES[name])
+    _randomize(model, seed, FAMILIES[name])
     return model.eval()
 
 
@@ -345,7 +345,7 @@ def hugging_face(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, *
     config = model_class.config_class(**(tokens | family.hugging_face | overrides))
     config._attn_implementation = "eager"
     model = model_class(config).to(dtype)
-    _randomise(model, seed, family)
+    _randomize(model, seed, family)
     return model.eval()
 
 
@@ -365,15 +365,15 @@ def random_tokens(model: Any, batch: int = 2, pos: int = 7, seed: int = 0) -> In
 
 
 @torch.no_grad()
-def _randomise(model: torch.nn.Module, seed: int, family: Family) -> None:
+def _randomize(model: torch.nn.Module, seed: int, family: Family) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         is_norm = any(part.startswith("ln") or "norm" in part.lower() for part in name.split(".")[:-1])
         is_bias = name.rsplit(".", 1)[-1].lstrip("_").startswith("b")
         if is_norm and not is_bias:
-            centre = 0.0 if _norm_weight_is_offset(family, model) else 1.0
-            value = centre + 0.3 * noise
+            center = 0.0 if _norm_weight_is_offset(family, model) else 1.0
+            value = center + 0.3 * noise
         elif is_bias:
             value = 0.3 * noise
         elif "embed" in name.lower() or "wte" in name or "wpe" in name:

@@ -108,7 +108,7 @@ def main(names: list[str]) -> None:
             PICTURES[name](browser.new_page(), Path(scratch))
             path = IMAGES / f"{name}.png"
             with Image.open(path) as image:
-                small = image.convert("RGB").quantize(256)  # flat colours: half the bytes, no visible loss
+                small = image.convert("RGB").quantize(256)  # flat colors: half the bytes, no visible loss
             small.save(path, optimize=True)
             print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
         browser.close()

@@ -28,30 +28,30 @@ from tl_neuron_circuits import (
     estimate_memory,
     evaluate,
     lasso,
-    logit_effects,
+    direct_logit_effects,
     node_values,
     profiles,
     prompt_scores,
     relp,
     steer,
     steering_hooks,
-    strongest_examples,
+    max_activating_examples,
     sweep,
     trace,
     transcoders,
-    transplant,
+    interchange,
 )
 from tl_neuron_circuits.attribution import EdgeScores, activation_variance, component_edges
 from tl_neuron_circuits.bases import (
-    AttentionOutputs,
-    AttentionWrites,
+    HeadOutputs,
+    AttentionBlockOutputs,
     Dictionaries,
     MLPOutputs,
     Neurons,
     ResidualStream,
 )
 from tl_neuron_circuits.evaluation import evaluate_edges
-from tl_neuron_circuits.tasks import TokenisedPairs, logit_difference
+from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 from tl_neuron_circuits.transcoders import TrainingConfig
 
 pytestmark = RANDOM
@@ -92,7 +92,7 @@ def test_the_model_is_on_two_devices(each: TwoDevices) -> None:
 
 
 def test_relp_takes_gradients_across(both: TwoDevices) -> None:
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         kept: dict[str, Tensor] = {}
         hooks = [(name, lambda value, hook, name=name: kept.update({name: value})) for name in POSTS]
         batch = next(pairs.batches(6))
@@ -123,8 +123,8 @@ def test_every_method_scores_each_layer_where_it_lives(both: TwoDevices, path: A
 
 
 BASES = {
-    "outputs": ([MLPOutputs(), AttentionOutputs()], {"baseline": "zero"}),
-    "writes": ([Neurons(), AttentionWrites()], {"baseline": "mean", "positions": "sum"}),
+    "outputs": ([MLPOutputs(), HeadOutputs()], {"baseline": "zero"}),
+    "writes": ([Neurons(), AttentionBlockOutputs()], {"baseline": "mean", "positions": "sum"}),
     "residual": (ResidualStream(), {"direction": "denoising"}),
     "sae_mlp_out": (dictionaries("sae_mlp_out"), {"baseline": "mean"}),
     "sae_residual": (dictionaries("sae_residual"), {"method": "integrated_gradients", "steps": 2}),
@@ -154,7 +154,7 @@ def test_dictionaries_on_one_device_serve_layers_on_both(both: TwoDevices, path:
 
 
 def test_prompts_on_the_cpu(both: TwoDevices) -> None:
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         scores = attribute(model, both.pairs)
         return scores, evaluate(model, both.pairs, scores, sizes=[5], completeness=False)
 
@@ -172,7 +172,7 @@ CURVES = {
 def test_saved_scores_are_evaluated(both: TwoDevices, path: Any, tmp_path: Path) -> None:
     basis, ablation, positions = path
 
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         attribute(model, pairs, basis=basis, positions=positions).save(tmp_path / "scores")
         scores = NodeScores.load(tmp_path / "scores")
         return scores, scores.map(), evaluate(model, pairs, scores, sizes=[10], ablation=ablation, basis=basis)
@@ -192,7 +192,7 @@ def test_patching_of_chosen_nodes_and_resume(both: TwoDevices, path: None, tmp_p
     class Stopped(Exception):
         pass
 
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         calls: list[int] = []
 
         def metric(logits: Any, batch: Any) -> Any:
@@ -223,7 +223,7 @@ TRACES = {
 def test_trace_finds_the_same_nodes_and_edges(both: TwoDevices, path: Any, tmp_path: Path) -> None:
     basis, settings = path
 
-    def run(model: Any, pairs: TokenisedPairs) -> Circuit:
+    def run(model: Any, pairs: TokenizedPairs) -> Circuit:
         circuit = trace(model, pairs, basis=basis, nodes=8, **settings)
         circuit.save(tmp_path / "circuit")
         return circuit
@@ -233,7 +233,7 @@ def test_trace_finds_the_same_nodes_and_edges(both: TwoDevices, path: Any, tmp_p
 
 @in_turn({"traced": None}, first=1)
 def test_a_traced_prompt_is_ablated_node_by_node_and_edge_by_edge(both: TwoDevices, path: None) -> None:
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         circuit = trace(model, pairs.clean[0], nodes=6)
         curves = [evaluate_edges(model, pairs, circuit, protocol=p, sizes=[4]) for p in ("nodes", "edges")]
         return circuit, evaluate(model, pairs, circuit, sizes=[3]), curves
@@ -248,7 +248,7 @@ EDGES = {"relp": "heads", "eap_ig_inputs": "heads", "patching": "layers", "acdc"
 def test_component_edges(both: TwoDevices, path: Any, tmp_path: Path) -> None:
     method, attention = path
 
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         edges = component_edges(model, pairs, method=method, attention=attention, steps=2)
         edges.save(tmp_path / "edges")
         return EdgeScores.load(tmp_path / "edges"), edges.to_dataframe()
@@ -267,7 +267,7 @@ LASSOS: dict[str, dict[str, Any]] = {
 
 @in_turn(LASSOS)
 def test_circuit_lasso(both: TwoDevices, path: Any, tmp_path: Path) -> None:
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         method = lasso.CircuitLasso(share=0.5, blocks=2, skip_positions=1, tolerance=1e-3, **path)
         return method.fit(model, pairs, resume=tmp_path / f"{len(list(tmp_path.iterdir()))}")
 
@@ -280,7 +280,7 @@ def test_pooled_features(both: TwoDevices, path: None) -> None:
     both.agree(lambda model, pairs: lasso.pooled_features(model, pairs, basis, skip_positions=1).values)
 
 
-def tokens_for(model: Any, pairs: TokenisedPairs, batch: int, pos: int) -> Tensor:
+def tokens_for(model: Any, pairs: TokenizedPairs, batch: int, pos: int) -> Tensor:
     return random_tokens(model, batch, pos).to(pairs.answer.device)
 
 
@@ -289,7 +289,7 @@ SMALL: dict[str, Any] = {"d_dict": 12, "k": 3, "steps": 4, "batch_size": 16, "bu
 
 @in_turn({"transcoder": "transcoder", "sae": "sae"})
 def test_transcoders_are_trained_and_judged(both: TwoDevices, path: Any, tmp_path: Path) -> None:
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         tokens = tokens_for(model, pairs, 12, 8)
         config = TrainingConfig(target=path, dead_after=32, auxiliary_k=4, checkpoint_every=2, **SMALL)
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
@@ -306,7 +306,7 @@ def test_transcoders_are_trained_and_judged(both: TwoDevices, path: Any, tmp_pat
 def test_transcoder_circuits(both: TwoDevices, path: None) -> None:
     made = [dictionary("skip_transcoder", layer) for layer in range(N_LAYERS)]
 
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         prompt, tokens = pairs.clean[0], torch.stack(list(pairs.clean))
         return (
             transcoders.contributions(model, made, prompt, "L1/F2@-1"),
@@ -324,7 +324,7 @@ def test_transcoder_circuits(both: TwoDevices, path: None) -> None:
 def test_steering(both: TwoDevices, path: Any) -> None:
     basis = path
 
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         tokens, amounts = tokens_for(model, pairs, 3, 5), torch.arange(4.0).to(pairs.answer.device)
         found = attribute(model, pairs, basis=basis).top(40)
         nodes = found[found["kind"] == "node"].head(4).reset_index(drop=True)
@@ -335,7 +335,7 @@ def test_steering(both: TwoDevices, path: Any) -> None:
         return (
             model.run_with_hooks(tokens, fwd_hooks=hooks),
             [there, result, steer(model, tokens, nodes, add=there, basis=basis).after],
-            transplant(model, tokens, tokens.flip(0), nodes, basis=basis).after,
+            interchange(model, tokens, tokens.flip(0), nodes, basis=basis).after,
             [one.after for one in sweep(model, tokens, nodes, basis=basis, scales=[-1, 2]).results],
         )
 
@@ -344,12 +344,12 @@ def test_steering(both: TwoDevices, path: Any) -> None:
 
 @in_turn({"explain": None}, first=1)
 def test_explanations(both: TwoDevices, path: None) -> None:
-    def run(model: Any, pairs: TokenisedPairs) -> Any:
+    def run(model: Any, pairs: TokenizedPairs) -> Any:
         tokens, nodes = tokens_for(model, pairs, 4, 5), ["L0/N3@2", "L0/N9", "L1/N4"]
-        found = strongest_examples(model, tokens, nodes, k=2, batch_size=2)
+        found = max_activating_examples(model, tokens, nodes, k=2, batch_size=2)
         return (
             {label: [list(example.activations) for example in examples] for label, examples in found.examples.items()},
-            logit_effects(model, nodes),
+            direct_logit_effects(model, nodes),
             profiles(model, tokens[:2], nodes, goals=2),
             prompt_scores(model, pairs, nodes).values,
             prompt_scores(model, pairs, baseline="corrupt", share=0.01).values,

@@ -68,7 +68,7 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel_names: set[str])
     assert expected - wheel_names == set()
 
 
-def test_the_wheel_holds_demo_weights_with_their_cards_the_page_and_the_licence(wheel_names: set[str]) -> None:
+def test_the_wheel_holds_demo_weights_with_their_cards_the_page_and_the_license(wheel_names: set[str]) -> None:
     inside = {name.removeprefix("tl_neuron_circuits/") for name in wheel_names}
     models = {f"models/demo/{name}/{file}" for name in DEMO_MODELS for file in ("model.safetensors", "README.md")}
     layers = {f"bases/demo/{kind}/layer-0{n}/sae_weights.safetensors" for kind in DEMO_DICTIONARIES for n in range(4)}
@@ -79,7 +79,7 @@ def test_the_wheel_holds_demo_weights_with_their_cards_the_page_and_the_licence(
         assert "license: mit" in (PACKAGE / card).read_text(encoding="utf-8"), card
 
 
-def test_the_wheel_holds_nothing_else_but_its_metadata_and_licence(wheel_names: set[str]) -> None:
+def test_the_wheel_holds_nothing_else_but_its_metadata_and_license(wheel_names: set[str]) -> None:
     others = {name for name in wheel_names if not name.startswith("tl_neuron_circuits/")}
     assert all(".dist-info/" in name for name in others), others
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in others)

@@ -13,7 +13,7 @@ from tests.bases.site_dictionaries import pairs
 from tests.fake_devices import FIRST, SECOND, fake_devices
 from tests.families import FAMILIES, N_LAYERS, ModelCase, build_bridge_from_module, hugging_face
 from tl_neuron_circuits import NodeScores
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 _BEFORE_THE_LAYERS = ("wte", "wpe", "drop", "embed_tokens", "rotary_emb")
 
@@ -63,9 +63,9 @@ class TwoDevices:
         with fake_devices():
             self.spread = spread_hooked(case) if hooked else spread_bridge(case)
 
-    def agree(self, run: Callable[[Any, TokenisedPairs], Any], n: int = 3) -> Any:
+    def agree(self, run: Callable[[Any, TokenizedPairs], Any], n: int = 3) -> Any:
         """Run on both with `n` pairs, compare every number to 1e-6 of the largest of its kind, and return what the
-        devices gave. Their pairs are where `tokenise` puts them, on `cfg.device`.
+        devices gave. Their pairs are where `tokenize` puts them, on `cfg.device`.
         """
         given = pairs(self.plain, n)
         expected = dict(_numbers(run(self.plain, given), ""))
@@ -82,9 +82,9 @@ class TwoDevices:
         return result
 
 
-def _moved(given: TokenisedPairs, device: torch.device) -> TokenisedPairs:
+def _moved(given: TokenizedPairs, device: torch.device) -> TokenizedPairs:
     assert given.corrupt is not None and given.wrong_answer is not None
-    return TokenisedPairs.from_tokens(
+    return TokenizedPairs.from_tokens(
         [prompt.to(device) for prompt in given.clean],
         given.answer.to(device),
         [prompt.to(device) for prompt in given.corrupt],

@@ -1,6 +1,6 @@
 """How results look in a notebook: one line of text, then tables with bars, on light and dark backgrounds.
 
-Every text is escaped. Colours of text and background are the notebook's own; bars are the two colours of the figures,
+Every text is escaped. Colors of text and background are the notebook's own; bars are the two colors of the figures,
 which stand out on both. Without styles (GitHub strips them) a plain table remains.
 """
 
@@ -139,8 +139,8 @@ def _bar(value: float, low: float, high: float) -> str:
         return ""
     unit = BAR_WIDTH / (high - low)
     start, width = round((min(value, 0.0) - low) * unit), round(abs(value) * unit)
-    colour = POSITIVE if value >= 0 else NEGATIVE
+    color = POSITIVE if value >= 0 else NEGATIVE
     return (
         f'<div style="width: {BAR_WIDTH}px"><div style="margin-left: {start}px; width: {width}px; '
-        f'background: {colour}"></div></div>'
+        f'background: {color}"></div></div>'
     )

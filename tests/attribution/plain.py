@@ -8,12 +8,12 @@ from torch import Tensor
 
 from tests.families import ModelCase
 from tests.replicas import replica_gradients, replica_of
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 POSTS = ("blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post")
 
 
-def random_pairs(*lengths: int, seed: int = 0, corrupt: bool = True) -> TokenisedPairs:
+def random_pairs(*lengths: int, seed: int = 0, corrupt: bool = True) -> TokenizedPairs:
     """Random prompts of the given lengths with random answers."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -23,10 +23,10 @@ def random_pairs(*lengths: int, seed: int = 0, corrupt: bool = True) -> Tokenise
     clean = [draw(length) for length in lengths]
     other = [draw(length) for length in lengths]
     answer, wrong = draw(len(lengths)), draw(len(lengths)) + 24
-    return TokenisedPairs.from_tokens(clean, answer, other if corrupt else None, wrong)
+    return TokenizedPairs.from_tokens(clean, answer, other if corrupt else None, wrong)
 
 
-def metric_at(logits: Tensor, pairs: TokenisedPairs, index: int) -> Tensor:
+def metric_at(logits: Tensor, pairs: TokenizedPairs, index: int) -> Tensor:
     """Logit difference of one pair, in a batch of any number of copies of it."""
     assert pairs.wrong_answer is not None
     return logits[:, -1, pairs.answer[index]] - logits[:, -1, pairs.wrong_answer[index]]
@@ -39,7 +39,7 @@ def values_of(model: Any, tokens: Tensor, names: Collection[str]) -> dict[str, T
 
 
 def gradients_of(
-    case: ModelCase, pairs: TokenisedPairs, index: int, tokens: Tensor, rules: Sequence[str]
+    case: ModelCase, pairs: TokenizedPairs, index: int, tokens: Tensor, rules: Sequence[str]
 ) -> dict[str, Tensor]:
     """Gradients of one pair's metric at every hook, from the replica: [pos, unit]."""
     _, found = replica_gradients(
@@ -51,7 +51,7 @@ def gradients_of(
 def plain_scores(
     case: ModelCase,
     model: Any,
-    pairs: TokenisedPairs,
+    pairs: TokenizedPairs,
     names: Sequence[str],
     *,
     rules: Sequence[str] = (),
@@ -72,7 +72,7 @@ def mean_over_pairs(scores: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([score[name].sum(0) for score in scores]).mean(0) for name in scores[0]}
 
 
-def metric_with(model: Any, pairs: TokenisedPairs, index: int, tokens: Tensor, replace: dict[str, Tensor]) -> float:
+def metric_with(model: Any, pairs: TokenizedPairs, index: int, tokens: Tensor, replace: dict[str, Tensor]) -> float:
     """The metric of one prompt with the values at some hooks replaced."""
     hooks = [(name, lambda value, hook, new=new: new.reshape(value.shape).to(value)) for name, new in replace.items()]
     with torch.no_grad():

@@ -14,15 +14,15 @@ from tl_neuron_circuits.attribution import EdgeScores, component_edges, componen
 from tl_neuron_circuits.attribution._component_edges_gradient import read_gradients
 from tl_neuron_circuits.attribution._component_edges_runs import Streams, output_weights, run_with_edges, streams
 from tl_neuron_circuits.propagation import relp
-from tl_neuron_circuits.tasks import TokenisedPairs, logit_difference
+from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
 POST_NORM = ("gemma2", "gemma3")
 
 
-def some_pairs(model: Any, n: int = 4, pos: int = 5, seed: int = 0) -> TokenisedPairs:
+def some_pairs(model: Any, n: int = 4, pos: int = 5, seed: int = 0) -> TokenizedPairs:
     tokens = random_tokens(model, batch=2 * n, pos=pos, seed=seed)
     answers = torch.arange(2 * n) + 3
-    return TokenisedPairs.from_tokens(tokens[:n], answers[:n], tokens[n:], answers[n:])
+    return TokenizedPairs.from_tokens(tokens[:n], answers[:n], tokens[n:], answers[n:])
 
 
 def attention_of(case: ModelCase) -> str:
@@ -49,7 +49,7 @@ def test_all_edges_are_the_model_and_none_are_the_corrupt_run(case: ModelCase) -
     assert not torch.allclose(clean, corrupt, atol=0.01)
 
 
-def by_split_inputs(model: Any, pairs: TokenisedPairs, source: str, target: str) -> float:
+def by_split_inputs(model: Any, pairs: TokenizedPairs, source: str, target: str) -> float:
     """m(clean) - m(with one edge patched) on HookedTransformer's own split inputs: another way to the same number."""
     batch = next(pairs.batches(len(pairs)))
     _, clean = model.run_with_cache(batch.clean)
@@ -248,7 +248,7 @@ def test_pairs_without_aligned_corrupt_prompts_are_refused() -> None:
     model = model_cases("gpt2")[0].build()
     tokens = random_tokens(model, batch=2)
     with pytest.raises(PairsError, match="have none"):
-        component_edges(model, TokenisedPairs.from_tokens(tokens, torch.tensor([1, 2])))
+        component_edges(model, TokenizedPairs.from_tokens(tokens, torch.tensor([1, 2])))
     short = [row[:3] for row in tokens]
     with pytest.raises(PairsError, match="equal token length"):
-        component_edges(model, TokenisedPairs.from_tokens(tokens, torch.tensor([1, 2]), short, torch.tensor([3, 4])))
+        component_edges(model, TokenizedPairs.from_tokens(tokens, torch.tensor([1, 2]), short, torch.tensor([3, 4])))

@@ -19,17 +19,17 @@ from tl_neuron_circuits.attribution import (
     metric_goal,
     token_goal,
 )
-from tl_neuron_circuits.tasks import TokenisedPairs, answer_logit, logit_difference
+from tl_neuron_circuits.tasks import TokenizedPairs, answer_logit, logit_difference
 
 NEURONS = torch.tensor([[0, 0, 1], [0, 3, 2], [0, 5, 3], [0, 5, 9], [1, 2, 4], [1, 5, 7], [1, 5, 8]])
 GOALS = [token_goal(3, "three"), token_goal(4, "four")]
 FAMILIES = ("gpt2", "pythia", "llama", "gemma2", "solu_ln", "bloom", "llama_biased", "opt")
 
 
-def pairs_of(model: Any, n: int = 1) -> TokenisedPairs:
+def pairs_of(model: Any, n: int = 1) -> TokenizedPairs:
     tokens, others = random_tokens(model, n, 6), random_tokens(model, n, 6, seed=1)
     answers = torch.arange(n) + 3
-    return TokenisedPairs.from_tokens(tokens, answers, others, answers + 20)
+    return TokenizedPairs.from_tokens(tokens, answers, others, answers + 20)
 
 
 def effects_of(model: Any, *, paired: bool = False, n: int = 1, goals: Any = GOALS, **options: Any) -> DirectEffects:

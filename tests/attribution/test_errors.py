@@ -21,7 +21,7 @@ from tl_neuron_circuits._errors import (
 )
 from tl_neuron_circuits.attribution import attribute
 from tl_neuron_circuits.bases import MLPOutputs, Neurons
-from tl_neuron_circuits.tasks import PromptPairs, TokenisedPairs, logit_difference
+from tl_neuron_circuits.tasks import PromptPairs, TokenizedPairs, logit_difference
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
@@ -74,12 +74,12 @@ def test_lengths_that_do_not_fit_are_listed(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(4, 5, 4)
     with pytest.raises(PairsError, match=r"prompts of one token length; got \{4: 2, 5: 1\}.*positions='sum'"):
         attribute(model, pairs)
-    uneven = TokenisedPairs.from_tokens(
+    uneven = TokenizedPairs.from_tokens(
         pairs.clean, pairs.answer, pairs.corrupt[::-1][:2] + pairs.clean[:1], pairs.answer + 1
     )
     with pytest.raises(PairsError, match=r"pair 1: clean has 5 tokens and corrupt 4"):
         attribute(
-            model, TokenisedPairs.from_tokens(pairs.clean[:2], pairs.answer[:2], pairs.clean[:1] * 2), positions="sum"
+            model, TokenizedPairs.from_tokens(pairs.clean[:2], pairs.answer[:2], pairs.clean[:1] * 2), positions="sum"
         )
     assert len(uneven) == 3
 
@@ -128,7 +128,7 @@ def test_wrong_types_fail_at_the_call(case: ModelCase, settings: dict[str, Any])
     with pytest.raises(TypeCheckError):
         attribute("gpt2", random_pairs(4, 4))
     with pytest.raises(TypeCheckError):
-        TokenisedPairs.from_tokens(torch.rand(2, 4), torch.tensor([3, 4]))  # a wrong dtype
+        TokenizedPairs.from_tokens(torch.rand(2, 4), torch.tensor([3, 4]))  # a wrong dtype
 
 
 @models
@@ -145,7 +145,7 @@ def test_metrics_that_cannot_be_differentiated_are_refused(case: ModelCase) -> N
     with pytest.raises(NumericalError, match="is not finite for pairs"):
         attribute(model, pairs, metric=lambda logits, batch: logits[:, -1, 0] / 0)
     with pytest.raises(PairsError, match="needs wrong answers"):
-        attribute(model, TokenisedPairs.from_tokens(pairs.clean, pairs.answer, pairs.corrupt), metric=logit_difference)
+        attribute(model, TokenizedPairs.from_tokens(pairs.clean, pairs.answer, pairs.corrupt), metric=logit_difference)
 
 
 @models
@@ -153,7 +153,7 @@ def test_no_pairs_and_no_tokenizer_are_told(case: ModelCase) -> None:
     with pytest.raises(PairsError, match="at least one pair"):
         PromptPairs(clean=[], answer=[])
     with pytest.raises(PairsError, match="at least one pair"):
-        TokenisedPairs.from_tokens([], torch.zeros(0, dtype=torch.long))
+        TokenizedPairs.from_tokens([], torch.zeros(0, dtype=torch.long))
     with pytest.raises(PairsError, match="has no tokenizer"):
         attribute(model_of(case), PromptPairs(clean=["The keys"], answer=[" are"]))
 

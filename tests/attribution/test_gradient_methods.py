@@ -18,11 +18,11 @@ from tests.families import ModelCase, all_models
 from tests.propagation.readings import ALL_RULES, model_of
 from tests.propagation.test_conservation import without_biases
 from tl_neuron_circuits.attribution import attribute
-from tl_neuron_circuits.bases import AttentionOutputs, AttentionWrites, MLPOutputs, Neurons, ResidualStream
+from tl_neuron_circuits.bases import HeadOutputs, AttentionBlockOutputs, MLPOutputs, Neurons, ResidualStream
 from tl_neuron_circuits.tasks import answer_logit
 
 METHODS = {"relp": ALL_RULES, "gradient": ()}
-BASES = (Neurons(), MLPOutputs(), AttentionOutputs(), ResidualStream(), AttentionWrites())
+BASES = (Neurons(), MLPOutputs(), HeadOutputs(), ResidualStream(), AttentionBlockOutputs())
 models = pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2", "solu_ln"))
 few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
 
@@ -117,7 +117,7 @@ def test_relevance_of_every_layer_is_the_metric_without_biases(case: ModelCase) 
 def test_summed_units_are_sums_of_units(case: ModelCase) -> None:
     """The maps over layer and position of RelP's protocol."""
     model, pairs = model_of(case), random_pairs(5, 5)
-    basis = [ResidualStream(), AttentionWrites(), MLPOutputs()]
+    basis = [ResidualStream(), AttentionBlockOutputs(), MLPOutputs()]
     single = attribute(model, pairs, basis=basis, direction="denoising")
     summed = attribute(model, pairs, basis=basis, direction="denoising", units="sum")
     assert list(summed.map().index) == list(single.values) and summed.map().shape == (6, 5)
@@ -128,7 +128,7 @@ def test_summed_units_are_sums_of_units(case: ModelCase) -> None:
 
 
 @few_models
-def test_a_stabiliser_is_passed_on(case: ModelCase) -> None:
+def test_a_stabilizer_is_passed_on(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(5, 5)
     exact, forks = (attribute(model, pairs, stabilizer=stabilizer).flat() for stabilizer in (None, 1e-6))
     assert not torch.equal(exact, forks) and (exact - forks).abs().max() < 1e-3 * exact.abs().max()

@@ -11,14 +11,14 @@ from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.attribution import attribute
-from tl_neuron_circuits.bases import AttentionOutputs, MLPOutputs, Neurons, ResidualStream
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.bases import HeadOutputs, MLPOutputs, Neurons, ResidualStream
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
 HOOK = POSTS[0]
 
 
-def one_at_a_time(model: Any, pairs: TokenisedPairs, hook: str, *, base: Any, denoising: bool = False) -> Tensor:
+def one_at_a_time(model: Any, pairs: TokenizedPairs, hook: str, *, base: Any, denoising: bool = False) -> Tensor:
     """Scores [pair, pos, unit] of a hook point, a forward pass each. `base(index)` is what is patched in."""
     rows = []
     for index, clean in enumerate(pairs.clean):
@@ -35,7 +35,7 @@ def one_at_a_time(model: Any, pairs: TokenisedPairs, hook: str, *, base: Any, de
     return torch.stack(rows)
 
 
-def corrupt_values(model: Any, pairs: TokenisedPairs, hook: str) -> Any:
+def corrupt_values(model: Any, pairs: TokenizedPairs, hook: str) -> Any:
     return lambda index: values_of(model, pairs.corrupt[index], [hook])[hook]
 
 
@@ -60,7 +60,7 @@ def test_denoising_puts_clean_values_into_the_corrupt_run(case: ModelCase) -> No
 @models
 def test_other_bases_and_baselines_are_patched_one_at_a_time(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(3, corrupt=False)
-    for basis in (AttentionOutputs(layers=[1]), MLPOutputs(layers=[1]), ResidualStream(layers=[0])):
+    for basis in (HeadOutputs(layers=[1]), MLPOutputs(layers=[1]), ResidualStream(layers=[0])):
         (site,) = basis.sites(model)
         zero = lambda index, hook=site.hook: torch.zeros_like(values_of(model, pairs.clean[index], [hook])[hook])  # noqa: E731
         found = attribute(model, pairs, method="patching", baseline="zero", basis=basis)

@@ -13,7 +13,7 @@ from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of
 from tl_neuron_circuits._errors import FileFormatError
 from tl_neuron_circuits.attribution import NodeScores, attribute
-from tl_neuron_circuits.bases import AttentionOutputs, Neurons, ResidualStream
+from tl_neuron_circuits.bases import HeadOutputs, Neurons, ResidualStream
 
 models = pytest.mark.parametrize("case", all_models("gpt2"))
 COLUMNS = ["label", "layer", "unit", "position", "score", "kind", "hook"]
@@ -34,7 +34,7 @@ def test_top_ranks_by_size_or_by_sign(case: ModelCase) -> None:
 @models
 def test_a_row_names_its_node(case: ModelCase) -> None:
     """Label, hook, position and unit lead back to the score; so does the order of the table."""
-    scores = attribute(model_of(case), random_pairs(4, 4), basis=[Neurons(), AttentionOutputs(layers=[1])])
+    scores = attribute(model_of(case), random_pairs(4, 4), basis=[Neurons(), HeadOutputs(layers=[1])])
     for row in scores.top(20).itertuples():
         letter = "A" if "attn" in row.hook else "N"
         assert row.label == f"L{row.layer}/{letter}{row.unit}@{row.position}"

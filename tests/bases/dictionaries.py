@@ -145,7 +145,7 @@ def slow_decode(case: DictionaryCase, features: Tensor, x: Tensor) -> Tensor:
     for f in range(D_DICT):
         norm = w["W_dec"][f].norm() if config.get("rescale_acts_by_decoder_norm") else 1.0
         output += features[f] * w["W_dec"][f] / norm
-    if case.is_transcoder:  # SAELens does not undo the normalisation of a transcoder's input
+    if case.is_transcoder:  # SAELens does not undo the normalization of a transcoder's input
         return output
     _, scale, shift = _slow_normalize(config.get("normalize_activations", "none"), x)
     return output * scale + shift

@@ -7,7 +7,7 @@ import torch
 
 from tests.families import D_HEAD, D_MLP, D_MODEL, N_HEADS, N_LAYERS, random_tokens
 from tl_neuron_circuits.bases import (
-    AttentionOutputs,
+    HeadOutputs,
     Basis,
     Dictionaries,
     Dictionary,
@@ -15,13 +15,13 @@ from tl_neuron_circuits.bases import (
     Neurons,
     ResidualStream,
 )
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 D_DICT, LENGTH = 12, 5
 PLACES: dict[str, tuple[str, str, str | None, int, Basis]] = {
     "sae_mlp_out": ("standard", "hook_mlp_out", None, D_MODEL, MLPOutputs()),
     "sae_residual": ("topk", "hook_resid_post", None, D_MODEL, ResidualStream()),
-    "sae_attention": ("gated", "attn.hook_z", None, N_HEADS * D_HEAD, AttentionOutputs()),
+    "sae_attention": ("gated", "attn.hook_z", None, N_HEADS * D_HEAD, HeadOutputs()),
     "sae_hidden": ("jumprelu", "mlp.hook_post", None, D_MLP, Neurons()),
     "transcoder": ("transcoder", "ln2.hook_normalized", "hook_mlp_out", D_MODEL, MLPOutputs()),
     "skip_transcoder": ("skip_transcoder", "ln2.hook_normalized", "hook_mlp_out", D_MODEL, MLPOutputs()),
@@ -58,7 +58,7 @@ def identity(width: int, hook: str, *, linear: bool = True) -> Dictionary:
     return Dictionary("custom", eye, eye, zeros, hook_in=hook, own_encode=lambda x: x)
 
 
-def pairs(model: Any, n: int = 6, length: int = LENGTH, seed: int = 0) -> TokenisedPairs:
+def pairs(model: Any, n: int = 6, length: int = LENGTH, seed: int = 0) -> TokenizedPairs:
     """Random prompts, corrupted at one position, with random answers; two pairs share a label."""
     clean = random_tokens(model, n, length, seed)
     corrupt = clean.clone()
@@ -68,4 +68,4 @@ def pairs(model: Any, n: int = 6, length: int = LENGTH, seed: int = 0) -> Tokeni
     answers = random_tokens(model, n, 2, seed + 99)
     wrong = (answers[:, 1] + (answers[:, 0] == answers[:, 1]).long()) % model.cfg.d_vocab
     labels = [f"word{row // 2}" for row in range(n)]
-    return TokenisedPairs.from_tokens(clean, answers[:, 0], corrupt, wrong, labels=labels)
+    return TokenizedPairs.from_tokens(clean, answers[:, 0], corrupt, wrong, labels=labels)

@@ -13,7 +13,7 @@ from tl_neuron_circuits.bases import answers_only
 from tl_neuron_circuits.tasks import (
     Batch,
     ProbabilityDifference,
-    TokenisedPairs,
+    TokenizedPairs,
     answer_log_probability,
     answer_logit,
     logit_difference,
@@ -28,7 +28,7 @@ def batch_of(model: Any) -> Batch:
     """Three prompts, read at different positions."""
     tokens = random_tokens(model, batch=3)
     where = torch.tensor([6, 2, 4])
-    pairs = TokenisedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1], position=where)
+    pairs = TokenizedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1], position=where)
     return next(pairs.batches(3))
 
 
@@ -76,7 +76,7 @@ def test_a_hook_at_the_unembedding_sees_every_position(case: ModelCase, directio
 def test_scores_are_those_of_all_logits(case: ModelCase, method: Any) -> None:
     model = case.build()
     tokens = random_tokens(model, batch=3)
-    pairs = TokenisedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1])
+    pairs = TokenizedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1])
 
     def same(logits: Tensor, batch: Batch) -> Tensor:
         return logit_difference(logits, batch)

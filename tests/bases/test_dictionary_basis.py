@@ -14,7 +14,7 @@ from tl_neuron_circuits import as_dictionary, attribute, compare, evaluate
 from tl_neuron_circuits._errors import DictionaryError, FileFormatError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.attribution import NodeScores
 from tl_neuron_circuits.bases import (
-    AttentionOutputs,
+    HeadOutputs,
     Dictionaries,
     MLPOutputs,
     Neurons,
@@ -264,6 +264,6 @@ def test_several_sites_make_one_list_of_nodes(case: ModelCase) -> None:
     """Attention outputs and a transcoder together: the scores of each alone, one after the other."""
     model = built(case)
     tokens = pairs(model)
-    together = attribute(model, tokens, basis=[AttentionOutputs(), BASES["transcoder"]])
-    alone = [attribute(model, tokens, basis=b) for b in (AttentionOutputs(), BASES["transcoder"])]
+    together = attribute(model, tokens, basis=[HeadOutputs(), BASES["transcoder"]])
+    alone = [attribute(model, tokens, basis=b) for b in (HeadOutputs(), BASES["transcoder"])]
     torch.testing.assert_close(together.flat(), torch.cat([scores.flat() for scores in alone]))

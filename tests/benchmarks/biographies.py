@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 import tl_neuron_circuits as tnc
-from tl_neuron_circuits.lasso import Generalisation, LabelledTexts, bias_in_bios, contrast_judge, generalise
+from tl_neuron_circuits.lasso import Generalization, LabelledTexts, bias_in_bios, contrast_judge, generalize
 from tl_neuron_circuits.models import _english as english
 from tl_neuron_circuits.models import _text
 
@@ -45,21 +45,21 @@ def biographies(n: int, seed: int, concept: bool = False) -> LabelledTexts:
     return LabelledTexts(texts, labels, spurious)
 
 
-def synthetic(options: argparse.Namespace, seed: int, model: Any, basis: Any) -> Generalisation:
+def synthetic(options: argparse.Namespace, seed: int, model: Any, basis: Any) -> Generalization:
     given = [biographies(options.texts, 10 * seed + k, concept=k == 2) for k in range(3)]
-    return generalise(model, *given, basis, seed=seed, batch_size=64, **settings(options))
+    return generalize(model, *given, basis, seed=seed, batch_size=64, **settings(options))
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {"hook": options.hook, "errors": not options.no_errors, "judge": contrast_judge(options.judge)}
 
 
-def real(options: argparse.Namespace, seed: int, model: Any, basis: Any) -> Generalisation:
+def real(options: argparse.Namespace, seed: int, model: Any, basis: Any) -> Generalization:
     texts = bias_in_bios(options.bios)
     rows = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     train, test = texts.take(rows[: len(rows) // 2]), texts.take(rows[len(rows) // 2 :])
     other = bias_in_bios(options.bios, ("teacher", "journalist")).balanced(options.texts, seed)
-    return generalise(model, train, test, other, basis, seed=seed, **settings(options))
+    return generalize(model, train, test, other, basis, seed=seed, **settings(options))
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def capitals(name: str, images: Path | None) -> None:
     prompts, answers = donors()
     rows = []
     for group, nodes in groups.items():
-        moved = tnc.transplant(model, [PROMPT] * len(prompts), prompts, nodes, watch=groups)
+        moved = tnc.interchange(model, [PROMPT] * len(prompts), prompts, nodes, watch=groups)
         hits = sum(top.strip() == answer for top, answer in zip(moved.top_after, answers, strict=True))
         kept = sum(top.strip() == "Austin" for top in moved.top_after)
         row: dict[str, Any] = {"group": group, "neurons": len(nodes), "donor's capital": hits, "still Austin": kept}
@@ -71,7 +71,7 @@ def capitals(name: str, images: Path | None) -> None:
         rows.append(row)
     print(pd.DataFrame(rows).round(2).to_string(index=False))
     donor = "The nickname of the state containing Cormouth is"
-    print(tnc.transplant(model, PROMPT, donor, groups["state"], watch=groups).summary().round(2).to_string(index=False))
+    print(tnc.interchange(model, PROMPT, donor, groups["state"], watch=groups).summary().round(2).to_string(index=False))
     if images:
         screenshot(circuit.prune(count=150), images / f"circuit_capitals_{name}.png")
 
@@ -87,8 +87,8 @@ def agreement(name: str, images: Path | None) -> None:
     print(curve.to_dataframe().round(2).to_string(index=False), f"\nmetric {curve.metric_full:.2f}")
     last = best[best["position"] == 5].head(1)
     neuron = last["label"].iloc[0].partition("@")[0]
-    print(tnc.logit_effects(model, [neuron], k=6).summary().to_string(index=False))
-    examples = tnc.strongest_examples(model, test.clean, [neuron], k=3)
+    print(tnc.direct_logit_effects(model, [neuron], k=6).summary().to_string(index=False))
+    examples = tnc.max_activating_examples(model, test.clean, [neuron], k=3)
     print(examples.to_dataframe()[["text", "token", "activation"]].to_string(index=False))
     print(steered(model, test, last).to_string(index=False))
     print(moved(model, test, scores.top(400)).to_string(index=False))
@@ -100,7 +100,7 @@ def agreement(name: str, images: Path | None) -> None:
 
 def steered(model: Any, test: tnc.PromptPairs, node: pd.DataFrame) -> pd.DataFrame:
     """Per multiplier: how often the verb's number is right, and the mean logit difference, by the subject's number."""
-    tokens = tnc.tasks.tokenise(model, test)
+    tokens = tnc.tasks.tokenize(model, test)
     rows, singular = torch.arange(len(test)), torch.tensor([answer.endswith("s") for answer in test.answer])
     values = tnc.node_values(model, test.clean, node)
     print("activation", {k: f"{values[m].mean():.2f}" for k, m in (("singular", singular), ("plural", ~singular))})
@@ -118,13 +118,13 @@ def steered(model: Any, test: tnc.PromptPairs, node: pd.DataFrame) -> pd.DataFra
 
 def moved(model: Any, test: tnc.PromptPairs, ranked: pd.DataFrame) -> pd.DataFrame:
     """How often the best neurons of one position, set to their values on the other number's prompt, flip the verb."""
-    tokens = tnc.tasks.tokenise(model, test)
+    tokens = tnc.tasks.tokenize(model, test)
     assert tokens.wrong_answer is not None
     rows, out = torch.arange(len(test)), []
     for place, position, sizes in (("noun", 2, (3, 10, 20, 40)), ("last", 5, (1, 3, 5, 10))):
         for size in sizes:
             best = ranked[ranked["position"] == position].head(size)
-            logits = tnc.transplant(model, test.clean, test.corrupt or [], best).after
+            logits = tnc.interchange(model, test.clean, test.corrupt or [], best).after
             flips = logits[rows, tokens.answer] < logits[rows, tokens.wrong_answer]
             out.append({"position": place, "neurons": len(best), "flips": round(float(flips.float().mean()), 2)})
     return pd.DataFrame(out)

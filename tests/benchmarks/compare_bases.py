@@ -39,7 +39,7 @@ Tasks = dict[str, PromptPairs]
 
 
 def stories_pairs(template: str, part: Any) -> PromptPairs:
-    """Pronoun pairs, labelled by contrast, over which bands are drawn."""
+    """Pronoun pairs, labeled by contrast, over which bands are drawn."""
     pairs = pronoun_pairs(template, part)
     return PromptPairs.from_pairs([PromptPair(*pair[:4], str(row // 2)) for row, pair in enumerate(pairs)])
 

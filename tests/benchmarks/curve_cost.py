@@ -19,7 +19,7 @@ import torch
 import tl_neuron_circuits as tnc
 from tests.benchmarks import relp_cost
 from tl_neuron_circuits.bases import Basis, Dictionaries, MLPOutputs, Neurons
-from tl_neuron_circuits.tasks import TokenisedPairs, tokenise
+from tl_neuron_circuits.tasks import TokenizedPairs, tokenize
 
 MOST_FORWARDS = 45
 Case = tuple[str, Any, Any, tnc.NodeScores]
@@ -36,16 +36,16 @@ def counted(model: Any, work: Callable[[], object]) -> tuple[int, float]:
     return len(forwards), seconds
 
 
-def random_pairs(n: int, length: int, seed: int = 0) -> TokenisedPairs:
+def random_pairs(n: int, length: int, seed: int = 0) -> TokenizedPairs:
     """Pairs of random prompts for `relp_cost.model_of`; each prompt's contrast is the prompt reversed."""
     tokens = torch.randint(0, relp_cost.D_VOCAB, (n, length), generator=torch.Generator().manual_seed(seed))
-    return TokenisedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(1), tokens[:, 1])
+    return TokenizedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(1), tokens[:, 1])
 
 
 def work_and_reference(model: Any, test: Any, scores: tnc.NodeScores) -> dict[str, Callable[[], object]]:
     """A curve over all pairs in one batch, and as many plain forwards as it may cost."""
     n = len(test)
-    (batch,) = tokenise(model, test).batches(n)
+    (batch,) = tokenize(model, test).batches(n)
 
     @torch.no_grad()
     def forwards() -> None:

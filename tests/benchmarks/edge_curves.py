@@ -57,12 +57,12 @@ def curves(model: Any, circuit: Circuit, pairs: PromptPairs, ranking: str, seed:
 def figure(table: pd.DataFrame, model: str) -> go.Figure:
     """Faithfulness against the number of edges, path patching."""
     out = go.Figure()
-    for colour, (ranking, part) in zip(PALETTE, table.groupby("ranking", sort=False), strict=False):
+    for color, (ranking, part) in zip(PALETTE, table.groupby("ranking", sort=False), strict=False):
         for column, dash in (("paths", "solid"), ("paths, completeness", "dash")):
-            name, line = f"{ranking}, {'kept' if dash == 'solid' else 'cut'}", {"dash": dash, "color": colour}
+            name, line = f"{ranking}, {'kept' if dash == 'solid' else 'cut'}", {"dash": dash, "color": color}
             out.add_scatter(x=part["edges"], y=part[column], name=name, mode="lines+markers", line=line)
     out.update_xaxes(type="log", title="edges kept, or cut (path patching)")
-    out.update_yaxes(title="share of the behaviour")
+    out.update_yaxes(title="share of the behavior")
     out.update_layout(title=f"Circuits with few edges, {model}", template="plotly_white", width=900, height=480)
     return out
 

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import tl_neuron_circuits as tnc  # noqa: E402
-from tl_neuron_circuits.tasks import tokenise  # noqa: E402
+from tl_neuron_circuits.tasks import tokenize  # noqa: E402
 
 PROMPT, LENGTH = "The capital of the state containing Dallas is", 10
 
 
 def of_one_length(model: Any, pairs: tnc.PromptPairs) -> tnc.PromptPairs:
-    lengths = tokenise(model, pairs).lengths
+    lengths = tokenize(model, pairs).lengths
     keep = [index for index, length in enumerate(lengths) if length == LENGTH]
     columns = {key: [getattr(pairs, key)[i] for i in keep] for key in ("clean", "corrupt", "answer", "wrong_answer")}
     return tnc.PromptPairs(**columns)

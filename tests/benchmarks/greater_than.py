@@ -25,7 +25,7 @@ from plotly.subplots import make_subplots
 import tl_neuron_circuits as tnc
 from tests.benchmarks.compare_bases import markdown, write_png
 from tl_neuron_circuits.attribution import activation_variance
-from tl_neuron_circuits.bases import AttentionOutputs, Basis, Dictionaries, MLPOutputs, Neurons
+from tl_neuron_circuits.bases import HeadOutputs, Basis, Dictionaries, MLPOutputs, Neurons
 from tl_neuron_circuits.plots._style import PALETTE, finish
 
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
@@ -64,7 +64,7 @@ class Task:
 
     def by_start_year(self) -> pd.DataFrame:
         """The metric by the decades of the start year, on the pairs for judging."""
-        tokens = tnc.tasks.tokenise(self.model, self.test)
+        tokens = tnc.tasks.tokenize(self.model, self.test)
         values = torch.empty(len(self.test))
         for batch in tokens.batches(64):
             with torch.no_grad():
@@ -109,7 +109,7 @@ def measure(task: Task) -> tuple[pd.DataFrame, pd.DataFrame]:
                 "original": curve.metric_full,
                 "MLP replaced": replaced,
                 "MLP zero": task.ablated(MLPOutputs(layers)),
-                "attention zero": task.ablated(AttentionOutputs(layers)),
+                "attention zero": task.ablated(HeadOutputs(layers)),
             }
         )
     return pd.DataFrame(references), pd.DataFrame(rows)

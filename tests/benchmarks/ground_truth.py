@@ -26,13 +26,13 @@ from tests.real_models import TRACR_PROGRAMS, load_hooked_form
 from tl_neuron_circuits.attribution import component_edges
 from tl_neuron_circuits.evaluation import judge_edges, tracr_ground_truth
 from tl_neuron_circuits.lasso import CircuitLasso
-from tl_neuron_circuits.tasks import Batch, TokenisedPairs
+from tl_neuron_circuits.tasks import Batch, TokenizedPairs
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "models"
 SHARED = SHARED if SHARED.is_dir() else Path("/work/shared/models")
 COLUMNS = ("auroc", "average_precision", "shd", "shd_best", "shd_empty", "seconds")
 SHARE = 0.05  # of the smallest penalty that leaves no edge; chosen on four planted cases, the same for all
-Case = tuple[Any, Any, Callable[[int, int], tuple[TokenisedPairs, Any]]]
+Case = tuple[Any, Any, Callable[[int, int], tuple[TokenizedPairs, Any]]]
 
 
 def lasso(prompts: int = 256, **settings: Any) -> Callable[..., Any]:
@@ -81,7 +81,7 @@ def planted_cases() -> list[Case]:
     for seed in planted_seeds():
         planted = load_planted(seed)
 
-        def draw(n: int, seed: int, planted: Any = planted) -> tuple[TokenisedPairs, Any]:
+        def draw(n: int, seed: int, planted: Any = planted) -> tuple[TokenizedPairs, Any]:
             pairs = planted.pairs(n, seed)
             return pairs, planted.metric(pairs)
 
@@ -101,11 +101,11 @@ def compiled_cases() -> list[Case]:
         path = SHARED / f"tracr_{program}"
         model = load_hooked_form(path)
 
-        def draw(n: int, seed: int, model: Any = model) -> tuple[TokenisedPairs, Any]:
+        def draw(n: int, seed: int, model: Any = model) -> tuple[TokenizedPairs, Any]:
             generator = torch.Generator().manual_seed(seed)
             tokens = torch.randint(1, model.cfg.d_vocab, (2 * n, model.cfg.n_ctx), generator=generator)
             tokens[:, 0] = 0
-            return TokenisedPairs.from_tokens(
+            return TokenizedPairs.from_tokens(
                 tokens[:n], torch.arange(n) % model.cfg.d_vocab_out, tokens[n:]
             ), all_outputs
 

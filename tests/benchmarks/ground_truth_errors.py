@@ -4,7 +4,7 @@
 
 Four measurements on all planted cases, one draw of prompts.
 1. Wrong edges by kind, at thresholds chosen on the other cases. "Idle" components are outside the circuit but hold some
-   token; "along a chain" joins two nodes of one chain that are not neighbours; "across" joins two chains.
+   token; "along a chain" joins two nodes of one chain that are not neighbors; "across" joins two chains.
 2. How much of each chain node's variance its true parents explain, and how much all other earlier components do
    without them (least squares, mean over units): where both are 1, no regression can tell who the parents are.
 3. The same circuits with squares of every unit as further sources (nonlinear regressors), and without them.
@@ -28,7 +28,7 @@ from tests.planted.circuits import PlantedCase
 from tests.planted.load import Planted, load_planted, planted_seeds
 from tl_neuron_circuits.attribution import component_edges
 from tl_neuron_circuits.evaluation import judge_edges
-from tl_neuron_circuits.lasso import CircuitLasso, Observations, standardise
+from tl_neuron_circuits.lasso import CircuitLasso, Observations, standardize
 
 Edge = tuple[str, str]
 
@@ -71,8 +71,8 @@ def with_squares() -> Iterator[None]:
     """In place of the pooled columns of regressors="pooled": squares at the same position, for every target."""
 
     def squares(now: Tensor, bidirectional: bool) -> Tensor:
-        centred = now - now.mean((0, 1))
-        return centred.square()
+        centered = now - now.mean((0, 1))
+        return centered.square()
 
     def allowed(watch: Any, sources: Any, targets: Any) -> Tensor:
         stage = torch.tensor([site.stage for site in watch.sites])
@@ -90,7 +90,7 @@ def explained_by(seen: Observations, case: PlantedCase) -> pd.DataFrame:
     names = [site.name for site in seen.sites]
     rows = []
     for regression, total in zip(seen.regressions, seen.total(), strict=True):
-        problem = standardise(total)
+        problem = standardize(total)
         owner = [names[k] if k < len(names) else "logits" for k in regression.targets.site.tolist()]
         source = [names[k] for k in regression.sources.site.tolist()]
         for target in dict.fromkeys(owner):
@@ -113,7 +113,7 @@ def explained_by(seen: Observations, case: PlantedCase) -> pd.DataFrame:
 
 
 def r2(gram: Tensor, cross: Tensor, sources: Tensor) -> float:
-    """Of least squares on these sources, mean over the targets' columns (standardised: variance 1)."""
+    """Of least squares on these sources, mean over the targets' columns (standardized: variance 1)."""
     if not bool(sources.any()):
         return 0.0
     system = gram[sources][:, sources].clone()

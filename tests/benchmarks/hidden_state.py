@@ -1,4 +1,4 @@
-"""Is the state a hidden step? Transplant few neurons from a prompt about another state that asks for another attribute.
+"""Is the state a hidden step? Interchange few neurons from a prompt about another state that asks for another attribute.
 
     python -m tests.benchmarks.hidden_state [--models demo-gelu] [--pairs 200] [--draws 5]
 
@@ -34,7 +34,7 @@ from tl_neuron_circuits.explain._logit_effects import output_weights
 from tl_neuron_circuits.interventions import Hooks, ablation_hooks
 from tl_neuron_circuits.models import DEMO_MODELS
 from tl_neuron_circuits.models import _states as states
-from tl_neuron_circuits.tasks import Batch, measure, tokenise
+from tl_neuron_circuits.tasks import Batch, measure, tokenize
 
 Masks = dict[str, Tensor]
 SHARES = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
@@ -94,7 +94,7 @@ class Trial:
     @classmethod
     def of(cls, model: Any, pairs: PromptPairs, donors: list[str]) -> "Trial":
         """Run the recipients and the donors once."""
-        tokens = tokenise(model, pairs)
+        tokens = tokenize(model, pairs)
         batch = next(iter(tokens.batches(len(tokens))))
         donor = Batch(batch.index, model.to_tokens(donors)[batch.index], batch.answer, batch.position)
         hooks = [site.hook for site in Neurons().sites(model)]

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.lasso --growth      how time and memory grow with units and observations
 
 Data: a linear structural model of ten sites; every unit is the target once, its sources are all units of earlier sites.
-Both sides get the data, standardise it and solve one penalty to the same relative duality gap. The loop is timed on a
+Both sides get the data, standardize it and solve one penalty to the same relative duality gap. The loop is timed on a
 sample of targets spread over the sites and extrapolated to all (said in the output), in two forms: `Lasso.fit`, as its
 documentation has it, and `lasso_path` with Gram and X'y given, the least that scikit-learn's public interface can do.
 """
@@ -20,7 +20,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso, lasso_path
 
-from tl_neuron_circuits.lasso import Accumulator, largest_penalty, solve_lasso, standardise
+from tl_neuron_circuits.lasso import Accumulator, largest_penalty, solve_lasso, standardize
 
 GAP = 1e-6
 
@@ -76,7 +76,7 @@ def growth(share: float, most: float, only: tuple[int, int] | None = None) -> No
             for start in range(0, observations, 5000):
                 x = draw(weights, 5000, start)
                 in_gram += seconds(lambda x=x, a=accumulator: a.add(x))[0]
-            problem = standardise(accumulator.total())
+            problem = standardize(accumulator.total())
             penalty = share * largest_penalty(problem, allowed)
             in_solve, solution = seconds(
                 lambda p=problem, a=allowed, k=penalty: solve_lasso(p, k, allowed=a, tolerance=GAP)
@@ -120,7 +120,7 @@ def main() -> None:
         accumulator = Accumulator()
         for batch in x.split(8192):
             accumulator.add(batch)
-        return standardise(accumulator.total())
+        return standardize(accumulator.total())
 
     to_gram, problem = seconds(accumulate)
     penalty = options.penalty * largest_penalty(problem, allowed)

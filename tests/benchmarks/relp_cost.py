@@ -30,7 +30,7 @@ from torch import Tensor
 from tests.families import HookedTransformer, HookedTransformerConfig, build_bridge_from_module
 from tl_neuron_circuits.attribution import attribute
 from tl_neuron_circuits.propagation import relp
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 BATCH, POS, D_VOCAB, GPT2_VOCAB = 8, 32, 1000, 50257
 
@@ -99,7 +99,7 @@ def measure_time(backend: str, arguments: argparse.Namespace) -> dict[str, float
     runs = {"forward": forward, "plain": lambda: plain(model, tokens), "relp": lambda: propagated(model, tokens)}
     seconds = alternating(runs, arguments.rounds)
     ratios = [a / b for a, b in zip(seconds["relp"], seconds["plain"], strict=True)]
-    pairs = TokenisedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1])
+    pairs = TokenizedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1])
     methods = {
         "attribute_relp": lambda: attribute(model, pairs),
         "attribute_inputs": lambda: attribute(model, pairs, method="integrated_gradients_inputs", steps=10),

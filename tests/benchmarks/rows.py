@@ -16,8 +16,8 @@ import tl_neuron_circuits as tnc
 from tests.benchmarks import curve_cost, edges, relp_cost
 from tests.benchmarks.curve_cost import counted
 from tests.families import build_bridge_from_module
-from tl_neuron_circuits.lasso import Accumulator, largest_penalty, solve_lasso, standardise
-from tl_neuron_circuits.tasks import TokenisedPairs, tokenise
+from tl_neuron_circuits.lasso import Accumulator, largest_penalty, solve_lasso, standardize
+from tl_neuron_circuits.tasks import TokenizedPairs, tokenize
 
 
 @dataclass
@@ -55,9 +55,9 @@ def gpt2(quick: bool, backend: str = "HookedTransformer", d_vocab: int = relp_co
     return relp_cost.model_of(backend, *((2, 128) if quick else (12, 768)), d_vocab), relp_cost.tokens_of()
 
 
-def random_pairs(tokens: torch.Tensor, n: int) -> TokenisedPairs:
+def random_pairs(tokens: torch.Tensor, n: int) -> TokenizedPairs:
     many = tokens.repeat(-(-n // len(tokens)), 1)[:n]
-    return TokenisedPairs.from_tokens(many, many[:, 0], many.flip(1), many[:, 1])
+    return TokenizedPairs.from_tokens(many, many[:, 0], many.flip(1), many[:, 1])
 
 
 def relp_over(
@@ -132,7 +132,7 @@ def compare_over_parts(quick: bool) -> Pair:
     bases, sizes = [tnc.bases.Neurons(), tnc.bases.MLPOutputs()], [1, 10] if quick else None
     work = lambda: tnc.compare(model, train, test, bases=bases, methods=["relp", "gradient"], sizes=sizes)  # noqa: E731
     forwards, _ = counted(model, work)
-    (batch, *_) = tokenise(model, test).batches(64)
+    (batch, *_) = tokenize(model, test).batches(64)
 
     @torch.no_grad()
     def reference() -> None:
@@ -175,7 +175,7 @@ def edges_over_prompts(quick: bool) -> Pair:
 def steering_over_forward(quick: bool) -> Pair:
     model, pairs = demo("nounpp", 16)
     scores = tnc.attribute(model, pairs)
-    (batch, *_) = tokenise(model, pairs).batches(16)
+    (batch, *_) = tokenize(model, pairs).batches(16)
     hooks = tnc.steering_hooks(model, scores.top(50), scale=0)
     steered = no_grad(lambda: model.run_with_hooks(batch.clean, fwd_hooks=hooks))
     many = lambda work: [work() for _ in range(2 if quick else 20)]  # noqa: E731
@@ -196,7 +196,7 @@ def lasso_over_sklearn(quick: bool) -> Pair:
         accumulator = Accumulator()
         for batch in x.split(8192):
             accumulator.add(batch)
-        problem = standardise(accumulator.total())
+        problem = standardize(accumulator.total())
         penalty = 0.05 * largest_penalty(problem, allowed)
         return penalty, solve_lasso(problem, penalty, allowed=allowed, tolerance=1e-6)
 

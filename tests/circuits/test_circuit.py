@@ -143,9 +143,9 @@ def test_a_supernode_of_everything_has_what_comes_from_outside(circuit: Circuit)
 def test_labels_and_groups_by_neuron_reach_all_positions(circuit: Circuit) -> None:
     name = circuit.nodes.query("kind == 'neuron'")["node"].iloc[0].partition("@")[0]
     of_neuron = circuit.nodes["node"].str.startswith(f"{name}@")
-    labelled = circuit.label({name: "mine"}).group({"group": [name]})
-    assert (labelled.nodes.loc[of_neuron, "label"] == "mine").all()
-    assert ((labelled.nodes["group"] == "group") == of_neuron).all()
+    labeled = circuit.label({name: "mine"}).group({"group": [name]})
+    assert (labeled.nodes.loc[of_neuron, "label"] == "mine").all()
+    assert ((labeled.nodes["group"] == "group") == of_neuron).all()
     assert (circuit.nodes["group"] == "").all()
 
 

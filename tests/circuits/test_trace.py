@@ -14,7 +14,7 @@ from tests.families import ModelCase, all_models, random_tokens
 from tests.stories_tasks import pronoun_pairs
 from tl_neuron_circuits import Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
-from tl_neuron_circuits.tasks import TokenisedPairs, capitals, logit_difference
+from tl_neuron_circuits.tasks import TokenizedPairs, capitals, logit_difference
 
 FAMILIES = ("gpt2", "llama", "gemma2")
 both = all_models("gpt2", "llama")
@@ -35,7 +35,7 @@ def test_everything_adds_up(case: ModelCase) -> None:
 def test_pairs_add_up(case: ModelCase, corrupt: bool) -> None:
     model = case.build()
     tokens, others = random_tokens(model, 3, 6), random_tokens(model, 3, 6, seed=1)
-    pairs = TokenisedPairs.from_tokens(
+    pairs = TokenizedPairs.from_tokens(
         tokens, torch.tensor([3, 4, 5]), others if corrupt else None, torch.tensor([6, 7, 8])
     )
     circuit = trace(model, pairs, nodes=10)
@@ -60,7 +60,7 @@ def test_the_default_target_is_the_likeliest_tokens_minus_the_mean(case: ModelCa
 
 
 @pytest.mark.parametrize("case", all_models("pythia"))  # its unembedding is not tied to the embedding
-def test_centring_the_unembedding_changes_nothing(case: ModelCase) -> None:
+def test_centering_the_unembedding_changes_nothing(case: ModelCase) -> None:
     model, tokens = case.build(), random_tokens(case.build(), 1, 6)
     before, raw = trace(model, tokens, nodes=10), model(tokens).detach()
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_the_model_is_left_as_found(case: ModelCase, untouched: Callable[[Any], 
     ("target", "options", "message"),
     [
         (99, {}, "between 0 and 49"),
-        (" text", {}, "tokenised in the context"),
+        (" text", {}, "tokenized in the context"),
         ((3, 3), {}, "two different tokens"),
         ([], {}, "at least one token"),
         (torch.ones(7).double(), {}, "direction of 50"),
@@ -196,18 +196,18 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
     model = one[0].values[0].build()
     short, long = random_tokens(model, 1, 5)[0], random_tokens(model, 1, 6)[0]
     with pytest.raises(PairsError, match="one token length"):
-        trace(model, TokenisedPairs.from_tokens([short, long], torch.tensor([1, 2])))
+        trace(model, TokenizedPairs.from_tokens([short, long], torch.tensor([1, 2])))
     with pytest.raises(PairsError, match="corrupt prompts"):
-        trace(model, TokenisedPairs.from_tokens([short], torch.tensor([1])), baseline="corrupt")
+        trace(model, TokenizedPairs.from_tokens([short], torch.tensor([1])), baseline="corrupt")
     with pytest.raises(PairsError, match="equal token length"):
-        trace(model, TokenisedPairs.from_tokens([short], torch.tensor([1]), [long], torch.tensor([2])))
+        trace(model, TokenizedPairs.from_tokens([short], torch.tensor([1]), [long], torch.tensor([2])))
 
 
 @pytest.mark.parametrize("case", one)
 def test_a_metric_can_be_the_target_of_pairs(case: ModelCase) -> None:
     model = case.build()
     tokens = random_tokens(model, 2, 6)
-    pairs = TokenisedPairs.from_tokens(tokens, torch.tensor([3, 4]), None, torch.tensor([6, 7]))
+    pairs = TokenizedPairs.from_tokens(tokens, torch.tensor([3, 4]), None, torch.tensor([6, 7]))
     by_name, by_default = trace(model, pairs, logit_difference, nodes=5), trace(model, pairs, nodes=5)
     pd.testing.assert_frame_equal(by_name.nodes, by_default.nodes)
     assert isinstance(by_name, Circuit)

@@ -31,7 +31,7 @@ from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.attribution import slots_of
 from tl_neuron_circuits.attribution._edges_run import run_prompt
 from tl_neuron_circuits.evaluation import evaluate_edges
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 FAMILIES = ("gpt2", "pythia", "llama", "gemma2")
 both = all_models("gpt2", "llama")
@@ -67,7 +67,7 @@ def test_dictionaries_at_other_hook_points_lose_nothing(case: ModelCase, place: 
 
 @pytest.mark.parametrize("case", one)
 @pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale"])
-def test_normalised_dictionaries_lose_nothing(case: ModelCase, how: str) -> None:
+def test_normalized_dictionaries_lose_nothing(case: ModelCase, how: str) -> None:
     model = case.build()
     basis = dictionaries("sae_mlp_out", normalize_activations=how, apply_b_dec_to_input=True)
     assert_explains_everything(trace(model, random_tokens(model, 1, 5), basis=basis, nodes=8))
@@ -131,7 +131,7 @@ def whole() -> tuple[Any, bases.Dictionaries, Circuit]:
     """A circuit of every feature that matters."""
     model, basis = one[0].values[0].build(), dictionaries("transcoder")
     tokens = random_tokens(model, 1, 5)
-    (batch,) = TokenisedPairs.from_tokens(tokens, torch.tensor([0])).batches(1)
+    (batch,) = TokenizedPairs.from_tokens(tokens, torch.tensor([0])).batches(1)
     sites = basis.sites(model)
     fires = [bases.take_apart([s], bases.run_values(model, batch, s.reads))[s.hook].nodes[0] != 0 for s in sites]
     reaching = int(fires[0].sum()) + int(fires[1][-1].sum())  # of the last layer only those at the last position

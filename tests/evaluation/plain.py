@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.attribution.plain import metric_at, values_of
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 
-def baselines(model: Any, pairs: TokenisedPairs, names: list[str], ablation: str) -> list[dict[str, Tensor]]:
+def baselines(model: Any, pairs: TokenizedPairs, names: list[str], ablation: str) -> list[dict[str, Tensor]]:
     """What ablated nodes take, for every prompt: [pos, unit]."""
     assert pairs.corrupt is not None
     corrupt = [values_of(model, tokens, names) for tokens in pairs.corrupt]
@@ -27,7 +27,7 @@ def baselines(model: Any, pairs: TokenisedPairs, names: list[str], ablation: str
 
 def ablated_metric(
     model: Any,
-    pairs: TokenisedPairs,
+    pairs: TokenizedPairs,
     index: int,
     base: Mapping[str, Tensor],
     keep: Mapping[str, Tensor],

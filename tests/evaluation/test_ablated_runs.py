@@ -13,7 +13,7 @@ from tests.evaluation.plain import ablated_metric, baselines
 from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of
 from tl_neuron_circuits.attribution import NodeScores, attribute
-from tl_neuron_circuits.bases import AttentionOutputs, Neurons
+from tl_neuron_circuits.bases import HeadOutputs, Neurons
 from tl_neuron_circuits.evaluation import RankedNodes, evaluate
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
@@ -37,7 +37,7 @@ def kept_masks(scores: NodeScores, size: int) -> dict[str, Tensor]:
 def test_endpoints_are_exact_for_every_ablation(case: ModelCase, ablation: Any) -> None:
     """All nodes: faithfulness 1, completeness 0. No node: the reverse."""
     model, pairs = model_of(case), random_pairs(4, 4, 4)
-    scores = attribute(model, pairs, basis=[Neurons(), AttentionOutputs()], method="random")
+    scores = attribute(model, pairs, basis=[Neurons(), HeadOutputs()], method="random")
     curve = evaluate(model, pairs, scores, sizes=[0, len(scores)], ablation=ablation)
     assert curve.faithfulness.tolist() == pytest.approx([0, 1], abs=1e-4)
     assert curve.completeness.tolist() == pytest.approx([1, 0], abs=1e-4)

@@ -44,7 +44,7 @@ def test_ratios_are_those_of_means_over_the_drawn_pairs() -> None:
             np.testing.assert_allclose(completeness[draw, size], float((removed - low) / (high - low)), rtol=1e-5)
 
 
-def test_a_draw_that_cannot_be_normalised_is_left_out_silently() -> None:
+def test_a_draw_that_cannot_be_normalized_is_left_out_silently() -> None:
     made = curve([1], [0.5], n_pairs=6, groups=GROUPS)
     made.full[:4] = 1.0  # cats and dogs alone: full = empty
     weights = draw_weights(GROUPS, 6, 300, seed=0)

@@ -13,8 +13,8 @@ from tests.families import N_LAYERS, ModelCase, all_models
 from tl_neuron_circuits import NodeScores, attribute, evaluate
 from tl_neuron_circuits._errors import NumericalError, PairsError, SettingsError
 from tl_neuron_circuits.bases import (
-    AttentionOutputs,
-    AttentionWrites,
+    HeadOutputs,
+    AttentionBlockOutputs,
     Basis,
     Dictionaries,
     MLPOutputs,
@@ -22,13 +22,13 @@ from tl_neuron_circuits.bases import (
     ResidualStream,
     run_values,
 )
-from tl_neuron_circuits.tasks import TokenisedPairs, logit_difference, measure
+from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference, measure
 
 BASES: dict[str, Basis | list[Basis]] = {
-    basis.name: basis for basis in (Neurons(), MLPOutputs(), AttentionOutputs(), ResidualStream(), AttentionWrites())
+    basis.name: basis for basis in (Neurons(), MLPOutputs(), HeadOutputs(), ResidualStream(), AttentionBlockOutputs())
 }
 BASES |= {place: dictionaries(place) for place in PLACES}
-BASES["attention and transcoder"] = [AttentionOutputs(), dictionaries("transcoder")]
+BASES["attention and transcoder"] = [HeadOutputs(), dictionaries("transcoder")]
 BASES["attention SAE, neurons and residual stream"] = [dictionaries("sae_attention"), Neurons(), ResidualStream([1])]
 quiet = pytest.mark.filterwarnings("ignore:dictionaries leave more than 0.9")  # random dictionaries explain nothing
 both_classes = pytest.mark.parametrize("case", all_models("gpt2"))
@@ -80,7 +80,7 @@ def test_an_error_that_is_no_node_is_always_kept_or_always_ablated(case: ModelCa
         evaluate(model, tokens, scores, sizes=[n_nodes + 1], error=error)
 
 
-def kept_by_hand(model: Any, tokens: TokenisedPairs, kept: set[tuple[int, int, int]], base: list[Tensor]) -> Tensor:
+def kept_by_hand(model: Any, tokens: TokenizedPairs, kept: set[tuple[int, int, int]], base: list[Tensor]) -> Tensor:
     """The metric of each prompt alone, neurons outside `kept` (layer, position, unit) set to `base` one by one."""
     out = []
     for batch in tokens.batches(1):
@@ -175,7 +175,7 @@ def test_resampling_gives_every_prompt_another_prompts_values(case: ModelCase) -
     """Of two prompts each gets the other's, whatever the batches; a seed gives the same values again."""
     model = built(case)
     two = pairs(model, n=2)
-    swapped = TokenisedPairs.from_tokens(
+    swapped = TokenizedPairs.from_tokens(
         torch.stack(list(two.clean)), two.answer, torch.stack(list(two.corrupt or ())).flip(0), two.wrong_answer
     )
     scores = scored(case, "skip_transcoder")
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused(case: ModelCase) -> None:
             evaluate(model, tokens, scores, sizes=sizes)
     with pytest.raises(PairsError, match="the scores have 5 positions"):
         evaluate(model, pairs(model, length=6), scores)
-    unpaired = TokenisedPairs.from_tokens(torch.stack(list(tokens.clean)), tokens.answer, None, tokens.wrong_answer)
+    unpaired = TokenizedPairs.from_tokens(torch.stack(list(tokens.clean)), tokens.answer, None, tokens.wrong_answer)
     with pytest.raises(PairsError, match="Use 'zero'"):
         evaluate(model, unpaired, scores)
     assert len(evaluate(model, unpaired, scores, sizes=[3], ablation="zero").sizes) == 1

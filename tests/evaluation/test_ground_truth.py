@@ -22,7 +22,7 @@ from tl_neuron_circuits.evaluation import (
     structural_hamming_distance,
     tracr_ground_truth,
 )
-from tl_neuron_circuits.tasks import Batch, TokenisedPairs
+from tl_neuron_circuits.tasks import Batch, TokenizedPairs
 
 POSSIBLE = frozenset((f"n{i}", f"n{j}") for i in range(8) for j in range(i + 1, 8))
 
@@ -111,11 +111,11 @@ def test_scores_of_other_components_are_refused() -> None:
         GroundTruth("t", frozenset({("a", "b")}), POSSIBLE)
 
 
-def compiled_pairs(model: Any, n: int = 12) -> TokenisedPairs:
+def compiled_pairs(model: Any, n: int = 12) -> TokenizedPairs:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, model.cfg.d_vocab, (2 * n, model.cfg.n_ctx), generator=generator)
     tokens[:, 0] = 0
-    return TokenisedPairs.from_tokens(tokens[:n], torch.zeros(n, dtype=torch.long), tokens[n:])
+    return TokenizedPairs.from_tokens(tokens[:n], torch.zeros(n, dtype=torch.long), tokens[n:])
 
 
 def every_output(logits: Tensor, batch: Batch) -> Tensor:

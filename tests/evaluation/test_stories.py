@@ -8,8 +8,8 @@ import torch
 from tests.benchmarks.stories260K import METHODS, TEMPLATES, curve_of, merit, scores_of
 from tests.stories_tasks import pronoun_pairs
 from tl_neuron_circuits.attribution import attribute
-from tl_neuron_circuits.bases import AttentionWrites, MLPOutputs, ResidualStream
-from tl_neuron_circuits.tasks import logit_difference, measure, tokenise
+from tl_neuron_circuits.bases import AttentionBlockOutputs, MLPOutputs, ResidualStream
+from tl_neuron_circuits.tasks import logit_difference, measure, tokenize
 
 
 def test_relp_beats_attribution_patching_on_seven_of_eight_templates(stories260K: Any) -> None:
@@ -30,7 +30,7 @@ def test_patching_a_real_models_neurons_is_one_forward_pass_each(stories260K: An
     pairs = pronoun_pairs(TEMPLATES[0], "attribution", 2)
     top = attribute(stories260K, pairs).top(6)
     found = attribute(stories260K, pairs, method="patching", nodes=top)
-    (batch,) = tokenise(stories260K, pairs).batches(100)
+    (batch,) = tokenize(stories260K, pairs).batches(100)
 
     def metric(hooks: Any = ()) -> float:
         with torch.no_grad():
@@ -51,10 +51,10 @@ def test_patching_a_real_models_neurons_is_one_forward_pass_each(stories260K: An
 
 def test_relps_own_protocol_gives_maps_over_layer_and_position(stories260K: Any) -> None:
     """Denoising, gradient at the corrupt run; the last residual stream has all of it at the last position."""
-    basis = [ResidualStream(), AttentionWrites(), MLPOutputs()]
+    basis = [ResidualStream(), AttentionBlockOutputs(), MLPOutputs()]
     pairs = pronoun_pairs(TEMPLATES[0], "attribution", 4)
     scores = attribute(stories260K, pairs, basis=basis, direction="denoising", units="sum")
     table = scores.map()
-    assert table.shape == (15, len(tokenise(stories260K, pairs).clean[0]))
+    assert table.shape == (15, len(tokenize(stories260K, pairs).clean[0]))
     last = table.loc["blocks.4.hook_resid_post"].to_numpy()
     assert abs(last[:-1]).max() < 1e-6 < abs(last[-1])

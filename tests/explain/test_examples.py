@@ -9,7 +9,7 @@ import torch
 
 from tests.families import ModelCase, all_models, random_tokens
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.explain import strongest_examples
+from tl_neuron_circuits.explain import max_activating_examples
 from tl_neuron_circuits.explain._highlight import highlight
 
 few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
@@ -22,7 +22,7 @@ def test_they_are_what_a_plain_search_finds(case: ModelCase, by: Any, untouched:
     tokens = random_tokens(model, 11)
     model(tokens[:1])
     with untouched(model):
-        found = strongest_examples(model, tokens, ["L1/N3@2", "L0/N5"], k=4, by=by, batch_size=3)
+        found = max_activating_examples(model, tokens, ["L1/N3@2", "L0/N5"], k=4, by=by, batch_size=3)
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
     for label, layer, unit in (("L1/N3", 1, 3), ("L0/N5", 0, 5)):
@@ -45,7 +45,7 @@ def test_text_of_several_lengths_descriptions_and_bos(stories260K: Any) -> None:
         return f"<i>{label}</i> likes {examples['token'].iloc[0]!r}"
 
     nodes = [f"L2/N{unit}" for unit in (0, 1, 14, 21)]
-    found = strongest_examples(stories260K, prompts, nodes, k=3, describe=describe, batch_size=2)
+    found = max_activating_examples(stories260K, prompts, nodes, k=3, describe=describe, batch_size=2)
     assert seen == [(node, 3) for node in nodes] and found.n_prompts == 8
     page = found._repr_html_()
     assert "<b>big" not in page and "<i>L2" not in page and "&lt;i&gt;L2/N0" in page
@@ -54,14 +54,14 @@ def test_text_of_several_lengths_descriptions_and_bos(stories260K: Any) -> None:
         assert prompts[row.prompt] in row.text and row.text in visible
     table = found.to_dataframe()
     assert (table["position"] > 0).all() and table["description"].str.startswith("<i>").all()
-    with_bos = strongest_examples(stories260K, prompts, "L2/N14", k=8, by="absolute", skip_bos=False)
+    with_bos = max_activating_examples(stories260K, prompts, "L2/N14", k=8, by="absolute", skip_bos=False)
     assert (with_bos.to_dataframe()["position"] == 0).any()
     with pytest.raises(SettingsError, match="expected describe to return a string"):
-        strongest_examples(stories260K, prompts, nodes, describe=lambda label, examples: 3)  # type: ignore[arg-type, return-value]
+        max_activating_examples(stories260K, prompts, nodes, describe=lambda label, examples: 3)  # type: ignore[arg-type, return-value]
     with pytest.raises(SettingsError, match="one of the neurons"):
         found.html("L9/N9")
     with pytest.raises(SettingsError, match="units below 172"):
-        strongest_examples(stories260K, prompts, "L2/N172")
+        max_activating_examples(stories260K, prompts, "L2/N172")
 
 
 def test_highlight_escapes_and_scales() -> None:

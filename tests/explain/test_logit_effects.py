@@ -8,11 +8,11 @@ import torch
 
 from tests.families import ModelCase, all_models, random_tokens
 from tl_neuron_circuits._errors import NeuronCircuitsError, SettingsError
-from tl_neuron_circuits.explain import Profiles, cluster, logit_effects, profiles, prompt_scores
+from tl_neuron_circuits.explain import Profiles, cluster, direct_logit_effects, profiles, prompt_scores
 from tl_neuron_circuits.explain._cluster import affinities
 from tl_neuron_circuits.explain._logit_effects import effects_of, output_weights
 from tl_neuron_circuits.propagation import relp
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))
 _CAPS = {"HookedTransformer": {"output_logits_soft_cap": -1.0}, "TransformerBridge": {"final_logit_softcapping": None}}
@@ -28,8 +28,8 @@ def gradients_of_logits(model: Any, tokens: Any, name: str) -> torch.Tensor:
 
     with relp(model, rules=("ln",)), model.hooks(fwd_hooks=[(name, keep)]):
         last = model(tokens)[0, -1]
-        centred = last - last.mean()
-        rows = [torch.autograd.grad(c, kept["value"], retain_graph=True)[0][0, -1] for c in centred]
+        centered = last - last.mean()
+        rows = [torch.autograd.grad(c, kept["value"], retain_graph=True)[0][0, -1] for c in centered]
     return torch.stack(rows)
 
 
@@ -56,7 +56,7 @@ def test_the_effect_is_the_gradient_through_frozen_norms_up_to_their_scale(case:
 def test_the_table_lists_the_extremes(case: ModelCase) -> None:
     model = case.build()
     effects = effects_of(model, 0, output_weights(model, 0)[[3, 9]])
-    found = logit_effects(model, ["L0/N3@2", "L1/N4", "L0/N9"], k=4, batch_size=1)
+    found = direct_logit_effects(model, ["L0/N3@2", "L1/N4", "L0/N9"], k=4, batch_size=1)
     table = found.to_dataframe()
     assert len(table) == 3 * 8 and set(table["label"]) == {"L0/N3", "L0/N9", "L1/N4"}
     for label, effect in zip(("L0/N3", "L0/N9"), effects, strict=True):
@@ -68,15 +68,15 @@ def test_the_table_lists_the_extremes(case: ModelCase) -> None:
     torch.testing.assert_close(effects.mean(1), torch.zeros(2), atol=1e-5, rtol=0)
     assert len(found.summary()) == 3 and "3 neurons" in repr(found) and "<table" in found._repr_html_()
     with pytest.raises(SettingsError, match="expected neurons"):
-        logit_effects(model, "L0/R3")
+        direct_logit_effects(model, "L0/R3")
     with pytest.raises(SettingsError, match="units below 24"):
-        logit_effects(model, "L0/N24")
+        direct_logit_effects(model, "L0/N24")
     with pytest.raises(SettingsError, match="k and batch_size"):
-        logit_effects(model, "L0/N3", k=0)
+        direct_logit_effects(model, "L0/N3", k=0)
 
 
 def test_html_of_tokens_is_escaped(stories260K: Any) -> None:
-    found = logit_effects(stories260K, [f"L4/N{unit}" for unit in range(172)], k=20)
+    found = direct_logit_effects(stories260K, [f"L4/N{unit}" for unit in range(172)], k=20)
     assert (found.table["token"] == "<").any() or (found.table["token"].str.contains("<")).any()
     assert "'<'" not in found._repr_html_()
 
@@ -128,7 +128,7 @@ def test_contributions_are_prompt_scores_of_the_same_goal(case: ModelCase) -> No
     model = case.build()
     tokens = random_tokens(model, 1, 5)
     found = profiles(model, tokens, ["L0/N3", "L1/N4"], goals=1)
-    pairs = TokenisedPairs.from_tokens(tokens, model(tokens)[:, -1].argmax(-1))
+    pairs = TokenizedPairs.from_tokens(tokens, model(tokens)[:, -1].argmax(-1))
     scores = prompt_scores(
         model, pairs, ["L0/N3", "L1/N4"], metric=lambda logits, batch: logits[:, -1].amax(-1) - logits[:, -1].mean(-1)
     )
@@ -142,8 +142,8 @@ def planted(groups: int = 3, each: int = 6) -> Profiles:
     generator = torch.Generator().manual_seed(0)
     views = []
     for width in (12, 8):
-        centres = torch.eye(groups, width) * 3
-        views.append(centres.repeat_interleave(each, 0) + 0.2 * torch.rand(groups * each, width, generator=generator))
+        centers = torch.eye(groups, width) * 3
+        views.append(centers.repeat_interleave(each, 0) + 0.2 * torch.rand(groups * each, width, generator=generator))
     nodes = tuple(f"L0/N{i}" for i in range(groups * each))
     return Profiles(nodes, views[0], views[1], tuple("abcdefghijkl"), tuple("mnopqrst"))
 

@@ -18,16 +18,16 @@ def test_details_are_the_examples_and_effects_of_each_neuron_and_fit_the_page(tm
     neurons = {name.partition("@")[0] for name in circuit.members}
     assert set(details) == neurons
     name = sorted(neurons)[0]
-    effects = tnc.logit_effects(model, [name], k=4).to_dataframe()
-    tokens, numbers = zip(*details[name]["logit_effects"], strict=True)
+    effects = tnc.direct_logit_effects(model, [name], k=4).to_dataframe()
+    tokens, numbers = zip(*details[name]["direct_logit_effects"], strict=True)
     assert list(tokens) == effects["token"].tolist()
     assert list(numbers) == pytest.approx(effects["effect"].tolist(), rel=1e-5)
-    examples = tnc.strongest_examples(model, prompts, [name], k=3, by="absolute").examples[name]
+    examples = tnc.max_activating_examples(model, prompts, [name], k=3, by="absolute").examples[name]
     assert [e.tokens for e in details[name]["examples"]] == [e.tokens for e in examples]
     assert details[name]["description"] == f"about {name}"
     circuit.to_html(tmp_path / "page.html", details=details)
     assert f"about {name}" in (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert set(tnc.node_details(model, circuit)[name]) == {"logit_effects"}
+    assert set(tnc.node_details(model, circuit)[name]) == {"direct_logit_effects"}
 
 
 def test_what_cannot_be_told_is_refused() -> None:

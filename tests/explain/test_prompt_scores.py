@@ -9,15 +9,15 @@ from tests.families import ModelCase, all_models, random_tokens
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.attribution import attribute
 from tl_neuron_circuits.explain import prompt_scores
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))
 
 
-def pairs_of(model: Any, n: int = 4, pos: int = 5) -> TokenisedPairs:
+def pairs_of(model: Any, n: int = 4, pos: int = 5) -> TokenizedPairs:
     tokens = random_tokens(model, 3 * n, pos)
     answers = torch.arange(2, n + 2)
-    return TokenisedPairs.from_tokens(tokens[:n], answers, tokens[n : 2 * n], answers + n)
+    return TokenizedPairs.from_tokens(tokens[:n], answers, tokens[n : 2 * n], answers + n)
 
 
 @few_models
@@ -34,7 +34,7 @@ def test_their_mean_is_what_attribute_gives(case: ModelCase, baseline: Any, unto
         scores.values.mean(0), torch.tensor(expected["score"].to_numpy(copy=True)), rtol=1e-4, atol=1e-5
     )
     for row in (0, 3):
-        one = TokenisedPairs.from_tokens(
+        one = TokenizedPairs.from_tokens(
             [pairs.clean[row]], pairs.answer[row : row + 1], [pairs.corrupt[row]], pairs.wrong_answer[row : row + 1]
         )
         alone = attribute(model, one, baseline=baseline, positions="sum").flat()
@@ -81,7 +81,7 @@ def test_errors(case: ModelCase) -> None:
         prompt_scores(model, pairs, "L0/N3@5")
     with pytest.raises(SettingsError, match="units below 24"):
         prompt_scores(model, pairs, "L0/N24")
-    alone = TokenisedPairs.from_tokens(pairs.clean, pairs.answer, wrong_answer=pairs.wrong_answer)
+    alone = TokenizedPairs.from_tokens(pairs.clean, pairs.answer, wrong_answer=pairs.wrong_answer)
     with pytest.raises(PairsError, match="needs corrupt prompts"):
         prompt_scores(model, alone, "L0/N3", baseline="corrupt")
 

@@ -8,7 +8,7 @@ import torch
 from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of, tokens_of
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.bases import AttentionOutputs, Neurons, Parts
+from tl_neuron_circuits.bases import HeadOutputs, Neurons, Parts
 from tl_neuron_circuits.interventions import AblationSwitch, ablation_hooks
 from tl_neuron_circuits.interventions._ablation import _choose
 
@@ -42,7 +42,7 @@ def test_nodes_outside_the_mask_take_the_baseline(case: ModelCase) -> None:
 def test_heads_are_ablated_component_by_component(case: ModelCase) -> None:
     model, tokens, name = model_of(case), tokens_of(case), "blocks.0.attn.hook_z"
     mask = torch.arange(16) < 8
-    hooks = ablation_hooks(AttentionOutputs(layers=[0]).sites(model), {(name, "node"): mask}, {name: None})
+    hooks = ablation_hooks(HeadOutputs(layers=[0]).sites(model), {(name, "node"): mask}, {name: None})
     live, found = value_after(model, tokens, [], name), value_after(model, tokens, hooks, name)
     assert found.shape == live.shape == (2, 6, 4, 4)
     assert torch.equal(found[:, :, :2], live[:, :, :2]) and not found[:, :, 2:].any()

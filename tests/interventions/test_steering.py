@@ -11,10 +11,10 @@ import torch
 from tests.families import ModelCase, all_models, random_tokens, unsupported_models
 from tl_neuron_circuits._errors import PairsError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.attribution import attribute
-from tl_neuron_circuits.bases import AttentionOutputs, MLPOutputs, Neurons, ResidualStream
-from tl_neuron_circuits.interventions import node_values, steer, steering_hooks, sweep, transplant
+from tl_neuron_circuits.bases import HeadOutputs, MLPOutputs, Neurons, ResidualStream
+from tl_neuron_circuits.interventions import node_values, steer, steering_hooks, sweep, interchange
 from tl_neuron_circuits.propagation import relp
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))
 LABELS = ["L0/N3@2", "L1/N7@4", "L1/N0", "L0/N5"]
@@ -53,7 +53,7 @@ def test_scale_one_is_the_identity_bit_for_bit_and_leaves_no_trace(case: ModelCa
 
 
 @few_models
-@pytest.mark.parametrize("basis", [Neurons(), MLPOutputs(), AttentionOutputs(), ResidualStream()], ids=lambda b: b.name)
+@pytest.mark.parametrize("basis", [Neurons(), MLPOutputs(), HeadOutputs(), ResidualStream()], ids=lambda b: b.name)
 def test_only_the_chosen_activations_change(case: ModelCase, basis: Any) -> None:
     model = case.build()
     tokens = random_tokens(model)
@@ -98,7 +98,7 @@ def test_amounts_by_node_and_by_prompt(case: ModelCase) -> None:
 def test_labels_rows_and_circuits_name_the_same_nodes(case: ModelCase) -> None:
     model = case.build()
     tokens = random_tokens(model)
-    pairs = TokenisedPairs.from_tokens(tokens, torch.tensor([3, 4]), wrong_answer=torch.tensor([5, 6]))
+    pairs = TokenizedPairs.from_tokens(tokens, torch.tensor([3, 4]), wrong_answer=torch.tensor([5, 6]))
     rows = attribute(model, pairs, baseline="zero").top(5)
     by_rows = logits_with(model, tokens, steering_hooks(model, rows, scale=2))
     by_labels = logits_with(model, tokens, steering_hooks(model, list(rows["label"]), scale=2))
@@ -136,7 +136,7 @@ def test_interchange_with_the_own_values_is_the_identity_and_all_neurons_of_a_do
     with torch.no_grad():
         assert torch.equal(same, model(recipient))
         # The residual stream of the last layer is all that the logits see.
-        donated = transplant(model, recipient, donor, [f"L1/R{unit}" for unit in range(16)], positions=6)
+        donated = interchange(model, recipient, donor, [f"L1/R{unit}" for unit in range(16)], positions=6)
         torch.testing.assert_close(donated.after, model(donor)[:, -1].float())
     assert donated.settings["how"] == "value"
 
@@ -299,7 +299,7 @@ def test_a_transplant_takes_the_donors_answer_at_the_last_position(stories260K: 
     length = stories260K.to_tokens(girl).shape[1]
     assert length == stories260K.to_tokens(boy).shape[1]
     units = [f"L4/R{unit}" for unit in range(stories260K.cfg.d_model)]
-    result = transplant(stories260K, girl, boy, units, positions=length - 1)
+    result = interchange(stories260K, girl, boy, units, positions=length - 1)
     with torch.no_grad():
         torch.testing.assert_close(result.after, stories260K(boy)[:, -1])
 

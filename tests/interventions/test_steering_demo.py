@@ -28,7 +28,7 @@ def test_ablating_the_best_neurons_takes_the_answer_away_and_random_ones_do_not(
     best = scores.top(60, by="signed")
     every = scores.to_dataframe()
     picked = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:60]
-    tokens = tasks.tokenise(demo, test)
+    tokens = tasks.tokenize(demo, test)
     rows = torch.arange(len(test))
     differences = {}
     for name, nodes in (("best", best), ("random", every.iloc[picked.numpy()])):
@@ -47,8 +47,8 @@ def test_the_subjects_number_can_be_transplanted(demo: Any) -> None:
     pairs = tasks.subject_verb_agreement("simple", n=16, seed=1)
     nodes = [f"L{layer}/N{unit}" for layer in range(demo.cfg.n_layers) for unit in range(demo.cfg.d_mlp)]
     last = demo.to_tokens(pairs.clean[0]).shape[1] - 1
-    moved = tnc.transplant(demo, list(pairs.clean), list(pairs.corrupt), nodes, positions=last)
-    tokens = tasks.tokenise(demo, pairs)
+    moved = tnc.interchange(demo, list(pairs.clean), list(pairs.corrupt), nodes, positions=last)
+    tokens = tasks.tokenize(demo, pairs)
     rows = torch.arange(len(pairs))
     answer, wrong = tokens.answer.cpu(), tokens.wrong_answer.cpu()
     before = moved.before[rows, answer] - moved.before[rows, wrong]

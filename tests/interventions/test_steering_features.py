@@ -13,9 +13,9 @@ from tests.interventions.test_steering import activations, logits_with
 from tl_neuron_circuits import attribute, trace
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.bases import Dictionaries
-from tl_neuron_circuits.explain import logit_effects
-from tl_neuron_circuits.interventions import node_values, steer, steering_hooks, sweep, transplant
-from tl_neuron_circuits.tasks import TokenisedPairs, answer_logit
+from tl_neuron_circuits.explain import direct_logit_effects
+from tl_neuron_circuits.interventions import node_values, steer, steering_hooks, sweep, interchange
+from tl_neuron_circuits.tasks import TokenizedPairs, answer_logit
 
 few = pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
 one = all_models("gpt2")[:1]
@@ -80,7 +80,7 @@ def test_a_feature_set_to_its_value_on_another_prompt_is_an_interchange(case: Mo
     after = activations(model, here, steering_hooks(model, labels, value=values, basis=basis), site.hook)
     expected = other.nodes @ site.dictionary.W_dec + site.dictionary.b_dec + nodes.vectors["error"]
     torch.testing.assert_close(after, expected)
-    result = transplant(model, here, there, labels, basis=basis)
+    result = interchange(model, here, there, labels, basis=basis)
     torch.testing.assert_close(result.after[0], logits_with(
         model, here, steering_hooks(model, labels, value=values, basis=basis)
     )[0, -1].float())  # fmt: skip
@@ -98,7 +98,7 @@ def test_circuits_and_scores_of_features_can_be_steered(case: ModelCase) -> None
     assert torch.equal(by_circuit.after, by_label.after)
     assert sorted(by_circuit.nodes["label"]) == sorted(features["node"])
     options: Any = {"baseline": "zero", "metric": answer_logit}
-    scores = attribute(model, TokenisedPairs.from_tokens(tokens, torch.tensor([3])), basis=basis, **options)
+    scores = attribute(model, TokenizedPairs.from_tokens(tokens, torch.tensor([3])), basis=basis, **options)
     top = scores.top(20).query("kind == 'node'")
     assert steer(model, tokens, top, scale=0, basis=basis).kl > 0
     swept = sweep(model, tokens, circuit, scales=(0, 1))
@@ -144,7 +144,7 @@ def test_features_that_cannot_be_found_are_refused(case: ModelCase) -> None:
         lambda: steering_hooks(model, "L7/F3", scale=0, basis=basis),
         lambda: steering_hooks(model, wide, scale=0),
         lambda: steering_hooks(model, [feature, feature], scale=0, basis=basis),
-        lambda: logit_effects(model, circuit),
+        lambda: direct_logit_effects(model, circuit),
         lambda: logits_with(model, tokens, steering_hooks(model, f"L0/F{D_DICT}", scale=0, basis=basis)),
     ):
         with pytest.raises(SettingsError):

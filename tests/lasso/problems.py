@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def regression(n: int, p: int, q: int, *, shared: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Sources (with a common part of weight `shared`) and targets that depend on five of them; neither is centred."""
+    """Sources (with a common part of weight `shared`) and targets that depend on five of them; neither is centered."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
@@ -35,5 +35,5 @@ def structural_model(
     return x, weights, allowed
 
 
-def standardised_columns(x: Tensor) -> Tensor:
+def standardized_columns(x: Tensor) -> Tensor:
     return (x - x.mean(0)) / x.std(0, correction=0)

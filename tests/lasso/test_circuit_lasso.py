@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.families import ModelCase, model_cases, random_tokens
-from tests.lasso.problems import standardised_columns
+from tests.lasso.problems import standardized_columns
 from tests.planted.load import load_planted
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
 from tl_neuron_circuits.bases import Neurons
@@ -21,7 +21,7 @@ from tl_neuron_circuits.circuits import Circuit
 from tl_neuron_circuits.evaluation import edge_average_precision
 from tl_neuron_circuits.lasso import CircuitLasso, LassoCircuit
 from tl_neuron_circuits.lasso._sites import Noise, observer
-from tl_neuron_circuits.tasks import TokenisedPairs, logit_difference
+from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
 CASES = [pytest.param(case, id=case.id) for case in model_cases("gpt2", "pythia")]
 SMALL = {"readout": "none", "blocks": 2, "skip_positions": 0}
@@ -45,9 +45,9 @@ def cached(model, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def slow_norms(x: Tensor, y: Tensor, owners: list[str], alpha: float) -> dict[str, float]:
-    """Frobenius norm of every source's block in scikit-learn's lasso of y on x, both standardised."""
+    """Frobenius norm of every source's block in scikit-learn's lasso of y on x, both standardized."""
     sklearn = pytest.importorskip("sklearn.linear_model")
-    x, y = standardised_columns(x).numpy(), standardised_columns(y).numpy()
+    x, y = standardized_columns(x).numpy(), standardized_columns(y).numpy()
     model = sklearn.Lasso(alpha=alpha, fit_intercept=False, tol=1e-10, max_iter=100_000)
     weights = np.stack([model.fit(x, column).coef_ for column in y.T], 1)
     names = np.array(owners)
@@ -131,10 +131,10 @@ def test_the_model_is_left_as_it_was(gpt2, untouched) -> None:
         CircuitLasso(share=0.5, **SMALL).fit(gpt2, random_tokens(gpt2, batch=8, pos=4))
 
 
-def pairs(model, n: int = 40) -> TokenisedPairs:
+def pairs(model, n: int = 40) -> TokenizedPairs:
     tokens = random_tokens(model, batch=n, pos=4)
     answer = torch.arange(n) % 3 + 5
-    return TokenisedPairs.from_tokens(tokens, answer, wrong_answer=(answer - 4) % 3 + 5)
+    return TokenizedPairs.from_tokens(tokens, answer, wrong_answer=(answer - 4) % 3 + 5)
 
 
 def test_the_readout_of_pairs_is_the_logits_of_their_answers(gpt2) -> None:
@@ -252,7 +252,7 @@ def test_a_killed_process_goes_on_where_it_was_with_the_same_result(gpt2, tmp_pa
 
 def test_noise_is_that_of_its_generator_and_later_components_see_it(gpt2) -> None:
     tokens = random_tokens(gpt2, batch=6, pos=4)
-    data = TokenisedPairs.from_tokens(tokens, torch.zeros(6, dtype=torch.long))
+    data = TokenizedPairs.from_tokens(tokens, torch.zeros(6, dtype=torch.long))
     given = {"basis": None, "attention": "heads", "mlp": "outputs", "readout": "none", "metric": logit_difference}
     watch, batch = observer(gpt2, data, **given), next(data.batches(6))
     plain, _ = watch.values(batch)
@@ -302,7 +302,7 @@ def test_what_cannot_be_done_is_refused(gpt2) -> None:
     with pytest.raises(SettingsError, match="needs pairs"):
         CircuitLasso(readout="metric", share=0.5).fit(gpt2, tokens)
     with pytest.raises(SettingsError, match="one length"):
-        lengths = TokenisedPairs.from_tokens([tokens[0], tokens[1, :3]], torch.zeros(2, dtype=torch.long))
+        lengths = TokenizedPairs.from_tokens([tokens[0], tokens[1, :3]], torch.zeros(2, dtype=torch.long))
         CircuitLasso(regressors="earlier", share=0.5, **SMALL).fit(gpt2, lengths)
     with pytest.raises(SettingsError, match="skip_positions=4 leaves nothing"):
         CircuitLasso(share=0.5, **{**SMALL, "skip_positions": 4}).fit(gpt2, tokens)

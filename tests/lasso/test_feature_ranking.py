@@ -18,7 +18,7 @@ from tl_neuron_circuits.lasso import (
     rank_features,
     solve_labels,
     solve_lasso,
-    standardise,
+    standardize,
 )
 
 TEXTS = ["The dogs near the girl are old.", "The dog is here.", "She lives in Dallas Texas.", "The cats have time."]
@@ -61,7 +61,7 @@ def test_a_number_is_ranked_by_the_lasso() -> None:
     pooled = features()
     number = 3 * pooled.values[:, 2] - pooled.values[:, 6]
     ranking = rank_features(pooled, number.tolist(), n_features=2, loss="squared")
-    problem = standardise(Statistics.of(pooled.values, number[:, None]))
+    problem = standardize(Statistics.of(pooled.values, number[:, None]))
     slow = solve_lasso(problem, ranking.penalty).weights[:, 0]
     best = slow.abs().argsort(descending=True)[:2].tolist()
     assert ranking.top(2)["unit"].tolist() == best == [2, 6]

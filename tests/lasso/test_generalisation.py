@@ -17,7 +17,7 @@ from tl_neuron_circuits.lasso import (
     contrast_judge,
     eraser,
     fit_probe,
-    generalise,
+    generalize,
     pooled_features,
 )
 from tl_neuron_circuits.lasso._ablated import Ablation, pooled_activations, probe_support
@@ -127,7 +127,7 @@ def test_a_probe_is_scikit_learns_logistic_regression() -> None:
 def test_the_protocol_gives_a_row_a_method_and_leaves_the_model(model, basis, untouched) -> None:
     train, concept = texts(("doctor", "farmer"), 32), texts(("king", "dog"))
     with untouched(model):
-        found = generalise(model, train, train, concept, basis, n_candidates=8)
+        found = generalize(model, train, train, concept, basis, n_candidates=8)
     table = found.table.set_index("method")
     assert len(table) == 3 + 2 * 4 and table[["label_accuracy", "worst_group"]].stack().between(0, 1).all()
     assert table.loc["oracle", "label_accuracy"] >= table.loc["original", "label_accuracy"]
@@ -135,7 +135,7 @@ def test_the_protocol_gives_a_row_a_method_and_leaves_the_model(model, basis, un
     assert table.loc["random", "n_ablated"] == max(table.loc[["lasso", "lasso_rounds", "attribution"], "n_ablated"])
     chosen = found.candidates["lasso"]
     assert (chosen["chosen"] == ((chosen["contrast"] - 0.5).abs() >= 0.25)).all()
-    again = generalise(model, train, train, concept, basis, n_candidates=8)
+    again = generalize(model, train, train, concept, basis, n_candidates=8)
     pd.testing.assert_frame_equal(found.table.drop(columns="seconds"), again.table.drop(columns="seconds"))
 
 

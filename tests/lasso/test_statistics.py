@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.lasso.problems import regression, standardised_columns
+from tests.lasso.problems import regression, standardized_columns
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
-from tl_neuron_circuits.lasso import Accumulator, Statistics, standardise, sum_of
+from tl_neuron_circuits.lasso import Accumulator, Statistics, standardize, sum_of
 
 FIELDS = ("mean", "products", "target_mean", "target_products", "target_squares")
 
@@ -38,9 +38,9 @@ def test_batches_add_up_to_the_whole(with_targets: bool) -> None:
 
 def test_products_by_strips_are_the_whole_product() -> None:
     x, _ = regression(30, 600, 1)
-    centred = x - x.mean(0)
+    centered = x - x.mean(0)
     products = Statistics.of(x).products
-    assert torch.allclose(products, centred.T @ centred, atol=1e-9)
+    assert torch.allclose(products, centered.T @ centered, atol=1e-9)
     assert torch.equal(products, products.T)
 
 
@@ -68,10 +68,10 @@ def test_float32_activations_are_summed_in_float64() -> None:
     assert float(accumulator.total().products) == pytest.approx(5000 * 2.0**-42, rel=1e-6)
 
 
-def test_standardising_gives_correlations() -> None:
+def test_standardizing_gives_correlations() -> None:
     x, y = regression(150, 6, 2)
-    problem = standardise(Statistics.of(x, y))
-    zx, zy = standardised_columns(x), standardised_columns(y)
+    problem = standardize(Statistics.of(x, y))
+    zx, zy = standardized_columns(x), standardized_columns(y)
     assert torch.allclose(problem.gram, zx.T @ zx / 150)
     assert torch.allclose(problem.cross, zx.T @ zy / 150)
     assert torch.allclose(problem.squares, torch.ones(2, dtype=torch.float64))
@@ -81,7 +81,7 @@ def test_constant_columns_are_zero_and_named() -> None:
     x, y = regression(50, 4, 2)
     x[:, 2] = 7.0
     y[:, 0] = 0.0
-    problem = standardise(Statistics.of(x, y))
+    problem = standardize(Statistics.of(x, y))
     assert problem.constant.tolist() == [False, False, True, False]
     assert problem.target_constant.tolist() == [True, False]
     assert not problem.gram[2].any() and not problem.cross[2].any() and not problem.cross[:, 0].any()
@@ -92,14 +92,14 @@ def test_float32_noise_on_a_constant_is_not_a_signal() -> None:
     x = torch.full((64, 2), 3.0)
     x[:, 0] += torch.linspace(0, 2e-6, 64)
     x[:, 1] = torch.linspace(0, 1, 64)
-    assert standardise(Statistics.of(x)).constant.tolist() == [True, False]
+    assert standardize(Statistics.of(x)).constant.tolist() == [True, False]
 
 
 def test_small_variances_are_divided_by_the_floor() -> None:
     x, _ = regression(80, 3, 1)
-    x = standardised_columns(x)
+    x = standardized_columns(x)
     x[:, 1] *= 1e-6
-    problem = standardise(Statistics.of(x), floor=1e-4)
+    problem = standardize(Statistics.of(x), floor=1e-4)
     assert float(problem.scale[1]) == pytest.approx(1e-4)
     assert float(problem.gram[1, 1]) == pytest.approx(1e-4, rel=1e-6)  # (1e-6 / 1e-4)^2
 
@@ -132,6 +132,6 @@ def test_nothing_one_observation_and_other_columns_are_refused() -> None:
     with pytest.raises(SettingsError, match="none came"):
         Accumulator().total()
     with pytest.raises(SettingsError, match="at least 2 observations"):
-        standardise(Statistics.of(x[:1]))
+        standardize(Statistics.of(x[:1]))
     with pytest.raises(SettingsError, match="same columns"):
         Statistics.of(x, y) + Statistics.of(x[:, 1:], y)

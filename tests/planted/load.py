@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.families import HookedTransformer, HookedTransformerConfig
 from tests.planted.circuits import N_CASES, N_TOKENS, PlantedCase, planted_case, prompts
 from tl_neuron_circuits.evaluation import GroundTruth
-from tl_neuron_circuits.tasks import Batch, TokenisedPairs
+from tl_neuron_circuits.tasks import Batch, TokenizedPairs
 
 FOLDER = Path(__file__).parent / "models"
 
@@ -27,13 +27,13 @@ class Planted:
     truth: GroundTruth
     accuracy: float
 
-    def pairs(self, n: int, seed: int) -> TokenisedPairs:
+    def pairs(self, n: int, seed: int) -> TokenizedPairs:
         """Random prompts, corrupted into other random prompts. Answers go through all output tokens in turn."""
         tokens = prompts(2 * n, 20_000 + seed)
         answer = torch.arange(n) % (len(self.case.chains) * N_TOKENS)
-        return TokenisedPairs.from_tokens(tokens[:n], answer, tokens[n:])
+        return TokenizedPairs.from_tokens(tokens[:n], answer, tokens[n:])
 
-    def metric(self, pairs: TokenisedPairs) -> "RightAnswers":
+    def metric(self, pairs: TokenizedPairs) -> "RightAnswers":
         """Log-probability of the right answers to all questions, of these pairs."""
         return RightAnswers(self.case.answers(torch.stack(list(pairs.clean))))
 

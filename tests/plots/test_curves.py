@@ -1,4 +1,4 @@
-"""Figures of curves: what is drawn, with which colour and dash, and what the subtitle owns up to."""
+"""Figures of curves: what is drawn, with which color and dash, and what the subtitle owns up to."""
 
 from typing import Any
 
@@ -56,11 +56,11 @@ def test_several_tasks_are_averaged_and_stay_where_they_end(made: Comparison) ->
     np.testing.assert_allclose(np.array(faithfulness.y), [0.05, (0.5 + 1 / 3) / 2, (1 + 2 / 3) / 2, 1.0], atol=1e-6)
 
 
-def test_one_colour_a_basis_and_one_dash_a_method_with_a_legend_of_each(made: Comparison) -> None:
+def test_one_color_a_basis_and_one_dash_a_method_with_a_legend_of_each(made: Comparison) -> None:
     figure = made.plot("one")
-    colour = {name: lines(figure, name)[0].line.color for name in ("neurons, RelP", "neurons, random", "sae, RelP")}
-    dash = {name: lines(figure, name)[0].line.dash for name in colour}
-    assert colour["neurons, RelP"] == colour["neurons, random"] != colour["sae, RelP"]
+    color = {name: lines(figure, name)[0].line.color for name in ("neurons, RelP", "neurons, random", "sae, RelP")}
+    dash = {name: lines(figure, name)[0].line.dash for name in color}
+    assert color["neurons, RelP"] == color["neurons, random"] != color["sae, RelP"]
     assert dash["neurons, RelP"] == dash["sae, RelP"] != dash["neurons, random"]
     named = [trace.name for trace in figure.data if trace.showlegend is not False]
     assert named == ["neurons", "sae", "RelP", "random"]

@@ -237,7 +237,7 @@ def test_details_are_shown_as_text(dallas: Circuit, open_page: Opener) -> None:
     details = {
         neuron: {
             "description": "fires on <b>cities</b>",
-            "logit_effects": [(" Austin", 0.5), ("<i>", -0.25)],
+            "direct_logit_effects": [(" Austin", 0.5), ("<i>", -0.25)],
             "examples": ["one text", {"tokens": ["Dal", "las</p>"], "values": [0.0, 2.0], "note": "strongest"}],
         }
     }

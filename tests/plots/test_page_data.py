@@ -111,9 +111,9 @@ def test_strongest_examples_can_be_given_as_they_are(dallas: Circuit) -> None:
     ("details", "message"),
     [
         ({"L9/N9": {}}, "got 'L9/N9'"),
-        ({"logit/539": {"logit_effects": ["Austin"]}}, "pairs of a token and a number"),
-        ({"logit/539": {"logit_effects": [("Austin", "x")]}}, "expected numbers"),
-        ({"logit/539": {"logit_effects": [("Austin", float("nan"))]}}, "finite"),
+        ({"logit/539": {"direct_logit_effects": ["Austin"]}}, "pairs of a token and a number"),
+        ({"logit/539": {"direct_logit_effects": [("Austin", "x")]}}, "expected numbers"),
+        ({"logit/539": {"direct_logit_effects": [("Austin", float("nan"))]}}, "finite"),
         ({"logit/539": {"examples": [{"tokens": ["a"]}]}}, "with tokens and values"),
         ({"logit/539": {"examples": [{"tokens": ["a"], "values": [1.0, 2.0]}]}}, "1 tokens and 2 values"),
     ],

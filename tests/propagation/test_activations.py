@@ -1,4 +1,4 @@
-"""The Identity rule's coefficient f(x) / x: exact closed forms, any other function, and the fork's stabilised form."""
+"""The Identity rule's coefficient f(x) / x: exact closed forms, any other function, and the fork's stabilized form."""
 
 from collections.abc import Callable
 from typing import Any
@@ -75,17 +75,17 @@ def test_any_other_activation_uses_its_value(family: str, function: Callable[[Te
         torch.testing.assert_close(gradients[name], factor * function(pre) / pre * post, atol=1e-12, rtol=1e-10)
 
 
-def stabilised(kind: str, x: Tensor, rules: Any) -> Tensor:
+def stabilized(kind: str, x: Tensor, rules: Any) -> Tensor:
     """What the published fork computes: x * sg(f(x) / (x + sign(x) * 1e-6))."""
     value = x * _forward.RATIOS[kind](x)
     return x * (value / (x + x.sign() * 1e-6)).detach() if "identity" in rules else value
 
 
 @pytest.mark.parametrize("case", all_models())
-def test_the_stabiliser_gives_the_forks_gradients(case: ModelCase, monkeypatch: Any) -> None:
+def test_the_stabilizer_gives_the_forks_gradients(case: ModelCase, monkeypatch: Any) -> None:
     """The fork also moves the forward pass by 1e-6; relp does not, so the two agree to that."""
     model, tokens = model_of(case), tokens_of(case)
-    monkeypatch.setattr(_forward, "_activation", stabilised)
+    monkeypatch.setattr(_forward, "_activation", stabilized)
     _, expected = replica_gradients(
         replica_of(case), tokens, lambda logits: logits[:, -1, 3].sum(), ("identity", "half")
     )
@@ -96,7 +96,7 @@ def test_the_stabiliser_gives_the_forks_gradients(case: ModelCase, monkeypatch: 
 
 
 @pytest.mark.parametrize("case", plain_mlps)
-def test_near_zero_the_stabiliser_matters_and_the_exact_ratio_does_not_break(case: ModelCase) -> None:
+def test_near_zero_the_stabilizer_matters_and_the_exact_ratio_does_not_break(case: ModelCase) -> None:
     """At pre = 1e-6 the fork halves the ratio; at 0 it has none."""
     model, tokens = model_of(case), tokens_of(case)
 

@@ -44,7 +44,7 @@ def test_forward_is_bit_identical_in_other_dtypes(case: ModelCase, dtype: torch.
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in model_cases() if c.backend == "TransformerBridge"])
 def test_forward_is_bit_identical_in_compatibility_mode(case: ModelCase) -> None:
-    """Folded and centred weights, and TransformerLens' old hook names."""
+    """Folded and centered weights, and TransformerLens' old hook names."""
     model = case.build(dtype=torch.float32)
     model.enable_compatibility_mode(disable_warnings=True)
     assert_identical(model, random_tokens(model))

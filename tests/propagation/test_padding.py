@@ -15,15 +15,15 @@ from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of
 from tl_neuron_circuits._errors import NumericalError
 from tl_neuron_circuits.propagation import relp
-from tl_neuron_circuits.tasks import TokenisedPairs, logit_difference, measure
+from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference, measure
 
 NAMES = ["hook_embed", "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post", "blocks.0.hook_resid_post"]
 
 
-def pairs() -> TokenisedPairs:
+def pairs() -> TokenizedPairs:
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(2, 50, (length,), generator=generator) for length in (7, 4, 6)]
-    return TokenisedPairs.from_tokens(prompts, torch.tensor([3, 4, 5]), None, torch.tensor([6, 7, 8]), pad_token=1)
+    return TokenizedPairs.from_tokens(prompts, torch.tensor([3, 4, 5]), None, torch.tensor([6, 7, 8]), pad_token=1)
 
 
 def gradients(model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

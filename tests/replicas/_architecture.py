@@ -16,7 +16,7 @@ class Architecture:
     n_kv_heads: int
     activation: str
     norm: str | None
-    """"layer" (centred), "rms", or None."""
+    """"layer" (centered), "rms", or None."""
     eps: float
     score_scale: tuple[float, ...]
     """Attention scores are multiplied by it."""

@@ -52,7 +52,7 @@ def _block(
 
 
 def _norm(replica: Replica, name: str, x: Tensor, rules: Collection[str]) -> Tensor:
-    """Divide by the scale; the ln rule treats the scale as a constant, the centring stays differentiable."""
+    """Divide by the scale; the ln rule treats the scale as a constant, the centering stays differentiable."""
     arch, w = replica.architecture, replica.weights
     if arch.norm is None:
         return x
@@ -98,7 +98,7 @@ def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rotate(x: Tensor, arch: Architecture, layer: int) -> Tensor:
-    """Rotate pairs of the first `rotary_dim` coordinates: neighbours, or i and i + rotary_dim / 2."""
+    """Rotate pairs of the first `rotary_dim` coordinates: neighbors, or i and i + rotary_dim / 2."""
     half = arch.rotary_dim // 2
     out = x.clone()
     for i in range(half):

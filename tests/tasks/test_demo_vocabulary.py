@@ -17,7 +17,7 @@ from tl_neuron_circuits.tasks import (
     greater_than,
     logit_difference,
     measure,
-    tokenise,
+    tokenize,
 )
 
 FITTING = [name for name in TASKS if name != "capitals-english"]  # whose towns are real
@@ -33,14 +33,14 @@ def demo_tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("name", FITTING)
 def test_every_pair_fits(demo_tokenizer_model: Any, name: str) -> None:
-    tokens = tokenise(demo_tokenizer_model, make(name, n=min(TASKS[name][2], 200)))
+    tokens = tokenize(demo_tokenizer_model, make(name, n=min(TASKS[name][2], 200)))
     if "phrasing" not in TASKS[name][1]:
         assert len(set(tokens.lengths)) == 1, "kept positions need one token length"
 
 
 @pytest.mark.parametrize("attribute", states.ATTRIBUTES)
 def test_every_attribute_can_be_asked(demo_tokenizer_model: Any, attribute: str) -> None:
-    assert len(tokenise(demo_tokenizer_model, capitals(100, attribute=attribute))) == 100
+    assert len(tokenize(demo_tokenizer_model, capitals(100, attribute=attribute))) == 100
 
 
 def test_years_are_one_token_each(demo_tokenizer_model: Any) -> None:
@@ -57,5 +57,5 @@ def test_the_demo_models_prefer_the_answer(demo: str, name: str) -> None:
     pairs = make(name, n=min(TASKS[name][2], 200))
     metric = ProbabilityDifference.for_years(model, pairs) if name == "greater_than" else logit_difference
     with torch.no_grad():
-        values = torch.cat([measure(metric, model(b.clean), b) for b in tokenise(model, pairs).batches(100)])
+        values = torch.cat([measure(metric, model(b.clean), b) for b in tokenize(model, pairs).batches(100)])
     assert (values > 0).float().mean() >= 0.95

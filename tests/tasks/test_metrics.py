@@ -12,13 +12,13 @@ from tl_neuron_circuits.tasks import (
     METRICS,
     Batch,
     ProbabilityDifference,
-    TokenisedPairs,
+    TokenizedPairs,
     answer_log_probability,
     answer_logit,
     logit_difference,
     measure,
     metric_name,
-    tokenise,
+    tokenize,
 )
 
 LENGTHS, D_VOCAB = [2, 4, 3], 11
@@ -27,7 +27,7 @@ LENGTHS, D_VOCAB = [2, 4, 3], 11
 def setting(dtype: torch.dtype = torch.float64, side: str = "right") -> tuple[Tensor, Batch]:
     """One padded batch of three prompts and random logits for it."""
     prompts = [torch.arange(length) for length in LENGTHS]
-    pairs = TokenisedPairs.from_tokens(prompts, torch.tensor([1, 2, 3]), None, torch.tensor([4, 5, 6]))
+    pairs = TokenizedPairs.from_tokens(prompts, torch.tensor([1, 2, 3]), None, torch.tensor([4, 5, 6]))
     (batch,) = pairs.batches(3, equal_length=False, padding_side=side)
     logits = torch.randn(3, 4, D_VOCAB, generator=torch.Generator().manual_seed(0), dtype=dtype)
     return logits, batch
@@ -76,7 +76,7 @@ def test_gradients_reach_only_the_position_that_is_read(metric: Any) -> None:
 
 
 def test_the_logit_difference_needs_wrong_answers() -> None:
-    (batch,) = TokenisedPairs.from_tokens(torch.ones(1, 2, dtype=torch.long), torch.tensor([1])).batches(1)
+    (batch,) = TokenizedPairs.from_tokens(torch.ones(1, 2, dtype=torch.long), torch.tensor([1])).batches(1)
     with pytest.raises(PairsError, match=r"needs wrong answers.*answer_logit"):
         logit_difference(torch.zeros(1, 2, 5), batch)
 
@@ -154,7 +154,7 @@ def test_a_metric_reads_a_real_model_the_same_padded_or_not(word_model: Any) -> 
         answer=[" is", " were", " is"],
         wrong_answer=[" are", " was", " are"],
     )
-    tokens = tokenise(word_model, pairs)
+    tokens = tokenize(word_model, pairs)
     alone = torch.cat([measure(logit_difference, word_model(b.clean), b) for b in tokens.batches(1)])
     index = torch.cat([b.index for b in tokens.batches(1)])
     (batch,) = tokens.batches(3, equal_length=False, padding_side="right")

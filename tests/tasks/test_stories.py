@@ -7,7 +7,7 @@ import torch
 
 from tests.stories_tasks import BOYS, GIRLS, PRONOUN_TEMPLATES, pronoun_pairs
 from tl_neuron_circuits._errors import PairsError
-from tl_neuron_circuits.tasks import PromptPairs, logit_difference, measure, tokenise
+from tl_neuron_circuits.tasks import PromptPairs, logit_difference, measure, tokenize
 
 
 def test_at_least_eight_templates_with_disjoint_names() -> None:
@@ -21,7 +21,7 @@ def test_at_least_eight_templates_with_disjoint_names() -> None:
 @pytest.mark.parametrize("part", ["attribution", "evaluation"])
 @pytest.mark.parametrize("template", PRONOUN_TEMPLATES)
 def test_the_real_model_solves_every_template(stories260K: Any, template: str, part: str) -> None:
-    tokens = tokenise(stories260K, pronoun_pairs(template, part, 4))
+    tokens = tokenize(stories260K, pronoun_pairs(template, part, 4))
     assert len(set(tokens.lengths)) == 1
     (batch,) = tokens.batches(100)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def test_the_real_model_solves_every_template(stories260K: Any, template: str, p
 
 
 def test_an_answer_is_one_token_in_context_though_two_alone(stories260K: Any) -> None:
-    tokens = tokenise(stories260K, PromptPairs(clean=["Mia was sad."], answer=[" She"]))
+    tokens = tokenize(stories260K, PromptPairs(clean=["Mia was sad."], answer=[" She"]))
     assert stories260K.to_tokens(" She", prepend_bos=False).shape[1] == 2
     assert stories260K.tokenizer.convert_ids_to_tokens(int(tokens.answer[0])) == "▁She"
 
@@ -38,8 +38,8 @@ def test_an_answer_is_one_token_in_context_though_two_alone(stories260K: Any) ->
 def test_was_and_were_are_told_apart_by_their_first_different_token(stories260K: Any) -> None:
     pairs = PromptPairs(clean=["The dog"], answer=[" was"], wrong_answer=[" were"])
     with pytest.raises(PairsError, match=r"pair 0 \('The dog'\): the answer ' were' is 2 tokens \['▁we', 're'\]"):
-        tokenise(stories260K, pairs)
-    tokens = tokenise(stories260K, pairs, multi_token="first_difference")
+        tokenize(stories260K, pairs)
+    tokens = tokenize(stories260K, pairs, multi_token="first_difference")
     assert tokens.wrong_answer is not None
     names = stories260K.tokenizer.convert_ids_to_tokens([int(tokens.answer[0]), int(tokens.wrong_answer[0])])
     assert names == ["▁was", "▁we"]
@@ -48,4 +48,4 @@ def test_was_and_were_are_told_apart_by_their_first_different_token(stories260K:
 def test_names_of_unequal_length_are_refused(stories260K: Any) -> None:
     pairs = PromptPairs(clean=["Lily ran."], answer=[" She"], corrupt=["Ben ran."], wrong_answer=[" He"])
     with pytest.raises(PairsError, match=r"pair 0: clean and corrupt .*'▁Lily'.*'▁B', 'en'"):
-        tokenise(stories260K, pairs)
+        tokenize(stories260K, pairs)

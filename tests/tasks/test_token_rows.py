@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tl_neuron_circuits._errors import PairsError
-from tl_neuron_circuits.tasks import TokenisedPairs, TokenRows
+from tl_neuron_circuits.tasks import TokenizedPairs, TokenRows
 
 
 def prompts(*lengths: int) -> list[Tensor]:
@@ -52,11 +52,11 @@ def test_a_rectangle_is_padding_one_by_one(side: str) -> None:
 
 
 def test_the_hash_is_that_of_the_columns_text() -> None:
-    """Results saved before are still recognised."""
+    """Results saved before are still recognized."""
     clean, corrupt = prompts(2, 3), prompts(3, 2)
     answer, wrong = torch.tensor([7, 8]), torch.tensor([9, 1])
     for others, against in ((corrupt, wrong), (None, None)):
-        pairs = TokenisedPairs.from_tokens(clean, answer, others, against)
+        pairs = TokenizedPairs.from_tokens(clean, answer, others, against)
         columns = [clean, answer, pairs.position, others, against, pairs.corrupt_position]
         lists = [
             [row.tolist() for row in c] if isinstance(c, list) else c if c is None else c.tolist() for c in columns
@@ -66,7 +66,7 @@ def test_the_hash_is_that_of_the_columns_text() -> None:
 
 def test_a_prompt_weighs_what_its_tokens_weigh() -> None:
     tokens = torch.ones(5000, 4, dtype=torch.long)
-    pairs = TokenisedPairs.from_tokens(tokens, tokens[:, 0], tokens, tokens[:, 1])
+    pairs = TokenizedPairs.from_tokens(tokens, tokens[:, 0], tokens, tokens[:, 1])
     first, second = pairs.clean[0], pairs.clean[4999]
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     assert len(pairs.clean) == 5000
@@ -74,4 +74,4 @@ def test_a_prompt_weighs_what_its_tokens_weigh() -> None:
 
 def test_positions_outside_a_prompt_are_named() -> None:
     with pytest.raises(PairsError, match=r"pair 1: position 2 is outside the clean prompt of 2 tokens \[4, 5\]"):
-        TokenisedPairs.from_tokens(prompts(3, 2), torch.tensor([1, 1]), position=torch.tensor([2, 2]))
+        TokenizedPairs.from_tokens(prompts(3, 2), torch.tensor([1, 1]), position=torch.tensor([2, 2]))

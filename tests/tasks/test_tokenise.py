@@ -1,4 +1,4 @@
-"""`tokenise` and `keep_fitting`: what the model would see, answers in context, every refusal by pair."""
+"""`tokenize` and `keep_fitting`: what the model would see, answers in context, every refusal by pair."""
 
 import logging
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 
 from tests.families import ModelCase, model_cases
 from tl_neuron_circuits._errors import PairsError, SettingsError
-from tl_neuron_circuits.tasks import PromptPairs, TokenisedPairs, keep_fitting, tokenise
+from tl_neuron_circuits.tasks import PromptPairs, TokenizedPairs, keep_fitting, tokenize
 
 
 def one(clean: str, answer: str, corrupt: str | None = None, wrong_answer: str | None = None) -> PromptPairs:
@@ -23,7 +23,7 @@ def one(clean: str, answer: str, corrupt: str | None = None, wrong_answer: str |
 
 def test_prompts_are_what_the_model_sees(tiny_model: Any) -> None:
     pairs = PromptPairs(clean=["The keys", "The key on the table"], answer=[" are", " is"])
-    tokens = tokenise(tiny_model, pairs)
+    tokens = tokenize(tiny_model, pairs)
     for prompt, row in zip(pairs.clean, tokens.clean, strict=True):
         assert torch.equal(row, tiny_model.to_tokens(prompt)[0])
         assert torch.equal(tiny_model(row[None]), tiny_model(prompt))
@@ -33,12 +33,12 @@ def test_prompts_are_what_the_model_sees(tiny_model: Any) -> None:
 @pytest.mark.parametrize("prepend_bos", [True, False])
 def test_bos_is_prepended_when_asked(tiny_model: Any, prepend_bos: bool) -> None:
     pairs = PromptPairs(clean=["The keys"], answer=[" are"])
-    (row,) = tokenise(tiny_model, pairs, prepend_bos=prepend_bos).clean
+    (row,) = tokenize(tiny_model, pairs, prepend_bos=prepend_bos).clean
     assert (row == tiny_model.tokenizer.bos_token_id).tolist() == [prepend_bos, *[False] * (len(row) - 1)]
 
 
 def test_answers_are_read_in_context(tiny_model: Any) -> None:
-    tokens = tokenise(tiny_model, one("The keys", " are", "The key", " is"))
+    tokens = tokenize(tiny_model, one("The keys", " are", "The key", " is"))
     for text, answers in ((" are", tokens.answer), (" is", tokens.wrong_answer)):
         assert answers is not None
         assert tiny_model.tokenizer.decode([int(answers[1])]).strip() == text.strip()
@@ -46,11 +46,11 @@ def test_answers_are_read_in_context(tiny_model: Any) -> None:
 
 def test_labels_and_pairs_without_options_pass_through(word_model: Any) -> None:
     pairs = PromptPairs(clean=["The keys"], answer=[" are"], labels=["key"])
-    tokens = tokenise(word_model, pairs)
+    tokens = tokenize(word_model, pairs)
     assert tokens.labels == ("key",) and tokens.corrupt is None and tokens.wrong_answer is None
-    assert tokenise(word_model, tokens) is tokens
-    with pytest.raises(SettingsError, match="prepend_bos cannot be applied to tokenised pairs"):
-        tokenise(word_model, tokens, prepend_bos=True)
+    assert tokenize(word_model, tokens) is tokens
+    with pytest.raises(SettingsError, match="prepend_bos cannot be applied to tokenized pairs"):
+        tokenize(word_model, tokens, prepend_bos=True)
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_labels_and_pairs_without_options_pass_through(word_model: Any) -> None:
 )
 def test_pairs_that_do_not_fit_are_refused_by_name(word_model: Any, pairs: PromptPairs, message: str) -> None:
     with pytest.raises(PairsError, match=message):
-        tokenise(word_model, pairs)
+        tokenize(word_model, pairs)
 
 
 @pytest.mark.parametrize("answer", ["key", "key is here"])  # fewer tokens than expected, or enough but others
 def test_an_answer_that_merges_into_the_prompt_is_refused(byte_model: Any, answer: str) -> None:
     with pytest.raises(PairsError, match=rf"pair 1: after 'The ' .* the answer '{answer}' merges with the prompt"):
-        tokenise(byte_model, one("The ", answer), multi_token="first_difference")
+        tokenize(byte_model, one("The ", answer), multi_token="first_difference")
 
 
 def test_the_first_differing_token_is_contrasted_on_request(word_model: Any) -> None:
-    tokens = tokenise(
+    tokens = tokenize(
         word_model, one("The boys", " were late", "The boy", " were here"), multi_token="first_difference"
     )
     vocabulary = word_model.tokenizer.get_vocab()
@@ -95,7 +95,7 @@ def test_the_first_differing_token_is_contrasted_on_request(word_model: Any) -> 
 
 
 def test_without_a_wrong_answer_the_first_token_is_taken_on_request(byte_model: Any) -> None:
-    tokens = tokenise(byte_model, one("The key", " wombat"), multi_token="first_difference")
+    tokens = tokenize(byte_model, one("The key", " wombat"), multi_token="first_difference")
     whole = byte_model.to_tokens("The key wombat")[0]
     assert len(whole) > 1 + len(tokens.clean[1])
     assert tokens.answer[1] == whole[len(tokens.clean[1])]
@@ -103,7 +103,7 @@ def test_without_a_wrong_answer_the_first_token_is_taken_on_request(byte_model: 
 
 def test_an_answer_that_begins_the_other_has_no_difference(word_model: Any) -> None:
     with pytest.raises(PairsError, match="Choose answers neither of which begins the other"):
-        tokenise(word_model, one("The key", " is", "The keys", " is here"), multi_token="first_difference")
+        tokenize(word_model, one("The key", " is", "The keys", " is here"), multi_token="first_difference")
 
 
 def test_an_answer_must_be_the_same_token_after_both_prompts(piece_model: Any) -> None:
@@ -111,21 +111,21 @@ def test_an_answer_must_be_the_same_token_after_both_prompts(piece_model: Any) -
     with pytest.raises(
         PairsError, match=r"pair 0: the answer '32' is 1 token \['##32'\] after .* \['32'\] after 'The year ,'"
     ):
-        tokenise(piece_model, pairs)
-    assert tokenise(
+        tokenize(piece_model, pairs)
+    assert tokenize(
         piece_model, PromptPairs(clean=["The year 17"], answer=["32"], corrupt=["The year 18"])
     ).lengths == (4,)
 
 
 def test_unequal_lengths_are_allowed_on_request(word_model: Any) -> None:
-    tokens = tokenise(word_model, one("The key", " is", "The keys on the table", " are"), aligned=False)
+    tokens = tokenize(word_model, one("The key", " is", "The keys on the table", " are"), aligned=False)
     assert [len(row) for row in tokens.corrupt or ()] == [3, 6]
     assert tokens.corrupt_position.tolist() == [2, 5] and tokens.position.tolist() == [2, 2]
 
 
 def test_end_of_text_as_unknown_token_is_no_unknown_word(byte_model: Any) -> None:
     assert byte_model.tokenizer.unk_token_id == byte_model.tokenizer.bos_token_id
-    assert tokenise(byte_model, one("The keys", " are")).lengths[1] == 3
+    assert tokenize(byte_model, one("The keys", " are")).lengths[1] == 3
 
 
 def test_a_foreign_tokenizer_is_refused(word_model: Any) -> None:
@@ -133,15 +133,15 @@ def test_a_foreign_tokenizer_is_refused(word_model: Any) -> None:
     try:
         word_model.cfg.d_vocab = 5
         with pytest.raises(PairsError, match=r"pair 0 .* beyond the model's vocabulary of 5"):
-            tokenise(word_model, one("The keys", " are"))
+            tokenize(word_model, one("The keys", " are"))
     finally:
         word_model.cfg.d_vocab = d_vocab
 
 
 @pytest.mark.parametrize("case", model_cases("gpt2"), ids=lambda case: case.id)
 def test_a_model_without_tokenizer_asks_for_tokens(case: ModelCase) -> None:
-    with pytest.raises(PairsError, match=r"no tokenizer.*TokenisedPairs\.from_tokens"):
-        tokenise(case.build(), one("The keys", " are"))
+    with pytest.raises(PairsError, match=r"no tokenizer.*TokenizedPairs\.from_tokens"):
+        tokenize(case.build(), one("The keys", " are"))
 
 
 def test_keep_fitting_drops_both_directions_and_says_why(word_model: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -157,19 +157,19 @@ def test_keep_fitting_drops_both_directions_and_says_why(word_model: Any, caplog
         keep_fitting(word_model, bad.both_directions())
 
 
-def test_tokenising_leaves_the_model_as_it_was(tiny_model: Any, untouched: Callable) -> None:
+def test_tokenizing_leaves_the_model_as_it_was(tiny_model: Any, untouched: Callable) -> None:
     side = tiny_model.tokenizer.padding_side
     with untouched(tiny_model):
-        tokenise(tiny_model, one("The keys", " are", "The key", " is"), prepend_bos=False)
+        tokenize(tiny_model, one("The keys", " are", "The key", " is"), prepend_bos=False)
         with pytest.raises(PairsError):
-            tokenise(tiny_model, one("The keys on", " are", "The key", " is"))
+            tokenize(tiny_model, one("The keys on", " are", "The key", " is"))
     assert tiny_model.tokenizer.padding_side == side
 
 
 def test_tokens_from_text_and_from_tensors_are_the_same(word_model: Any) -> None:
     pairs = one("The keys", " are", "The key", " is")
-    tokens = tokenise(word_model, pairs)
-    given = TokenisedPairs.from_tokens(
+    tokens = tokenize(word_model, pairs)
+    given = TokenizedPairs.from_tokens(
         word_model.to_tokens(list(pairs.clean)),
         tokens.answer,
         word_model.to_tokens(list(pairs.corrupt or ())),

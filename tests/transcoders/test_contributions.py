@@ -64,10 +64,10 @@ def test_sources_are_what_a_forward_computation_gives(case: ModelCase) -> None:
     blocks = [f"blocks.{layer}" for layer in range(N_LAYERS)]
     names = [f"{b}.{n}" for b in blocks for n in ("hook_resid_pre", "hook_resid_mid", "attn.hook_pattern")]
     values = values_of(model, tokens, *names, *(d.hook_in for d in dictionaries), "blocks.0.hook_mlp_out")
-    centred = case.family == "gpt2"
+    centered = case.family == "gpt2"
 
-    def normalised(x: Tensor, by: Tensor) -> Tensor:
-        if centred:
+    def normalized(x: Tensor, by: Tensor) -> Tensor:
+        if centered:
             x, by = x - x.mean(-1, keepdim=True), by - by.mean(-1, keepdim=True)
         return x / (by.pow(2).mean(-1, keepdim=True) + float(model.cfg.eps)).sqrt()
 
@@ -75,7 +75,7 @@ def test_sources_are_what_a_forward_computation_gives(case: ModelCase) -> None:
     after_weight = version("transformer-lens").startswith("2.") and hasattr(ln2, "w")  # what hook_normalized has there
 
     def read(vector: Tensor) -> float:
-        seen = normalised(vector, values["blocks.1.hook_resid_mid"][t])
+        seen = normalized(vector, values["blocks.1.hook_resid_mid"][t])
         return float((seen * ln2.w.detach() if after_weight else seen) @ target.W_enc[:, f])
 
     found = contributions(model, dictionaries, tokens, f"L1/F{f}@{t}").table.set_index("node")["contribution"]
@@ -89,7 +89,7 @@ def test_sources_are_what_a_forward_computation_gives(case: ModelCase) -> None:
     assert found[f"L0/error@{t}"] == pytest.approx(read(error), abs=1e-8)
     for layer in range(N_LAYERS):
         stream, attention = values[f"blocks.{layer}.hook_resid_pre"], model.blocks[layer].attn
-        y = normalised(stream, stream)
+        y = normalized(stream, stream)
         norm = model.blocks[layer].ln1
         weight, bias = (getattr(norm, name, None) for name in (("weight", "bias") if hasattr(norm, "weight") else "wb"))
         y = y if weight is None else y * weight + bias

@@ -169,7 +169,7 @@ def test_the_front_compares_transcoders_and_saes(one_tiny: Any, tokens: Tensor) 
     figure = front.plot()
     assert {trace.name for trace in figure.data} >= {"transcoder", "SAE (MLP out)", "affine", "rank 16"}
     with pytest.raises(SettingsError, match="measure to be one of"):
-        front.plot(measure="colour")
+        front.plot(measure="color")
 
 
 def test_errors(one_tiny: Any, tokens: Tensor) -> None:
@@ -185,6 +185,6 @@ def test_errors(one_tiny: Any, tokens: Tensor) -> None:
     with pytest.raises(NumericalError, match=r"more than 16 positions.*got 12"):
         fidelity(one_tiny, dictionaries, tokens[:1])
     with pytest.raises(SettingsError, match="expected one of"):
-        fidelity(one_tiny, dictionaries, tokens).of("colour")
+        fidelity(one_tiny, dictionaries, tokens).of("color")
     with pytest.raises(SettingsError, match="at least one value of k"):
         pareto(one_tiny, tokens, SMALL, [], evaluation_tokens=tokens)

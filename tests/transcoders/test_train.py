@@ -71,7 +71,7 @@ def assert_equal(one: TrainingReport, other: TrainingReport) -> None:
 @pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])
 @pytest.mark.parametrize("skip", [False, True])
 def test_folding_the_units_changes_no_number(activation: str, skip: bool) -> None:
-    """The saved dictionary, on raw activations, computes what the trainee computes on centred and scaled ones."""
+    """The saved dictionary, on raw activations, computes what the trainee computes on centered and scaled ones."""
     generator = torch.Generator().manual_seed(0)
     x, y = 3 * torch.randn(64, 6, generator=generator) + 2, 0.2 * torch.randn(64, 5, generator=generator) - 1
     site = TrainingSite(0, "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out", "", "", 6, 5)

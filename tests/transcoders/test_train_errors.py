@@ -78,8 +78,8 @@ def test_impossible_settings(changes: dict[str, Any], message: str) -> None:
 def test_settings_survive_json() -> None:
     config = SMALL.replace(layers=(0, 1), ignore_tokens=(2,))
     assert TrainingConfig.from_json(config.to_json()) == config
-    with pytest.raises(SettingsError, match=r"settings of training out of .*colour"):
-        TrainingConfig.from_json({"colour": 1})
+    with pytest.raises(SettingsError, match=r"settings of training out of .*color"):
+        TrainingConfig.from_json({"color": 1})
 
 
 def test_a_diverged_loss_names_the_layer_and_the_checkpoint(one_tiny: Any, tokens: Tensor, tmp_path: Path) -> None:

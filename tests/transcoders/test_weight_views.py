@@ -8,7 +8,7 @@ import torch
 
 from tests.families import ModelCase, model_cases
 from tests.transcoders.weights_cases import prompt, transcoders
-from tl_neuron_circuits import logit_effects
+from tl_neuron_circuits import direct_logit_effects
 from tl_neuron_circuits._errors import SettingsError, UnsupportedModelError
 from tl_neuron_circuits.bases import Dictionary
 from tl_neuron_circuits.transcoders import connections, contributions, deembed, logit_weights, pull_back
@@ -73,7 +73,7 @@ def test_logit_weights_are_the_logit_effects_of_a_neuron_that_writes_the_same(de
         hook_out=d.hook_out,
     )  # fmt: skip
     ours = logit_weights(model, [neurons], "L3/F7", k=5)
-    theirs = logit_effects(model, ["L3/N7"], k=5).to_dataframe()
+    theirs = direct_logit_effects(model, ["L3/N7"], k=5).to_dataframe()
     assert ours["token_id"].tolist() == theirs["token_id"].tolist()
     assert ours["value"].tolist() == pytest.approx(theirs["effect"].tolist(), abs=1e-5)
 
@@ -145,5 +145,5 @@ def test_limits_are_said(demo: tuple[Any, Any]) -> None:
 def test_a_norm_on_the_embeddings_is_refused() -> None:
     for case in model_cases("bloom"):
         model = case.build(torch.float32)
-        with pytest.raises(UnsupportedModelError, match="normalises its embeddings"):
+        with pytest.raises(UnsupportedModelError, match="normalizes its embeddings"):
             deembed(model, transcoders(model), "L1/F3")

@@ -19,14 +19,14 @@ from .._processes import here
 from .._typing import checked
 from ..bases import Basis, Neurons, Parts, name_of, reads_of, run_values, sites_of, take_apart
 from ..models import TransformerLensModel
-from ..tasks import Batch, PromptPairs, TokenisedPairs, tokenise
+from ..tasks import Batch, PromptPairs, TokenizedPairs, tokenize
 from ._scores import NodeScores, require_finite, site_labels
 
 
 @checked
 def activation_variance(
     model: TransformerLensModel,
-    pairs: PromptPairs | TokenisedPairs,
+    pairs: PromptPairs | TokenizedPairs,
     *,
     basis: Basis | Sequence[Basis] | None = None,
     batch_size: int = 64,
@@ -43,8 +43,8 @@ def activation_variance(
         pairs: prompts, of any lengths; answers and corrupt prompts are not looked at.
         basis: one basis or several; neurons unless given.
         batch_size: prompts in one pass.
-        prepend_bos: see `tasks.tokenise`.
-        multi_token: see `tasks.tokenise`.
+        prepend_bos: see `tasks.tokenize`.
+        multi_token: see `tasks.tokenize`.
 
     Returns:
         Scores `[unit]` in float32 (positions "sum"), none below zero, in squared units of the activation. An affine
@@ -67,7 +67,7 @@ def activation_variance(
     """
     nodes_of = Neurons() if basis is None else basis
     sites = sites_of(model, nodes_of)
-    tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
+    tokens = tokenize(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     if len(tokens) < 2:
         raise NumericalError(f"expected at least two prompts to vary over; got {len(tokens)}.")
     processes = here()

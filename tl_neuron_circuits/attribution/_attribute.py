@@ -14,7 +14,7 @@ from .._typing import checked
 from ..bases import Basis, Neurons, name_of, sites_of
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
-from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
+from ..tasks import Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name, tokenize
 from ._inputs import check_pairs, check_setting, chosen_nodes
 from ._memory import fitting_batch
 from ._partial import Partial
@@ -26,7 +26,7 @@ from ._setting import Baseline, Direction, MethodName, Setting
 @checked
 def attribute(
     model: TransformerLensModel,
-    pairs: PromptPairs | TokenisedPairs,
+    pairs: PromptPairs | TokenizedPairs,
     *,
     method: MethodName = "relp",
     basis: Basis | Sequence[Basis] | None = None,
@@ -54,7 +54,7 @@ def attribute(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        pairs: prompts with answers; `TokenisedPairs` where the model has no tokenizer.
+        pairs: prompts with answers; `TokenizedPairs` where the model has no tokenizer.
         method: "relp"; "gradient" (AtP); "integrated_gradients" (one site at a time); "integrated_gradients_inputs";
             "patching" (exact, one forward row a node and prompt); controls "activation_difference" and "random".
         basis: one basis or several; neurons unless given.
@@ -73,8 +73,8 @@ def attribute(
         batch_size: prompts in one pass. Batches hold prompts of one length, so nothing is padded. "auto" begins with
             what `estimate_memory` says fits, and halves where memory runs out all the same; `.settings["batch_size"]`
             says what was used.
-        prepend_bos: see `tasks.tokenise`.
-        multi_token: see `tasks.tokenise`.
+        prepend_bos: see `tasks.tokenize`.
+        multi_token: see `tasks.tokenize`.
         seed: of "random".
         resume: a directory in which the sums so far are kept; the same call goes on from there after it was stopped,
             and gives the same scores. Remove it when they are saved.
@@ -106,7 +106,7 @@ def attribute(
     setting = Setting(model, sites, metric, method, rules, stabilizer, steps, baseline, direction, positions, units)
     check_setting(setting, batch_size, nodes)
     processes = here()
-    tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
+    tokens = tokenize(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     settings = _provenance(setting, tokens, name_of(nodes_of), seed)
     with processes.together("attribute", settings):
         check_pairs(tokens, setting)
@@ -134,7 +134,7 @@ def _identity(
     }
 
 
-def _provenance(setting: Setting, tokens: TokenisedPairs, basis: str, seed: int) -> dict[str, Any]:
+def _provenance(setting: Setting, tokens: TokenizedPairs, basis: str, seed: int) -> dict[str, Any]:
     """What a saved result says of how it came about."""
     copied = ("method", "positions", "units", "baseline", "direction", "stabilizer", "steps")
     return {name: getattr(setting, name) for name in copied} | {

@@ -29,7 +29,7 @@ def shared_means(
         >>> from tl_neuron_circuits._processes import here
         >>> from tl_neuron_circuits.attribution import shared_means
         >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
-        >>> sites, batches = tnc.bases.Neurons([0]).sites(model), tnc.tasks.tokenise(model, pairs).batches(4)
+        >>> sites, batches = tnc.bases.Neurons([0]).sites(model), tnc.tasks.tokenize(model, pairs).batches(4)
         >>> list(shared_means(model, sites, batches, here()))
         [('blocks.0.mlp.hook_post', 3)]
     """

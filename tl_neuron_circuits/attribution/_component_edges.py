@@ -21,7 +21,7 @@ from .._files import read_directory, versions, write_directory
 from .._typing import checked
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
-from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
+from ..tasks import Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name, tokenize
 from ._component_edges_gradient import gradient_scores
 from ._component_edges_graph import AttentionUnit, ComponentGraph, component_graph
 from ._component_edges_patching import Divergence, acdc, metric_with_edges, patch_edges
@@ -110,7 +110,7 @@ class EdgeScores:
 @checked
 def component_edges(
     model: TransformerLensModel,
-    pairs: PromptPairs | TokenisedPairs,
+    pairs: PromptPairs | TokenizedPairs,
     *,
     method: EdgeMethod = "relp",
     metric: Metric = logit_difference,
@@ -193,7 +193,7 @@ def component_edges(
 @checked
 def metric_of_edges(
     model: TransformerLensModel,
-    pairs: PromptPairs | TokenisedPairs,
+    pairs: PromptPairs | TokenizedPairs,
     kept: Bool[Tensor, "mask source target"],
     *,
     metric: Metric = logit_difference,
@@ -234,8 +234,8 @@ def metric_of_edges(
     return out
 
 
-def _paired(model: Any, pairs: PromptPairs | TokenisedPairs, prepend_bos: bool | None) -> TokenisedPairs:
-    tokens = tokenise(model, pairs, prepend_bos=prepend_bos)
+def _paired(model: Any, pairs: PromptPairs | TokenizedPairs, prepend_bos: bool | None) -> TokenizedPairs:
+    tokens = tokenize(model, pairs, prepend_bos=prepend_bos)
     if tokens.corrupt is None:
         raise PairsError("edges compare clean with corrupt prompts, and these pairs have none. Give corrupt=.")
     for index, (clean, corrupt) in enumerate(zip(tokens.clean, tokens.corrupt, strict=True)):

@@ -8,7 +8,7 @@ as it fires: both are linear in what arrives. So the weights of all sources sum 
 nodes, the embedding of each position, positional embeddings, biases (those of dictionaries too), per layer and position
 the dictionary's error, and per position the remainder (the nodes that were not chosen). A transcoder's skip is part of
 the paths, as attention is. That sum is checked whenever edges are computed. With pairs, weights are of differences,
-biases cancel, and the residual of the linearisation is a source of its own.
+biases cancel, and the residual of the linearization is a source of its own.
 
 Cost: a forward and a backward pass a prompt (one forward more for pairs), and a vector-Jacobian product a target,
 through attention alone and only below the target, in chunks of `max_bytes`.
@@ -49,7 +49,7 @@ class DirectEffects:
         >>> from tl_neuron_circuits import attribution
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.PromptPairs(clean=["The dogs near the cat"], answer=[" are"])
-        >>> batches = list(tnc.tasks.tokenise(model, pairs).batches(1))
+        >>> batches = list(tnc.tasks.tokenize(model, pairs).batches(1))
         >>> goals = [attribution.answer_goal(against_wrong=False)]
         >>> neurons = torch.tensor([[0, 2, 7], [1, 2, 9], [2, 5, 3]])  # layer, position, unit
         >>> found = attribution.direct_effects(model, batches, neurons, goals, paired=False)
@@ -102,7 +102,7 @@ class Columns:
 
     @property
     def residual(self) -> int:
-        """What the linearisation misses."""
+        """What the linearization misses."""
         return self.positional + 2
 
     def errors(self, slot: int) -> slice:
@@ -126,7 +126,7 @@ def mean_totals(
         >>> from tl_neuron_circuits import attribution
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.PromptPairs(clean=["The dogs near the cat"], answer=[" are"])
-        >>> batches = list(tnc.tasks.tokenise(model, pairs).batches(1))
+        >>> batches = list(tnc.tasks.tokenize(model, pairs).batches(1))
         >>> goals = [attribution.answer_goal(against_wrong=False)]
         >>> found = attribution.mean_totals(model, batches, goals, paired=False)
         >>> everything = float(found.embedding.sum()) + found.positional + found.bias
@@ -169,7 +169,7 @@ def direct_effects(
         >>> from tl_neuron_circuits import attribution
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.PromptPairs(clean=["The dogs near the cat"], answer=[" are"])
-        >>> batches = list(tnc.tasks.tokenise(model, pairs).batches(1))
+        >>> batches = list(tnc.tasks.tokenize(model, pairs).batches(1))
         >>> goals = [attribution.answer_goal(against_wrong=False)]
         >>> neurons = torch.tensor([[0, 2, 7], [1, 2, 9], [2, 5, 3]])  # layer, position, unit
         >>> found = attribution.direct_effects(model, batches, neurons, goals, paired=False)

@@ -1,9 +1,9 @@
 """A dictionary's encoder as the linear map it is on one prompt, and its input as part of the graph.
 
-    feature = factor * (normalised(x) @ weight + bias)
+    feature = factor * (normalized(x) @ weight + bias)
 
 `factor` is frozen: zero where the feature does not fire (whatever decides that: a ReLU, a threshold, the k largest, a
-gate), else 1, times the decoder's scale where a run-time normalisation is undone. `normalised` divides by a frozen
+gate), else 1, times the decoder's scale where a run-time normalization is undone. `normalized` divides by a frozen
 deviation. For every architecture that SAELens saves this is exact at the prompt itself.
 """
 
@@ -31,7 +31,7 @@ class LinearEncoder:
     weight: Float[Tensor, "d_in d_dict"]
     bias: Float[Tensor, " d_dict"]
 
-    def normalise(self, x: Float[Tensor, "1 pos d_in"]) -> Float[Tensor, "1 pos d_in"]:
+    def normalize(self, x: Float[Tensor, "1 pos d_in"]) -> Float[Tensor, "1 pos d_in"]:
         """The input as the encoder sees it, its deviation or norm frozen."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.dictionary.dtype), torch.float32)
         x = x.to(dtype)
@@ -155,11 +155,11 @@ def find_reader(model: TransformerLensModel, site: DictionarySite) -> PlainReade
 
 
 def _norm(frozen: Any) -> Callable[[Tensor], Tensor]:
-    """centre(x) / scale, the scale of this prompt."""
+    """center(x) / scale, the scale of this prompt."""
 
     def rebuild(x: Tensor) -> Tensor:
         _, scale = frozen.rebuild(x.detach())
         x = x.to(scale.dtype)
-        return (x - x.mean(-1, keepdim=True) if frozen.centred else x) / scale
+        return (x - x.mean(-1, keepdim=True) if frozen.centered else x) / scale
 
     return rebuild

@@ -56,7 +56,7 @@ class DictionarySlot:
             if not torch.is_grad_enabled():
                 return value
             x = self.reader.input(seen).reshape(1, seen["nodes"].shape[0], -1)
-            seen["reading"] = self.encoder.normalise(x)
+            seen["reading"] = self.encoder.normalize(x)
             seen["factor"] = self.encoder.factor(x.detach(), parts.nodes)[0]
             with torch.no_grad():
                 self.encoder.check(self.encoder.features(seen["reading"], seen["factor"])[0], seen["nodes"])

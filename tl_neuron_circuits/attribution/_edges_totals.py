@@ -46,7 +46,7 @@ class Totals:
         >>> from tl_neuron_circuits import attribution
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.PromptPairs(clean=["The dogs near the cat"], answer=[" are"])
-        >>> batches = list(tnc.tasks.tokenise(model, pairs).batches(1))
+        >>> batches = list(tnc.tasks.tokenize(model, pairs).batches(1))
         >>> goals = [attribution.answer_goal(against_wrong=False)]
         >>> found = attribution.mean_totals(model, batches, goals, paired=False)
         >>> len(found.score), tuple(found.score[0].shape)  # by layer: [pos, d_mlp]

@@ -1,7 +1,7 @@
 """What a circuit explains: one goal a logit node, each a number read from a run.
 
 Tokens and directions are read from the logits before any soft cap, where relevance is conserved; a token's logit is
-taken minus the mean over the vocabulary, so that centring an unembedding changes nothing. A metric is read from the
+taken minus the mean over the vocabulary, so that centering an unembedding changes nothing. A metric is read from the
 model's own logits, and what it is not linear in shows as a residual.
 """
 

@@ -23,7 +23,7 @@ def run_gradients(
         >>> from tl_neuron_circuits import attribution
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
         >>> with tnc.relp(model):
         ...     values, gradients = attribution.run_gradients(
         ...         model, batch, tnc.bases.Neurons().sites(model), tnc.tasks.logit_difference

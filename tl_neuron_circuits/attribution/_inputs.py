@@ -4,7 +4,7 @@ import pandas as pd
 import torch
 
 from .._errors import PairsError, SettingsError
-from ..tasks import TokenisedPairs
+from ..tasks import TokenizedPairs
 from ._patching import Chosen
 from ._setting import Setting
 
@@ -36,7 +36,7 @@ def check_setting(setting: Setting, batch_size: int | str, nodes: pd.DataFrame |
         raise SettingsError(f"nodes= restricts method='patching'; method={method!r} scores all nodes at once.")
 
 
-def check_pairs(tokens: TokenisedPairs, setting: Setting) -> None:
+def check_pairs(tokens: TokenizedPairs, setting: Setting) -> None:
     """Raise for pairs that do not serve the setting.
 
     Raises:

@@ -24,7 +24,7 @@ from .._typing import checked
 from ..bases import Basis, Neurons, mean_parts, sites_of
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
-from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, tokenise
+from ..tasks import Batch, Metric, PromptPairs, TokenizedPairs, logit_difference, tokenize
 from ._inputs import check_pairs, check_setting
 from ._run import score
 from ._setting import Baseline, Direction, MethodName, Setting
@@ -104,7 +104,7 @@ class MemoryEstimate:
 @checked
 def estimate_memory(
     model: TransformerLensModel,
-    pairs: PromptPairs | TokenisedPairs,
+    pairs: PromptPairs | TokenizedPairs,
     *,
     method: MethodName = "relp",
     basis: Basis | Sequence[Basis] | None = None,
@@ -147,12 +147,12 @@ def estimate_memory(
     sites = sites_of(model, Neurons() if basis is None else basis)
     setting = Setting(model, sites, metric, method, rules, None, 1, baseline, direction, positions, units)
     check_setting(setting, batch_size, None)
-    tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
+    tokens = tokenize(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     check_pairs(tokens, setting)
     return measured(setting, tokens, batch_size, available)
 
 
-def measured(setting: Setting, tokens: TokenisedPairs, batch_size: int, available: int | None = None) -> MemoryEstimate:
+def measured(setting: Setting, tokens: TokenizedPairs, batch_size: int, available: int | None = None) -> MemoryEstimate:
     """The estimate, from one and two rows of the longest prompt, and four and eight where there is room."""
     setting = replace(setting, steps=1)
     if available is None:
@@ -163,7 +163,7 @@ def measured(setting: Setting, tokens: TokenisedPairs, batch_size: int, availabl
     return MemoryEstimate(weights, fixed, each, batch_size, max(tokens.lengths), available)
 
 
-def fitting_batch(setting: Setting, tokens: TokenisedPairs, batch_size: int | str, processes: Processes) -> int:
+def fitting_batch(setting: Setting, tokens: TokenizedPairs, batch_size: int | str, processes: Processes) -> int:
     """The batch size to begin with; for a number, the number itself once it is known to fit.
 
     The estimate is made only for "auto", and where a rule of thumb comes near what is available.

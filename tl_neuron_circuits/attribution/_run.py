@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from .._memory import Halving
 from .._processes import Processes
 from ..bases import reads_of, run_values, take_apart
-from ..tasks import Batch, TokenisedPairs
+from ..tasks import Batch, TokenizedPairs
 from . import _integrated_gradients, _patching, _relp
 from ._baseline import Means, base_parts, shared_means
 from ._partial import Partial
@@ -21,7 +21,7 @@ class Run:
     """What goes over the pairs."""
 
     setting: Setting
-    tokens: TokenisedPairs
+    tokens: TokenizedPairs
     batches: Halving
     chosen: Any
     seed: int

@@ -2,8 +2,8 @@
 
 from ._activations import ACTIVATION_BASES as ACTIVATION_BASES
 from ._activations import ActivationSite as ActivationSite
-from ._activations import AttentionOutputs as AttentionOutputs
-from ._activations import AttentionWrites as AttentionWrites
+from ._activations import HeadOutputs as HeadOutputs
+from ._activations import AttentionBlockOutputs as AttentionBlockOutputs
 from ._activations import MLPOutputs as MLPOutputs
 from ._activations import Neurons as Neurons
 from ._activations import ResidualStream as ResidualStream

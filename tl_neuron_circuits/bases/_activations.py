@@ -145,19 +145,19 @@ class MLPOutputs(_Activations):
 
 
 @dataclass(frozen=True)
-class AttentionOutputs(_Activations):
+class HeadOutputs(_Activations):
     """The heads' outputs before the output projection (`attn.hook_z`), heads concatenated.
 
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> tnc.bases.AttentionOutputs(layers=[2]).sites(model)[0].hook
+        >>> tnc.bases.HeadOutputs(layers=[2]).sites(model)[0].hook
         'blocks.2.attn.hook_z'
     """
 
     hook: ClassVar[str] = "blocks.{layer}.attn.hook_z"
     letter: ClassVar[str] = "A"
-    title: ClassVar[str] = "attention_outputs"
+    title: ClassVar[str] = "head_outputs"
 
 
 @dataclass(frozen=True)
@@ -177,21 +177,21 @@ class ResidualStream(_Activations):
 
 
 @dataclass(frozen=True)
-class AttentionWrites(_Activations):
+class AttentionBlockOutputs(_Activations):
     """What each attention layer writes to the residual stream (`hook_attn_out`); for RelP's layer-by-position maps.
 
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> tnc.bases.AttentionWrites(layers=[2]).sites(model)[0].hook
+        >>> tnc.bases.AttentionBlockOutputs(layers=[2]).sites(model)[0].hook
         'blocks.2.hook_attn_out'
     """
 
     hook: ClassVar[str] = "blocks.{layer}.hook_attn_out"
     letter: ClassVar[str] = "W"
-    title: ClassVar[str] = "attention_writes"
+    title: ClassVar[str] = "attention_block_outputs"
 
 
 ACTIVATION_BASES = {
-    basis.title: basis for basis in (Neurons, MLPOutputs, AttentionOutputs, ResidualStream, AttentionWrites)
+    basis.title: basis for basis in (Neurons, MLPOutputs, HeadOutputs, ResidualStream, AttentionBlockOutputs)
 }

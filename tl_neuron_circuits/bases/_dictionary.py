@@ -138,7 +138,7 @@ class Dictionary:
 
     @property
     def scale_depends_on_input(self) -> bool:
-        """Whether `decode` needs the input, because a run-time normalisation is undone."""
+        """Whether `decode` needs the input, because a run-time normalization is undone."""
         return self._rescales and not self._kind.is_transcoder
 
     @property

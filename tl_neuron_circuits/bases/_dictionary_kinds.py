@@ -8,7 +8,7 @@ With pre = x_n @ W_enc + b_enc, x_n the input after `normalize_activations`, min
     abstopk    the k largest |pre| with their sign, else 0
     gated      relu(exp(r_mag) * (x_n @ W_enc) + b_mag) where x_n @ W_enc + b_gate > 0, else 0
 
-Batch-topk and matryoshka SAEs are saved as jumprelu. Source: the behaviour of sae-lens 6.54; Rajamanoharan et al. 2024,
+Batch-topk and matryoshka SAEs are saved as jumprelu. Source: the behavior of sae-lens 6.54; Rajamanoharan et al. 2024,
 arXiv 2404.16014 (gated) and 2407.14435 (jumprelu); Gao et al. 2024, arXiv 2406.04093 (topk); METHODS.md 4.1 and 4.5
 (transcoders, skip).
 """

@@ -1,4 +1,4 @@
-"""Live objects as dictionaries, told by their structure: no library is imported to recognise them.
+"""Live objects as dictionaries, told by their structure: no library is imported to recognize them.
 
 1. A SAELens object (`cfg.architecture()` and the tensors of that architecture) is read like its file.
 2. Anything with `encode`, `decode`, `W_enc` and `W_dec`, circuit-tracer's transcoders (`W_enc [d_dict, d_in]`) among

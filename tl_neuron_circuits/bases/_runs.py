@@ -52,7 +52,7 @@ def answers_only(model: TransformerLensModel, batch: Batch, metric: Metric) -> I
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
         >>> with tnc.bases.answers_only(model, batch, tnc.tasks.logit_difference) as seen:
         ...     logits = model(batch.clean)
         >>> logits.shape, tnc.tasks.logit_difference(logits, seen).shape
@@ -110,7 +110,7 @@ def run_values(model: TransformerLensModel, batch: Batch, names: Iterable[str]) 
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
         >>> values = tnc.bases.run_values(model, batch, ["blocks.0.mlp.hook_post"])
         >>> values["blocks.0.mlp.hook_post"].shape
         torch.Size([8, 3, 512])
@@ -204,7 +204,7 @@ def take_apart(sites: Iterable[Site], values: Mapping[str, Tensor]) -> dict[str,
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
         >>> sites = tnc.bases.MLPOutputs(layers=[0]).sites(model)
         >>> values = tnc.bases.run_values(model, batch, tnc.bases.reads_of(sites))
         >>> tnc.bases.take_apart(sites, values)["blocks.0.hook_mlp_out"].nodes.shape
@@ -224,7 +224,7 @@ def mean_parts(
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batches = tnc.tasks.tokenise(model, pairs).batches(4)
+        >>> batches = tnc.tasks.tokenize(model, pairs).batches(4)
         >>> means = tnc.bases.mean_parts(model, tnc.bases.Neurons(layers=[0]).sites(model), batches)
         >>> {key: parts.nodes.shape for key, parts in means.items()}
         {('blocks.0.mlp.hook_post', 3): torch.Size([1, 3, 512])}

@@ -25,7 +25,7 @@ class Circuit:
     `nodes` has one row a node. `kind` is "neuron", "feature" (of a dictionary), "embedding" (one a position), "logit"
     (what is explained), "error" (per layer and position, what a dictionary misses), "head" and "skip" (of circuits from
     weights), "component" (of CircuitLasso), "bias" (biases, those of dictionaries too; positional embeddings),
-    "remainder" (per position, whatever was left out), "residual" (what the linearisation of pairs or of a metric
+    "remainder" (per position, whatever was left out), "residual" (what the linearization of pairs or of a metric
     misses) or "group". `score` is the node's signed support for the target through all paths and `share` its share of
     the target; `flow` is the part of the target that reaches it along edges of this circuit alone, and `influence` is
     circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
@@ -74,7 +74,7 @@ class Circuit:
     def unexplained(self) -> float:
         """Share of the target that flows to remainders, errors and the residual.
 
-        That is to nodes left out, edges cut, what dictionaries miss, and what the linearisation misses.
+        That is to nodes left out, edges cut, what dictionaries miss, and what the linearization misses.
         """
         left = self.nodes["kind"].isin(LEFT_OUT)
         return float(self.nodes.loc[left, "flow"].sum() / self.target_value)
@@ -270,9 +270,9 @@ class Circuit:
         Args:
             path: of the HTML file; an existing one is replaced.
             details: more about nodes, by node ("L3/N45@7"), by neuron at all positions ("L3/N45"), by label or by
-                group. Everything is shown as text, never as markup. `"logit_effects"` is a list of (token, number),
-                `"examples"` a list of texts, of `Example`s of `strongest_examples`, or of
-                `{"tokens": [...], "values": [...], "note": "..."}`, tokens coloured by value; any other key is a
+                group. Everything is shown as text, never as markup. `"direct_logit_effects"` is a list of (token, number),
+                `"examples"` a list of texts, of `Example`s of `max_activating_examples`, or of
+                `{"tokens": [...], "values": [...], "note": "..."}`, tokens colored by value; any other key is a
                 heading with its text.
 
         Raises:

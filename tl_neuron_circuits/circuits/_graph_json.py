@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import FileFormatError
-from ._table import complete, edge_table, node_table, normalised
+from ._table import complete, edge_table, node_table, normalized
 
 _KINDS = {"embedding": "embedding", "logit": "logit", "mlp reconstruction error": "error"}
 
@@ -39,7 +39,7 @@ def read_graph(graph: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, Ma
         )
     nodes = node_table(rows)
     edges["attribution"] = edges["weight"]
-    edges["relative"] = np.sign(edges["weight"]) * normalised(nodes, edges)
+    edges["relative"] = np.sign(edges["weight"]) * normalized(nodes, edges)
     target_value = float(nodes.loc[nodes["kind"] == "logit", "score"].sum())
     layers = [row["layer"] for row in rows if row["kind"] == "feature"]
     settings = {

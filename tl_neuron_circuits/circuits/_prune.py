@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
-from ._table import CHOSEN, FIXED_SOURCES, LEFT_OUT, logit_weights, normalised, restrict
+from ._table import CHOSEN, FIXED_SOURCES, LEFT_OUT, logit_weights, normalized, restrict
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _edges_to_keep(nodes: pd.DataFrame, edges: pd.DataFrame, rule: Rule) -> np.n
         kept &= edges["relative"].abs().to_numpy() >= rule.relative
     if rule.edge_influence is not None:
         table = nodes.assign(reach=nodes["influence"] + logit_weights(nodes)).set_index("node")
-        score = normalised(nodes, edges) * table.loc[edges["target"], "reach"].to_numpy()
+        score = normalized(nodes, edges) * table.loc[edges["target"], "reach"].to_numpy()
         kept &= cumulative(score, rule.edge_influence)
     return kept & counted
 
@@ -120,7 +120,7 @@ def graph_completeness(nodes: pd.DataFrame, edges: pd.DataFrame) -> float:
     """sum_t (1 - sum over what is left out of N_ts) I'_t / sum_t I'_t with I' = influence + logit weight."""
     table = nodes.assign(reach=nodes["influence"] + logit_weights(nodes)).set_index("node")
     left = table["kind"].isin(LEFT_OUT)[edges["source"]].to_numpy()
-    from_errors = pd.Series(np.where(left, normalised(nodes, edges), 0.0)).groupby(edges["target"].to_numpy()).sum()
+    from_errors = pd.Series(np.where(left, normalized(nodes, edges), 0.0)).groupby(edges["target"].to_numpy()).sum()
     reach = table.loc[from_errors.index, "reach"]
     total = float(reach.sum())  # 0 where nothing has an influence, as in a circuit of regressions
     return float(((1 - from_errors) * reach).sum()) / total if total else float("nan")

@@ -35,7 +35,7 @@ KIND_OF_LETTER = {"N": "neuron", "F": "feature"}
 ENDS = ("embedding", "bias", "remainder", "residual", "error")
 """Kinds without incoming edges: where flow ends."""
 LEFT_OUT = ("remainder", "residual", "error")
-"""Ends that explain nothing: nodes that were not chosen, what the linearisation misses, what dictionaries miss."""
+"""Ends that explain nothing: nodes that were not chosen, what the linearization misses, what dictionaries miss."""
 FIXED_SOURCES = ("bias", "remainder", "residual")
 
 
@@ -111,7 +111,7 @@ def logit_weights(nodes: pd.DataFrame) -> np.ndarray:
     return np.where(goal, probability, 0.0)
 
 
-def normalised(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
+def normalized(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
     """|attribution| over the sum of the target's incoming ones; zero for biases, which circuit-tracer leaves out.
 
     On a single prompt that is circuit-tracer's |weight| over their sum; with pairs in both directions weights cancel.
@@ -124,9 +124,9 @@ def normalised(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
 
 
 def influence(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
-    """w (N + N^2 + ...) with N the normalised edges and w the logits' weights. Source: circuit-tracer; METHODS 4.5."""
+    """w (N + N^2 + ...) with N the normalized edges and w the logits' weights. Source: circuit-tracer; METHODS 4.5."""
     weights = logit_weights(nodes)
-    return handed_down(nodes, edges, weights, normalised(nodes, edges)) - weights
+    return handed_down(nodes, edges, weights, normalized(nodes, edges)) - weights
 
 
 def restrict(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._errors import SettingsError
 from ..attribution import Goal, answer_goal, difference_goal, direction_goal, metric_goal, token_goal
 from ..models import TransformerLensModel
-from ..tasks import PromptPairs, TokenisedPairs, tokenise
+from ..tasks import PromptPairs, TokenizedPairs, tokenize
 
 Token = str | int
 Target = Token | list[str] | list[int] | tuple[Token, Token] | Float[Tensor, " d"] | Callable[..., Tensor] | None
@@ -19,7 +19,7 @@ or over what the unembedding reads (`d_model`); a metric."""
 
 
 def find_goals(
-    model: TransformerLensModel, pairs: TokenisedPairs, target: Target, prompt: str | None, top_k: int | None
+    model: TransformerLensModel, pairs: TokenizedPairs, target: Target, prompt: str | None, top_k: int | None
 ) -> list[Goal] | Callable[[Tensor], list[Goal]]:
     """The goals that `target` names. For None the pairs' answers, or what finds the `top_k` likeliest tokens.
 
@@ -65,10 +65,10 @@ def _token_id(model: TransformerLensModel, token: Token, prompt: str | None) -> 
         return token
     if prompt is None:
         raise SettingsError(
-            f"the target {token!r} is text, which is tokenised in the context of a prompt given as text. Give the "
+            f"the target {token!r} is text, which is tokenized in the context of a prompt given as text. Give the "
             "token's number (for example model.to_single_token(...)), or the prompt as text."
         )
-    return int(tokenise(model, PromptPairs(clean=[prompt], answer=[token])).answer[0])
+    return int(tokenize(model, PromptPairs(clean=[prompt], answer=[token])).answer[0])
 
 
 def _direction(model: TransformerLensModel, direction: Tensor) -> Goal:

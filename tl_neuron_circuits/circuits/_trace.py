@@ -15,14 +15,14 @@ from ..bases import Basis, Neurons, logits_of, name_of
 from ..interventions import text_pieces
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES
-from ..tasks import PromptPairs, TokenisedPairs, tokenise
+from ..tasks import PromptPairs, TokenizedPairs, tokenize
 from ._assemble import Places, assemble
 from ._choose import Choice, choose_nodes
 from ._circuit import Circuit
 from ._targets import Target, find_goals, token_text
 
 _NEURONS = Neurons()
-Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | PromptPairs | TokenisedPairs
+Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | PromptPairs | TokenizedPairs
 
 
 @checked
@@ -101,7 +101,7 @@ def trace(
         ['bias', 'embedding', 'error', 'feature', 'logit', 'remainder']
     """
     text = prompt_or_pairs if isinstance(prompt_or_pairs, str) else None
-    single = not isinstance(prompt_or_pairs, PromptPairs | TokenisedPairs)
+    single = not isinstance(prompt_or_pairs, PromptPairs | TokenizedPairs)
     pairs = _as_pairs(model, prompt_or_pairs, prepend_bos, top_k, answered=callable(target))
     paired = _is_paired(pairs, baseline)
     batches = list(pairs.batches(1))
@@ -119,7 +119,7 @@ def trace(
     )
     goals = effects.goals
     if single:  # its answer is the likeliest token, which is known now
-        pairs = TokenisedPairs.from_tokens(pairs.clean, effects.totals.probabilities.topk(1).indices)
+        pairs = TokenizedPairs.from_tokens(pairs.clean, effects.totals.probabilities.topk(1).indices)
     ids = _common_tokens(pairs)
     tokens = ["…" if one < 0 else token_text(model, one) for one in ids]
     position = int(pairs.position[0])
@@ -144,10 +144,10 @@ def trace(
     return Circuit(table, edges, settings, basis=basis)
 
 
-def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, *, answered: bool) -> TokenisedPairs:
+def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, *, answered: bool) -> TokenizedPairs:
     """Pairs of one length. The answer of a single prompt is its likeliest next token if `answered`, else unknown."""
-    if isinstance(prompt, PromptPairs | TokenisedPairs):
-        pairs = tokenise(model, prompt, prepend_bos=prepend_bos)
+    if isinstance(prompt, PromptPairs | TokenizedPairs):
+        pairs = tokenize(model, prompt, prepend_bos=prepend_bos)
         lengths = sorted(set(pairs.lengths))
         if len(lengths) > 1:
             raise PairsError(
@@ -168,10 +168,10 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, 
     if answered:
         with torch.no_grad():
             answer = logits_of(model, tokens)[0, -1].topk(1).indices
-    return TokenisedPairs.from_tokens(list(tokens), answer)
+    return TokenizedPairs.from_tokens(list(tokens), answer)
 
 
-def _is_paired(pairs: TokenisedPairs, baseline: str) -> bool:
+def _is_paired(pairs: TokenizedPairs, baseline: str) -> bool:
     if baseline == "corrupt" and pairs.corrupt is None:
         raise PairsError("baseline='corrupt' needs pairs with corrupt prompts. Give them, or baseline='zero'.")
     if baseline == "zero" or pairs.corrupt is None:
@@ -185,14 +185,14 @@ def _is_paired(pairs: TokenisedPairs, baseline: str) -> bool:
     return True
 
 
-def _bos_positions(model: Any, pairs: TokenisedPairs) -> list[int]:
+def _bos_positions(model: Any, pairs: TokenizedPairs) -> list[int]:
     """[0] where every prompt starts with BOS and goes on after it."""
     bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
     starts = all(len(prompt) > 1 and int(prompt[0]) == bos for prompt in pairs.clean)
     return [0] if bos is not None and starts else []
 
 
-def _common_tokens(pairs: TokenisedPairs) -> list[int]:
+def _common_tokens(pairs: TokenizedPairs) -> list[int]:
     """The token at each position, -1 where prompts differ."""
     columns = torch.stack(list(pairs.clean)).T
     return [int(column[0]) if bool((column == column[0]).all()) else -1 for column in columns]

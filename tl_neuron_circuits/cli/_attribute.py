@@ -14,7 +14,7 @@ def attribute(
     model: Model,
     pairs: PairsFile,
     method: Annotated[str, typer.Option(help="relp, gradient, integrated_gradients, patching, ...")] = "relp",
-    basis: Annotated[str, typer.Option(help="neurons, mlp_outputs, attention_outputs or residual_stream.")] = "neurons",
+    basis: Annotated[str, typer.Option(help="neurons, mlp_outputs, head_outputs or residual_stream.")] = "neurons",
     positions: Annotated[str, typer.Option(help="keep or sum.")] = "keep",
     multi_token: Annotated[str, typer.Option(help="error or first_difference.")] = "error",
     batch_size: BatchSize = 32,

@@ -20,7 +20,7 @@ from ..attribution import shared_means
 from ..bases import Parts, Site, answers_only, logits_of, reads_of, run_values, take_apart
 from ..interventions import Ablation, AblationSwitch, Kept
 from ..models import TransformerLensModel
-from ..tasks import Batch, Metric, TokenisedPairs, measure
+from ..tasks import Batch, Metric, TokenizedPairs, measure
 
 logger = logging.getLogger(__name__)
 Baselines = Mapping[str, Parts | None]
@@ -51,7 +51,7 @@ class Evaluation:
     def __init__(
         self,
         ablated: Ablated,
-        tokens: TokenisedPairs,
+        tokens: TokenizedPairs,
         batch_size: BatchSize,
         processes: Processes,
         probe: "Callable[[Evaluation], object]",
@@ -138,7 +138,7 @@ class Evaluation:
 
 
 def _fitting(
-    ablated: Ablated, tokens: TokenisedPairs, processes: Processes, probe: Callable[[Evaluation], object]
+    ablated: Ablated, tokens: TokenizedPairs, processes: Processes, probe: Callable[[Evaluation], object]
 ) -> int:
     """The batch size that "auto" begins with, from what the longest prompt takes once and twice."""
 

@@ -24,7 +24,7 @@ def draw_weights(groups: Sequence[str] | None, n_pairs: int, n_draws: int, seed:
 
 
 def ratios(curve: SparsityCurve, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Faithfulness and completeness of every draw, `[draw, size]`; nan where a draw cannot be normalised."""
+    """Faithfulness and completeness of every draw, `[draw, size]`; nan where a draw cannot be normalized."""
     total = weights.sum(1, keepdims=True)
     mean = lambda values: weights @ values.double().numpy().reshape(-1, weights.shape[1]).T / total  # noqa: E731
     low = mean(curve.empty)

@@ -16,7 +16,7 @@ from ..attribution import MethodName, NodeScores, attribute
 from ..bases import Basis, MLPOutputs, Neurons, sites_of
 from ..interventions import Ablation
 from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
+from ..tasks import Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name, tokenize
 from ._comparison import Comparison, CurveKey
 from ._curve import MIB_FRACTIONS
 from ._evaluate import Errors, evaluate
@@ -30,7 +30,7 @@ DEFAULT_METHODS: tuple[MethodName, ...] = (
     "activation_difference",
     "random",
 )
-TaskPairs = PromptPairs | TokenisedPairs
+TaskPairs = PromptPairs | TokenizedPairs
 Pairs = TaskPairs | Mapping[str, TaskPairs]
 
 
@@ -112,7 +112,7 @@ def compare(
         found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)  # noqa: E731
         done = processes.from_first(found)
         train, test = (  # once, not for every curve
-            {task: tokenise(model, pairs, prepend_bos=prepend_bos) for task, pairs in sets.items()}
+            {task: tokenize(model, pairs, prepend_bos=prepend_bos) for task, pairs in sets.items()}
             for sets in (train, test)
         )
         curves, grid, unexplained = dict(done.curves), dict(done.mib), dict(done.unexplained)

@@ -191,7 +191,7 @@ class Comparison:
         return cls({key: SparsityCurve.load(path / key.folder) for key in keys}, notes["settings"], mib, unexplained)
 
     def plot(self, task: str | None = None) -> Any:
-        """A plotly figure: faithfulness and completeness against the number of nodes, one colour a basis, one dash a
+        """A plotly figure: faithfulness and completeness against the number of nodes, one color a basis, one dash a
         method.
 
         Several tasks are averaged over a common grid of sizes, as in Arora et al.; `task` shows one, with bands.

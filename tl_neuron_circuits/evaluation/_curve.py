@@ -74,12 +74,12 @@ class SparsityCurve:
     @property
     def faithfulness(self) -> np.ndarray:
         """One number a size."""
-        return self._normalised(self.kept)
+        return self._normalized(self.kept)
 
     @property
     def completeness(self) -> np.ndarray:
         """One number a size."""
-        return self._normalised(self.removed)
+        return self._normalized(self.removed)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns size, fraction (of all nodes), faithfulness, completeness."""
@@ -164,7 +164,7 @@ class SparsityCurve:
     def _repr_html_(self) -> str:
         return _html.block(repr(self), _html.table(self.to_dataframe(), bars=("faithfulness", "completeness"), rows=60))
 
-    def _normalised(self, metric: Tensor) -> np.ndarray:
+    def _normalized(self, metric: Tensor) -> np.ndarray:
         low = self.empty.double().mean()
         return ((metric.double().mean(1) - low) / (self.full.double().mean() - low)).numpy()
 

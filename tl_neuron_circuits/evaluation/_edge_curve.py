@@ -27,7 +27,7 @@ from ..bases import sites_of
 from ..circuits import Circuit
 from ..interventions import Ablation, Edge, EdgeMode, Kept, run_with_edges
 from ..models import TransformerLensModel
-from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
+from ..tasks import Batch, Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name, tokenize
 from ._ablated_runs import Ablated, Baselines, Evaluation, Read
 from ._curve import SparsityCurve, stack
 from ._evaluate import _check, _check_range
@@ -36,7 +36,7 @@ from ._evaluate import _check, _check_range
 @checked
 def evaluate_edges(
     model: TransformerLensModel,
-    pairs: PromptPairs | TokenisedPairs,
+    pairs: PromptPairs | TokenizedPairs,
     circuit: Circuit,
     *,
     sizes: Sequence[int] | None = None,
@@ -88,7 +88,7 @@ def evaluate_edges(
         raise SettingsError("path patching is between neurons; for features of dictionaries use protocol='nodes'.")
     if scores.basis is None:
         raise SettingsError("this circuit was loaded without its dictionaries: Circuit.load(path, basis=...).")
-    tokens = tokenise(model, pairs, prepend_bos=prepend_bos)
+    tokens = tokenize(model, pairs, prepend_bos=prepend_bos)
     _check(tokens, scores, ablation)
     edges = ranked_edges(circuit)
     sizes = _sizes(sizes, len(edges))

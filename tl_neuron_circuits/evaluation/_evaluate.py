@@ -16,7 +16,7 @@ from ..bases import Basis, Site, name_of, sites_of
 from ..circuits import Circuit
 from ..interventions import Ablation
 from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name, tokenise
+from ..tasks import Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name, tokenize
 from ._ablated_runs import Ablated, Evaluation, NodeSet
 from ._curve import SparsityCurve, stack
 from ._node_sets import Chosen, RankedNodes, Ranking, chosen_sizes
@@ -27,7 +27,7 @@ Errors = Literal["nodes", "keep", "ablate"]
 @checked
 def evaluate(
     model: TransformerLensModel,
-    pairs: PromptPairs | TokenisedPairs,
+    pairs: PromptPairs | TokenizedPairs,
     scores: NodeScores | Circuit,
     *,
     sizes: Sequence[int] | None = None,
@@ -68,12 +68,12 @@ def evaluate(
         verbose: show progress.
 
     Returns:
-        A `SparsityCurve` normalised by the original model.
+        A `SparsityCurve` normalized by the original model.
 
     Raises:
         PairsError: no corrupt prompts where the ablation needs them, or a length that does not fit kept positions.
         SettingsError: the scores do not fit the model or a size is out of range.
-        NumericalError: ablating everything does not change the metric, so nothing can be normalised.
+        NumericalError: ablating everything does not change the metric, so nothing can be normalized.
 
     Source: Marks et al. 2025; METHODS 1.4.
 
@@ -92,7 +92,7 @@ def evaluate(
     if basis is None:
         raise SettingsError("these scores were loaded without their dictionaries: pass basis= as given to attribute.")
     processes = here()
-    tokens = tokenise(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
+    tokens = tokenize(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
     sites = _matching_sites(sites_of(model, basis), scores)
     _check(tokens, scores, ablation)
     fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "nodes": {}}[error]
@@ -152,7 +152,7 @@ def _matching_sites(sites: tuple[Site, ...], scores: NodeScores) -> tuple[Site, 
     return tuple(found[hook] for hook in scores.values)
 
 
-def _check(tokens: TokenisedPairs, scores: NodeScores, ablation: Ablation) -> None:
+def _check(tokens: TokenizedPairs, scores: NodeScores, ablation: Ablation) -> None:
     if ablation != "zero" and tokens.corrupt is None:
         raise PairsError(
             f"ablation={ablation!r} takes values from corrupt prompts, and these pairs have none. Use 'zero'."

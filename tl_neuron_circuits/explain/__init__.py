@@ -4,11 +4,11 @@ from ._auroc import auroc as auroc
 from ._cluster import Clusters as Clusters
 from ._cluster import cluster as cluster
 from ._examples import Example as Example
-from ._examples import StrongestExamples as StrongestExamples
-from ._examples import strongest_examples as strongest_examples
+from ._examples import MaxActivatingExamples as MaxActivatingExamples
+from ._examples import max_activating_examples as max_activating_examples
 from ._highlight import highlight as highlight
-from ._logit_effects import LogitEffects as LogitEffects
-from ._logit_effects import logit_effects as logit_effects
+from ._logit_effects import DirectLogitEffects as DirectLogitEffects
+from ._logit_effects import direct_logit_effects as direct_logit_effects
 from ._node_details import node_details as node_details
 from ._profiles import Profiles as Profiles
 from ._profiles import profiles as profiles

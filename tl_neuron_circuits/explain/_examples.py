@@ -33,7 +33,7 @@ class Example:
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> found = tnc.strongest_examples(model, ["The dog is", "The dogs are"], ["L2/N5"], k=1)
+        >>> found = tnc.max_activating_examples(model, ["The dog is", "The dogs are"], ["L2/N5"], k=1)
         >>> example = found.examples["L2/N5"][0]
         >>> len(example.tokens) == len(example.activations)
         True
@@ -48,15 +48,15 @@ class Example:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StrongestExamples:
+class MaxActivatingExamples:
     """For every neuron its strongest examples, best first, and descriptions where a callable gave them.
 
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> found = tnc.strongest_examples(model, ["The dog is", "The dogs are"], ["L2/N5"], k=2)
+        >>> found = tnc.max_activating_examples(model, ["The dog is", "The dogs are"], ["L2/N5"], k=2)
         >>> found
-        StrongestExamples(1 neurons over 2 prompts)
+        MaxActivatingExamples(1 neurons over 2 prompts)
         >>> found.to_dataframe()["rank"].tolist()
         [0, 1]
     """
@@ -77,7 +77,7 @@ class StrongestExamples:
         return frame.assign(description=frame["label"].map(self.descriptions)) if self.descriptions else frame
 
     def html(self, label: str) -> str:
-        """One neuron's examples, tokens coloured by activation and escaped.
+        """One neuron's examples, tokens colored by activation and escaped.
 
         Raises:
             SettingsError: no such neuron here.
@@ -95,14 +95,14 @@ class StrongestExamples:
         return "".join(self.html(label) for label in self.examples)
 
     def __repr__(self) -> str:
-        return f"StrongestExamples({len(self.examples)} neurons over {self.n_prompts} prompts)"
+        return f"MaxActivatingExamples({len(self.examples)} neurons over {self.n_prompts} prompts)"
 
     def _repr_html_(self) -> str:
         return _html.block(repr(self), *(self.html(label) for label in list(self.examples)[:20]))
 
 
 @checked
-def strongest_examples(
+def max_activating_examples(
     model: TransformerLensModel,
     prompts: Sequence[str] | Int[Tensor, "batch pos"],
     nodes: Nodes,
@@ -113,7 +113,7 @@ def strongest_examples(
     skip_bos: bool = True,
     batch_size: int = 32,
     prepend_bos: bool | None = None,
-) -> StrongestExamples:
+) -> MaxActivatingExamples:
     """Find the `k` prompts on which each neuron is strongest.
 
     Args:
@@ -135,7 +135,7 @@ def strongest_examples(
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=16)
-        >>> examples = tnc.strongest_examples(tnc.load_demo_model(), pairs.clean, ["L3/N7"], k=3)
+        >>> examples = tnc.max_activating_examples(tnc.load_demo_model(), pairs.clean, ["L3/N7"], k=3)
         >>> len(examples.to_dataframe())
         3
     """
@@ -157,7 +157,7 @@ def strongest_examples(
     examples = {}
     for label, found in zip(labels, best, strict=True):
         examples[label] = tuple(_example(model, row, read.tokens[row], values, by, bos) for _, row, values in found)
-    result = StrongestExamples(examples, len(read))
+    result = MaxActivatingExamples(examples, len(read))
     return result if describe is None else _described(result, describe)
 
 
@@ -196,7 +196,7 @@ def _example(model: TransformerLensModel, row: int, tokens: Tensor, values: Tens
     return Example(row, tuple(text_pieces(model, tokens)), tuple(values.tolist()), int(key.argmax()))
 
 
-def _described(result: StrongestExamples, describe: Describe) -> StrongestExamples:
+def _described(result: MaxActivatingExamples, describe: Describe) -> MaxActivatingExamples:
     frame = result.to_dataframe()
     descriptions = {}
     for label in result.examples:
@@ -204,4 +204,4 @@ def _described(result: StrongestExamples, describe: Describe) -> StrongestExampl
         if not isinstance(text, str):
             raise SettingsError(f"expected describe to return a string for {label}; got {type(text).__name__}.")
         descriptions[label] = text
-    return StrongestExamples(result.examples, result.n_prompts, descriptions)
+    return MaxActivatingExamples(result.examples, result.n_prompts, descriptions)

@@ -26,7 +26,7 @@ from ..propagation import read_norm
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LogitEffects:
+class DirectLogitEffects:
     """For every neuron the tokens that it promotes and suppresses most, by a positive activation.
 
     `table` has columns label, direction ("promoted" or "suppressed"), rank (from 0), token, token_id, effect.
@@ -34,9 +34,9 @@ class LogitEffects:
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> found = tnc.logit_effects(model, ["L3/N5", "L3/N6"], k=4)
+        >>> found = tnc.direct_logit_effects(model, ["L3/N5", "L3/N6"], k=4)
         >>> found, len(found.to_dataframe()) == 2 * 2 * 4
-        (LogitEffects(2 neurons, 4 tokens each way), True)
+        (DirectLogitEffects(2 neurons, 4 tokens each way), True)
     """
 
     table: pd.DataFrame
@@ -52,14 +52,14 @@ class LogitEffects:
 
     def __repr__(self) -> str:
         n, k = self.table["label"].nunique(), int(self.table["rank"].max()) + 1
-        return f"LogitEffects({n} neurons, {k} tokens each way)"
+        return f"DirectLogitEffects({n} neurons, {k} tokens each way)"
 
     def _repr_html_(self) -> str:
         return _html.block(repr(self), _html.table(self.summary()))
 
 
 @checked
-def logit_effects(model: TransformerLensModel, nodes: Nodes, *, k: int = 10, batch_size: int = 64) -> LogitEffects:
+def direct_logit_effects(model: TransformerLensModel, nodes: Nodes, *, k: int = 10, batch_size: int = 64) -> DirectLogitEffects:
     """The tokens whose logits a neuron raises and lowers directly, through the residual stream alone.
 
     Args:
@@ -74,7 +74,7 @@ def logit_effects(model: TransformerLensModel, nodes: Nodes, *, k: int = 10, bat
 
     Example:
         >>> import tl_neuron_circuits as tnc
-        >>> effects = tnc.logit_effects(tnc.load_demo_model(), ["L3/N7"], k=5)
+        >>> effects = tnc.direct_logit_effects(tnc.load_demo_model(), ["L3/N7"], k=5)
         >>> len(effects.to_dataframe())
         10
     """
@@ -93,7 +93,7 @@ def logit_effects(model: TransformerLensModel, nodes: Nodes, *, k: int = 10, bat
             labels = part["label"].str.partition("@")[0].iloc[start : start + batch_size]
             rows += _rows(model, list(labels), effects, min(k, effects.shape[1]))
     table = pd.DataFrame(rows, columns=["label", "direction", "rank", "token", "token_id", "effect"])
-    return LogitEffects(table)
+    return DirectLogitEffects(table)
 
 
 def effects_of(
@@ -137,7 +137,7 @@ def _picked(model: TransformerLensModel, layer: int, part: pd.DataFrame) -> Floa
 
 
 def _through(model: TransformerLensModel, path: str, vectors: Float[Tensor, "node d"]) -> Float[Tensor, "node d"]:
-    """The norm with its scale set to one: centred for LayerNorm, times its weight."""
+    """The norm with its scale set to one: centered for LayerNorm, times its weight."""
     norm: Any = submodule(model, path)
     if norm is None or isinstance(norm, nn.Identity):
         return vectors
@@ -145,10 +145,10 @@ def _through(model: TransformerLensModel, path: str, vectors: Float[Tensor, "nod
         frozen = read_norm(model, path)
         if frozen is None:
             return vectors
-        weight, centred = frozen.weight, frozen.centred
+        weight, centered = frozen.weight, frozen.centered
     else:
-        weight, centred = getattr(norm, "w", None), "LayerNorm" in type(norm).__name__
-    vectors = vectors - vectors.mean(1, keepdim=True) if centred else vectors
+        weight, centered = getattr(norm, "w", None), "LayerNorm" in type(norm).__name__
+    vectors = vectors - vectors.mean(1, keepdim=True) if centered else vectors
     return vectors if weight is None else vectors.to(weight.device) * weight.detach().float()
 
 

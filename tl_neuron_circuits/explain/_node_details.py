@@ -10,8 +10,8 @@ from .._errors import SettingsError
 from .._typing import checked
 from ..circuits import Circuit
 from ..models import TransformerLensModel
-from ._examples import By, Describe, strongest_examples
-from ._logit_effects import logit_effects
+from ._examples import By, Describe, max_activating_examples
+from ._logit_effects import direct_logit_effects
 
 
 @checked
@@ -34,17 +34,17 @@ def node_details(
         prompts: texts (or tokens) among which each neuron's strongest examples are sought; without them there are none.
         k: examples a neuron.
         tokens: tokens that a neuron promotes most, and as many that it suppresses, by a positive activation.
-        by: as in `strongest_examples`.
-        describe: as in `strongest_examples`; needs prompts.
+        by: as in `max_activating_examples`.
+        describe: as in `max_activating_examples`; needs prompts.
         batch_size: prompts in one pass.
 
     Returns:
-        By neuron at all positions ("L3/N45"): "logit_effects", "examples" and "description", as far as they were asked
+        By neuron at all positions ("L3/N45"): "direct_logit_effects", "examples" and "description", as far as they were asked
         for. Effects are direct, through the residual stream, in logits up to the scale of the final norm.
 
     Raises:
         SettingsError: no neurons, numbers below 1, or `describe` without prompts.
-        UnsupportedModelError: as `logit_effects`.
+        UnsupportedModelError: as `direct_logit_effects`.
 
     Source: METHODS 1.7.
 
@@ -64,11 +64,11 @@ def node_details(
     if not neurons:
         raise SettingsError("expected a circuit with single neurons; it has none. Ask before collapse().")
     details: dict[str, dict[str, Any]] = {}
-    effects = logit_effects(model, neurons, k=tokens).to_dataframe()
+    effects = direct_logit_effects(model, neurons, k=tokens).to_dataframe()
     for name, rows in effects.groupby("label", sort=False):
-        details[str(name)] = {"logit_effects": list(zip(rows["token"], rows["effect"].astype(float), strict=True))}
+        details[str(name)] = {"direct_logit_effects": list(zip(rows["token"], rows["effect"].astype(float), strict=True))}
     if prompts is not None:
-        found = strongest_examples(model, prompts, neurons, k=k, by=by, describe=describe, batch_size=batch_size)
+        found = max_activating_examples(model, prompts, neurons, k=k, by=by, describe=describe, batch_size=batch_size)
         for name in neurons:
             if name in found.descriptions:
                 details[name]["description"] = found.descriptions[name]

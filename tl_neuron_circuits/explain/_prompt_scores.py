@@ -23,7 +23,7 @@ from ..bases import ActivationSite, Neurons, Values, run_values
 from ..interventions import Nodes, find_nodes
 from ..models import TransformerLensModel
 from ..propagation import ALL_RULES, relp
-from ..tasks import Batch, Metric, PromptPairs, TokenisedPairs, logit_difference, measure, metric_name, tokenise
+from ..tasks import Batch, Metric, PromptPairs, TokenizedPairs, logit_difference, measure, metric_name, tokenize
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,7 +68,7 @@ class PromptScores:
 @checked
 def prompt_scores(
     model: TransformerLensModel,
-    pairs: PromptPairs | TokenisedPairs,
+    pairs: PromptPairs | TokenizedPairs,
     nodes: Nodes | None = None,
     *,
     metric: Metric = logit_difference,
@@ -91,7 +91,7 @@ def prompt_scores(
         share: count a neuron at a position as absent (0) where |score| is below this share of |metric| (METHODS: .005).
         rules: of relevance propagation; () is the plain gradient.
         batch_size: prompts in one pass; one forward and one backward each (two forwards with baseline="corrupt").
-        prepend_bos: as in `tasks.tokenise`.
+        prepend_bos: as in `tasks.tokenize`.
 
     Raises:
         PairsError: baseline="corrupt" without corrupt prompts, or of other lengths.
@@ -105,7 +105,7 @@ def prompt_scores(
         >>> scores.values.shape[0]
         8
     """
-    tokens = tokenise(model, pairs, prepend_bos=prepend_bos)
+    tokens = tokenize(model, pairs, prepend_bos=prepend_bos)
     frame = _all_neurons(model) if nodes is None else find_nodes(model, nodes)
     sites = [ActivationSite(hook, -1, "N") for hook in frame["hook"].unique()]
     features = _features(frame, polarity)

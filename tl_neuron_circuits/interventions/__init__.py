@@ -20,6 +20,6 @@ from ._steering_prompts import token_names as token_names
 from ._steering_result import SteeringResult as SteeringResult
 from ._steering_runs import steer as steer
 from ._steering_runs import sweep as sweep
-from ._steering_runs import transplant as transplant
+from ._steering_runs import interchange as interchange
 from ._steering_sweep import SteeringSweep as SteeringSweep
 from ._steering_values import node_values as node_values

@@ -170,7 +170,7 @@ def _choose(mask: Tensor | None, live: Tensor, base: Tensor | None, *, vector: b
 
 
 def _choose_bits(mask: Tensor, live: Tensor, base: Tensor | None) -> Tensor:
-    """`torch.where`, bit for bit: its CPU kernel is not vectorised, and those of integers are (154 against 57 us)."""
+    """`torch.where`, bit for bit: its CPU kernel is not vectorized, and those of integers are (154 against 57 us)."""
     kind = _BITS[live.dtype]
     ones = mask.to(kind).neg()  # all bits, or none
     chosen = live.view(kind) & ones

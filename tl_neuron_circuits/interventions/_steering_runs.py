@@ -1,4 +1,4 @@
-"""`steer`, `transplant` and `sweep`: run a model with and without steering hooks, and compare.
+"""`steer`, `interchange` and `sweep`: run a model with and without steering hooks, and compare.
 
 Source: METHODS 1.7.
 """
@@ -88,7 +88,7 @@ def steer(
 
 
 @checked
-def transplant(
+def interchange(
     model: TransformerLensModel,
     prompt: str | Sequence[str] | Int[Tensor, "batch pos"],
     donor: str | Sequence[str] | Int[Tensor, "donor donor_pos"],
@@ -114,7 +114,7 @@ def transplant(
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> result = tnc.transplant(model, "The girl near the dog", "The boys near the dog", ["L2/N5@3"])
+        >>> result = tnc.interchange(model, "The girl near the dog", "The boys near the dog", ["L2/N5@3"])
         >>> len(result.nodes)
         1
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bases import Parts, Site, Values, capture, fired, logits_of, reads_of, values_at
 from ..models import TransformerLensModel
 from ..propagation import relp
-from ..tasks import TokenisedPairs
+from ..tasks import TokenizedPairs
 from ._probe import Probe
 
 
@@ -55,7 +55,7 @@ class Ablation:
 
 
 def pooled_activations(
-    model: TransformerLensModel, tokens: TokenisedPairs, ablation: Ablation
+    model: TransformerLensModel, tokens: TokenizedPairs, ablation: Ablation
 ) -> Float[Tensor, "text d"]:
     """Mean over positions at `ablation.hook`, float32 on the CPU."""
     rows: list[Tensor] = [torch.empty(0)] * len(tokens)
@@ -70,7 +70,7 @@ def pooled_activations(
 
 def probe_support(
     model: TransformerLensModel,
-    tokens: TokenisedPairs,
+    tokens: TokenizedPairs,
     ablation: Ablation,
     probe: Probe,
     label: Tensor,

@@ -1,8 +1,8 @@
 """CircuitLasso: every component regressed on those before it, with few of them; no intervention and no gradient.
 
-    minimise over A:  ||H - A'H||_F^2 + penalty * ||A||_1,   A[i, j] free where i comes before j, else zero
+    minimize over A:  ||H - A'H||_F^2 + penalty * ||A||_1,   A[i, j] free where i comes before j, else zero
 
-H holds the activations of all sites, standardised. The known order replaces the search for one. An edge says that the
+H holds the activations of all sites, standardized. The known order replaces the search for one. An edge says that the
 source predicts the target when all other earlier components are known; it is no causal effect. Cost: one forward pass
 a prompt, then a solve that does not depend on how many there were.
 Source: Yin et al. 2026, arXiv 2606.16939 (no code is public; this is from the paper); METHODS 3.
@@ -22,7 +22,7 @@ from .._files import versions
 from .._typing import checked
 from ..bases import name_of
 from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, TokenisedPairs, logit_difference, metric_name
+from ..tasks import Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name
 from ._edges import Nodes, edge_keys, edge_table, node_table, nodes_of
 from ._inputs import Inputs, same_start, to_tokens
 from ._lasso_circuit import LassoCircuit, lasso_circuit
@@ -49,7 +49,7 @@ class CircuitLasso:
             attention moves. "pooled": for targets that attend, also the mean over the positions they see. "earlier":
             each of these positions, which needs prompts of one length and multiplies the columns by it.
         joint: regress on all earlier sites jointly, on one site at a time ("pairs"), or on the nearest earlier stage.
-        groups: penalise blocks from site to site as wholes (group lasso), where sites are vectors.
+        groups: penalize blocks from site to site as wholes (group lasso), where sites are vectors.
         shares: the path of penalties.
         blocks: prompts are dealt into so many blocks, for held-out error and bootstrap.
         folds: of the held-out error, where it chooses the penalty.
@@ -105,7 +105,7 @@ class CircuitLasso:
         if self.blocks < (2 if self.bootstrap else 1):
             raise SettingsError(f"expected at least one block, and two for a bootstrap; got blocks={self.blocks}.")
         if self.groups and self.joint != "joint":
-            raise SettingsError("groups=True penalises all earlier sites jointly; leave joint='joint'.")
+            raise SettingsError("groups=True penalizes all earlier sites jointly; leave joint='joint'.")
         if self.noise < 0 or (self.noise and self.basis is not None):
             raise SettingsError(
                 f"expected noise of 0 or more, and none with a basis, whose nodes the model does not compute; got "
@@ -158,8 +158,8 @@ class CircuitLasso:
     ) -> Observations:
         """The statistics alone; `+` joins those of several processes before `solve`. Arguments as of `fit`."""
         tokens = to_tokens(model, inputs, prepend_bos)
-        readout = self.readout or ("answers" if isinstance(inputs, PromptPairs | TokenisedPairs) else "logits")
-        if readout in ("answers", "metric") and not isinstance(inputs, PromptPairs | TokenisedPairs):
+        readout = self.readout or ("answers" if isinstance(inputs, PromptPairs | TokenizedPairs) else "logits")
+        if readout in ("answers", "metric") and not isinstance(inputs, PromptPairs | TokenizedPairs):
             raise SettingsError(f"readout={readout!r} needs pairs with answers; got prompts. Use 'logits' or 'none'.")
         watch = observer(
             model,

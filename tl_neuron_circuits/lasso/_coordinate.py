@@ -1,6 +1,6 @@
 """Coordinate descent for many small lassos at once, with exact steps on the support between sweeps.
 
-A sweep sets each weight to its minimiser with the others fixed. Sweeps alone crawl where sources are highly correlated,
+A sweep sets each weight to its minimizer with the others fixed. Sweeps alone crawl where sources are highly correlated,
 as activations are; so after a few of them the equations of the support, G_SS b_S = c_S - alpha sign(b_S), are solved
 and the weights move towards that solution as far as no sign changes: the objective is quadratic there, so it falls.
 Source: Friedman et al. 2010 (sweeps); Lee et al. 2006 (steps on the support).
@@ -24,7 +24,7 @@ def descend(
     tolerance: float,
     max_rounds: int = 250,
 ) -> Float64[Tensor, "target width"]:
-    """Minimise b'Gb / 2 - c'b + alpha ||b||_1 for each target until its duality gap over y'y / 2n is `tolerance`.
+    """Minimize b'Gb / 2 - c'b + alpha ||b||_1 for each target until its duality gap over y'y / 2n is `tolerance`.
 
     Columns with a zero diagonal keep their start. Stops after `max_rounds` whatever the gap: the caller checks it.
     """

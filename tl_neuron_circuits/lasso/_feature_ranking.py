@@ -1,6 +1,6 @@
 """Label nodes: which features of a model tell a label of its prompts.
 
-    features z of a prompt: mean (or largest) activation over its positions;   A = lasso of the label on z, standardised
+    features z of a prompt: mean (or largest) activation over its positions;   A = lasso of the label on z, standardized
     ranking over the data: |A|;   for one prompt: |A| x |z|
 
 The label is the last node of the order, so everything may explain it. Logistic loss for classes (`solve_labels`),
@@ -26,11 +26,11 @@ from ..attribution import label as node_label
 from ..bases import Basis, reads_of, run_values, sites_of
 from ..explain import PromptScores
 from ..models import TransformerLensModel
-from ..tasks import TokenisedPairs
+from ..tasks import TokenizedPairs
 from ._inputs import Inputs, same_start, to_tokens
 from ._labels import solve_labels
 from ._solver import largest_penalty, solve_lasso
-from ._statistics import Statistics, standardise
+from ._statistics import Statistics, standardize
 
 Pool = Literal["mean", "max", "last"]
 Loss = Literal["logistic", "squared"]
@@ -119,7 +119,7 @@ def _pool(nodes: Tensor, pool: Pool) -> Tensor:
     return nodes.amax(1) if pool == "max" else nodes[:, -1]
 
 
-def _widths(model: TransformerLensModel, tokens: TokenisedPairs, sites: Sequence[Any]) -> list[int]:
+def _widths(model: TransformerLensModel, tokens: TokenizedPairs, sites: Sequence[Any]) -> list[int]:
     values = run_values(model, next(tokens.batches(1)), reads_of(sites))
     return [site.take_apart(values).nodes.shape[2] for site in sites]
 
@@ -254,8 +254,8 @@ def rank_features(
 def _weights(
     x: Float64[Tensor, "n p"], y: Float64[Tensor, "n 1"], penalty: float | None, n_features: int, loss: Loss
 ) -> tuple[Float64[Tensor, " p"], Float64[Tensor, " p"], float]:
-    """Standardised weights, the columns' scales, and the penalty."""
-    squared = standardise(Statistics.of(x, y))
+    """Standardized weights, the columns' scales, and the penalty."""
+    squared = standardize(Statistics.of(x, y))
     if loss == "squared":
         largest = largest_penalty(squared)
     else:

@@ -1,6 +1,6 @@
 """The group lasso on a Gram matrix: whole blocks of weights are in or out together.
 
-    minimise over B:  ||Y - X B||^2 + penalty * sum over blocks of sqrt(size of block) * ||B_block||_F
+    minimize over B:  ||Y - X B||^2 + penalty * sum over blocks of sqrt(size of block) * ||B_block||_F
 
 A block is every weight from one group of sources (the components of one site) to one group of targets. With one column
 a group this is the lasso. The factor makes blocks of different sizes equally likely to be chosen by chance.
@@ -14,7 +14,7 @@ from torch import Tensor
 from .._errors import NumericalError, SettingsError
 from ._proximal import fista, largest_eigenvalue
 from ._solver import LassoSolution, check_penalty, explained
-from ._statistics import Standardised
+from ._statistics import Standardized
 
 
 def block_norms(
@@ -34,7 +34,7 @@ def block_norms(
 
 
 def solve_group_lasso(
-    problem: Standardised,
+    problem: Standardized,
     penalty: float,
     groups: Int[Tensor, " source"],
     target_groups: Int[Tensor, " target"] | None = None,
@@ -47,7 +47,7 @@ def solve_group_lasso(
     """Solve the group lasso; `groups[i]` is the group of source i, from 0 without holes.
 
     Args:
-        problem: from `standardise(statistics)`.
+        problem: from `standardize(statistics)`.
         penalty: as in the formula above.
         groups: of the sources.
         target_groups: of the targets; each on its own unless given.
@@ -65,7 +65,7 @@ def solve_group_lasso(
         >>> import tl_neuron_circuits as tnc
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
         >>> found = tnc.lasso.solve_group_lasso(problem, 40.0, groups=torch.tensor([0, 0, 1]))
         >>> (found.weights != 0).flatten().tolist()
         [True, True, False]

@@ -6,19 +6,19 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from ..models import TransformerLensModel
-from ..tasks import PromptPairs, TokenisedPairs, tokenise
+from ..tasks import PromptPairs, TokenizedPairs, tokenize
 
-Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenisedPairs
+Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenizedPairs
 
 
-def to_tokens(model: TransformerLensModel, inputs: Inputs, prepend_bos: bool | None) -> TokenisedPairs:
+def to_tokens(model: TransformerLensModel, inputs: Inputs, prepend_bos: bool | None) -> TokenizedPairs:
     """Tokens of prompts, or of pairs with their answers.
 
     Raises:
         SettingsError: no prompts.
     """
-    if isinstance(inputs, PromptPairs | TokenisedPairs):
-        return tokenise(model, inputs, prepend_bos=prepend_bos, aligned=False)
+    if isinstance(inputs, PromptPairs | TokenizedPairs):
+        return tokenize(model, inputs, prepend_bos=prepend_bos, aligned=False)
     if isinstance(inputs, str):
         inputs = [inputs]
     if isinstance(inputs, list):
@@ -28,10 +28,10 @@ def to_tokens(model: TransformerLensModel, inputs: Inputs, prepend_bos: bool | N
         clean = list(inputs)
     if not clean:
         raise SettingsError("expected at least one prompt; got none.")
-    return TokenisedPairs.from_tokens(clean, torch.zeros(len(clean), dtype=torch.long, device=clean[0].device))
+    return TokenizedPairs.from_tokens(clean, torch.zeros(len(clean), dtype=torch.long, device=clean[0].device))
 
 
-def same_start(tokens: TokenisedPairs) -> int:
+def same_start(tokens: TokenizedPairs) -> int:
     """1 where all prompts begin with one token and go on after it, else 0."""
     same = len({int(prompt[0]) for prompt in tokens.clean}) == 1 and len(tokens) > 1
     return int(same and min(tokens.lengths) > 1 and bool((tokens.position > 0).all()))

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._errors import SettingsError
 from ..explain import auroc
 from ._feature_ranking import PooledFeatures, rank_features
-from ._labelled_texts import LabelledTexts
+from ._labeled_texts import LabelledTexts
 
 Judge = Callable[[pd.DataFrame], Sequence[str]]
 """From candidates (label, hook, layer, unit, weight, share, contrast) to the labels of those about the attribute."""

@@ -1,6 +1,6 @@
 """Label nodes: which features tell a class, by logistic regression with a lasso penalty.
 
-    minimise over b, intercept:  sum over observations of log(1 + exp(z)) - y z + penalty * ||b||_1, z = X b + intercept
+    minimize over b, intercept:  sum over observations of log(1 + exp(z)) - y z + penalty * ||b||_1, z = X b + intercept
 
 scikit-learn's `LogisticRegression(penalty="l1", C=1 / penalty)`, the intercept free. Several labels are several
 independent regressions (one against the rest). A squared-error label is `solve_lasso` with the labels as targets.
@@ -16,12 +16,12 @@ from torch import Tensor
 from .._errors import NumericalError, SettingsError
 from ._proximal import fista, largest_eigenvalue
 from ._solver import check_penalty
-from ._statistics import Statistics, standardise
+from ._statistics import Statistics, standardize
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelSolution:
-    """Weights of standardised features for each label, and the intercepts.
+    """Weights of standardized features for each label, and the intercepts.
 
     Example:
         >>> import torch
@@ -61,7 +61,7 @@ def solve_labels(
     max_steps: int = 20_000,
     start: LabelSolution | None = None,
 ) -> LabelSolution:
-    """Fit every label (columns of zeros and ones) on standardised features, from `start` if given (a larger penalty's).
+    """Fit every label (columns of zeros and ones) on standardized features, from `start` if given (a larger penalty's).
 
     Raises:
         SettingsError: labels are not zeros and ones, one is the same everywhere, or the penalty is not positive.
@@ -78,7 +78,7 @@ def solve_labels(
     """
     check_penalty(penalty)
     statistics = Statistics.of(x)
-    problem = standardise(statistics, floor)
+    problem = standardize(statistics, floor)
     y = _labels(y.double())
     n = len(y)
     standard = (x.double() - statistics.mean) / problem.scale * ~problem.constant

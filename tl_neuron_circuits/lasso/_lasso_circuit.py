@@ -1,6 +1,6 @@
-"""What a fit gives: a `Circuit` whose edges are regression weights, with the regularisation path.
+"""What a fit gives: a `Circuit` whose edges are regression weights, with the regularization path.
 
-An edge's `weight` is the regression's; its `attribution`, which ranks and colours edges as in every circuit, is `reach`
+An edge's `weight` is the regression's; its `attribution`, which ranks and colors edges as in every circuit, is `reach`
 with the weight's sign (the weight itself where there is no readout to reach). A node's `score` is the largest product
 of weights on a path from it to the readout (without one, its strongest edge). Nothing is conserved along a regression:
 `relative`, `flow` and `influence` are nan, no remainder is kept, and the target's value is 1, its own deviation (0

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .._errors import FileFormatError, SettingsError
 from .._files import read_directory, write_directory
 from .._processes import Processes, here
-from ..tasks import Batch, TokenisedPairs
+from ..tasks import Batch, TokenizedPairs
 from ._sites import Noise, Observer, Site
 from ._statistics import Accumulator, Statistics, sum_of
 
@@ -107,7 +107,7 @@ class Observations:
 
 def observe(
     watch: Observer,
-    tokens: TokenisedPairs,
+    tokens: TokenizedPairs,
     *,
     regressors: Regressors,
     n_blocks: int,
@@ -244,7 +244,7 @@ def _allowed(watch: Observer, sources: Columns, targets: Columns) -> Tensor:
     return before & ((s == t) | (attends & ((s == _POOLED) | ((s >= 0) & seen))))
 
 
-def _check(tokens: TokenisedPairs, regressors: Regressors, n_blocks: int, skip: int) -> None:
+def _check(tokens: TokenizedPairs, regressors: Regressors, n_blocks: int, skip: int) -> None:
     if len(tokens) < n_blocks:
         raise SettingsError(f"expected at least one prompt a block; got {len(tokens)} prompts for {n_blocks} blocks.")
     shortest, longest = min(tokens.lengths), max(tokens.lengths)
@@ -261,11 +261,11 @@ def _check(tokens: TokenisedPairs, regressors: Regressors, n_blocks: int, skip: 
         )
 
 
-def _subset(tokens: TokenisedPairs, rows: list[int]) -> TokenisedPairs:
+def _subset(tokens: TokenizedPairs, rows: list[int]) -> TokenizedPairs:
     index = torch.tensor(rows, device=tokens.answer.device)
     wrong = None if tokens.wrong_answer is None else tokens.wrong_answer[index]
     clean = tuple(tokens.clean[row] for row in rows)
-    return TokenisedPairs(clean, tokens.answer[index], tokens.position[index], wrong_answer=wrong)
+    return TokenizedPairs(clean, tokens.answer[index], tokens.position[index], wrong_answer=wrong)
 
 
 def _tensors(parts: Sequence[Statistics]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""A linear probe: logistic regression with a small ridge on standardised activations, solved by Newton's method.
+"""A linear probe: logistic regression with a small ridge on standardized activations, solved by Newton's method.
 
-    minimise over w, b:  mean of log(1 + exp(z)) - y z  +  ridge / 2 * ||w||^2,   z = standardised(x) w + b
+    minimize over w, b:  mean of log(1 + exp(z)) - y z  +  ridge / 2 * ||w||^2,   z = standardized(x) w + b
 
-Standardisation is of the data it is fitted to and goes into the weights, so that a probe can be applied, and its
+Standardization is of the data it is fitted to and goes into the weights, so that a probe can be applied, and its
 gradient taken, on activations themselves.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
-from ._statistics import Statistics, standardise
+from ._statistics import Statistics, standardize
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,7 +61,7 @@ def fit_probe(x: Float[Tensor, "n d"], y: Tensor, ridge: float = 1e-2, steps: in
     if not bool(((y == 0) | (y == 1)).all()) or len(y.unique()) < 2:
         raise SettingsError("expected labels of both 0 and 1 for a probe, and no others.")
     statistics = Statistics.of(x)
-    problem = standardise(statistics)
+    problem = standardize(statistics)
     keep = (~problem.constant).double() / problem.scale
     standard = torch.cat([(x.double() - statistics.mean) * keep, torch.ones(len(y), 1).double()], 1)
     penalty = torch.full((standard.shape[1],), ridge, dtype=torch.float64)
@@ -108,8 +108,8 @@ def eraser(x: Tensor, attribute: Tensor) -> Callable[[Tensor], Tensor]:
     """
     x = x.double()
     mean = x.mean(0)
-    centred = x - mean
-    covariance = centred.T @ centred / len(x)
+    centered = x - mean
+    covariance = centered.T @ centered / len(x)
     covariance.diagonal().add_(1e-6 * covariance.diagonal().mean())
     difference = x[attribute == 1].mean(0) - x[attribute == 0].mean(0)
     if not bool(torch.isfinite(difference).all()):

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ._groups import solve_group_lasso
 from ._observations import Observations, Regression, Site
 from ._solver import LassoSolution, solve_lasso
-from ._statistics import Standardised, Statistics, standardise
+from ._statistics import Standardized, Statistics, standardize
 
 Joint = Literal["joint", "pairs", "adjacent"]
 
@@ -34,10 +34,10 @@ class Solving:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """One regression, standardised, with its weights."""
+    """One regression, standardized, with its weights."""
 
     regression: Regression
-    problem: Standardised
+    problem: Standardized
     statistics: Statistics
     weights: Float64[Tensor, "source target"]
     r2: Float64[Tensor, " target"]
@@ -47,7 +47,7 @@ def smallest_empty(observations: Observations, solving: Solving) -> float:
     """The alpha from which on no regression has a weight."""
     found = 0.0
     for regression, statistics in zip(observations.regressions, observations.total(), strict=True):
-        problem = standardise(statistics, solving.floor)
+        problem = standardize(statistics, solving.floor)
         pull = (problem.cross * regression.allowed.to(problem.cross.device)).abs()
         found = max(found, float(pull.max()) if pull.numel() else 0.0)
     return found
@@ -63,7 +63,7 @@ def fit_path(
 ) -> Iterator[list[Fitted]]:
     """Fits of all regressions, penalty by penalty in the order given, each from the last: give the largest first."""
     totals = observations.total(times)
-    problems = [(r, standardise(s, solving.floor), s) for r, s in zip(observations.regressions, totals, strict=True)]
+    problems = [(r, standardize(s, solving.floor), s) for r, s in zip(observations.regressions, totals, strict=True)]
     last: list[Tensor | None] = [None] * len(problems) if starts is None else [*starts]
     for alpha in tqdm(alphas, desc="penalties", disable=not verbose, leave=False):
         fits = []
@@ -77,7 +77,7 @@ def fit_path(
 def _weights(
     sites: Sequence[Site],
     regression: Regression,
-    problem: Standardised,
+    problem: Standardized,
     alpha: float,
     solving: Solving,
     start: Tensor | None,
@@ -106,7 +106,7 @@ def _weights(
 
 
 def _grouped(
-    problem: Standardised,
+    problem: Standardized,
     regression: Regression,
     alpha: float,
     allowed: Tensor,
@@ -137,8 +137,8 @@ def _pairs(sites: Sequence[Site], regression: Regression, joint: Joint) -> list[
     return found
 
 
-def _part(problem: Standardised, rows: Tensor, columns: Tensor) -> Standardised:
-    return Standardised(
+def _part(problem: Standardized, rows: Tensor, columns: Tensor) -> Standardized:
+    return Standardized(
         problem.n,
         problem.gram[rows[:, None], rows],
         problem.cross[rows[:, None], columns],
@@ -155,7 +155,7 @@ def held_out_errors(
 ) -> Float64[Tensor, "fold penalty"]:
     """Error on every fold's blocks of what was fitted to the others."""
     n_blocks = len(observations.blocks[0])
-    scales = [standardise(total, solving.floor).target_scale for total in observations.total()]
+    scales = [standardize(total, solving.floor).target_scale for total in observations.total()]
     rows = []
     for fold in tqdm(range(folds), desc="folds", disable=not verbose, leave=False):
         held = [int(block % folds == fold) for block in range(n_blocks)]

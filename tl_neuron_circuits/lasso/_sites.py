@@ -17,7 +17,7 @@ from ..attribution import ComponentGraph, component_graph, label, split_heads
 from ..bases import Basis, Neurons, Values, capture, fired, logits_of, run_values, sites_of, values_at
 from ..bases import Site as BasisSite
 from ..models import TransformerLensModel
-from ..tasks import Batch, Metric, TokenisedPairs, measure
+from ..tasks import Batch, Metric, TokenizedPairs, measure
 
 Readout = Literal["answers", "metric", "logits", "none"]
 
@@ -156,7 +156,7 @@ def basis_sites(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> 
 
 def observer(
     model: TransformerLensModel,
-    tokens: TokenisedPairs,
+    tokens: TokenizedPairs,
     *,
     basis: Basis | Sequence[Basis] | None,
     attention: Literal["heads", "layers"],

@@ -1,6 +1,6 @@
 """The lasso on a Gram matrix, for all targets at once.
 
-    minimise over b:  ||y - X b||^2 + penalty * ||b||_1
+    minimize over b:  ||y - X b||^2 + penalty * ||b||_1
 
 The paper's scaling; scikit-learn's `alpha` is penalty / (2 n). With G = X'X / n and c = X'y / n this is
 b'Gb / 2 - c'b + alpha ||b||_1 + y'y / 2n, so nothing here grows with n. Each target works on a few columns: those it
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .._errors import NumericalError, SettingsError
 from ._coordinate import descend
-from ._statistics import Standardised
+from ._statistics import Standardized
 
 _SPARSER = 8  # a multiplication by single rows costs so many times one of a full product
 _CHUNK = 2**25  # numbers in the gradients of a chunk of targets: 256 MB
@@ -36,7 +36,7 @@ class LassoSolution:
         >>> import tl_neuron_circuits as tnc
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
         >>> found = tnc.lasso.solve_lasso(problem, 0.1 * tnc.lasso.largest_penalty(problem))
         >>> found.n_edges, tuple(found.weights.shape)
         (2, (3, 1))
@@ -59,7 +59,7 @@ class LassoSolution:
         return f"LassoSolution(penalty {self.penalty:g}, {sources:,} x {targets:,}, {self.n_edges:,} weights not zero)"
 
 
-def largest_penalty(problem: Standardised, allowed: Bool[Tensor, "source target"] | None = None) -> float:
+def largest_penalty(problem: Standardized, allowed: Bool[Tensor, "source target"] | None = None) -> float:
     """The penalty from which on every weight is zero.
 
     Example:
@@ -67,7 +67,7 @@ def largest_penalty(problem: Standardised, allowed: Bool[Tensor, "source target"
         >>> import tl_neuron_circuits as tnc
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
         >>> tnc.lasso.solve_lasso(problem, 1.01 * tnc.lasso.largest_penalty(problem)).n_edges
         0
     """
@@ -76,7 +76,7 @@ def largest_penalty(problem: Standardised, allowed: Bool[Tensor, "source target"
 
 
 def solve_lasso(
-    problem: Standardised,
+    problem: Standardized,
     penalty: float,
     *,
     allowed: Bool[Tensor, "source target"] | None = None,
@@ -88,7 +88,7 @@ def solve_lasso(
     """Solve the lasso for every target of `problem`.
 
     Args:
-        problem: from `standardise(Statistics.of(x, y))`.
+        problem: from `standardize(Statistics.of(x, y))`.
         penalty: the paper's lambda; above `largest_penalty(problem)` every weight is zero.
         allowed: which sources each target may use; all unless given.
         start: weights to begin with, such as the solution at a larger penalty.
@@ -105,7 +105,7 @@ def solve_lasso(
         >>> import tl_neuron_circuits as tnc
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
         >>> solution = tnc.lasso.solve_lasso(problem, 0.1 * tnc.lasso.largest_penalty(problem))
         >>> (solution.weights != 0).flatten().tolist(), bool(solution.r2 > 0.95)
         ([True, True, False], True)
@@ -129,7 +129,7 @@ def solve_lasso(
 
 
 def lasso_path(
-    problem: Standardised,
+    problem: Standardized,
     penalties: Sequence[float],
     *,
     allowed: Bool[Tensor, "source target"] | None = None,
@@ -148,7 +148,7 @@ def lasso_path(
         >>> import tl_neuron_circuits as tnc
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
         >>> largest = tnc.lasso.largest_penalty(problem)
         >>> [solution.n_edges for solution in tnc.lasso.lasso_path(problem, [0.9 * largest, 0.1 * largest])]
         [1, 2]
@@ -164,7 +164,7 @@ def lasso_path(
     return [found[k] for k in range(len(penalties))]
 
 
-def explained(problem: Standardised, weights: Float64[Tensor, "source target"]) -> Float64[Tensor, " target"]:
+def explained(problem: Standardized, weights: Float64[Tensor, "source target"]) -> Float64[Tensor, " target"]:
     """R2 of these weights on the problem's observations (which need not be those they were fitted to).
 
     Example:
@@ -172,7 +172,7 @@ def explained(problem: Standardised, weights: Float64[Tensor, "source target"]) 
         >>> import tl_neuron_circuits as tnc
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
         >>> tnc.lasso.explained(problem, torch.linalg.solve(problem.gram, problem.cross)).round(decimals=4)
         tensor([1.], dtype=torch.float64)
     """

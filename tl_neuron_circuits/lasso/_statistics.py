@@ -25,7 +25,7 @@ _STRIP = 256
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
-    """Counts, means and centred products of observed sources and targets.
+    """Counts, means and centered products of observed sources and targets.
 
     Where the targets are the sources themselves, `target_products` is `products`, held once.
 
@@ -58,14 +58,14 @@ class Statistics:
         """
         x = _finite(x, "sources")
         mean = x.mean(0)
-        centred = x - mean
-        products = _products(centred)
+        centered = x - mean
+        products = _products(centered)
         if y is None:
             return cls(len(x), mean, products, mean, products, products.diagonal().clone())
         y = _finite(y, "targets")
         target_mean = y.mean(0)
         difference = y - target_mean
-        return cls(len(x), mean, products, target_mean, centred.T @ difference, difference.square().sum(0))
+        return cls(len(x), mean, products, target_mean, centered.T @ difference, difference.square().sum(0))
 
     @property
     def square(self) -> bool:
@@ -205,7 +205,7 @@ def sum_of(parts: Sequence[Statistics], times: Sequence[int]) -> Statistics:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Standardised:
+class Standardized:
     """The lasso's problem in columns of mean 0 and variance 1: correlations instead of products.
 
     Constant columns are zero throughout: never chosen as a source, nothing to explain as a target. Columns whose
@@ -216,7 +216,7 @@ class Standardised:
         >>> import tl_neuron_circuits as tnc
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
         >>> problem.gram.diagonal().round(decimals=4)
         tensor([1., 1., 1.], dtype=torch.float64)
     """
@@ -231,7 +231,7 @@ class Standardised:
     target_constant: Bool[Tensor, " target"]
 
 
-def standardise(statistics: Statistics, floor: float = 1e-4) -> Standardised:
+def standardize(statistics: Statistics, floor: float = 1e-4) -> Standardized:
     """Divide every column by its standard deviation, or by `floor` times the largest one if that is more.
 
     Raises:
@@ -242,12 +242,12 @@ def standardise(statistics: Statistics, floor: float = 1e-4) -> Standardised:
         >>> import tl_neuron_circuits as tnc
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardise(tnc.lasso.Statistics.of(x, y))
+        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
         >>> problem.n, tuple(problem.cross.shape)
         (200, (3, 1))
     """
     if statistics.n < 2:
-        raise SettingsError(f"expected at least 2 observations to standardise; got {statistics.n}. Give more tokens.")
+        raise SettingsError(f"expected at least 2 observations to standardize; got {statistics.n}. Give more tokens.")
     n = statistics.n
     scale, constant = _scale(statistics.products.diagonal() / n, statistics.mean, floor)
     if statistics.square:
@@ -259,7 +259,7 @@ def standardise(statistics: Statistics, floor: float = 1e-4) -> Standardised:
     gram = (statistics.products / n) * left[:, None] * left
     cross = gram if statistics.square else (statistics.target_products / n) * left[:, None] * right
     squares = (statistics.target_squares / n) * right.square()
-    return Standardised(n, gram, cross, squares, scale, target_scale, constant, target_constant)
+    return Standardized(n, gram, cross, squares, scale, target_scale, constant, target_constant)
 
 
 def _scale(variance: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def load_demo_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A demo model as a TransformerLens model: the same weights and logits on either class, nothing folded or centred.
+    """A demo model as a TransformerLens model: the same weights and logits on either class, nothing folded or centered.
 
     Args:
         name: one of `DEMO_MODELS`.

@@ -22,7 +22,7 @@ _ACTIVATION_FIELDS = ("act_fn", "hidden_activation", "hidden_act", "activation_f
 
 @dataclass(frozen=True)
 class NormSites:
-    """One normalisation: `scale` fires on both classes, `input` and `output` only on `TransformerBridge`.
+    """One normalization: `scale` fires on both classes, `input` and `output` only on `TransformerBridge`.
 
     Example:
         >>> import tl_neuron_circuits as tnc

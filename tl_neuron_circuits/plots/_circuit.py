@@ -17,7 +17,7 @@ _WIDTHS = (0.5, 1.0, 2.0, 3.5)
 
 
 def plot_circuit(circuit: Circuit, *, max_edges: int = 200, height: int = 640) -> go.Figure:
-    """Nodes sized by |share| and coloured by sign; edges coloured by their support for the target.
+    """Nodes sized by |share| and colored by sign; edges colored by their support for the target.
 
     Args:
         circuit: any circuit.
@@ -104,12 +104,12 @@ def _draw_nodes(figure: go.Figure, circuit: Circuit, places: dict[str, tuple[flo
     largest = max(float(nodes.loc[~nodes["kind"].isin((*_ENDS, "embedding", "logit")), "size"].max()), 1e-12)
     for name, sign in (("supports the target", 1), ("works against it", -1)):
         rows: list[Any] = [row for row in nodes.itertuples() if (-1 if row.score < 0 else 1) == sign]
-        colour = PALETTE[0] if sign > 0 else PALETTE[1]
+        color = PALETTE[0] if sign > 0 else PALETTE[1]
         figure.add_scatter(
             x=[places[row.node][0] for row in rows], y=[places[row.node][1] for row in rows], mode="markers", name=name,
             marker={
                 "size": [_diameter(row.kind, row.size / largest) for row in rows],
-                "symbol": [_symbol(row.kind) for row in rows], "color": colour, "line": {"width": 1, "color": "white"},
+                "symbol": [_symbol(row.kind) for row in rows], "color": color, "line": {"width": 1, "color": "white"},
             },
             hovertext=[_hover(row) for row in rows], hoverinfo="text",
         )  # fmt: skip
@@ -136,14 +136,14 @@ def _draw_edges(figure: go.Figure, circuit: Circuit, places: dict[str, tuple[flo
     strongest = max(float(edges["attribution"].abs().max()), 1e-12) if len(edges) else 1.0
     strength = np.sqrt(edges["attribution"].abs().to_numpy() / strongest)
     step = np.minimum((strength * len(_WIDTHS)).astype(int), len(_WIDTHS) - 1)
-    for sign, colour in ((1, PALETTE[0]), (-1, PALETTE[1])):
+    for sign, color in ((1, PALETTE[0]), (-1, PALETTE[1])):
         for place, width in enumerate(_WIDTHS):
             rows = edges[(step == place) & (np.where(edges["attribution"] < 0, -1, 1) == sign)]
             ends = list(zip(rows["source"], rows["target"], strict=True))
             figure.add_scatter(
                 x=_line([(places[a][0], places[b][0]) for a, b in ends]),
                 y=_line([(places[a][1], places[b][1]) for a, b in ends]),
-                mode="lines", line={"color": translucent(colour, 0.2 + 0.15 * place), "width": width},
+                mode="lines", line={"color": translucent(color, 0.2 + 0.15 * place), "width": width},
                 hoverinfo="skip", showlegend=False,
             )  # fmt: skip
 

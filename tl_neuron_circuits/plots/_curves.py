@@ -1,6 +1,6 @@
 """Sparsity curves: faithfulness and completeness against the number of nodes, and what scores promised beside it.
 
-One colour a basis, one dash a method, and a legend of each rather than one entry a curve. The first method is drawn
+One color a basis, one dash a method, and a legend of each rather than one entry a curve. The first method is drawn
 thickest, controls thinnest.
 """
 
@@ -14,10 +14,10 @@ from plotly.subplots import make_subplots
 
 from .._errors import SettingsError
 from ..evaluation import Comparison, SparsityCurve
-from ._style import CONTROLS, NAMES, colours, dash, finish, say, shown, translucent
+from ._style import CONTROLS, NAMES, colors, dash, finish, say, shown, translucent
 
 _MEASURES = ("faithfulness", "completeness")
-_GREY = "#888888"
+_GRAY = "#888888"
 
 
 def plot_curves(curves: Sequence[SparsityCurve]) -> go.Figure:
@@ -34,7 +34,7 @@ def plot_curves(curves: Sequence[SparsityCurve]) -> go.Figure:
     """
     figure = _panels()
     pairs = [(str(curve.settings["basis"]), str(curve.settings["method"])) for curve in curves]
-    palette = colours(basis for basis, _ in pairs)
+    palette = colors(basis for basis, _ in pairs)
     for curve, (basis, method) in zip(curves, pairs, strict=True):
         table = curve.to_dataframe()
         for column, measure in enumerate(_MEASURES, 1):
@@ -44,7 +44,7 @@ def plot_curves(curves: Sequence[SparsityCurve]) -> go.Figure:
 
 
 def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figure:
-    """One colour a basis, one dash a method; one task with bands, or several averaged over a grid of sizes.
+    """One color a basis, one dash a method; one task with bands, or several averaged over a grid of sizes.
 
     Raises:
         SettingsError: there is no such task.
@@ -61,7 +61,7 @@ def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figur
     """
     tasks = comparison.tasks if task is None else [_known(comparison, task)]
     keys = [key for key in comparison.curves if key.task in tasks]
-    palette = colours(key.basis for key in keys)
+    palette = colors(key.basis for key in keys)
     figure = _panels()
     table: Any = comparison.to_dataframe()
     for basis, method in dict.fromkeys((key.basis, key.method) for key in keys):
@@ -102,7 +102,7 @@ def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
             "expected a method whose scores say how far the metric drops; there are controls alone. "
             "Compare with method 'relp' or 'gradient' too."
         )
-    palette = colours(key.basis for key in keys)
+    palette = colors(key.basis for key in keys)
     figure = go.Figure()
     limits: list[float] = [0.0]
     for key in keys:
@@ -117,7 +117,7 @@ def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
         )  # fmt: skip
     ends = [min(limits), max(limits)]
     _legend(figure, palette, (key.method for key in keys))
-    figure.add_scatter(x=ends, y=ends, name="as promised", mode="lines", line={"color": _GREY, "width": 1})
+    figure.add_scatter(x=ends, y=ends, name="as promised", mode="lines", line={"color": _GRAY, "width": 1})
     first = comparison.curves[keys[0]]
     baseline, ablation = str(first.settings.get("baseline", "corrupt")), str(first.settings["ablation"])
     figure.update_xaxes(title=f"summed scores of the best nodes (against {baseline})")
@@ -139,7 +139,7 @@ def _panels() -> go.Figure:
     # One label a decade; whole numbers with commas rather than a mixture of 1000 and 10k.
     figure.update_xaxes(type="log", title="number of nodes (error nodes counted)", dtick=1, tickformat=",d")
     for column, ideal in ((1, 1.0), (2, 0.0)):
-        figure.add_hline(y=ideal, line={"color": _GREY, "width": 1, "dash": "dot"}, row=1, col=column)  # pyright: ignore[reportArgumentType]
+        figure.add_hline(y=ideal, line={"color": _GRAY, "width": 1, "dash": "dot"}, row=1, col=column)  # pyright: ignore[reportArgumentType]
     figure.update_yaxes(range=[-0.3, 1.5], ticks="outside", tickcolor="white")
     return figure
 
@@ -149,22 +149,22 @@ def _width(method: str, first: str) -> float:
 
 
 def _line(
-    figure: go.Figure, column: int, table: Any, measure: str, basis: str, method: str, colour: str, width: float
+    figure: go.Figure, column: int, table: Any, measure: str, basis: str, method: str, color: str, width: float
 ) -> None:
     table = table[table["size"] > 0]
     figure.add_scatter(
         x=table["size"], y=table[measure], name=shown(basis, method), legendgroup=basis, showlegend=False, mode="lines",
-        line={"color": colour, "dash": dash(method), "width": width}, row=1, col=column,
+        line={"color": color, "dash": dash(method), "width": width}, row=1, col=column,
         hovertemplate="%{x:,} nodes: %{y:.3f}<extra>" + shown(basis, method) + "</extra>",
     )  # fmt: skip
 
 
 def _legend(figure: go.Figure, palette: dict[str, str], methods: Iterable[str]) -> None:
     """A click on a basis hides its curves; methods are a key to the dashes."""
-    for basis, colour in palette.items():
+    for basis, color in palette.items():
         figure.add_scatter(
             x=[None], y=[None], mode="lines", name=basis.replace("_", " "), legendgroup=basis,
-            line={"color": colour, "width": 4},
+            line={"color": color, "width": 4},
         )  # fmt: skip
     for method in dict.fromkeys(methods):
         figure.add_scatter(
@@ -173,12 +173,12 @@ def _legend(figure: go.Figure, palette: dict[str, str], methods: Iterable[str]) 
         )  # fmt: skip
 
 
-def _band(figure: go.Figure, column: int, table: Any, measure: str, basis: str, colour: str) -> None:
+def _band(figure: go.Figure, column: int, table: Any, measure: str, basis: str, color: str) -> None:
     table = table[table["size"] > 0]
     x = [*table["size"], *table["size"][::-1]]
     y = [*table[f"{measure}_low"], *table[f"{measure}_high"][::-1]]
     figure.add_scatter(
-        x=x, y=y, fill="toself", fillcolor=translucent(colour), line={"width": 0}, hoverinfo="skip", showlegend=False,
+        x=x, y=y, fill="toself", fillcolor=translucent(color), line={"width": 0}, hoverinfo="skip", showlegend=False,
         legendgroup=basis, mode="lines", row=1, col=column,
     )  # fmt: skip
 

@@ -58,7 +58,7 @@ def page(circuit: Circuit, details: Mapping[str, Mapping[str, Any]] | None = Non
         "style": _part("page.css"),
         "positive": PALETTE[0],
         "negative": PALETTE[1],
-        "dark": " ".join(f"--{name}: {colour};" for name, colour in _DARK.items()),
+        "dark": " ".join(f"--{name}: {color};" for name, color in _DARK.items()),
         "data": embedded_json(page_data(circuit, details)),
         "script": "\n".join(_part(name) for name in _SCRIPTS),
     }
@@ -94,7 +94,7 @@ def page_data(circuit: Circuit, details: Mapping[str, Mapping[str, Any]] | None 
         },
         "members": {str(group): list(members) for group, members in (settings.get("groups") or {}).items()},
         "details": checked_details(nodes, details or {}),
-        "group_colours": list(_GROUPS),
+        "group_colors": list(_GROUPS),
     }
 
 

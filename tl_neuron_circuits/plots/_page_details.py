@@ -10,7 +10,7 @@ from .._errors import SettingsError
 from ..explain import Example
 
 _FORM = (
-    '{"description": "...", "logit_effects": [(token, number), ...], '
+    '{"description": "...", "direct_logit_effects": [(token, number), ...], '
     '"examples": ["...", {"tokens": [...], "values": [...], "note": "..."}], "any heading": "any text"}'
 )
 
@@ -26,8 +26,8 @@ def checked_details(nodes: pd.DataFrame, details: Mapping[str, Mapping[str, Any]
         if not isinstance(given, Mapping):
             raise SettingsError(f"expected details such as {_FORM}; got {type(given).__name__} for {name!r}.")
         form = {
-            "texts": [(str(key), str(text)) for key, text in given.items() if key not in ("logit_effects", "examples")],
-            "logit_effects": [_effect(name, pair) for pair in given.get("logit_effects", ())],
+            "texts": [(str(key), str(text)) for key, text in given.items() if key not in ("direct_logit_effects", "examples")],
+            "direct_logit_effects": [_effect(name, pair) for pair in given.get("direct_logit_effects", ())],
             "examples": [_example(name, example) for example in given.get("examples", ())],
         }
         for node in _named(nodes, name):
@@ -52,7 +52,7 @@ def _named(nodes: pd.DataFrame, name: str) -> Sequence[str]:
 
 def _effect(name: str, pair: Any) -> tuple[str, float]:
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise SettingsError(f"expected logit_effects as pairs of a token and a number; got {pair!r} for {name!r}.")
+        raise SettingsError(f"expected direct_logit_effects as pairs of a token and a number; got {pair!r} for {name!r}.")
     return str(pair[0]), _finite(name, [pair[1]])[0]
 
 

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .._errors import SettingsError
-from ._style import PALETTE, colours, finish, say
+from ._style import PALETTE, colors, finish, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ def plot_pareto(table: "pd.DataFrame", measure: str = "recovered_zero", model: s
     layers = list(dict.fromkeys(table["layer"]))
     titles = ["all layers" if layer == "all" else f"layer {layer}" for layer in layers]
     figure = make_subplots(cols=len(layers), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.02)
-    palette = colours(_SORTS)
+    palette = colors(_SORTS)
     for column, layer in enumerate(layers, 1):
         rows = table[table["layer"] == layer]
         for sort in _SORTS:

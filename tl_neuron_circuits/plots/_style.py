@@ -1,11 +1,11 @@
-"""One look for every figure: a colour-blind safe palette, dashes by method, a subtitle that says what was measured."""
+"""One look for every figure: a color-blind safe palette, dashes by method, a subtitle that says what was measured."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-# Okabe and Ito's palette, which readers with colour blindness can tell apart; black is left for text.
+# Okabe and Ito's palette, which readers with color blindness can tell apart; black is left for text.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = {
     "relp": "solid",
@@ -34,8 +34,8 @@ def shown(basis: str, method: str) -> str:
     return f"{basis.replace('_', ' ')}, {NAMES.get(method, method)}"
 
 
-def colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each name, in order."""
+def colors(names: Iterable[str]) -> dict[str, str]:
+    """A color for each name, in order."""
     return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(dict.fromkeys(names))}
 
 
@@ -44,9 +44,9 @@ def dash(method: str) -> str:
     return DASHES.get(method, "solid")
 
 
-def translucent(colour: str, alpha: float = 0.15) -> str:
-    """The colour of a band."""
-    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+def translucent(color: str, alpha: float = 0.15) -> str:
+    """The color of a band."""
+    red, green, blue = (int(color[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"
 
 

@@ -30,7 +30,7 @@ class Activation:
     ratio: Elementwise | None
 
     def ratio_at(self, pre: Tensor, activated: Tensor | None, stabilizer: float | None) -> Tensor:
-        """f(x) / x at `pre`, exact where known, else from the observed value; the fork's form with a stabiliser."""
+        """f(x) / x at `pre`, exact where known, else from the observed value; the fork's form with a stabilizer."""
         if self.ratio is not None and stabilizer is None:
             return self.ratio(pre)
         if activated is None:
@@ -101,7 +101,7 @@ def _on_grid() -> tuple[Tensor, list[Tensor]]:
 
 
 def find_activation(model: TransformerLensModel, layer: int) -> Activation:
-    """The activation of one MLP: recognised by its values on a grid, else by its name, else generic.
+    """The activation of one MLP: recognized by its values on a grid, else by its name, else generic.
 
     `HookedTransformer` keeps the function on the MLP, `TransformerBridge` on the wrapped Hugging Face module.
     """

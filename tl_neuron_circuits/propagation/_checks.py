@@ -2,7 +2,7 @@
 
 Every piece of the model that a rule stands for is rebuilt from its inputs and compared with the value the model
 computed. Deviations stay on their device and are read once, at the end of the forward pass, so that checks cost no
-synchronisation.
+synchronization.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A norm where only its input and output are in the graph: y = weight * centre(x) / scale + bias.
+"""A norm where only its input and output are in the graph: y = weight * center(x) / scale + bias.
 
 That is so on `TransformerBridge` for most adapters. Elsewhere the scale itself is a hook point in the graph, and
 detaching it there is the whole rule.
@@ -22,17 +22,17 @@ class FrozenNorm:
     weight: Tensor
     bias: Tensor | None
     eps: float
-    centred: bool
+    centered: bool
 
     def rebuild(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The norm's output at `x`, and the scale it divides by, in at least float32 as Hugging Face computes it."""
         with torch.no_grad():
             x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            if self.centred and self.weight.shape == x.shape[-1:]:  # one pass, which a plain LayerNorm takes too
+            if self.centered and self.weight.shape == x.shape[-1:]:  # one pass, which a plain LayerNorm takes too
                 weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
                 output, _, inverse = torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
                 return output, inverse.reciprocal_()
-            x = x - x.mean(-1, keepdim=True) if self.centred else x
+            x = x - x.mean(-1, keepdim=True) if self.centered else x
             scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
             output = x / scale * self.weight
             return (output if self.bias is None else output + self.bias), scale
@@ -55,7 +55,7 @@ def is_opaque(model: TransformerLensModel, path: str) -> bool:
 
 
 def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
-    """Read a norm module of `TransformerBridge`; None for a slot that does not normalise.
+    """Read a norm module of `TransformerBridge`; None for a slot that does not normalize.
 
     Gemma's RMSNorm stores its weight as an offset from one. The caller compares what `rebuild` gives with the model's
     own output, so that a convention unknown here is an error and never a number.
@@ -68,7 +68,7 @@ def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
         >>> from tl_neuron_circuits.propagation import read_norm
         >>> model = tnc.load_demo_model("demo-swiglu", "TransformerBridge")  # TransformerLens 3.9 or later
         >>> norm = read_norm(model, "blocks.0.ln1")
-        >>> norm.centred, norm.bias is None
+        >>> norm.centered, norm.bias is None
         (False, True)
     """
     norm: Any = submodule(model, path)
@@ -77,7 +77,7 @@ def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
         return None
     if norm is None or not hasattr(norm, "uses_rms_norm"):
         raise UnsupportedModelError(
-            f"expected a normalisation at {path}; got {type(norm).__name__}. Leave 'ln' out of the rules."
+            f"expected a normalization at {path}; got {type(norm).__name__}. Leave 'ln' out of the rules."
         )
     parameters = set(getattr(norm, "property_aliases", {}).values())  # none where the weight was folded away
     weight = getattr(norm, "weight", None) if "weight" in parameters else None
@@ -88,7 +88,7 @@ def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
         weight = torch.ones(1, device=next(iter(model.parameters())).device)
     elif offset:
         weight = 1.0 + weight.detach()
-    return FrozenNorm(weight.detach(), bias, _eps(norm, component), centred=not rms)
+    return FrozenNorm(weight.detach(), bias, _eps(norm, component), centered=not rms)
 
 
 def _eps(norm: Any, component: Any) -> float:

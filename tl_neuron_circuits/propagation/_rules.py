@@ -17,13 +17,13 @@ from ._activations import Activation
 
 @dataclass(frozen=True)
 class LnRule:
-    """Treat a norm's denominator as a constant: y = w * centre(x) / sg(scale) + b. Ali et al. 2022.
+    """Treat a norm's denominator as a constant: y = w * center(x) / sg(scale) + b. Ali et al. 2022.
 
     Example:
         >>> import torch
         >>> from tl_neuron_circuits.propagation import LnRule
         >>> gradient, scale = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0]])
-        >>> LnRule().gradient(gradient, torch.ones(2), scale, centred=True)
+        >>> LnRule().gradient(gradient, torch.ones(2), scale, centered=True)
         tensor([[-0.5000,  0.5000]])
     """
 
@@ -34,11 +34,11 @@ class LnRule:
         gradient: Float[Tensor, "*batch d"],
         weight: Float[Tensor, "#d"],
         scale: Float[Tensor, "*batch 1"],
-        centred: bool,
+        centered: bool,
     ) -> Float[Tensor, "*batch d"]:
         """From the gradient at the norm's output to the gradient at its input."""
         inner = (gradient * weight).div_(scale)
-        return inner.sub_(inner.mean(-1, keepdim=True)) if centred else inner
+        return inner.sub_(inner.mean(-1, keepdim=True)) if centered else inner
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ class Session:
             def share(gradient: Tensor) -> Gradients:
                 gradient = gradient.to(scale.dtype)
                 weight = frozen.weight.to(gradient)
-                gradients = {source: rule.gradient(gradient, weight, scale, frozen.centred)}
+                gradients = {source: rule.gradient(gradient, weight, scale, frozen.centered)}
                 # A backward hook on these two makes TransformerBridge compute the norm step by step: show it the truth.
                 if norm.normalized is not None and self._points[norm.normalized].bwd_hooks:
                     gradients[norm.normalized] = gradient * weight

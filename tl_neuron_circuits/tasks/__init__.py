@@ -16,7 +16,7 @@ from ._metrics import reads_answers_only as reads_answers_only
 from ._pairs import PromptPair as PromptPair
 from ._pairs import PromptPairs as PromptPairs
 from ._token_rows import TokenRows as TokenRows
-from ._tokenise import keep_fitting as keep_fitting
-from ._tokenise import tokenise as tokenise
-from ._tokenised import Batch as Batch
-from ._tokenised import TokenisedPairs as TokenisedPairs
+from ._tokenize import keep_fitting as keep_fitting
+from ._tokenize import tokenize as tokenize
+from ._tokenized import Batch as Batch
+from ._tokenized import TokenizedPairs as TokenizedPairs

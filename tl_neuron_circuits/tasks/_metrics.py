@@ -3,7 +3,7 @@
 A metric is any callable `metric(logits, batch)` from `Float[Tensor, "batch pos d_vocab"]` and a `Batch` to
 `Float[Tensor, "batch"]`. Ours read the logits at `batch.position`, so padding does not touch them, and compute in
 float32 at least. On the corrupt run pass `batch.on_corrupt()`: the same answers at that run's positions.
-The default, `logit_difference`, does not change when the unembedding is centred; `answer_logit` does.
+The default, `logit_difference`, does not change when the unembedding is centered; `answer_logit` does.
 """
 
 import functools
@@ -18,8 +18,8 @@ from .._errors import NumericalError, PairsError, SettingsError
 from .._typing import checked
 from ..models import TransformerLensModel
 from ._pairs import PromptPairs
-from ._tokenise import tokenise
-from ._tokenised import Batch
+from ._tokenize import tokenize
+from ._tokenized import Batch
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"], Batch], Float[Tensor, " batch"]]
 
@@ -35,7 +35,7 @@ def logit_difference(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
         >>> bool((tnc.tasks.logit_difference(model(batch.clean), batch) > 0).all())
         True
     """
@@ -56,7 +56,7 @@ def answer_logit(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Fl
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
         >>> tnc.tasks.answer_logit(model(batch.clean), batch).shape
         torch.Size([8])
     """
@@ -71,7 +71,7 @@ def answer_log_probability(logits: Float[Tensor, "batch pos d_vocab"], batch: Ba
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
         >>> bool((tnc.tasks.answer_log_probability(model(batch.clean), batch) <= 0).all())
         True
     """
@@ -92,7 +92,7 @@ class ProbabilityDifference:
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.greater_than(4)
         >>> metric = tnc.tasks.ProbabilityDifference.for_years(model, pairs)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(4))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(4))
         >>> bool((metric(model(batch.clean), batch) > 0.5).all())
         True
     """
@@ -111,7 +111,7 @@ class ProbabilityDifference:
         """
         years = [f"{year:02d}" for year in range(100)]
         numbers = PromptPairs(clean=[pairs.clean[0]] * 100, answer=years)
-        return cls(tokenise(model, numbers, prepend_bos=prepend_bos).answer)
+        return cls(tokenize(model, numbers, prepend_bos=prepend_bos).answer)
 
     def __call__(self, logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
         """Return the difference for every row of the batch."""
@@ -171,7 +171,7 @@ def measure(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"], batch: B
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(8))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
         >>> values = tnc.tasks.measure(tnc.tasks.logit_difference, model(batch.clean), batch)
         >>> values.shape, bool((values > 0).all())
         (torch.Size([8]), True)

@@ -1,6 +1,6 @@
 """`PromptPairs`: clean prompts, their answers, and (for paired methods) corrupt prompts and wrong answers.
 
-Text only: nothing here knows a tokenizer. `tokenise(model, pairs)` turns pairs into tokens and checks them there.
+Text only: nothing here knows a tokenizer. `tokenize(model, pairs)` turns pairs into tokens and checks them there.
 A *contrast* is the unordered {clean, corrupt} of a pair; tasks emit both directions of every contrast, so that a
 model whose nodes are ablated to their mean prefers neither answer. `split` never separates the two directions.
 Files: JSON lines in the fields of Marks et al. 2025 (arXiv 2403.19647; METHODS.md 1.4).

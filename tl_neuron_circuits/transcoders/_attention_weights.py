@@ -33,7 +33,7 @@ class AttentionWeights:
         return self.W_O.shape[0]
 
     def read_of(self, v: Float[Tensor, "*batch d_model"]) -> tuple[Tensor, Tensor]:
-        """W_V W_O v for every head: what reads the normalised residual stream, `[*batch, head, d_model]`; and b_V's
+        """W_V W_O v for every head: what reads the normalized residual stream, `[*batch, head, d_model]`; and b_V's
         part, `[*batch, head]`.
         """
         heads = torch.einsum("hkd,...d->...hk", self.W_O.to(v), v)
@@ -44,7 +44,7 @@ class AttentionWeights:
         return reads, torch.einsum("gk,...grk->...gr", self.b_V.to(v), grouped).flatten(-2)
 
     def read_of_one(self, v: Float[Tensor, "*batch d_model"], head: int) -> Float[Tensor, "*batch d_model"]:
-        """W_V W_O v of one head: what reads the normalised residual stream, without b_V."""
+        """W_V W_O v of one head: what reads the normalized residual stream, without b_V."""
         value_head = head // (self.n_heads // len(self.W_V))
         return v @ self.W_O[head].to(v).mT @ self.W_V[value_head].to(v).mT
 

@@ -46,7 +46,7 @@ KINDS: dict[tuple[str, str, bool], str] = {
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of `train`. Inputs and outputs are centred and scaled, so that no setting depends on units.
+    """Settings of `train`. Inputs and outputs are centered and scaled, so that no setting depends on units.
 
     Attributes:
         target: "transcoder" (MLP input to MLP output) or "sae" (MLP output to itself).

@@ -40,7 +40,7 @@ def resample(
     missing: Float[Tensor, "batch d_out"],
     generator: torch.Generator,
 ) -> None:
-    """Restart the dead features, in place, and forget the optimiser's moments of them."""
+    """Restart the dead features, in place, and forget the optimizer's moments of them."""
     chances = missing.square().sum(-1).double().cpu()
     if not dead.any() or not chances.sum() > 0:
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._errors import NumericalError, PairsError, SettingsError, UnsupportedModelError
 from ..interventions import token_names
 from ..models import TransformerLensModel, submodule
-from ..tasks import PromptPairs, tokenise
+from ..tasks import PromptPairs, tokenize
 from ._norm_maps import norm_map
 from ._one_step import OneStep, Read, feature_read, one_step, read_through_norm
 from ._residual_run import ResidualRun
@@ -81,7 +81,7 @@ def taken_apart(run: ResidualRun, target: Explained) -> OneStep:
     if not gap <= allowed * max(1.0, step.size):
         raise NumericalError(
             f"the contributions to {target.label} sum to {step.total:.6g}, but the model gives it {target.value:.6g}: "
-            "a part of this architecture writes to the residual stream (or normalises it) in a way that circuits from "
+            "a part of this architecture writes to the residual stream (or normalizes it) in a way that circuits from "
             "weights do not know. Use attribute(...) or trace(...), which need gradients only."
         )
     return step
@@ -115,7 +115,7 @@ def _neuron(run: ResidualRun, layer: int, unit: int, position: int) -> Explained
     vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
     stream = run.streams[layer][1]
     paths = (f"blocks.{layer}.{name}" for name in ("ln2", "ln1"))
-    norm = next((norm for norm in (norm_map(run.model, path) for path in paths) if norm.normalises), None)
+    norm = next((norm for norm in (norm_map(run.model, path) for path in paths) if norm.normalizes), None)
     if norm is None:
         norm = norm_map(run.model, f"blocks.{layer}.ln2")
     read = read_through_norm(run, stream, norm, position, layer, vector, f"L{layer}/norm")
@@ -158,7 +158,7 @@ def _token(model: TransformerLensModel, target: Target, prompt: str | None) -> i
             "given as text: give the token's number, or the prompt as text."
         )
     try:
-        return int(tokenise(model, PromptPairs(clean=[prompt], answer=[target])).answer[0])
+        return int(tokenize(model, PromptPairs(clean=[prompt], answer=[target])).answer[0])
     except PairsError as error:
         raise SettingsError(f"expected a target such as {_FORM}; got {target!r}: {error}") from error
 

@@ -54,7 +54,7 @@ def deembed(
     Raises:
         SettingsError: a feature or head that is not there; k below 1.
         DictionaryError: a dictionary that does not fit; see `contributions`.
-        UnsupportedModelError: the model normalises its embeddings (BLOOM), or has no W_E.
+        UnsupportedModelError: the model normalizes its embeddings (BLOOM), or has no W_E.
 
     Source: Dunefsky, Chlenski and Nanda 2024, arXiv 2406.11944; METHODS.md 4.3.
 
@@ -108,7 +108,7 @@ def logit_weights(
     for layer, units in by_layer(run, features).items():
         written = norm_map(model, "ln_final").along(decoders(run, layer, torch.tensor(units)))
         labels = [f"L{layer}/F{unit}" for unit in units]
-        tables.append(token_table(model, labels, unembedding.detach().mT, written, k, centred=True))
+        tables.append(token_table(model, labels, unembedding.detach().mT, written, k, centered=True))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -134,9 +134,9 @@ def embeddings_of(model: TransformerLensModel) -> Float[Tensor, "d_vocab d_model
     width = int(model.cfg.d_model)
     if not isinstance(embedding, Tensor) or embedding.dim() != 2 or embedding.shape[1] != width:
         raise UnsupportedModelError(f"expected embed.W_E of [d_vocab, {width}] on this {type(model).__name__}.")
-    if getattr(model.cfg, "post_embedding_ln", False) or norm_map(model, "embed_ln").normalises:
+    if getattr(model.cfg, "post_embedding_ln", False) or norm_map(model, "embed_ln").normalizes:
         raise UnsupportedModelError(
-            "this model normalises its embeddings, token by token, so W_E alone says nothing. Use contributions(...) "
+            "this model normalizes its embeddings, token by token, so W_E alone says nothing. Use contributions(...) "
             "on prompts."
         )
     return embedding.detach()
@@ -149,7 +149,7 @@ def token_table(
     vectors: Float[Tensor, "feature d_model"],
     k: int,
     *,
-    centred: bool = False,
+    centered: bool = False,
 ) -> pd.DataFrame:
     """The largest and smallest products of every vector with the vocabulary, in chunks of features.
 
@@ -162,7 +162,7 @@ def token_table(
     for start in range(0, len(vectors), step):
         part = vectors[start : start + step].to(tokens.device)
         values = part @ tokens.to(part).mT
-        values = values - values.mean(1, keepdim=True) if centred else values
+        values = values - values.mean(1, keepdim=True) if centered else values
         for label, row in zip(labels[start : start + step], values, strict=True):
             for direction, largest in (("top", True), ("bottom", False)):
                 found = row.topk(min(k, len(row)), largest=largest)

@@ -45,7 +45,7 @@ class Fidelity:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=64)
-        >>> tokens = torch.stack(list(tnc.tasks.tokenise(model, pairs).clean))
+        >>> tokens = torch.stack(list(tnc.tasks.tokenize(model, pairs).clean))
         >>> found = tnc.transcoders.fidelity(model, tnc.load_demo_dictionaries("sae"), tokens)
         >>> found.of("sae").index.tolist()
         [0, 1, 2, 3, 'all']

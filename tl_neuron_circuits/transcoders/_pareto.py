@@ -32,7 +32,7 @@ class ParetoFront:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=64)
-        >>> tokens = torch.stack(list(tnc.tasks.tokenise(model, pairs).clean))
+        >>> tokens = torch.stack(list(tnc.tasks.tokenize(model, pairs).clean))
         >>> config = tnc.transcoders.TrainingConfig(layers=(0,), d_dict=64, steps=10, batch_size=64, buffer_size=256)
         >>> given = {"evaluation_tokens": tokens, "targets": ("sae",), "verbose": False}
         >>> front = tnc.transcoders.pareto(model, tokens, config, [4, 8], **given)

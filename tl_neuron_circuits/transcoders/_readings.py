@@ -44,7 +44,7 @@ class Reading:
     def vectors(
         self, units: Int[Tensor, " unit"] | Sequence[int]
     ) -> tuple[Float[Tensor, "unit d_in"], Float[Tensor, " unit"]]:
-        """The encoder's read vectors at `hook_in`, and their constants; its run-time normalisation is not in them."""
+        """The encoder's read vectors at `hook_in`, and their constants; its run-time normalization is not in them."""
         d = self.dictionary
         index = torch.as_tensor(units, dtype=torch.long, device=d.device)
         dtype = torch.promote_types(d.dtype, torch.float32)
@@ -60,7 +60,7 @@ class Reading:
     def rescaled(
         self, vectors: Float[Tensor, "unit d_in"], x: Float[Tensor, " d_in"] | None
     ) -> Float[Tensor, "unit d_in"]:
-        """The vectors through the dictionary's own run-time normalisation, frozen at x; up to its scale for None."""
+        """The vectors through the dictionary's own run-time normalization, frozen at x; up to its scale for None."""
         how = self.dictionary.normalize_activations
         if how == "layer_norm":
             scale = 1.0 if x is None else x.std() + LAYER_NORM_EPSILON
@@ -142,7 +142,7 @@ def reading_of(
 def _candidates(model: TransformerLensModel, layer: int, before: str, middle: str) -> Iterator[tuple[str, NormMap]]:
     for path in ("ln2", "ln1"):
         norm = norm_map(model, f"blocks.{layer}.{path}")
-        if norm.normalises:
+        if norm.normalizes:
             yield middle, norm
             yield middle, norm.bare()
     yield middle, NO_NORM

@@ -29,7 +29,7 @@ class TrainingReport:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=64)
-        >>> tokens = torch.stack(list(tnc.tasks.tokenise(model, pairs).clean))
+        >>> tokens = torch.stack(list(tnc.tasks.tokenize(model, pairs).clean))
         >>> config = tnc.transcoders.TrainingConfig(layers=(0,), d_dict=64, steps=20, batch_size=64, buffer_size=256)
         >>> report = tnc.transcoders.train(model, tokens, config, verbose=False)
         >>> [folder.name for folder in report.save("mine")]

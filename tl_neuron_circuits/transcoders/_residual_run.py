@@ -75,7 +75,7 @@ class ResidualRun:
 
     @cached_property
     def attention_inputs(self) -> list[Tensor]:
-        """The normalised residual stream that each attention layer's heads read, `[pos, d_model]`."""
+        """The normalized residual stream that each attention layer's heads read, `[pos, d_model]`."""
         return [a.norm.apply(self.values[f"blocks.{layer}.hook_resid_pre"]) for layer, a in enumerate(self.attentions)]
 
     @cached_property
@@ -88,7 +88,7 @@ class ResidualRun:
         """The scale of the norm after each attention layer, where there is one."""
         found: list[Tensor | None] = []
         for layer, weights in enumerate(self.attentions):
-            if not weights.post.normalises:
+            if not weights.post.normalizes:
                 found.append(None)
                 continue
             z = self.values[f"blocks.{layer}.attn.hook_z"].reshape(len(self.tokens), weights.n_heads, -1)
@@ -166,7 +166,7 @@ def _writes(model: TransformerLensModel, layer: int, site: Site | None, values: 
     units = [row.nonzero().flatten() for row in nodes]
     features = Features(units, [row[index] for row, index in zip(nodes, units, strict=True)])
     post = NO_NORM if site.hook.endswith("hook_mlp_out") else norm_map(model, f"blocks.{layer}.ln2_post")
-    scale = post.scale(values[site.hook]) if post.normalises else None
+    scale = post.scale(values[site.hook]) if post.normalizes else None
     skip = parts.vectors.get("skip")
     dictionary: Dictionary = site.dictionary  # pyright: ignore[reportAttributeAccessIssue]
     error = parts.vectors["error"][0]

@@ -1,4 +1,4 @@
-"""Units: dictionaries are trained on centred inputs and outputs of mean squared norm d, and given back in the model's.
+"""Units: dictionaries are trained on centered inputs and outputs of mean squared norm d, and given back in the model's.
 
     x_n = (x - mean_in) / scale_in,   y_n = (y - mean_out) / scale_out,   scale^2 = E |x - mean|^2 / d
 

@@ -52,7 +52,7 @@ def train(
         config: settings.
         directory: where checkpoints go; None for none.
         resume: go on from the newest checkpoint there, with the same settings, model, tokens and number of processes;
-            a tensor or a list of tokens is recognised, any other iterable must give the same batches again.
+            a tensor or a list of tokens is recognized, any other iterable must give the same batches again.
         verbose: show a progress bar with loss, L0, variance explained and share of dead features.
 
     Raises:

@@ -1,9 +1,9 @@
-"""One dictionary in training: its weights, its optimiser, and one step.
+"""One dictionary in training: its weights, its optimizer, and one step.
 
     loss = mean (y_n - y_n_hat)^2 + penalty * cost + coefficient * auxiliary
 
 in the units of `_scaling`, in which the first term is the fraction of variance unexplained. The decoder's rows are kept
-at norm 1: the gradient along them is removed before a step, and they are normalised after it. Several processes average
+at norm 1: the gradient along them is removed before a step, and they are normalized after it. Several processes average
 their gradients over batches of equal size, so that their weights are the same.
 """
 

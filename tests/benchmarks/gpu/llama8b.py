@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tl_neuron_circuits as tnc
 from tests.families import build_bridge_from_module
-from tl_neuron_circuits.tasks import TokenisedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
 
 LLAMA_3_1_8B = {
     "hidden_size": 4096,
@@ -58,11 +58,11 @@ def model_of(settings: dict[str, Any], device: str) -> Any:
     return build_bridge_from_module(source.eval(), "LlamaForCausalLM", hf_config=config).eval()
 
 
-def pairs_of(model: Any, n: int, length: int, device: str) -> TokenisedPairs:
+def pairs_of(model: Any, n: int, length: int, device: str) -> TokenizedPairs:
     generator = torch.Generator().manual_seed(0)
     clean, corrupt = (torch.randint(2, model.cfg.d_vocab, (n, length), generator=generator) for _ in range(2))
     answer, wrong = (torch.randint(2, model.cfg.d_vocab, (n,), generator=generator) for _ in range(2))
-    return TokenisedPairs.from_tokens(clean.to(device), answer.to(device), corrupt.to(device), wrong.to(device))
+    return TokenizedPairs.from_tokens(clean.to(device), answer.to(device), corrupt.to(device), wrong.to(device))
 
 
 def measured(name: str, device: str, work: Callable[[], Any]) -> Any:

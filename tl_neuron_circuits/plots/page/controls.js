@@ -73,7 +73,7 @@ function showGroups() {
   const chips = all.map((group) => element("button", {
     type: "button", "aria-pressed": String(view.collapsed.has(group.name)), "data-group": group.name,
     title: "Collapse or expand", onclick: () => toggleGroup(group.name),
-  }, element("span", { class: "swatch", style: `border-color: ${group.colour}` }), `${shorten(clean(group.name), 24)} (${group.members.length})`));
+  }, element("span", { class: "swatch", style: `border-color: ${group.color}` }), `${shorten(clean(group.name), 24)} (${group.members.length})`));
   if (all.length > 1) {
     const collapse = view.collapsed.size < all.length;
     chips.push(element("button", {
@@ -109,7 +109,7 @@ function isDark() {
   const chosen = document.documentElement.dataset.theme;
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 }
-function nameTheme() { $("theme").textContent = isDark() ? "Light" : "Dark"; $("theme").ariaLabel = isDark() ? "Light colours" : "Dark colours"; }
+function nameTheme() { $("theme").textContent = isDark() ? "Light" : "Dark"; $("theme").ariaLabel = isDark() ? "Light colors" : "Dark colors"; }
 
 function keyOf(event) {
   const mark = event.target.closest ? event.target.closest(".node") : null;

@@ -28,7 +28,7 @@ for (const node of NODES) {
     GROUPS.get(node.group).members.push(node);
   }
 }
-[...GROUPS.values()].forEach((group, index) => { group.colour = data.group_colours[index % data.group_colours.length]; });
+[...GROUPS.values()].forEach((group, index) => { group.color = data.group_colors[index % data.group_colors.length]; });
 // Graphs of other programs have no scores; there influence says how large a node is.
 const SIZED_BY = NODES.some((node) => CHOSEN.has(node.kind) && node.share !== null) ? "share" : "influence";
 

@@ -73,9 +73,9 @@ function nodeMark(node) {
     "aria-label": `${nameOf(node)}, ${KINDS[node.kind] || node.kind} ${where(node)}, score ${number(node.score)}, share ${percent(node.share)}`,
   });
   const strength = Math.min(1, Math.sqrt(sizeOf(node) / LARGEST));
-  const colour = sign < 0 ? "--negative" : sign > 0 ? "--positive" : "--muted";
+  const color = sign < 0 ? "--negative" : sign > 0 ? "--positive" : "--muted";
   const mix = place.isPill ? 10 + 14 * strength : 22 + 62 * strength;
-  const fill = `fill: color-mix(in srgb, var(${colour}) ${mix.toFixed(0)}%, var(--bg))`;
+  const fill = `fill: color-mix(in srgb, var(${color}) ${mix.toFixed(0)}%, var(--bg))`;
   const box = (grow, name, style) => {
     const half = place.isPill ? place.w / 2 : r, high = place.isPill ? 11 : r, round = place.isPill ? 11 : 2;
     if (place.isPill || !CHOSEN.has(node.kind)) {
@@ -85,7 +85,7 @@ function nodeMark(node) {
     return svg("circle", { class: name, style, cx: x, cy: y, r: r + grow });
   };
   made.append(box(3, "halo", ""), box(0, "shape", fill));
-  if (group) made.append(box(-0.5, "group", `stroke: ${group.colour}`));
+  if (group) made.append(box(-0.5, "group", `stroke: ${group.color}`));
   if (place.caption) {
     made.append(place.isPill ? svg("text", { x, y: y + 4, "text-anchor": "middle" }, place.caption)
       : svg("text", { x: x + r + 4, y: y + 4 }, place.caption));
@@ -117,7 +117,7 @@ function edgeMark(edge, emphasis) {
   return mark;
 }
 
-// What is selected, pointed at or found: its edges, also weak ones, and its neighbours stand out.
+// What is selected, pointed at or found: its edges, also weak ones, and its neighbors stand out.
 function paint() {
   const key = state.hovered || state.selected, node = key ? view.byKey.get(key) : null;
   const edges = node ? [...node.incoming, ...node.outgoing].filter(isVisible) : [];

@@ -131,8 +131,8 @@ function placed(rows, columns) {
       for (const line of filled.lines) {
         let left = columns[index].x + (columns[index].width - line.w) / 2;
         for (const box of line.boxes) {
-          const centre = box.isPill ? left + box.w / 2 : left + 1 + box.r;
-          places.set(box.node.key, { ...box, x: centre, y: top + line.h / 2, left });
+          const center = box.isPill ? left + box.w / 2 : left + 1 + box.r;
+          places.set(box.node.key, { ...box, x: center, y: top + line.h / 2, left });
           left += box.w + GAP;
         }
         top += line.h;

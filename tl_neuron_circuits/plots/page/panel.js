@@ -50,7 +50,7 @@ function numbers(node) {
     add("up sign", signed(node.up_sign));
   }
   if (node.flow !== null) add("flow", number(node.flow), "part of the target that reaches the node along edges of this circuit");
-  if (node.influence !== null) add("influence", number(node.influence), "circuit-tracer's: all paths to the logits, sizes of normalised edges");
+  if (node.influence !== null) add("influence", number(node.influence), "circuit-tracer's: all paths to the logits, sizes of normalized edges");
   if (node.probability !== null) add("probability", number(node.probability));
   if (node.group && node.kind !== "group") add("group", clean(node.group));
   return list;
@@ -92,10 +92,10 @@ function aboutDetails(node) {
   for (const [heading, text] of found.texts) {
     parts.push(element("h3", {}, clean(heading)), element("p", { "data-detail": heading, style: "white-space: pre-wrap" }, text));
   }
-  if (found.logit_effects.length) {
-    const most = Math.max(1e-12, ...found.logit_effects.map(([, value]) => Math.abs(value)));
+  if (found.direct_logit_effects.length) {
+    const most = Math.max(1e-12, ...found.direct_logit_effects.map(([, value]) => Math.abs(value)));
     const grid = element("div", { class: "effects" });
-    for (const [token, value] of found.logit_effects) {
+    for (const [token, value] of found.direct_logit_effects) {
       grid.append(element("code", {}, "“" + clean(token) + "”"),
         element("span", { class: "bar " + (value < 0 ? "negative" : "positive"), style: `width: ${(100 * Math.abs(value)) / most}%` }),
         element("span", { class: "number" }, number(value)));
@@ -112,8 +112,8 @@ function anExample(example) {
   const most = Math.max(1e-12, ...example.values.map(Math.abs));
   const made = element("p", { class: "example" });
   example.tokens.forEach((token, index) => {
-    const value = example.values[index], colour = value < 0 ? "--negative" : "--positive";
-    const style = value ? `background: color-mix(in srgb, var(${colour}) ${((60 * Math.abs(value)) / most).toFixed(0)}%, transparent)` : "";
+    const value = example.values[index], color = value < 0 ? "--negative" : "--positive";
+    const style = value ? `background: color-mix(in srgb, var(${color}) ${((60 * Math.abs(value)) / most).toFixed(0)}%, transparent)` : "";
     made.append(element("span", value ? { style, title: number(value) } : {}, clean(token)));
   });
   return example.note ? element("div", {}, made, element("p", { class: "note" }, clean(example.note))) : made;
@@ -134,7 +134,7 @@ function aboutCircuit() {
   const legend = element("div", { class: "legend" },
     picture(disc("--positive", 10, 5), disc("--positive", 29, 10)), element("span", {}, "supports the target; area by |" + SIZED_BY + "|"),
     picture(disc("--negative", 10, 5), disc("--negative", 29, 10)), element("span", {}, "works against it"),
-    picture(line("positive", 8, 4), line("negative", 17, 1.2)), element("span", {}, "direct effect of a node below on one above: width by size, colour by support for the target"),
+    picture(line("positive", 8, 4), line("negative", 17, 1.2)), element("span", {}, "direct effect of a node below on one above: width by size, color by support for the target"),
     picture(square(3, "none"), square(25, "2.5 2")), element("span", {}, "embedding; biases and what was left out"));
   return [
     element("h2", {}, "Strongest nodes"), list, element("h3", {}, "How to read it"), legend,

@@ -31,12 +31,12 @@ from .._files import versions
 from .._typing import checked
 from ..bases import Basis, name_of, sites_of
 from ..models import TransformerLensModel
-from ..tasks import TokenisedPairs
+from ..tasks import TokenizedPairs
 from ._ablated import Ablation, pooled_activations, probe_support
 from ._feature_ranking import pooled_features
 from ._inputs import same_start, to_tokens
 from ._judging import Judge, Jury, by_label_node, by_support, contrast_judge, contrasts, drawn
-from ._labelled_texts import LabelledTexts
+from ._labeled_texts import LabelledTexts
 from ._probe import Probe, eraser, fit_probe
 
 RANKINGS = ("lasso", "lasso_rounds", "attribution", "random")
@@ -44,7 +44,7 @@ _ROUNDS = 10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Generalisation:
+class Generalization:
     """What every method makes of the probe on balanced texts.
 
     `table`: method; label_accuracy (higher is better); spurious_accuracy (share of predictions that equal the
@@ -58,7 +58,7 @@ class Generalisation:
         >>> rows = [(f"The {w}{e}", label, k) for w, label in words for k, e in enumerate((" is old.", "s are old."))]
         >>> texts = tnc.lasso.LabelledTexts(*zip(*rows))
         >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[1:2])
-        >>> found = tnc.lasso.generalise(tnc.load_demo_model(), texts, texts, texts, basis, n_candidates=3)
+        >>> found = tnc.lasso.generalize(tnc.load_demo_model(), texts, texts, texts, basis, n_candidates=3)
         >>> sorted(found.candidates)
         ['attribution', 'lasso', 'lasso_rounds', 'random']
     """
@@ -75,7 +75,7 @@ class Generalisation:
     def __repr__(self) -> str:
         s = self.settings
         return (
-            f"Generalisation({len(self.table)} methods, {s['n_biased']} biased, {s['n_test']} test texts, {s['hook']})"
+            f"Generalization({len(self.table)} methods, {s['n_biased']} biased, {s['n_test']} test texts, {s['hook']})"
         )
 
     def _repr_html_(self) -> str:
@@ -83,7 +83,7 @@ class Generalisation:
 
 
 @checked
-def generalise(
+def generalize(
     model: TransformerLensModel,
     train: LabelledTexts,
     test: LabelledTexts,
@@ -99,7 +99,7 @@ def generalise(
     batch_size: int = 32,
     prepend_bos: bool | None = None,
     seed: int = 0,
-) -> Generalisation:
+) -> Generalization:
     """Train a probe on biased texts, ablate what its judge finds spurious, and see what it does on balanced ones.
 
     Args:
@@ -130,7 +130,7 @@ def generalise(
         >>> rows = [(f"The {w}{e}", label, k) for w, label in words for k, e in enumerate((" is old.", "s are old."))]
         >>> texts = tnc.lasso.LabelledTexts(*zip(*rows))
         >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[1:2])
-        >>> found = tnc.lasso.generalise(tnc.load_demo_model(), texts, texts, texts, basis, n_candidates=3)
+        >>> found = tnc.lasso.generalize(tnc.load_demo_model(), texts, texts, texts, basis, n_candidates=3)
         >>> found.table["method"].tolist()[:3]
         ['original', 'oracle', 'concept_blind']
     """
@@ -169,7 +169,7 @@ def generalise(
         "model": str(getattr(model.cfg, "model_name", "unknown")),
         **{f"n_{name}": len(some) for name, some in texts.items()},
     }  # fmt: skip
-    return Generalisation(pd.DataFrame(table), candidates, probes, settings)
+    return Generalization(pd.DataFrame(table), candidates, probes, settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,7 @@ class _Run:
 
     model: TransformerLensModel
     texts: Mapping[str, LabelledTexts]
-    tokens: Mapping[str, TokenisedPairs]
+    tokens: Mapping[str, TokenizedPairs]
     plain: Ablation
     ridge: float
 

@@ -1,7 +1,7 @@
-"""`tokenise`: from text pairs to the tokens of one TransformerLens model, checked pair by pair.
+"""`tokenize`: from text pairs to the tokens of one TransformerLens model, checked pair by pair.
 
 A prompt becomes exactly what `model(prompt)` would see (`model.to_tokens`, one prompt at a time, so unpadded). Answers
-are tokenised in context: tokens(prompt + answer) must begin with tokens(prompt), and the answer is what follows. On
+are tokenized in context: tokens(prompt + answer) must begin with tokens(prompt), and the answer is what follows. On
 sentencepiece tokenizers " She" alone is two tokens, after a prompt it is one.
 
 Every check names the pair: an answer that merges with its prompt, an answer of several tokens, words unknown to the
@@ -19,7 +19,7 @@ from .._errors import PairsError, SettingsError
 from .._typing import checked
 from ..models import TransformerLensModel
 from ._pairs import PromptPair, PromptPairs
-from ._tokenised import TokenisedPairs
+from ._tokenized import TokenizedPairs
 
 MultiToken = Literal["error", "first_difference"]
 Tokens = tuple[int, ...]
@@ -28,19 +28,19 @@ _logger = logging.getLogger(__name__)
 
 
 @checked
-def tokenise(
+def tokenize(
     model: TransformerLensModel,
-    pairs: PromptPairs | TokenisedPairs,
+    pairs: PromptPairs | TokenizedPairs,
     *,
     prepend_bos: bool | None = None,
     multi_token: MultiToken = "error",
     aligned: bool = True,
-) -> TokenisedPairs:
+) -> TokenizedPairs:
     """Tokens of `pairs` for `model` (HookedTransformer or TransformerBridge).
 
     Args:
         model: only its `to_tokens`, `tokenizer` and `cfg` are used.
-        pairs: text pairs; pairs that are tokenised already come back as they are.
+        pairs: text pairs; pairs that are tokenized already come back as they are.
         prepend_bos: None means the model's default.
         multi_token: what to do with an answer of several tokens. "first_difference" asks for the first token in which
             answer and wrong answer differ (without a wrong answer: the first token), and appends the tokens that they
@@ -54,12 +54,12 @@ def tokenise(
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> tnc.tasks.tokenise(model, tnc.PromptPairs(clean=["The dogs"], answer=[" are"]))
-        TokenisedPairs(n=1, length=3, with=answers only)
+        >>> tnc.tasks.tokenize(model, tnc.PromptPairs(clean=["The dogs"], answer=[" are"]))
+        TokenizedPairs(n=1, length=3, with=answers only)
     """
-    if isinstance(pairs, TokenisedPairs):
+    if isinstance(pairs, TokenizedPairs):
         if prepend_bos is not None:
-            raise SettingsError("prepend_bos cannot be applied to tokenised pairs: put BOS into their tokens.")
+            raise SettingsError("prepend_bos cannot be applied to tokenized pairs: put BOS into their tokens.")
         return pairs
     encode = _encoder(model, prepend_bos)
     return _assemble(encode, pairs, [_tokens_of(encode, i, pair, multi_token, aligned) for i, pair in enumerate(pairs)])
@@ -74,7 +74,7 @@ def keep_fitting(
     multi_token: MultiToken = "error",
     aligned: bool = True,
 ) -> PromptPairs:
-    """Only the pairs that `tokenise` accepts with these options; both directions of a contrast stay or go together.
+    """Only the pairs that `tokenize` accepts with these options; both directions of a contrast stay or go together.
 
     This is the filter of Marks et al. (single-token answers, equal lengths) for templates made without a tokenizer in
     mind. How many were dropped, and why the first one was, is logged at level INFO.
@@ -140,7 +140,7 @@ def _encoder(model: TransformerLensModel, prepend_bos: bool | None) -> _Encoder:
     if tokenizer is None:
         raise PairsError(
             f"this {type(model).__name__} has no tokenizer, so text pairs cannot become tokens. "
-            "Give tokens instead: TokenisedPairs.from_tokens(clean, answer, corrupt, wrong_answer)."
+            "Give tokens instead: TokenizedPairs.from_tokens(clean, answer, corrupt, wrong_answer)."
         )
     unknown = getattr(tokenizer, "unk_token_id", None)
     # GPT-2's unknown token is its end of text, which is also its BOS: there it says nothing.
@@ -254,7 +254,7 @@ def _check_contrast(
         )
 
 
-def _assemble(encode: _Encoder, pairs: PromptPairs, rows: list[_PairTokens]) -> TokenisedPairs:
+def _assemble(encode: _Encoder, pairs: PromptPairs, rows: list[_PairTokens]) -> TokenizedPairs:
     cfg, pad_token = encode.model.cfg, encode.model.tokenizer.pad_token_id
     device = torch.device(cfg.device or "cpu")
     answers = [row.answer for row in rows]
@@ -267,7 +267,7 @@ def _assemble(encode: _Encoder, pairs: PromptPairs, rows: list[_PairTokens]) -> 
             "tokenizer does not belong to this model."
         )
     corrupt = [torch.tensor(row.corrupt, device=device) for row in rows if row.corrupt is not None]
-    return TokenisedPairs.from_tokens(
+    return TokenizedPairs.from_tokens(
         [torch.tensor(row.clean, device=device) for row in rows],
         torch.tensor(answers, device=device),
         corrupt or None,

@@ -1,4 +1,4 @@
-"""`TokenisedPairs` and its `Batch`: what attribution, evaluation and metrics read.
+"""`TokenizedPairs` and its `Batch`: what attribution, evaluation and metrics read.
 
 Prompts are stored one by one, unpadded, with BOS where the model's default says so. `batches` groups prompts of equal
 length, so that nothing is padded; `batches(..., equal_length=False)` pads instead, for models and methods that take
@@ -23,7 +23,7 @@ from ._token_rows import TokenRows
 class Batch:
     """A few pairs as rectangular tensors.
 
-    `index` holds the rows' places in the `TokenisedPairs`. `attention_mask` is None where nothing is padded, else 1 at
+    `index` holds the rows' places in the `TokenizedPairs`. `attention_mask` is None where nothing is padded, else 1 at
     tokens and 0 at padding. `position` is where a metric reads the clean run's logits, `corrupt_position` the corrupt
     run's (the same wherever clean and corrupt are aligned).
 
@@ -31,7 +31,7 @@ class Batch:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenise(model, pairs).batches(4))
+        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(4))
         >>> len(batch), tuple(batch.clean.shape), batch.position.tolist()
         (4, (4, 3), [2, 2, 2, 2])
     """
@@ -88,8 +88,8 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenisedPairs:
-    """Pairs as tokens of one model; made by `tokenise`, or by `from_tokens` for models without a tokenizer.
+class TokenizedPairs:
+    """Pairs as tokens of one model; made by `tokenize`, or by `from_tokens` for models without a tokenizer.
 
     `position[i]` is the position in prompt i at which metrics read (the last, unless given). `pad_token` fills padded
     batches; it is masked, so its value does not matter to a model that respects the mask.
@@ -98,7 +98,7 @@ class TokenisedPairs:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> tokens = tnc.tasks.tokenise(model, pairs)
+        >>> tokens = tnc.tasks.tokenize(model, pairs)
         >>> len(tokens), set(tokens.lengths)
         (8, {3})
     """
@@ -145,7 +145,7 @@ class TokenisedPairs:
         labels: Sequence[str] | None = None,
         position: Int[Tensor, " n"] | None = None,
         pad_token: int = 0,
-    ) -> "TokenisedPairs":
+    ) -> "TokenizedPairs":
         """Take tokens as they are (BOS included where the model wants one), for models without a tokenizer.
 
         `position` says where metrics read, in both prompts; the last position of each unless given.
@@ -156,7 +156,7 @@ class TokenisedPairs:
         Example:
             >>> import torch
             >>> import tl_neuron_circuits as tnc
-            >>> tnc.TokenisedPairs.from_tokens(torch.tensor([[1, 2, 0]]), torch.tensor([0])).lengths
+            >>> tnc.TokenizedPairs.from_tokens(torch.tensor([[1, 2, 0]]), torch.tensor([0])).lengths
             (3,)
         """
         _check_lengths({"clean": clean, "answer": answer, "corrupt": corrupt, "labels": labels})
@@ -198,7 +198,7 @@ class TokenisedPairs:
         digest.update(b"]")
         return digest.hexdigest()
 
-    def longest(self, n: int) -> "TokenisedPairs":
+    def longest(self, n: int) -> "TokenizedPairs":
         """Return the pair of the longest prompt `n` times over: what measures the memory that a batch needs."""
         row = max(range(len(self)), key=lambda index: len(self.clean[index]))
         index = torch.full((n,), row, device=self.answer.device)
@@ -223,7 +223,7 @@ class TokenisedPairs:
         shortest, longest = min(self.lengths), max(self.lengths)
         length = str(shortest) if shortest == longest else f"{shortest} to {longest}"
         having = [name for name in ("corrupt", "wrong_answer", "labels") if getattr(self, name) is not None]
-        return f"TokenisedPairs(n={len(self)}, length={length}, with={', '.join(having) or 'answers only'})"
+        return f"TokenizedPairs(n={len(self)}, length={length}, with={', '.join(having) or 'answers only'})"
 
     @checked
     def batches(
