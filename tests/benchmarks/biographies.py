@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 import tl_neuron_circuits as tnc
-from tl_neuron_circuits.lasso import Generalization, LabelledTexts, bias_in_bios, contrast_judge, generalize
+from tl_neuron_circuits.lasso import Generalization, LabeledTexts, bias_in_bios, contrast_judge, generalize
 from tl_neuron_circuits.models import _english as english
 from tl_neuron_circuits.models import _text
 
@@ -25,7 +25,7 @@ PROFESSIONS = ("farmer", "doctor")
 OTHERS = ("boy", "girl", "child", "parent", "friend", "brother", "sister", "king", "dog", "cat", "horse", "guard")
 
 
-def biographies(n: int, seed: int, concept: bool = False) -> LabelledTexts:
+def biographies(n: int, seed: int, concept: bool = False) -> LabeledTexts:
     """`n` texts, label and attribute drawn independently; with `concept` about people of no profession."""
     chance = _text.Chance(seed)
     nouns = {noun.singular: noun for noun in english.NOUNS}
@@ -42,7 +42,7 @@ def biographies(n: int, seed: int, concept: bool = False) -> LabelledTexts:
         texts.append(f"{text} {_text.city_sentence(chance)}" if chance.below(2) else text)
         labels.append(label)
         spurious.append(several)
-    return LabelledTexts(texts, labels, spurious)
+    return LabeledTexts(texts, labels, spurious)
 
 
 def synthetic(options: argparse.Namespace, seed: int, model: Any, basis: Any) -> Generalization:

@@ -12,7 +12,7 @@ import tl_neuron_circuits as tnc
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.bases import sites_of
 from tl_neuron_circuits.lasso import (
-    LabelledTexts,
+    LabeledTexts,
     bias_in_bios,
     contrast_judge,
     eraser,
@@ -26,12 +26,12 @@ from tl_neuron_circuits.lasso._inputs import to_tokens
 HOOK = "blocks.1.hook_mlp_out"
 
 
-def texts(nouns: tuple[str, str], n: int = 24) -> LabelledTexts:
+def texts(nouns: tuple[str, str], n: int = 24) -> LabeledTexts:
     """Label: which noun; attribute: one or several; the rest of the sentence changes."""
     ends = ("old", "here", "tall", "late", "happy")
     rows = [(k % 2, k // 2 % 2, f"The {nouns[k % 2]}", ends[k % 5]) for k in range(n)]
     sentences = [f"{start}{'s are' if several else ' is'} {end}." for _, several, start, end in rows]
-    return LabelledTexts(sentences, [row[0] for row in rows], [row[1] for row in rows])
+    return LabeledTexts(sentences, [row[0] for row in rows], [row[1] for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_groups_are_drawn_as_they_are_called() -> None:
     with pytest.raises(SettingsError, match="texts each"):
         given.balanced(400)
     with pytest.raises(SettingsError, match="0 and 1"):
-        LabelledTexts(["a"], [2], [0])
+        LabeledTexts(["a"], [2], [0])
     with pytest.raises(SettingsError, match="between"):
         contrast_judge(0.4)
 

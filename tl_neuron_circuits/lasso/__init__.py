@@ -11,7 +11,7 @@ from ._groups import block_norms as block_norms
 from ._groups import solve_group_lasso as solve_group_lasso
 from ._judging import contrast_judge as contrast_judge
 from ._labeled_texts import BIOS_PROFESSIONS as BIOS_PROFESSIONS
-from ._labeled_texts import LabelledTexts as LabelledTexts
+from ._labeled_texts import LabeledTexts as LabeledTexts
 from ._labeled_texts import bias_in_bios as bias_in_bios
 from ._labels import LabelSolution as LabelSolution
 from ._labels import solve_labels as solve_labels

@@ -36,7 +36,7 @@ from ._ablated import Ablation, pooled_activations, probe_support
 from ._feature_ranking import pooled_features
 from ._inputs import same_start, to_tokens
 from ._judging import Judge, Jury, by_label_node, by_support, contrast_judge, contrasts, drawn
-from ._labeled_texts import LabelledTexts
+from ._labeled_texts import LabeledTexts
 from ._probe import Probe, eraser, fit_probe
 
 RANKINGS = ("lasso", "lasso_rounds", "attribution", "random")
@@ -56,7 +56,7 @@ class Generalization:
         >>> import tl_neuron_circuits as tnc
         >>> words = [("doctor", 0), ("farmer", 1)]
         >>> rows = [(f"The {w}{e}", label, k) for w, label in words for k, e in enumerate((" is old.", "s are old."))]
-        >>> texts = tnc.lasso.LabelledTexts(*zip(*rows))
+        >>> texts = tnc.lasso.LabeledTexts(*zip(*rows))
         >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[1:2])
         >>> found = tnc.lasso.generalize(tnc.load_demo_model(), texts, texts, texts, basis, n_candidates=3)
         >>> sorted(found.candidates)
@@ -85,9 +85,9 @@ class Generalization:
 @checked
 def generalize(
     model: TransformerLensModel,
-    train: LabelledTexts,
-    test: LabelledTexts,
-    concept: LabelledTexts,
+    train: LabeledTexts,
+    test: LabeledTexts,
+    concept: LabeledTexts,
     basis: Basis | Sequence[Basis],
     *,
     judge: Judge | None = None,
@@ -128,7 +128,7 @@ def generalize(
         >>> import tl_neuron_circuits as tnc
         >>> words = [("doctor", 0), ("farmer", 1)]
         >>> rows = [(f"The {w}{e}", label, k) for w, label in words for k, e in enumerate((" is old.", "s are old."))]
-        >>> texts = tnc.lasso.LabelledTexts(*zip(*rows))
+        >>> texts = tnc.lasso.LabeledTexts(*zip(*rows))
         >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[1:2])
         >>> found = tnc.lasso.generalize(tnc.load_demo_model(), texts, texts, texts, basis, n_candidates=3)
         >>> found.table["method"].tolist()[:3]
@@ -177,7 +177,7 @@ class _Run:
     """What stays the same for every method."""
 
     model: TransformerLensModel
-    texts: Mapping[str, LabelledTexts]
+    texts: Mapping[str, LabeledTexts]
     tokens: Mapping[str, TokenizedPairs]
     plain: Ablation
     ridge: float

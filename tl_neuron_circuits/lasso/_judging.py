@@ -10,7 +10,7 @@ from torch import Tensor
 from .._errors import SettingsError
 from ..explain import auroc
 from ._feature_ranking import PooledFeatures, rank_features
-from ._labeled_texts import LabelledTexts
+from ._labeled_texts import LabeledTexts
 
 Judge = Callable[[pd.DataFrame], Sequence[str]]
 """From candidates (label, hook, layer, unit, weight, share, contrast) to the labels of those about the attribute."""
@@ -62,7 +62,7 @@ def contrasts(features: PooledFeatures, attribute: Sequence[int]) -> dict[str, f
     return dict(zip(features.nodes["label"], area.tolist(), strict=True))
 
 
-def by_label_node(features: PooledFeatures, texts: LabelledTexts, jury: Jury, rounds: int) -> pd.DataFrame:
+def by_label_node(features: PooledFeatures, texts: LabeledTexts, jury: Jury, rounds: int) -> pd.DataFrame:
     """By |weight| in the label's regression; in further rounds without what was chosen before, until nothing is."""
     tables: list[pd.DataFrame] = []
     for _ in range(rounds):

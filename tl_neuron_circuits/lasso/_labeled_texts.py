@@ -26,7 +26,7 @@ BIOS_PROFESSIONS: tuple[str, ...] = (
 
 
 @dataclass(frozen=True, repr=False)
-class LabelledTexts:
+class LabeledTexts:
     """Texts, the label to learn and the spurious attribute: 0 or 1 each.
 
     Raises:
@@ -34,8 +34,8 @@ class LabelledTexts:
 
     Example:
         >>> import tl_neuron_circuits as tnc
-        >>> tnc.lasso.LabelledTexts(["He cares for patients.", "She lectures."], label=[0, 1], spurious=[0, 1])
-        LabelledTexts(2 texts; label, spurious = 00: 1, 01: 0, 10: 0, 11: 1)
+        >>> tnc.lasso.LabeledTexts(["He cares for patients.", "She lectures."], label=[0, 1], spurious=[0, 1])
+        LabeledTexts(2 texts; label, spurious = 00: 1, 01: 0, 10: 0, 11: 1)
     """
 
     texts: Sequence[str]
@@ -63,13 +63,13 @@ class LabelledTexts:
         pairs = list(zip(self.label, self.spurious, strict=True))
         return {group: pairs.count(group) for group in ((0, 0), (0, 1), (1, 0), (1, 1))}
 
-    def take(self, rows: Sequence[int]) -> "LabelledTexts":
+    def take(self, rows: Sequence[int]) -> "LabeledTexts":
         """These rows."""
-        return LabelledTexts(
+        return LabeledTexts(
             [self.texts[k] for k in rows], [self.label[k] for k in rows], [self.spurious[k] for k in rows]
         )
 
-    def biased(self, n: int | None = None, seed: int = 0) -> "LabelledTexts":
+    def biased(self, n: int | None = None, seed: int = 0) -> "LabeledTexts":
         """Texts whose label and attribute agree, half of each label; as many as there are, or `n`.
 
         Raises:
@@ -77,7 +77,7 @@ class LabelledTexts:
         """
         return self._draw([(0, 0), (1, 1)], n, seed)
 
-    def balanced(self, n: int | None = None, seed: int = 0) -> "LabelledTexts":
+    def balanced(self, n: int | None = None, seed: int = 0) -> "LabeledTexts":
         """A quarter of each group; as many as there are, or `n`.
 
         Raises:
@@ -85,7 +85,7 @@ class LabelledTexts:
         """
         return self._draw([(0, 0), (0, 1), (1, 0), (1, 1)], n, seed)
 
-    def _draw(self, groups: Sequence[tuple[int, int]], n: int | None, seed: int) -> "LabelledTexts":
+    def _draw(self, groups: Sequence[tuple[int, int]], n: int | None, seed: int) -> "LabeledTexts":
         each = min(self.groups[group] for group in groups) if n is None else n // len(groups)
         if each < 1 or any(self.groups[group] < each for group in groups):
             raise SettingsError(f"expected {max(each, 1)} texts each of (label, spurious) {groups}; got {self.groups}.")
@@ -99,12 +99,12 @@ class LabelledTexts:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{a}{b}: {count}" for (a, b), count in self.groups.items())
-        return f"LabelledTexts({len(self)} texts; label, spurious = {counts})"
+        return f"LabeledTexts({len(self)} texts; label, spurious = {counts})"
 
 
 def bias_in_bios(
     source: str | Path | Iterable[Mapping[str, Any]], professions: tuple[str, str] = ("professor", "nurse")
-) -> LabelledTexts:
+) -> LabeledTexts:
     """Biographies of two professions: label 1 is the second of them, spurious 1 is a woman.
 
     Args:
@@ -120,7 +120,7 @@ def bias_in_bios(
         >>> import tl_neuron_circuits as tnc
         >>> rows = [{"hard_text": "She lectures.", "profession": 21, "gender": 1}]
         >>> tnc.lasso.bias_in_bios([*rows, {"hard_text": "He helps.", "profession": 13, "gender": 0}])
-        LabelledTexts(2 texts; label, spurious = 00: 0, 01: 1, 10: 1, 11: 0)
+        LabeledTexts(2 texts; label, spurious = 00: 0, 01: 1, 10: 1, 11: 0)
     """
     unknown = [name for name in professions if name not in BIOS_PROFESSIONS]
     if unknown or professions[0] == professions[1]:
@@ -140,7 +140,7 @@ def bias_in_bios(
             spurious.append(int(row["gender"]))
     if len(set(labels)) < 2:
         raise SettingsError(f"expected texts of both {professions}; got {len(texts)} texts of {len(set(labels))}.")
-    return LabelledTexts(texts, labels, spurious)
+    return LabeledTexts(texts, labels, spurious)
 
 
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
