@@ -23,6 +23,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 import tl_neuron_circuits as tnc
+from tl_neuron_circuits.demo import capitals
 
 from .notebooks import CHROMIUM, PLOTLY, ROOT, outputs
 
@@ -57,7 +58,7 @@ def circuit_page(page: Page, scratch: Path) -> None:
     town = neurons.query("position == 8")["node"]
     last = neurons.query("layer == 3")["node"]
     circuit = circuit.group({"state of the town": list(town), "say a capital": list(last)})
-    prompts = tnc.tasks.capitals(n=256, phrasing=0).clean
+    prompts = capitals(n=256, phrasing=0).clean
     circuit.to_html(scratch / "circuit.html", details=tnc.node_details(model, circuit, prompts))
     page.set_viewport_size({"width": 1400, "height": 820})
     page.goto((scratch / "circuit.html").as_uri())

@@ -18,7 +18,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tl_neuron_circuits import Circuit, NodeScores
-from tl_neuron_circuits.cli import app, load_model
+from tl_neuron_circuits.cli._app import app
+from tl_neuron_circuits.cli._load import load_model
 from tl_neuron_circuits.tasks import subject_verb_agreement
 
 runner = CliRunner()

@@ -25,32 +25,33 @@ from tl_neuron_circuits import (
     attribute,
     check_model,
     compare,
+    direct_logit_effects,
     estimate_memory,
     evaluate,
+    interchange,
     lasso,
-    direct_logit_effects,
+    max_activating_examples,
     node_values,
     profiles,
     prompt_scores,
     relp,
     steer,
     steering_hooks,
-    max_activating_examples,
     sweep,
     trace,
     transcoders,
-    interchange,
 )
-from tl_neuron_circuits.attribution import EdgeScores, activation_variance, component_edges
 from tl_neuron_circuits.bases import (
-    HeadOutputs,
     AttentionBlockOutputs,
     Dictionaries,
+    HeadOutputs,
     MLPOutputs,
     Neurons,
     ResidualStream,
 )
+from tl_neuron_circuits.components import EdgeScores, component_edges
 from tl_neuron_circuits.evaluation import evaluate_edges
+from tl_neuron_circuits.nodes import activation_variance
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 from tl_neuron_circuits.transcoders import TrainingConfig
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.attribution.plain import random_pairs
 from tests.families import AVAILABLE_BRIDGES, bridge, hooked_transformer
+from tests.nodes.plain import random_pairs
 from tl_neuron_circuits import attribute, check_model, estimate_memory
 from tl_neuron_circuits._errors import PropagationError, SettingsError
 from tl_neuron_circuits._memory import out_of_memory
@@ -135,7 +135,7 @@ def test_an_estimate_says_what_fits() -> None:
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tl_neuron_circuits.attribution._memory.available_memory", lambda model: 200_000)
+    monkeypatch.setattr("tl_neuron_circuits.nodes._memory.available_memory", lambda model: 200_000)
     model = scaled_llama("HookedTransformer", layers=2)
     with pytest.raises(SettingsError, match=r"available 0\.0002 GB.*batch_size="):
         attribute(model, PAIRS, batch_size=8)

@@ -16,8 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import tl_neuron_circuits
-from tl_neuron_circuits.bases import DEMO_DICTIONARIES
-from tl_neuron_circuits.models import DEMO_MODELS
+from tl_neuron_circuits.demo._dictionaries import DEMO_DICTIONARIES
+from tl_neuron_circuits.demo._models import DEMO_MODELS
 from tl_neuron_circuits.plots._page import _SCRIPTS
 
 ROOT = Path(__file__).parents[1]
@@ -70,9 +70,11 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel_names: set[str])
 
 def test_the_wheel_holds_demo_weights_with_their_cards_the_page_and_the_license(wheel_names: set[str]) -> None:
     inside = {name.removeprefix("tl_neuron_circuits/") for name in wheel_names}
-    models = {f"models/demo/{name}/{file}" for name in DEMO_MODELS for file in ("model.safetensors", "README.md")}
-    layers = {f"bases/demo/{kind}/layer-0{n}/sae_weights.safetensors" for kind in DEMO_DICTIONARIES for n in range(4)}
-    cards = {f"bases/demo/{kind}/README.md" for kind in DEMO_DICTIONARIES}
+    models = {f"demo/models/{name}/{file}" for name in DEMO_MODELS for file in ("model.safetensors", "README.md")}
+    layers = {
+        f"demo/dictionaries/{kind}/layer-0{n}/sae_weights.safetensors" for kind in DEMO_DICTIONARIES for n in range(4)
+    }
+    cards = {f"demo/dictionaries/{kind}/README.md" for kind in DEMO_DICTIONARIES}
     page = {f"plots/page/{name}" for name in ("page.html", "page.css", *_SCRIPTS)}
     assert models | layers | cards | page | {"py.typed"} <= inside
     for card in (name for name in models | cards if name.endswith("README.md")):

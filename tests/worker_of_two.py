@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tests.attribution.plain import random_pairs
 from tests.families import model_cases, random_tokens
+from tests.nodes.plain import random_pairs
 from tests.transcoders.two_processes import train_and_save
 from tl_neuron_circuits import NeuronCircuitsError, attribute, compare, evaluate
 from tl_neuron_circuits._processes import here, single_process

@@ -6,15 +6,8 @@ from typing import Any
 import torch
 
 from tests.families import D_HEAD, D_MLP, D_MODEL, N_HEADS, N_LAYERS, random_tokens
-from tl_neuron_circuits.bases import (
-    HeadOutputs,
-    Basis,
-    Dictionaries,
-    Dictionary,
-    MLPOutputs,
-    Neurons,
-    ResidualStream,
-)
+from tl_neuron_circuits.bases import Dictionaries, Dictionary, HeadOutputs, MLPOutputs, Neurons, ResidualStream
+from tl_neuron_circuits.bases._site import Basis
 from tl_neuron_circuits.tasks import TokenizedPairs
 
 D_DICT, LENGTH = 12, 5

@@ -9,15 +9,15 @@ from torch import Tensor
 from tests.families import ModelCase, all_models, random_tokens
 from tests.model_state import unchanged
 from tl_neuron_circuits import attribute
-from tl_neuron_circuits.bases import answers_only
+from tl_neuron_circuits.bases._runs import answers_only
 from tl_neuron_circuits.tasks import (
-    Batch,
     ProbabilityDifference,
     TokenizedPairs,
     answer_log_probability,
     answer_logit,
     logit_difference,
 )
+from tl_neuron_circuits.tasks._tokenized import Batch
 
 CHOICE = torch.arange(2, 50)
 METRICS = (logit_difference, answer_logit, answer_log_probability, ProbabilityDifference(CHOICE))

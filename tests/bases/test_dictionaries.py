@@ -10,8 +10,7 @@ import torch
 
 from tests.bases.dictionaries import CASES, D_DICT, D_IN, DictionaryCase, K, slow_decode, slow_encode
 from tl_neuron_circuits._errors import DictionaryError, FileFormatError
-from tl_neuron_circuits.bases._dictionary import Dictionary
-from tl_neuron_circuits.bases._dictionary_files import load_dictionary, save_dictionary
+from tl_neuron_circuits.bases import Dictionary, load_dictionary, save_dictionary
 
 each_case = pytest.mark.parametrize("case", CASES, ids=repr)
 STANDARD = CASES[0]

@@ -11,9 +11,7 @@ from safetensors.torch import save_file
 
 from tests.bases.dictionaries import CASES, D_DICT, D_IN, DictionaryCase, K
 from tl_neuron_circuits._errors import DictionaryError
-from tl_neuron_circuits.bases._dictionary import Dictionary
-from tl_neuron_circuits.bases._dictionary_files import load_dictionary, save_dictionary
-from tl_neuron_circuits.bases._dictionary_objects import as_dictionary
+from tl_neuron_circuits.bases import Dictionary, as_dictionary, load_dictionary, save_dictionary
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what sae-lens and its dependencies warn of while they are imported

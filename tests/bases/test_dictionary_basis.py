@@ -12,20 +12,13 @@ from tests.bases.site_dictionaries import LENGTH, PLACES, dictionaries, dictiona
 from tests.families import D_MLP, D_MODEL, N_LAYERS, ModelCase, all_models
 from tl_neuron_circuits import as_dictionary, attribute, compare, evaluate
 from tl_neuron_circuits._errors import DictionaryError, FileFormatError, SettingsError, UnsupportedModelError
-from tl_neuron_circuits.attribution import NodeScores
-from tl_neuron_circuits.bases import (
-    HeadOutputs,
-    Dictionaries,
-    MLPOutputs,
-    Neurons,
-    load_dictionary,
-    reads_of,
-    run_values,
-    save_dictionary,
-    sites_of,
-)
-from tl_neuron_circuits.models import submodule
-from tl_neuron_circuits.tasks import logit_difference, measure
+from tl_neuron_circuits.bases import Dictionaries, HeadOutputs, MLPOutputs, Neurons, load_dictionary, save_dictionary
+from tl_neuron_circuits.bases._runs import reads_of, run_values
+from tl_neuron_circuits.bases._site import sites_of
+from tl_neuron_circuits.models._protocol import submodule
+from tl_neuron_circuits.nodes import NodeScores
+from tl_neuron_circuits.tasks import logit_difference
+from tl_neuron_circuits.tasks._metrics import measure
 
 METHODS = ("relp", "gradient", "integrated_gradients")
 BASES = {place: dictionaries(place) for place in PLACES}

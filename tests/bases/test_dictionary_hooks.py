@@ -17,10 +17,10 @@ from tests.families import (
     random_tokens,
 )
 from tl_neuron_circuits._errors import DictionaryError, NumericalError, UnsupportedModelError
-from tl_neuron_circuits.bases._dictionary import Dictionary
+from tl_neuron_circuits.bases import Dictionary, fraction_variance_unexplained
 from tl_neuron_circuits.bases._dictionary_hooks import check_fires, resolve_hooks
-from tl_neuron_circuits.bases._dictionary_variance import VarianceSums, fraction_variance_unexplained
-from tl_neuron_circuits.models import submodule
+from tl_neuron_circuits.bases._dictionary_variance import VarianceSums
+from tl_neuron_circuits.models._protocol import submodule
 
 AFTER_NORM = "model.layers.1.pre_feedforward_layernorm.output"
 

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from tests.bases.dictionaries import CASES, D_DICT, D_IN, D_OUT, DictionaryCase
 from tl_neuron_circuits._errors import DictionaryError
-from tl_neuron_circuits.bases._dictionary import Dictionary
-from tl_neuron_circuits.bases._dictionary_files import load_dictionary, save_dictionary
-from tl_neuron_circuits.bases._dictionary_objects import as_dictionary
+from tl_neuron_circuits.bases import Dictionary, as_dictionary, load_dictionary, save_dictionary
 
 HOOKS = {"hook_in": "blocks.1.ln2.hook_normalized", "hook_out": "blocks.1.hook_mlp_out"}
 TENSORS = DictionaryCase("skip", "skip_transcoder").tensors()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.families import ModelCase, all_models, random_tokens
 from tests.model_state import unchanged
-from tl_neuron_circuits.bases import values_at
+from tl_neuron_circuits.bases._runs import values_at
 
 CASES = all_models("gpt2", "llama", "gemma2", "opt")
 NAMES = ("blocks.0.hook_resid_pre", "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post")

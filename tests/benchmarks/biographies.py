@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 
 import tl_neuron_circuits as tnc
+from tl_neuron_circuits.demo import _text
 from tl_neuron_circuits.lasso import Generalization, LabeledTexts, bias_in_bios, contrast_judge, generalize
-from tl_neuron_circuits.models import _english as english
-from tl_neuron_circuits.models import _text
+from tl_neuron_circuits.tasks import _english as english
 
 PROFESSIONS = ("farmer", "doctor")
 OTHERS = ("boy", "girl", "child", "parent", "friend", "brother", "sister", "king", "dog", "cat", "horse", "guard")

@@ -19,8 +19,9 @@ import torch
 
 import tl_neuron_circuits as tnc
 from tl_neuron_circuits import Circuit
-from tl_neuron_circuits.models import DEMO_MODELS
-from tl_neuron_circuits.models import _states as states
+from tl_neuron_circuits.demo import _states as states
+from tl_neuron_circuits.demo import capitals
+from tl_neuron_circuits.demo._models import DEMO_MODELS
 
 PROMPT = "The capital of the state containing Dallas is"
 SCALES = (-4, -2, -1, 0, 0.5, 1, 2)
@@ -29,7 +30,7 @@ SCALES = (-4, -2, -1, 0, 0.5, 1, 2)
 def grouped(model: Any) -> Circuit:
     """The circuit of the two-hop capitals without Texas and Florida, in three groups."""
     names = [state.name for state in states.STATES if state.name not in ("Texas", "Florida")]
-    circuit = tnc.trace(model, tnc.tasks.capitals(n=256, words=names), nodes=400)
+    circuit = tnc.trace(model, capitals(n=256, words=names), nodes=400)
     neurons = circuit.nodes[circuit.nodes["kind"] == "neuron"]
     last, early = neurons["position"] == 9, neurons["layer"] <= 1
     groups = {"state": neurons[~last], "reading": neurons[last & early], "say the capital": neurons[last & ~early]}
@@ -49,7 +50,7 @@ def donors() -> tuple[list[str], list[str]]:
     return prompts, [city.state.capital for city in towns.values()]
 
 
-def capitals(name: str, images: Path | None) -> None:
+def capitals_study(name: str, images: Path | None) -> None:
     """Groups of the circuit, and what moving or scaling each does to the Dallas prompt."""
     model = tnc.load_demo_model(name)
     circuit = grouped(model)
@@ -71,7 +72,9 @@ def capitals(name: str, images: Path | None) -> None:
         rows.append(row)
     print(pd.DataFrame(rows).round(2).to_string(index=False))
     donor = "The nickname of the state containing Cormouth is"
-    print(tnc.interchange(model, PROMPT, donor, groups["state"], watch=groups).summary().round(2).to_string(index=False))
+    print(
+        tnc.interchange(model, PROMPT, donor, groups["state"], watch=groups).summary().round(2).to_string(index=False)
+    )
     if images:
         screenshot(circuit.prune(count=150), images / f"circuit_capitals_{name}.png")
 
@@ -155,7 +158,7 @@ def main() -> None:
     options = parser.parse_args()
     for study in options.studies:
         for name in DEMO_MODELS:
-            {"capitals": capitals, "agreement": agreement}[study](name, options.images)
+            {"capitals": capitals_study, "agreement": agreement}[study](name, options.images)
 
 
 if __name__ == "__main__":

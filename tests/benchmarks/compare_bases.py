@@ -29,8 +29,9 @@ import tl_neuron_circuits as tnc
 from tests.families import HookedTransformer
 from tests.real_models import load_stories260K
 from tests.stories_tasks import PRONOUN_TEMPLATES, pronoun_pairs
-from tl_neuron_circuits.bases import Basis, Dictionaries, MLPOutputs, Neurons
-from tl_neuron_circuits.models import DEMO_MODELS
+from tl_neuron_circuits.bases import Dictionaries, MLPOutputs, Neurons
+from tl_neuron_circuits.bases._site import Basis
+from tl_neuron_circuits.demo._models import DEMO_MODELS
 from tl_neuron_circuits.tasks import PromptPair, PromptPairs
 
 METHODS = ("relp", "gradient", "integrated_gradients", "random")

@@ -18,7 +18,8 @@ import torch
 
 import tl_neuron_circuits as tnc
 from tests.benchmarks import relp_cost
-from tl_neuron_circuits.bases import Basis, Dictionaries, MLPOutputs, Neurons
+from tl_neuron_circuits.bases import Dictionaries, MLPOutputs, Neurons
+from tl_neuron_circuits.bases._site import Basis
 from tl_neuron_circuits.tasks import TokenizedPairs, tokenize
 
 MOST_FORWARDS = 45

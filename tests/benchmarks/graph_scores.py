@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import tl_neuron_circuits as tnc  # noqa: E402
+from tl_neuron_circuits.demo import capitals  # noqa: E402
 from tl_neuron_circuits.tasks import tokenize  # noqa: E402
 
 PROMPT, LENGTH = "The capital of the state containing Dallas is", 10
@@ -36,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = tnc.load_demo_model("demo-gelu")
-    train, test = (of_one_length(model, part) for part in tnc.tasks.capitals().split(0.5))
+    train, test = (of_one_length(model, part) for part in capitals().split(0.5))
     bases: dict[str, Any] = {"neurons": tnc.bases.Neurons()}
     bases |= {kind: tnc.bases.Dictionaries(tnc.load_demo_dictionaries(kind)) for kind in ("transcoder", "sae")}
     print(f"demo-gelu, {len(train)} pairs traced, {len(test)} evaluated")

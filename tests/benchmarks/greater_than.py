@@ -24,8 +24,9 @@ from plotly.subplots import make_subplots
 
 import tl_neuron_circuits as tnc
 from tests.benchmarks.compare_bases import markdown, write_png
-from tl_neuron_circuits.attribution import activation_variance
-from tl_neuron_circuits.bases import HeadOutputs, Basis, Dictionaries, MLPOutputs, Neurons
+from tl_neuron_circuits.bases import Dictionaries, HeadOutputs, MLPOutputs, Neurons
+from tl_neuron_circuits.bases._site import Basis
+from tl_neuron_circuits.nodes import activation_variance
 from tl_neuron_circuits.plots._style import PALETTE, finish
 
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)

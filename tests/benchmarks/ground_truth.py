@@ -23,10 +23,10 @@ from torch import Tensor
 
 from tests.planted.load import load_planted, planted_seeds
 from tests.real_models import TRACR_PROGRAMS, load_hooked_form
-from tl_neuron_circuits.attribution import component_edges
-from tl_neuron_circuits.evaluation import judge_edges, tracr_ground_truth
+from tl_neuron_circuits.components import component_edges, judge_edges, tracr_ground_truth
 from tl_neuron_circuits.lasso import CircuitLasso
-from tl_neuron_circuits.tasks import Batch, TokenizedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
+from tl_neuron_circuits.tasks._tokenized import Batch
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "models"
 SHARED = SHARED if SHARED.is_dir() else Path("/work/shared/models")

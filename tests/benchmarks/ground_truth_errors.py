@@ -26,9 +26,10 @@ from torch import Tensor
 
 from tests.planted.circuits import PlantedCase
 from tests.planted.load import Planted, load_planted, planted_seeds
-from tl_neuron_circuits.attribution import component_edges
-from tl_neuron_circuits.evaluation import judge_edges
-from tl_neuron_circuits.lasso import CircuitLasso, Observations, standardize
+from tl_neuron_circuits.components import component_edges, judge_edges
+from tl_neuron_circuits.lasso import CircuitLasso
+from tl_neuron_circuits.lasso._observations import Observations
+from tl_neuron_circuits.lasso._statistics import standardize
 
 Edge = tuple[str, str]
 

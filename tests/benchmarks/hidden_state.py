@@ -29,12 +29,16 @@ from torch import Tensor
 
 import tl_neuron_circuits as tnc
 from tl_neuron_circuits import PromptPairs
-from tl_neuron_circuits.bases import Neurons, Values, mean_parts, run_values
-from tl_neuron_circuits.explain._logit_effects import output_weights
-from tl_neuron_circuits.interventions import Hooks, ablation_hooks
-from tl_neuron_circuits.models import DEMO_MODELS
-from tl_neuron_circuits.models import _states as states
-from tl_neuron_circuits.tasks import Batch, measure, tokenize
+from tl_neuron_circuits.bases import Neurons
+from tl_neuron_circuits.bases._runs import Values, mean_parts, run_values
+from tl_neuron_circuits.demo import _states as states
+from tl_neuron_circuits.demo._models import DEMO_MODELS
+from tl_neuron_circuits.interventions import ablation_hooks
+from tl_neuron_circuits.interventions._ablation import Hooks
+from tl_neuron_circuits.interventions._direct_logit_effects import output_weights
+from tl_neuron_circuits.tasks import tokenize
+from tl_neuron_circuits.tasks._metrics import measure
+from tl_neuron_circuits.tasks._tokenized import Batch
 
 Masks = dict[str, Tensor]
 SHARES = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)

@@ -20,7 +20,8 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso, lasso_path
 
-from tl_neuron_circuits.lasso import Accumulator, largest_penalty, solve_lasso, standardize
+from tl_neuron_circuits.lasso import largest_penalty, solve_lasso
+from tl_neuron_circuits.lasso._statistics import Accumulator, standardize
 
 GAP = 1e-6
 

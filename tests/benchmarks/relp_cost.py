@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tests.families import HookedTransformer, HookedTransformerConfig, build_bridge_from_module
-from tl_neuron_circuits.attribution import attribute
+from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.tasks import TokenizedPairs
 

@@ -16,7 +16,8 @@ import tl_neuron_circuits as tnc
 from tests.benchmarks import curve_cost, edges, relp_cost
 from tests.benchmarks.curve_cost import counted
 from tests.families import build_bridge_from_module
-from tl_neuron_circuits.lasso import Accumulator, largest_penalty, solve_lasso, standardize
+from tl_neuron_circuits.lasso import largest_penalty, solve_lasso
+from tl_neuron_circuits.lasso._statistics import Accumulator, standardize
 from tl_neuron_circuits.tasks import TokenizedPairs, tokenize
 
 
@@ -211,8 +212,8 @@ def lasso_over_sklearn(quick: bool) -> Pair:
 
 
 def training_over_forward(quick: bool) -> Pair:
+    from tl_neuron_circuits.demo.train_dictionaries import CONFIG, demo_documents
     from tl_neuron_circuits.transcoders import train
-    from tl_neuron_circuits.transcoders.train_demo import CONFIG, demo_documents
 
     model, steps = tnc.load_demo_model(), 3 if quick else 20
     pad = int(model.tokenizer.pad_token_id)

@@ -19,8 +19,8 @@ import torch
 
 from tests.real_models import BACKENDS, load_stories260K
 from tests.stories_tasks import PRONOUN_TEMPLATES, pronoun_pairs
-from tl_neuron_circuits.attribution import NodeScores, attribute
-from tl_neuron_circuits.evaluation import SparsityCurve, agreement, evaluate
+from tl_neuron_circuits.evaluation import SparsityCurve, compare_with_patching, evaluate
+from tl_neuron_circuits.nodes import NodeScores, attribute
 
 PATCHED = 2  # contrasts for exact patching of every neuron, both directions of each
 SIZES = (20, 50, 100, 200, 400)
@@ -69,7 +69,7 @@ def table(model: Any, templates: Sequence[str], n_contrasts: int, patching: bool
             merits[name].append(merit(curve))
             distances[name].append(distance(curve))
             if exact is not None:
-                found = agreement(scores_of(model, template, settings, PATCHED), exact)
+                found = compare_with_patching(scores_of(model, template, settings, PATCHED), exact)
                 pearson[name].append(found.pearson)
                 spearman[name].append(found.spearman)
         print(f"{template}: " + ", ".join(f"{n} {m[-1]:.2f}" for n, m in merits.items()), file=sys.stderr, flush=True)

@@ -25,9 +25,9 @@ import tl_neuron_circuits as tnc
 from tests.benchmarks.compare_bases import markdown, write_png
 from tests.families import HookedTransformer
 from tests.real_models import load_stories260K
-from tl_neuron_circuits.models import DEMO_MODELS
+from tl_neuron_circuits.demo._models import DEMO_MODELS
+from tl_neuron_circuits.demo.train_dictionaries import demo_documents
 from tl_neuron_circuits.transcoders import ParetoFront, TrainingConfig, pareto
-from tl_neuron_circuits.transcoders.train_demo import demo_documents
 
 SIZES = (4, 8, 16, 32)
 DEMO = TrainingConfig(

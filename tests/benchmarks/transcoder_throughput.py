@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from tl_neuron_circuits.models import load_demo_model
+from tl_neuron_circuits.demo import load_demo_model
+from tl_neuron_circuits.demo.train_dictionaries import CONFIG, demo_documents
 from tl_neuron_circuits.transcoders import train
 from tl_neuron_circuits.transcoders._sites import flat_values
-from tl_neuron_circuits.transcoders.train_demo import CONFIG, demo_documents
 
 ROUNDS, STEPS = 5, 40
 

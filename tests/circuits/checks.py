@@ -8,7 +8,7 @@ import pytest
 from tests.families import ModelCase, random_tokens
 from tl_neuron_circuits import Circuit, trace
 
-ENDS = ("embedding", "bias", "remainder", "residual", "error")
+ENDS = ("embedding", "bias", "unselected", "linearization_error", "error")
 
 
 def small_circuit(case: ModelCase, n: int = 12, seed: int = 0, **options: Any) -> Circuit:

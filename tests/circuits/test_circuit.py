@@ -82,7 +82,7 @@ def test_a_cut_edge_goes_to_the_remainder_at_its_position(circuit: Circuit) -> N
         kept = set(edges["source"])
         for position in range(6):
             cut = [s for s in before[target].index if s not in kept and place[s] == position]
-            name = f"remainder@{position}"
+            name = f"unselected@{position}"
             old = before[target].get(name, 0.0)
             now = edges.set_index("source")["weight"].get(name, 0.0)
             assert now == pytest.approx(old + before[target][cut].sum(), abs=1e-12)
@@ -100,10 +100,10 @@ def test_influence_is_the_series_of_circuit_tracer(circuit: Circuit) -> None:
     for _ in range(10):
         series, power = series + power, power @ n
     np.testing.assert_allclose(circuit.nodes["influence"], series, rtol=1e-7, atol=1e-12)
-    embeddings, left = (series[circuit.nodes["kind"] == kind].sum() for kind in ("embedding", "remainder"))
+    embeddings, left = (series[circuit.nodes["kind"] == kind].sum() for kind in ("embedding", "unselected"))
     assert circuit.graph_replacement == pytest.approx(embeddings / (embeddings + left))
     reach = series + weights
-    of_left = n[:, circuit.nodes["kind"] == "remainder"].sum(1)
+    of_left = n[:, circuit.nodes["kind"] == "unselected"].sum(1)
     targets = n.sum(1) > 0
     expected = ((1 - of_left) * reach)[targets].sum() / reach[targets].sum()
     assert circuit.graph_completeness == pytest.approx(expected)

@@ -14,7 +14,8 @@ from tests.families import ModelCase, all_models, random_tokens
 from tests.stories_tasks import pronoun_pairs
 from tl_neuron_circuits import Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
-from tl_neuron_circuits.tasks import TokenizedPairs, capitals, logit_difference
+from tl_neuron_circuits.demo import capitals
+from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
 FAMILIES = ("gpt2", "llama", "gemma2")
 both = all_models("gpt2", "llama")
@@ -40,7 +41,7 @@ def test_pairs_add_up(case: ModelCase, corrupt: bool) -> None:
     )
     circuit = trace(model, pairs, nodes=10)
     assert_sums_hold(circuit, max(case.tolerance, 1e-9))
-    assert ("residual" in set(circuit.nodes["kind"])) is corrupt
+    assert ("linearization_error" in set(circuit.nodes["kind"])) is corrupt
     assert circuit.settings["baseline"] == ("corrupt" if corrupt else "zero")
     expected = attribute(model, pairs, baseline=circuit.settings["baseline"]).top(10)
     chosen = circuit.nodes[circuit.nodes["kind"] == "neuron"].set_index("node")["score"]
@@ -115,7 +116,7 @@ def test_nodes_are_chosen_by_share_count_or_mass(case: ModelCase) -> None:
     massive = trace(model, tokens, (3, 8), nodes="mass", mass=0.5)
     taken = massive.nodes.query("kind == 'neuron'")["score"].abs()
     assert taken.sum() >= 0.5 * size.sum() > taken.sum() - taken.min()
-    assert everything.nodes.query("kind == 'remainder'")["flow"].abs().sum() < 1e-9
+    assert everything.nodes.query("kind == 'unselected'")["flow"].abs().sum() < 1e-9
 
 
 @pytest.mark.parametrize("case", one)

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.attribution.replacement_by_hand import FrozenReplacement
 from tests.bases.site_dictionaries import dictionaries, dictionary, identity, pairs
 from tests.circuits.checks import assert_sums_hold
+from tests.circuits.replacement_by_hand import FrozenReplacement
 from tests.circuits.test_neuronpedia import assert_is_a_graph
 from tests.families import D_MODEL, ModelCase, all_models, random_tokens
 from tl_neuron_circuits import (
@@ -28,8 +28,9 @@ from tl_neuron_circuits import (
     trace,
 )
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.attribution import slots_of
-from tl_neuron_circuits.attribution._edges_run import run_prompt
+from tl_neuron_circuits.bases._runs import run_values, take_apart
+from tl_neuron_circuits.circuits._prompt_run import run_prompt
+from tl_neuron_circuits.circuits._slots import slots_of
 from tl_neuron_circuits.evaluation import evaluate_edges
 from tl_neuron_circuits.tasks import TokenizedPairs
 
@@ -54,7 +55,7 @@ def test_nothing_is_lost(case: ModelCase, place: str) -> None:
     circuit = trace(model, random_tokens(model, 1, 5), basis=dictionaries(place), nodes=10)
     assert_explains_everything(circuit, max(case.tolerance, 1e-9))
     assert len(circuit) == 10
-    assert {"feature", "error", "remainder"} <= set(circuit.nodes["kind"])
+    assert {"feature", "error", "unselected"} <= set(circuit.nodes["kind"])
 
 
 @pytest.mark.parametrize("case", all_models("gpt2"))
@@ -133,7 +134,7 @@ def whole() -> tuple[Any, bases.Dictionaries, Circuit]:
     tokens = random_tokens(model, 1, 5)
     (batch,) = TokenizedPairs.from_tokens(tokens, torch.tensor([0])).batches(1)
     sites = basis.sites(model)
-    fires = [bases.take_apart([s], bases.run_values(model, batch, s.reads))[s.hook].nodes[0] != 0 for s in sites]
+    fires = [take_apart([s], run_values(model, batch, s.reads))[s.hook].nodes[0] != 0 for s in sites]
     reaching = int(fires[0].sum()) + int(fires[1][-1].sum())  # of the last layer only those at the last position
     return model, basis, trace(model, tokens, basis=basis, nodes=reaching)
 
@@ -141,7 +142,7 @@ def whole() -> tuple[Any, bases.Dictionaries, Circuit]:
 def test_with_every_feature_nothing_is_left_but_errors(whole: tuple) -> None:
     circuit = whole[2]
     assert_explains_everything(circuit)
-    left = circuit.nodes.query("kind == 'remainder'")["flow"].abs().sum()
+    left = circuit.nodes.query("kind == 'unselected'")["flow"].abs().sum()
     assert left < 1e-9
     np.testing.assert_allclose(circuit.nodes["flow"].to_numpy(), circuit.nodes["score"].to_numpy(), atol=1e-8)
 
@@ -176,7 +177,7 @@ def test_pairs_add_up_and_show_what_thresholds_do(case: ModelCase) -> None:
     model = case.build()
     circuit = trace(model, pairs(model, 3), basis=dictionaries("transcoder"), nodes=10)
     assert_sums_hold(circuit, max(case.tolerance, 1e-9))
-    assert circuit.settings["baseline"] == "corrupt" and "residual" in set(circuit.nodes["kind"])
+    assert circuit.settings["baseline"] == "corrupt" and "linearization_error" in set(circuit.nodes["kind"])
 
 
 @pytest.mark.parametrize("case", both)

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from tl_neuron_circuits.evaluation import Comparison, CurveKey, SparsityCurve
+from tl_neuron_circuits.evaluation import Comparison, SparsityCurve
+from tl_neuron_circuits.evaluation._comparison import CurveKey
 
 
 def curve(

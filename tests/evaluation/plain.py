@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.attribution.plain import metric_at, values_of
+from tests.nodes.plain import metric_at, values_of
 from tl_neuron_circuits.tasks import TokenizedPairs
 
 

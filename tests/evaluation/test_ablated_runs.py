@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attribution.plain import POSTS, random_pairs, values_of
 from tests.evaluation.plain import ablated_metric, baselines
 from tests.families import ModelCase, all_models
+from tests.nodes.plain import POSTS, random_pairs, values_of
 from tests.propagation.readings import model_of
-from tl_neuron_circuits.attribution import NodeScores, attribute
 from tl_neuron_circuits.bases import HeadOutputs, Neurons
-from tl_neuron_circuits.evaluation import RankedNodes, evaluate
+from tl_neuron_circuits.evaluation import evaluate
+from tl_neuron_circuits.evaluation._node_sets import RankedNodes
+from tl_neuron_circuits.nodes import NodeScores, attribute
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attribution.plain import random_pairs
 from tests.families import ModelCase, all_models
+from tests.nodes.plain import random_pairs
 from tests.propagation.readings import model_of
 from tl_neuron_circuits import SparsityCurve, attribute, compare, evaluate, trace
 from tl_neuron_circuits._memory import FILL
 from tl_neuron_circuits._meter import Meter
 from tl_neuron_circuits.bases import Neurons
 from tl_neuron_circuits.evaluation import evaluate_edges
-from tl_neuron_circuits.tasks import Batch, logit_difference
+from tl_neuron_circuits.tasks import logit_difference
+from tl_neuron_circuits.tasks._tokenized import Batch
 
 models = pytest.mark.parametrize("case", all_models("gpt2"))
 one_model = pytest.mark.parametrize("case", all_models("gpt2")[:1])

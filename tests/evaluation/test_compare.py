@@ -16,8 +16,8 @@ from tests.families import ModelCase, all_models
 from tl_neuron_circuits import Comparison, attribute, compare, evaluate
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.bases import Dictionaries, MLPOutputs, Neurons
-from tl_neuron_circuits.evaluation import CurveKey
 from tl_neuron_circuits.evaluation import _compare as module
+from tl_neuron_circuits.evaluation._comparison import CurveKey
 
 quiet = pytest.mark.filterwarnings("ignore:dictionaries leave more than 0.9")
 CASE: ModelCase = all_models("gpt2")[0].values[0]

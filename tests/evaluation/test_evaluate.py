@@ -13,16 +13,17 @@ from tests.families import N_LAYERS, ModelCase, all_models
 from tl_neuron_circuits import NodeScores, attribute, evaluate
 from tl_neuron_circuits._errors import NumericalError, PairsError, SettingsError
 from tl_neuron_circuits.bases import (
-    HeadOutputs,
     AttentionBlockOutputs,
-    Basis,
     Dictionaries,
+    HeadOutputs,
     MLPOutputs,
     Neurons,
     ResidualStream,
-    run_values,
 )
-from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference, measure
+from tl_neuron_circuits.bases._runs import run_values
+from tl_neuron_circuits.bases._site import Basis
+from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
+from tl_neuron_circuits.tasks._metrics import measure
 
 BASES: dict[str, Basis | list[Basis]] = {
     basis.name: basis for basis in (Neurons(), MLPOutputs(), HeadOutputs(), ResidualStream(), AttentionBlockOutputs())

@@ -7,9 +7,10 @@ import torch
 
 from tests.benchmarks.stories260K import METHODS, TEMPLATES, curve_of, merit, scores_of
 from tests.stories_tasks import pronoun_pairs
-from tl_neuron_circuits.attribution import attribute
 from tl_neuron_circuits.bases import AttentionBlockOutputs, MLPOutputs, ResidualStream
-from tl_neuron_circuits.tasks import logit_difference, measure, tokenize
+from tl_neuron_circuits.nodes import attribute
+from tl_neuron_circuits.tasks import logit_difference, tokenize
+from tl_neuron_circuits.tasks._metrics import measure
 
 
 def test_relp_beats_attribution_patching_on_seven_of_eight_templates(stories260K: Any) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 import tl_neuron_circuits as tnc
 from tl_neuron_circuits._errors import SettingsError
+from tl_neuron_circuits.demo import capitals
 
 PROMPT = "The capital of the state containing Dallas is"
 
@@ -13,7 +14,7 @@ PROMPT = "The capital of the state containing Dallas is"
 def test_details_are_the_examples_and_effects_of_each_neuron_and_fit_the_page(tmp_path: Path) -> None:
     model = tnc.load_demo_model()
     circuit = tnc.trace(model, PROMPT, " Austin", nodes=12)
-    prompts = tnc.tasks.capitals(n=16).clean
+    prompts = capitals(n=16).clean
     details = tnc.node_details(model, circuit, prompts, k=3, tokens=4, describe=lambda label, rows: f"about {label}")
     neurons = {name.partition("@")[0] for name in circuit.members}
     assert set(details) == neurons

@@ -7,8 +7,8 @@ import torch
 
 from tests.families import ModelCase, all_models, random_tokens
 from tl_neuron_circuits._errors import PairsError, SettingsError
-from tl_neuron_circuits.attribution import attribute
 from tl_neuron_circuits.explain import prompt_scores
+from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.tasks import TokenizedPairs
 
 few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))

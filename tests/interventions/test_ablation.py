@@ -8,9 +8,10 @@ import torch
 from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of, tokens_of
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.bases import HeadOutputs, Neurons, Parts
-from tl_neuron_circuits.interventions import AblationSwitch, ablation_hooks
-from tl_neuron_circuits.interventions._ablation import _choose
+from tl_neuron_circuits.bases import HeadOutputs, Neurons
+from tl_neuron_circuits.bases._site import Parts
+from tl_neuron_circuits.interventions import ablation_hooks
+from tl_neuron_circuits.interventions._ablation import AblationSwitch, _choose
 
 models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
 NAME = "blocks.1.mlp.hook_post"

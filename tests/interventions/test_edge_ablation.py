@@ -11,8 +11,10 @@ from torch import Tensor
 
 from tests.families import ModelCase, all_models, random_tokens
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.bases import Neurons, Parts
-from tl_neuron_circuits.interventions import Edge, Neuron, ablation_hooks, run_with_edges
+from tl_neuron_circuits.bases import Neurons
+from tl_neuron_circuits.bases._site import Parts
+from tl_neuron_circuits.interventions import ablation_hooks
+from tl_neuron_circuits.interventions._edge_ablation import Edge, Neuron, run_with_edges
 
 CASES = all_models("gpt2", "llama", "gemma2")
 LAYERS, POSITIONS, WIDTH = 3, 4, 24

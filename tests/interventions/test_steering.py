@@ -10,9 +10,9 @@ import torch
 
 from tests.families import ModelCase, all_models, random_tokens, unsupported_models
 from tl_neuron_circuits._errors import PairsError, SettingsError, UnsupportedModelError
-from tl_neuron_circuits.attribution import attribute
 from tl_neuron_circuits.bases import HeadOutputs, MLPOutputs, Neurons, ResidualStream
-from tl_neuron_circuits.interventions import node_values, steer, steering_hooks, sweep, interchange
+from tl_neuron_circuits.interventions import interchange, node_values, steer, steering_hooks, sweep
+from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.tasks import TokenizedPairs
 

@@ -13,8 +13,14 @@ from tests.interventions.test_steering import activations, logits_with
 from tl_neuron_circuits import attribute, trace
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.bases import Dictionaries
-from tl_neuron_circuits.explain import direct_logit_effects
-from tl_neuron_circuits.interventions import node_values, steer, steering_hooks, sweep, interchange
+from tl_neuron_circuits.interventions import (
+    direct_logit_effects,
+    interchange,
+    node_values,
+    steer,
+    steering_hooks,
+    sweep,
+)
 from tl_neuron_circuits.tasks import TokenizedPairs, answer_logit
 
 few = pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))

@@ -18,7 +18,7 @@ from tests.planted.load import load_planted
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
 from tl_neuron_circuits.bases import Neurons
 from tl_neuron_circuits.circuits import Circuit
-from tl_neuron_circuits.evaluation import edge_average_precision
+from tl_neuron_circuits.components import edge_average_precision
 from tl_neuron_circuits.lasso import CircuitLasso, LassoCircuit
 from tl_neuron_circuits.lasso._sites import Noise, observer
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference

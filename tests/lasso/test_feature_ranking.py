@@ -12,14 +12,13 @@ from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.lasso import (
     CircuitLasso,
     PooledFeatures,
-    Statistics,
     largest_penalty,
     pooled_features,
     rank_features,
-    solve_labels,
     solve_lasso,
-    standardize,
 )
+from tl_neuron_circuits.lasso._labels import solve_labels
+from tl_neuron_circuits.lasso._statistics import Statistics, standardize
 
 TEXTS = ["The dogs near the girl are old.", "The dog is here.", "She lives in Dallas Texas.", "The cats have time."]
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from tests.lasso.problems import regression, standardized_columns, structural_model
 from tl_neuron_circuits._errors import NumericalError, SettingsError
-from tl_neuron_circuits.lasso import Statistics, explained, largest_penalty, lasso_path, solve_lasso, standardize
+from tl_neuron_circuits.lasso import largest_penalty, lasso_path, solve_lasso
+from tl_neuron_circuits.lasso._solver import explained
+from tl_neuron_circuits.lasso._statistics import Statistics, standardize
 
 sklearn = pytest.importorskip("sklearn.linear_model")
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.lasso.problems import regression, standardized_columns
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
-from tl_neuron_circuits.lasso import Accumulator, Statistics, standardize, sum_of
+from tl_neuron_circuits.lasso._statistics import Accumulator, Statistics, standardize, sum_of
 
 FIELDS = ("mean", "products", "target_mean", "target_products", "target_squares")
 

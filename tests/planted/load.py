@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tests.families import HookedTransformer, HookedTransformerConfig
 from tests.planted.circuits import N_CASES, N_TOKENS, PlantedCase, planted_case, prompts
-from tl_neuron_circuits.evaluation import GroundTruth
-from tl_neuron_circuits.tasks import Batch, TokenizedPairs
+from tl_neuron_circuits.components import GroundTruth
+from tl_neuron_circuits.tasks import TokenizedPairs
+from tl_neuron_circuits.tasks._tokenized import Batch
 
 FOLDER = Path(__file__).parent / "models"
 

@@ -131,10 +131,10 @@ def test_edges_can_be_measured_by_the_node_they_enter(dallas: Circuit, open_page
 
 def test_what_was_left_out_can_be_hidden(dallas: Circuit, open_page: Opener) -> None:
     page = open_page(dallas)
-    assert node(page, "remainder@9").count() == 1
+    assert node(page, "unselected@9").count() == 1
     page.locator("#rest").uncheck()
     shown(page)
-    assert node(page, "remainder@9").count() == 0 and node(page, "embed@9").count() == 1
+    assert node(page, "unselected@9").count() == 0 and node(page, "embed@9").count() == 1
 
 
 def test_search_finds_labels_tokens_and_groups(dallas: Circuit, open_page: Opener) -> None:

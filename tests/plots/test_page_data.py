@@ -12,7 +12,7 @@ from tests.plots.made_up import BYTES, NASTY, large_circuit, nasty_circuit
 from tl_neuron_circuits import Circuit
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.circuits._table import NODE_COLUMNS
-from tl_neuron_circuits.explain import Example
+from tl_neuron_circuits.explain._max_activating_examples import Example
 from tl_neuron_circuits.plots._page import embedded_json, page, page_data
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from tests.families import ModelCase, all_models, model_cases, random_tokens
 from tests.propagation.readings import by_capture, expected_gradients, model_of, next_token_loss, tokens_of
 from tl_neuron_circuits._errors import PropagationError, SettingsError
-from tl_neuron_circuits.propagation import ALL_RULES, relp
+from tl_neuron_circuits.propagation import relp
+from tl_neuron_circuits.propagation._rules import ALL_RULES
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 both_classes = pytest.mark.parametrize("case", all_models("gpt2", "llama"))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of, tokens_of
-from tl_neuron_circuits.propagation import _linear, _session, biases_in_graph, relp
+from tl_neuron_circuits.propagation import _linear, _session, relp
+from tl_neuron_circuits.propagation._biases import biases_in_graph
 
 FEW = all_models("gpt2", "llama", "gemma2")
 

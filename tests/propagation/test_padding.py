@@ -15,7 +15,8 @@ from tests.families import ModelCase, all_models
 from tests.propagation.readings import model_of
 from tl_neuron_circuits._errors import NumericalError
 from tl_neuron_circuits.propagation import relp
-from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference, measure
+from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
+from tl_neuron_circuits.tasks._metrics import measure
 
 NAMES = ["hook_embed", "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post", "blocks.0.hook_resid_post"]
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tl_neuron_circuits._errors import PairsError, SettingsError
-from tl_neuron_circuits.tasks import Batch, TokenizedPairs
+from tl_neuron_circuits.tasks import TokenizedPairs
+from tl_neuron_circuits.tasks._tokenized import Batch
 
 LENGTHS = [3, 5, 3, 4, 5, 5, 3]
 

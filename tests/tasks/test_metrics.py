@@ -9,17 +9,15 @@ from torch import Tensor
 
 from tl_neuron_circuits._errors import NumericalError, PairsError, SettingsError
 from tl_neuron_circuits.tasks import (
-    METRICS,
-    Batch,
     ProbabilityDifference,
     TokenizedPairs,
     answer_log_probability,
     answer_logit,
     logit_difference,
-    measure,
-    metric_name,
     tokenize,
 )
+from tl_neuron_circuits.tasks._metrics import METRICS, measure, metric_name
+from tl_neuron_circuits.tasks._tokenized import Batch
 
 LENGTHS, D_VOCAB = [2, 4, 3], 11
 

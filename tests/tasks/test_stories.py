@@ -7,7 +7,8 @@ import torch
 
 from tests.stories_tasks import BOYS, GIRLS, PRONOUN_TEMPLATES, pronoun_pairs
 from tl_neuron_circuits._errors import PairsError
-from tl_neuron_circuits.tasks import PromptPairs, logit_difference, measure, tokenize
+from tl_neuron_circuits.tasks import PromptPairs, logit_difference, tokenize
+from tl_neuron_circuits.tasks._metrics import measure
 
 
 def test_at_least_eight_templates_with_disjoint_names() -> None:

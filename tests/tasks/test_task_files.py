@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from tl_neuron_circuits._errors import PairsError, SettingsError
-from tl_neuron_circuits.models import _english as english
-from tl_neuron_circuits.models import _states as states
-from tl_neuron_circuits.tasks import PromptPairs, capitals, greater_than, ioi, subject_verb_agreement
+from tl_neuron_circuits.demo import _states as states
+from tl_neuron_circuits.demo import capitals
+from tl_neuron_circuits.tasks import PromptPairs, greater_than, ioi, subject_verb_agreement
+from tl_neuron_circuits.tasks import _english as english
 
 TASKS: dict[str, tuple[Callable[..., PromptPairs], dict[str, Any], int, list[str]]] = {
     # name: (task, options, distinct pairs with all words, words enough for a few pairs)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tl_neuron_circuits._errors import PairsError
-from tl_neuron_circuits.tasks import TokenizedPairs, TokenRows
+from tl_neuron_circuits.tasks import TokenizedPairs
+from tl_neuron_circuits.tasks._token_rows import TokenRows
 
 
 def prompts(*lengths: int) -> list[Tensor]:

@@ -10,14 +10,7 @@ import torch
 
 from tests.families import ModelCase, model_cases
 from tests.transcoders.weights_cases import prompt, transcoders
-from tl_neuron_circuits import (
-    Circuit,
-    PromptPairs,
-    evaluate,
-    load_demo_dictionaries,
-    steer,
-    trace,
-)
+from tl_neuron_circuits import Circuit, PromptPairs, evaluate, load_demo_dictionaries, steer, trace
 from tl_neuron_circuits._errors import DictionaryError, SettingsError
 from tl_neuron_circuits.bases import Dictionaries
 from tl_neuron_circuits.transcoders import contributions, trace_feature
@@ -26,7 +19,7 @@ from tl_neuron_circuits.transcoders._one_step import Read, head_read, one_step, 
 from tl_neuron_circuits.transcoders._residual_run import residual_run
 
 TEXT = "The capital of the state containing Dallas is"
-ENDS = ["embedding", "bias", "error", "remainder"]
+ENDS = ["embedding", "bias", "error", "unselected"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +46,7 @@ def test_incoming_edges_sum_to_every_node(case: ModelCase) -> None:
     circuit = trace_feature(
         model, transcoders(model), prompt(model), "L1/F3@4", num_iters=3, num_branches=12, rank="absolute"
     )  # fmt: skip
-    assert {"feature", "head", "skip", "error", "embedding", "remainder"} <= set(circuit.nodes["kind"])
+    assert {"feature", "head", "skip", "error", "embedding", "unselected"} <= set(circuit.nodes["kind"])
     assert_everything_adds_up(circuit, 1e-4)
 
 

@@ -12,7 +12,8 @@ from tests.families import model_cases
 from tests.stories_tasks import BOYS, GIRLS, PRONOUN_TEMPLATES
 from tests.transcoders.conftest import SMALL
 from tl_neuron_circuits._errors import DictionaryError
-from tl_neuron_circuits.bases import Dictionaries, VarianceSums
+from tl_neuron_circuits.bases import Dictionaries
+from tl_neuron_circuits.bases._dictionary_variance import VarianceSums
 from tl_neuron_circuits.transcoders import TrainingReport, fidelity, train
 from tl_neuron_circuits.transcoders._config import KINDS
 from tl_neuron_circuits.transcoders._scaling import Scaling

@@ -8,20 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import SettingsError, UnsupportedModelError
-from ..models import TransformerLensModel, find_sites, hook_points
+from ..models._protocol import TransformerLensModel, hook_points
+from ..models._sites import find_sites
 from ._site import Parts, Site
 
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """A hook point whose components are the nodes; heads are concatenated.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> tnc.bases.Neurons(layers=[1]).sites(model)[0]
-        ActivationSite(hook='blocks.1.mlp.hook_post', layer=1, letter='N', vectors=())
-    """
+    """A hook point whose components are the nodes; heads are concatenated."""
 
     hook: str
     layer: int

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from .._files import fingerprint
-from ..models import TransformerLensModel
+from ..models._protocol import TransformerLensModel
 from ._dictionary import Dictionary
 from ._dictionary_hooks import resolve_hooks
 from ._dictionary_variance import VarianceSums
@@ -26,15 +26,7 @@ from ._site import Parts, Site
 
 @dataclass(frozen=True, eq=False)
 class DictionarySite:
-    """One dictionary at the hook points it reads and writes on this model.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae"))
-        >>> site = basis.sites(tnc.load_demo_model())[1]
-        >>> site.hook, site.letter, site.vectors
-        ('blocks.1.hook_mlp_out', 'F', ('error',))
-    """
+    """One dictionary at the hook points it reads and writes on this model."""
 
     dictionary: Dictionary
     hook_in: str

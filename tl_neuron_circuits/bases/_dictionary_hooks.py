@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .._errors import DictionaryError, UnsupportedModelError
-from ..models import TransformerLensModel, hook_point, hook_points
+from ..models._protocol import TransformerLensModel, hook_point, hook_points
 from ._dictionary import Dictionary
 
 _LAYER = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -55,13 +55,6 @@ def resolve_hooks(model: TransformerLensModel, dictionary: Dictionary) -> tuple[
 
     Raises:
         DictionaryError: no hooks are named, the model has no such site, or the widths differ; with the remedy.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> sae = tnc.load_demo_dictionaries("sae")[3]
-        >>> tnc.bases.resolve_hooks(model, sae)
-        ('blocks.3.hook_mlp_out', 'blocks.3.hook_mlp_out')
     """
     if dictionary.hook_in is None or dictionary.hook_out is None:
         raise DictionaryError(
@@ -88,12 +81,6 @@ def check_fires(model: TransformerLensModel, tokens: Any, names: Iterable[str]) 
 
     Raises:
         UnsupportedModelError: a hook point is missing, switched off, or was never reached.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> tnc.bases.check_fires(model, model.to_tokens("The dog"), ["blocks.0.hook_mlp_out"])
-        {'blocks.0.hook_mlp_out': (1, 3, 128)}
     """
     shapes: dict[str, tuple[int, ...]] = {}
     wanted = list(dict.fromkeys(names))

@@ -18,15 +18,7 @@ from .._typing import checked
 
 @dataclass(frozen=True, eq=False)
 class VarianceSums:
-    """Sums over the positions seen so far; adding two is as if their positions had come together.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> batch = tnc.bases.VarianceSums.of(torch.eye(4), torch.zeros(4, 4))
-        >>> (batch + batch).count, round(batch.unexplained, 3)
-        (8, 1.333)
-    """
+    """Sums over the positions seen so far; adding two is as if their positions had come together."""
 
     count: int
     mean: Float[Tensor, " d_out"]

@@ -10,34 +10,21 @@ import torch
 from torch import Tensor
 
 from .._errors import UnsupportedModelError
-from ..models import TransformerLensModel, hook_point, submodule
-from ..tasks import Batch, Metric, reads_answers_only
+from ..models._protocol import TransformerLensModel, hook_point, submodule
+from ..tasks._metrics import Metric, reads_answers_only
+from ..tasks._tokenized import Batch
 from ._site import Parts, Site
 
 Values = dict[str, Tensor]
 
 
 def reads_of(sites: Iterable[Site]) -> list[str]:
-    """Every hook point that some site reads, once.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> tnc.bases.reads_of(tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")).sites(model))[:2]
-        ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
-    """
+    """Every hook point that some site reads, once."""
     return list(dict.fromkeys(name for site in sites for name in site.reads))
 
 
 def logits_of(model: TransformerLensModel, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Run the model on tokens.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> tnc.bases.logits_of(model, model.to_tokens("The dog")).shape
-        torch.Size([1, 3, 726])
-    """
+    """Run the model on tokens."""
     return model(tokens) if attention_mask is None else model(tokens, attention_mask=attention_mask)
 
 
@@ -47,16 +34,6 @@ def answers_only(model: TransformerLensModel, batch: Batch, metric: Metric) -> I
 
     Logits are `[batch, 1, d_vocab]` there: with GPT-2's vocabulary they are a third of a forward pass, and its largest
     tensor. A metric that is not ours, or a hook at the unembedding, gets the logits of all positions.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
-        >>> with tnc.bases.answers_only(model, batch, tnc.tasks.logit_difference) as seen:
-        ...     logits = model(batch.clean)
-        >>> logits.shape, tnc.tasks.logit_difference(logits, seen).shape
-        (torch.Size([8, 1, 726]), torch.Size([8]))
     """
     unembed = submodule(model, "unembed")
     points = () if unembed is None else (getattr(unembed, name, None) for name in ("hook_in", "hook_out"))
@@ -82,16 +59,7 @@ def _hooked(point: Any) -> bool:
 
 
 def capture(store: Values, name: str) -> tuple[str, Any]:
-    """A forward hook that keeps the value. Returning it keeps reshaped views (`hook_conversion`) in the graph.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> store = {}
-        >>> logits = model.run_with_hooks("The dog", fwd_hooks=[tnc.bases.capture(store, "blocks.0.mlp.hook_post")])
-        >>> store["blocks.0.mlp.hook_post"].shape
-        torch.Size([1, 3, 512])
-    """
+    """A forward hook that keeps the value. Returning it keeps reshaped views (`hook_conversion`) in the graph."""
     return name, functools.partial(_keep, store, name)
 
 
@@ -105,15 +73,6 @@ def run_values(model: TransformerLensModel, batch: Batch, names: Iterable[str]) 
 
     Raises:
         UnsupportedModelError: a hook point did not fire.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
-        >>> values = tnc.bases.run_values(model, batch, ["blocks.0.mlp.hook_post"])
-        >>> values["blocks.0.mlp.hook_post"].shape
-        torch.Size([8, 3, 512])
     """
     return values_at(model, batch.clean, names, attention_mask=batch.attention_mask)
 
@@ -134,13 +93,6 @@ def values_at(
 
     Raises:
         UnsupportedModelError: a hook point did not fire.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> values = tnc.bases.values_at(model, model.to_tokens("The dog"), ["blocks.0.mlp.hook_post"])
-        >>> values["blocks.0.mlp.hook_post"].shape
-        torch.Size([1, 3, 512])
     """
     wanted = list(dict.fromkeys(names))
     store: Values = {}
@@ -176,16 +128,7 @@ class _AllRead(Exception):
 
 
 def fired(store: Mapping[str, Tensor], names: Iterable[str], model: TransformerLensModel) -> Values:
-    """The store, once every hook point in `names` is in it.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> store = {}
-        >>> logits = model.run_with_hooks("The dog", fwd_hooks=[tnc.bases.capture(store, "blocks.0.hook_mlp_out")])
-        >>> list(tnc.bases.fired(store, ["blocks.0.hook_mlp_out"], model))
-        ['blocks.0.hook_mlp_out']
-    """
+    """The store, once every hook point in `names` is in it."""
     missing = [name for name in names if name not in store]
     if missing:
         for name in missing:
@@ -198,18 +141,7 @@ def fired(store: Mapping[str, Tensor], names: Iterable[str], model: TransformerL
 
 
 def take_apart(sites: Iterable[Site], values: Mapping[str, Tensor]) -> dict[str, Parts]:
-    """A run's values as parts, by hook.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
-        >>> sites = tnc.bases.MLPOutputs(layers=[0]).sites(model)
-        >>> values = tnc.bases.run_values(model, batch, tnc.bases.reads_of(sites))
-        >>> tnc.bases.take_apart(sites, values)["blocks.0.hook_mlp_out"].nodes.shape
-        torch.Size([8, 3, 128])
-    """
+    """A run's values as parts, by hook."""
     return {site.hook: site.take_apart(values) for site in sites}
 
 
@@ -219,15 +151,6 @@ def mean_parts(
     """Mean of every node over the clean prompts of `batches`, per position, among prompts of one length.
 
     Keys: (hook, prompt length). For the mean over corrupt prompts give `batch.on_corrupt()` of each.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batches = tnc.tasks.tokenize(model, pairs).batches(4)
-        >>> means = tnc.bases.mean_parts(model, tnc.bases.Neurons(layers=[0]).sites(model), batches)
-        >>> {key: parts.nodes.shape for key, parts in means.items()}
-        {('blocks.0.mlp.hook_post', 3): torch.Size([1, 3, 512])}
     """
     sites = tuple(sites)
     sums: dict[tuple[str, int], Parts] = {}

@@ -15,21 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..models import TransformerLensModel
+from ..models._protocol import TransformerLensModel
 from ._dictionary_variance import VarianceSums
 
 
 @dataclass(frozen=True)
 class Parts:
-    """An activation taken apart: scalar nodes, and vector nodes ("error", "skip") where the basis has them.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> one = tnc.bases.Parts(torch.ones(1, 2, 3), {"error": torch.zeros(1, 2, 4)})
-        >>> float(one.plus(one).map(torch.neg).nodes.sum())
-        -12.0
-    """
+    """An activation taken apart: scalar nodes, and vector nodes ("error", "skip") where the basis has them."""
 
     nodes: Float[Tensor, "batch pos unit"]
     vectors: Mapping[str, Float[Tensor, "batch pos d"]] = field(default_factory=dict)
@@ -45,14 +37,7 @@ class Parts:
 
 @runtime_checkable
 class Site(Protocol):
-    """One hook point in a basis.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> isinstance(tnc.bases.Neurons().sites(model)[0], tnc.bases.Site)
-        True
-    """
+    """One hook point in a basis."""
 
     @property
     def hook(self) -> str:
@@ -105,13 +90,7 @@ class Site(Protocol):
 
 @runtime_checkable
 class Basis(Protocol):
-    """Where nodes live.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> isinstance(tnc.bases.Neurons(), tnc.bases.Basis)
-        True
-    """
+    """Where nodes live."""
 
     @property
     def name(self) -> str: ...
@@ -126,13 +105,6 @@ def sites_of(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tup
 
     Raises:
         SettingsError: two bases claim the same hook point, whose nodes would count twice.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> both = [tnc.bases.Neurons(layers=[0]), tnc.bases.MLPOutputs(layers=[1])]
-        >>> [site.hook for site in tnc.bases.sites_of(model, both)]
-        ['blocks.0.mlp.hook_post', 'blocks.1.hook_mlp_out']
     """
     bases = [basis] if isinstance(basis, Basis) else list(basis)
     sites = tuple(site for one in bases for site in one.sites(model))
@@ -145,11 +117,5 @@ def sites_of(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tup
 
 
 def name_of(basis: Basis | Sequence[Basis]) -> str:
-    """One name for one basis or several.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> tnc.bases.name_of([tnc.bases.Neurons(), tnc.bases.MLPOutputs()])
-        'neurons+mlp_outputs'
-    """
+    """One name for one basis or several."""
     return basis.name if isinstance(basis, Basis) else "+".join(one.name for one in basis)

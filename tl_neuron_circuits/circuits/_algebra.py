@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
-from ..bases import Neurons
+from ..bases._activations import Neurons
 from ._assemble import relative_weights
 from ._groups import one_of
 from ._scores import node_sites

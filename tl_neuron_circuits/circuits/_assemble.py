@@ -8,8 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..attribution import DirectEffects, Goal, Slot, label
-from ._table import KIND_OF_LETTER, complete, edge_table, node_table, remainder_row, rows_of
+from ..nodes._scores import label
+from ._direct_effects import DirectEffects
+from ._slot import Slot
+from ._table import KIND_OF_LETTER, complete, edge_table, node_table, rows_of, unselected_row
+from ._target import Goal
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ def assemble(
     totals = effects.totals
     sources = _chosen(effects, places)
     sources += [_embedding(effects, places, p) for p in range(len(places.tokens))]
-    sources += [remainder_row(p, token) for p, token in enumerate(places.tokens)]
+    sources += [unselected_row(p, token) for p, token in enumerate(places.tokens)]
     for name, text, score in (
         ("positions", "positional embeddings", totals.positional),
         ("bias", "biases", totals.bias),
     ):
         sources.append({"node": name, "label": text, "kind": "bias", "score": 0.0 if paired else score})
-    sources.append({"node": "residual", "label": "not linear", "kind": "residual"})
+    sources.append({"node": "linearization_error", "label": "not linear", "kind": "linearization_error"})
     for slot in effects.columns.slots_with_errors:
         sources += _errors(effects, places, slot)
     outputs = [_output(effects, goal, places, k) for k, goal in enumerate(goals)]

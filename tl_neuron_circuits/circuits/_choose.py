@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
-from ..attribution import Totals
+from ._totals import Totals
 
 Choice = Literal["share", "mass"] | int
 _NEAR_ZERO = 1e-6

@@ -9,8 +9,8 @@ import networkx
 import pandas as pd
 
 from .. import _html
-from ..attribution import NodeScores
-from ..bases import Basis
+from ..bases._site import Basis
+from ..nodes._scores import NodeScores
 from . import _algebra, _groups, _neuronpedia, _prune, _saved, _scores
 from ._table import CHOSEN, EDGE_COLUMNS, LEFT_OUT, NODE_COLUMNS, SINGLE, typed
 
@@ -25,7 +25,7 @@ class Circuit:
     `nodes` has one row a node. `kind` is "neuron", "feature" (of a dictionary), "embedding" (one a position), "logit"
     (what is explained), "error" (per layer and position, what a dictionary misses), "head" and "skip" (of circuits from
     weights), "component" (of CircuitLasso), "bias" (biases, those of dictionaries too; positional embeddings),
-    "remainder" (per position, whatever was left out), "residual" (what the linearization of pairs or of a metric
+    "unselected" (per position, whatever was left out), "linearization_error" (what the linearization of pairs or of a metric
     misses) or "group". `score` is the node's signed support for the target through all paths and `share` its share of
     the target; `flow` is the part of the target that reaches it along edges of this circuit alone, and `influence` is
     circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
@@ -260,7 +260,7 @@ class Circuit:
 
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
         """The circuit as a plotly figure: layers against positions, with the strongest edges."""
-        from ..plots import plot_circuit
+        from ..plots._circuit import plot_circuit
 
         return plot_circuit(self, max_edges=max_edges)
 
@@ -285,7 +285,7 @@ class Circuit:
             >>> best = circuit.to_dataframe().query("kind == 'neuron'")["node"].iloc[0]
             >>> circuit.to_html("dallas.html", details={best: {"description": "the strongest neuron"}})
         """
-        from ..plots import write_page
+        from ..plots._page import write_page
 
         write_page(self, path, details)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..bases import Basis
+from ..bases._site import Basis
 from ._assemble import relative_weights
 from ._circuit import Circuit
 from ._table import complete, edge_table, node_table
@@ -24,15 +24,6 @@ def from_tables(
         target_value: what the circuit explains.
         settings: as `trace` writes them.
         basis: where the nodes live, for evaluation and steering.
-
-    Example:
-        >>> from tl_neuron_circuits.circuits import from_tables
-        >>> goal = {"node": "logit", "kind": "logit", "score": 2.0, "change": 2.0}
-        >>> word = {"node": "embed@0", "kind": "embedding", "score": 2.0}
-        >>> edge = {"source": "embed@0", "target": "logit", "weight": 2.0, "attribution": 2.0}
-        >>> settings = {"target": ["logit"], "model": "by hand", "n_prompts": 1}
-        >>> from_tables([goal, word], [edge], 2.0, settings)
-        Circuit(0 nodes, 1 edges, target 'logit' = 2.000 on by hand, 1 prompt(s), 0% left out)
     """
     table = node_table(nodes)
     frame = pd.DataFrame(list(edges), columns=["source", "target", "weight", "attribution"])

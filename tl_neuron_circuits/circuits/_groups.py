@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
-from ..attribution import label as neuron_label
+from ..nodes._scores import label as neuron_label
 from ._assemble import relative_weights
 from ._table import CHOSEN, SINGLE, complete, edge_table, node_table
 
@@ -125,7 +125,7 @@ def sum_positions(circuit: Circuit) -> Circuit:
     for name, same in circuit.nodes.groupby(names, sort=False):
         first = same.iloc[0].to_dict()
         label = one_of(same["label"], name)
-        label = name if label == first["node"] or first["kind"] == "remainder" else label
+        label = name if label == first["node"] or first["kind"] == "unselected" else label
         rows.append(
             first | {
                 "node": name, "label": label, "position": -1, "token": one_of(same["token"], "…"),
@@ -144,5 +144,5 @@ def _without_position(node: object) -> str:
     if kind == "embedding":
         return f"embed/{node.token}"  # pyright: ignore[reportAttributeAccessIssue]
     return (
-        name.rpartition("@")[0] if kind in ("remainder", "error", "feature", "head", "skip") and "@" in name else name
+        name.rpartition("@")[0] if kind in ("unselected", "error", "feature", "head", "skip") and "@" in name else name
     )

@@ -17,7 +17,8 @@ import pandas as pd
 
 from .._errors import FileFormatError, SettingsError
 from .._files import versions
-from ..bases import Basis, Dictionaries
+from ..bases._dictionaries import Dictionaries
+from ..bases._site import Basis
 from ._graph_json import read_graph
 from ._table import EDGE_COLUMNS, NODE_COLUMNS, typed
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._errors import SettingsError
-from ..attribution import NodeScores, SiteLabels
-from ..bases import Basis, Neurons
+from ..bases._activations import Neurons
+from ..bases._site import Basis
+from ..nodes._scores import NodeScores, SiteLabels
 from ._table import KIND_OF_LETTER
 
 if TYPE_CHECKING:

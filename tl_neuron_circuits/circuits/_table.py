@@ -32,11 +32,11 @@ SINGLE = ("neuron", "feature", "component")
 CHOSEN = (*SINGLE, "head", "skip", "group")
 """Kinds of nodes that pruning may drop; their scores stand beside each other."""
 KIND_OF_LETTER = {"N": "neuron", "F": "feature"}
-ENDS = ("embedding", "bias", "remainder", "residual", "error")
+ENDS = ("embedding", "bias", "unselected", "linearization_error", "error")
 """Kinds without incoming edges: where flow ends."""
-LEFT_OUT = ("remainder", "residual", "error")
+LEFT_OUT = ("unselected", "linearization_error", "error")
 """Ends that explain nothing: nodes that were not chosen, what the linearization misses, what dictionaries miss."""
-FIXED_SOURCES = ("bias", "remainder", "residual")
+FIXED_SOURCES = ("bias", "unselected", "linearization_error")
 
 
 def node_table(rows: Collection[dict]) -> pd.DataFrame:
@@ -62,9 +62,9 @@ def edge_table(rows: pd.DataFrame) -> pd.DataFrame:
     return frame.iloc[np.argsort(-frame["attribution"].abs().to_numpy(), kind="stable")].reset_index(drop=True)
 
 
-def remainder_name(position: int) -> str:
+def unselected_name(position: int) -> str:
     """The node that stands for whatever was left out at a position."""
-    return "remainder" if position < 0 else f"remainder@{position}"
+    return "unselected" if position < 0 else f"unselected@{position}"
 
 
 def rows_of(nodes: pd.DataFrame, names: pd.Series) -> np.ndarray:
@@ -95,7 +95,7 @@ def complete(nodes: pd.DataFrame, edges: pd.DataFrame, target_value: float) -> p
     start = np.where(goal, nodes["score"].fillna(0.0), 0.0)
     nodes["flow"] = handed_down(nodes, edges, start, edges["relative"].to_numpy())
     nodes["influence"] = influence(nodes, edges)
-    left = nodes["kind"].isin(["remainder", "residual"])
+    left = nodes["kind"].isin(["unselected", "linearization_error"])
     nodes.loc[left, "score"] = nodes.loc[left, "flow"]
     nodes["share"] = nodes["score"] / target_value
     return nodes
@@ -144,25 +144,19 @@ def restrict(
     along = (kept_edges & sources["stays"].to_numpy()) | fixed
     place = sources["position"].astype(object).to_numpy()  # plain integers
     live, lost = edges[into & along], edges[into & ~along]
-    lost = lost.assign(source=[remainder_name(position) for position in place[into & ~along]])
+    lost = lost.assign(source=[unselected_name(position) for position in place[into & ~along]])
     edges = pd.concat([live, lost]).groupby(["source", "target"], sort=False, as_index=False).sum()
     nodes = nodes[stays]
     missing = {name: int(position) for name, position in zip(lost["source"], place[into & ~along], strict=True)}
-    new = [remainder_row(position) for name, position in missing.items() if name not in set(nodes["node"])]
+    new = [unselected_row(position) for name, position in missing.items() if name not in set(nodes["node"])]
     nodes = pd.concat([nodes, node_table(new)], ignore_index=True) if new else nodes.reset_index(drop=True)
     return complete(nodes, edges, target_value), edge_table(edges)
 
 
-def remainder_row(position: int, token: str = "") -> dict:
-    """A remainder, as a row of the nodes.
-
-    Example:
-        >>> from tl_neuron_circuits.circuits import remainder_row
-        >>> remainder_row(3)["label"]
-        'left out at 3'
-    """
+def unselected_row(position: int, token: str = "") -> dict:
+    """A remainder, as a row of the nodes."""
     where = "everywhere" if position < 0 else f"at {position}"
     return {
-        "node": remainder_name(position), "label": f"left out {where}", "kind": "remainder", "position": position,
+        "node": unselected_name(position), "label": f"left out {where}", "kind": "unselected", "position": position,
         "token": token,
     }  # fmt: skip

@@ -8,9 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..attribution import Goal, answer_goal, difference_goal, direction_goal, metric_goal, token_goal
-from ..models import TransformerLensModel
-from ..tasks import PromptPairs, TokenizedPairs, tokenize
+from ..models._protocol import TransformerLensModel
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenize import tokenize
+from ..tasks._tokenized import TokenizedPairs
+from ._target import Goal, answer_goal, difference_goal, direction_goal, metric_goal, token_goal
 
 Token = str | int
 Target = Token | list[str] | list[int] | tuple[Token, Token] | Float[Tensor, " d"] | Callable[..., Tensor] | None

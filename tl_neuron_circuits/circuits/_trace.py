@@ -10,16 +10,23 @@ from torch import Tensor
 from .._errors import PairsError, SettingsError
 from .._files import versions
 from .._typing import checked
-from ..attribution import Goal, Totals, direct_effects, slots_of
-from ..bases import Basis, Neurons, logits_of, name_of
-from ..interventions import text_pieces
-from ..models import TransformerLensModel
-from ..propagation import ALL_RULES
-from ..tasks import PromptPairs, TokenizedPairs, tokenize
+from ..bases._activations import Neurons
+from ..bases._runs import logits_of
+from ..bases._site import Basis, name_of
+from ..interventions._steering_prompts import text_pieces
+from ..models._protocol import TransformerLensModel
+from ..propagation._rules import ALL_RULES
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenize import tokenize
+from ..tasks._tokenized import TokenizedPairs
 from ._assemble import Places, assemble
 from ._choose import Choice, choose_nodes
 from ._circuit import Circuit
+from ._direct_effects import direct_effects
+from ._slots import slots_of
+from ._target import Goal
 from ._targets import Target, find_goals, token_text
+from ._totals import Totals
 
 _NEURONS = Neurons()
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | PromptPairs | TokenizedPairs
@@ -98,7 +105,7 @@ def trace(
         >>> transcoders = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
         >>> of_features = tnc.trace(model, "The capital of the state containing Dallas is", basis=transcoders)
         >>> sorted(of_features.nodes["kind"].unique())
-        ['bias', 'embedding', 'error', 'feature', 'logit', 'remainder']
+        ['bias', 'embedding', 'error', 'feature', 'logit', 'unselected']
     """
     text = prompt_or_pairs if isinstance(prompt_or_pairs, str) else None
     single = not isinstance(prompt_or_pairs, PromptPairs | TokenizedPairs)

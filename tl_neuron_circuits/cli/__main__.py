@@ -1,6 +1,6 @@
 """`python -m tl_neuron_circuits.cli`: the same as `tl-neuron-circuits`."""
 
-from . import main
+from ._app import main
 
 if __name__ == "__main__":
     main()

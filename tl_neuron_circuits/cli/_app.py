@@ -57,12 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Args:
         arguments: the command and its options; those of the process unless given.
-
-    Example:
-        >>> from tl_neuron_circuits.cli import main
-        >>> main(["no-such-command"])
-        Traceback (most recent call last):
-        SystemExit: 2
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _say_warning

@@ -28,9 +28,9 @@ def attribute(
     """Score every node of a basis by its effect on the logit difference, on pairs from a file."""
     from .._errors import SettingsError
     from .._processes import here
-    from ..attribution import attribute as score
-    from ..bases import ACTIVATION_BASES
-    from ..tasks import PromptPairs
+    from ..bases._activations import ACTIVATION_BASES
+    from ..nodes._attribute import attribute as score
+    from ..tasks._pairs import PromptPairs
 
     if basis not in ACTIVATION_BASES:
         raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {basis!r}.")

@@ -14,7 +14,7 @@ def check(
 
     Exit code 1 where it does not.
     """
-    from ..propagation import check_model
+    from ..propagation._check_model import check_model
 
     loaded = load_model(model, backend, device, dtype)
     say("checking which sites fire, and that relevance is conserved")

@@ -34,9 +34,9 @@ def compare(
 
     Options that take several values are given once for each: --basis neurons --basis mlp_outputs.
     """
-    from ..evaluation import DEFAULT_METHODS
-    from ..evaluation import compare as run
-    from ..tasks import PromptPairs
+    from ..evaluation._compare import DEFAULT_METHODS
+    from ..evaluation._compare import compare as run
+    from ..tasks._pairs import PromptPairs
 
     bases = _bases(basis or ["neurons", "mlp_outputs"], sae or [], transcoder or [])
     train = PromptPairs.from_jsonl(pairs)
@@ -71,7 +71,9 @@ def compare(
 def _bases(names: list[str], sae: list[Path], transcoder: list[Path]) -> list[Any]:
     """Bases of the layers that the dictionaries have, so that all compete for the same layers."""
     from .._errors import SettingsError
-    from ..bases import ACTIVATION_BASES, Dictionaries, load_dictionaries
+    from ..bases._activations import ACTIVATION_BASES
+    from ..bases._dictionaries import Dictionaries
+    from ..bases._dictionary_folders import load_dictionaries
 
     if wrong := [name for name in names if name not in ACTIVATION_BASES]:
         raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {', '.join(wrong)}.")

@@ -17,7 +17,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Trace, test and show neuron circuits of a demo model: agreement, and Dallas -> Texas -> Austin."""
-    from ..demo import run_demo
+    from ..demo._run import run_demo
 
     result = run_demo(out, name=model, backend=backend, seed=seed, verbose=progress(), say=say)
     if as_json:

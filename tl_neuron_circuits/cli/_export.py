@@ -26,7 +26,7 @@ def export(
     A circuit's CSV is its nodes; its edges go to a second file, NAME_edges.csv.
     """
     from .._errors import SettingsError
-    from ..circuits import Circuit
+    from ..circuits._circuit import Circuit
 
     chosen = form or FORMATS.get(out.suffix.lower(), f"the name {out.name!r}")
     if chosen not in FORMATS.values():

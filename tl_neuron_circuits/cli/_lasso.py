@@ -32,7 +32,7 @@ def lasso(
 
     Give --pairs or --prompts. An edge says what predicts what; it is no causal effect.
     """
-    from ..lasso import CircuitLasso
+    from ..lasso._circuit_lasso import CircuitLasso
 
     inputs = read_inputs(pairs, prompts)
     method = CircuitLasso(
@@ -61,7 +61,7 @@ def lasso(
 def read_inputs(pairs: Path | None, prompts: Path | None) -> Any:
     """Pairs, or the lines of a text file that are not blank."""
     from .._errors import PairsError, SettingsError
-    from ..tasks import PromptPairs
+    from ..tasks._pairs import PromptPairs
 
     if (pairs is None) == (prompts is None):
         raise SettingsError(f"expected either --pairs or --prompts; got {'neither' if pairs is None else 'both'}.")

@@ -22,15 +22,10 @@ def load_model(name: str, backend: str = "auto", device: str | None = None, dtyp
 
     Raises:
         SettingsError: nothing of that name, an unknown setting, or the installed TransformerLens lacks the class.
-
-    Example:
-        >>> from tl_neuron_circuits.cli import load_model
-        >>> load_model("demo-gelu").cfg.n_layers
-        4
     """
     import torch
 
-    from ..models import DEMO_MODELS, load_demo_model
+    from ..demo._models import DEMO_MODELS, load_demo_model
 
     if backend not in BACKENDS:
         raise SettingsError(f"expected --backend out of {', '.join(BACKENDS)}; got {backend!r}.")

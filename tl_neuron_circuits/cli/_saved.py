@@ -12,8 +12,8 @@ def load_saved(path: Path) -> Any:
     Raises:
         FileFormatError: there is neither, or it is damaged.
     """
-    from ..attribution import NodeScores
-    from ..circuits import Circuit
+    from ..circuits._circuit import Circuit
+    from ..nodes._scores import NodeScores
 
     for folder in (path, path / "circuit"):
         if (folder / "circuit.json").is_file():
@@ -34,7 +34,7 @@ def load_circuit(path: Path) -> Any:
         FileFormatError: there is none, or it is damaged.
         SettingsError: scores were saved there, which are no circuit.
     """
-    from ..circuits import Circuit
+    from ..circuits._circuit import Circuit
 
     saved = load_saved(path)
     if not isinstance(saved, Circuit):

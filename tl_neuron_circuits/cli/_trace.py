@@ -25,8 +25,8 @@ def trace(
     as_json: AsJson = False,
 ) -> None:
     """Trace a prompt to a circuit; write it, an interactive page and Neuronpedia's attribution graph."""
-    from ..circuits import trace as run
-    from ..explain import node_details
+    from ..circuits._trace import trace as run
+    from ..explain._node_details import node_details
 
     choice = int(nodes) if nodes.isdecimal() else nodes
     loaded = load_model(model, backend, device, dtype)

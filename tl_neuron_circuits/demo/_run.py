@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..attribution import MethodName, NodeScores, attribute
-from ..bases import Neurons
-from ..evaluation import Comparison, compare
-from ..models import load_demo_model
-from ..propagation import ModelReport, check_model
-from ..tasks import PromptPairs, capitals, subject_verb_agreement
+from ..bases._activations import Neurons
+from ..evaluation._compare import compare
+from ..evaluation._comparison import Comparison
+from ..nodes._attribute import attribute
+from ..nodes._scores import NodeScores
+from ..nodes._setting import MethodName
+from ..propagation._check_model import ModelReport, check_model
+from ..tasks._agreement import subject_verb_agreement
+from ..tasks._pairs import PromptPairs
+from ._capitals import capitals
+from ._models import load_demo_model
 
 SIZES = (10, 30, 100, 300)
 METHODS: tuple[MethodName, ...] = ("relp", "gradient", "integrated_gradients", "random")

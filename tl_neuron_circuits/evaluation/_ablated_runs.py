@@ -16,11 +16,13 @@ from tqdm.auto import tqdm
 from .._memory import Halving, available_memory, first_batch, growth
 from .._meter import Meter
 from .._processes import Processes
-from ..attribution import shared_means
-from ..bases import Parts, Site, answers_only, logits_of, reads_of, run_values, take_apart
-from ..interventions import Ablation, AblationSwitch, Kept
-from ..models import TransformerLensModel
-from ..tasks import Batch, Metric, TokenizedPairs, measure
+from ..bases._runs import answers_only, logits_of, reads_of, run_values, take_apart
+from ..bases._site import Parts, Site
+from ..interventions._ablation import Ablation, AblationSwitch, Kept
+from ..models._protocol import TransformerLensModel
+from ..nodes._baseline import shared_means
+from ..tasks._metrics import Metric, measure
+from ..tasks._tokenized import Batch, TokenizedPairs
 
 logger = logging.getLogger(__name__)
 Baselines = Mapping[str, Parts | None]

@@ -12,11 +12,17 @@ from .._errors import SettingsError
 from .._files import fingerprint, versions
 from .._processes import here
 from .._typing import checked
-from ..attribution import MethodName, NodeScores, attribute
-from ..bases import Basis, MLPOutputs, Neurons, sites_of
-from ..interventions import Ablation
-from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name, tokenize
+from ..bases._activations import MLPOutputs, Neurons
+from ..bases._site import Basis, sites_of
+from ..interventions._ablation import Ablation
+from ..models._protocol import TransformerLensModel
+from ..nodes._attribute import attribute
+from ..nodes._scores import NodeScores
+from ..nodes._setting import MethodName
+from ..tasks._metrics import Metric, logit_difference, metric_name
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenize import tokenize
+from ..tasks._tokenized import TokenizedPairs
 from ._comparison import Comparison, CurveKey
 from ._curve import MIB_FRACTIONS
 from ._evaluate import Errors, evaluate

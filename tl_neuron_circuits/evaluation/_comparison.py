@@ -20,13 +20,7 @@ INDEX = "index"
 
 
 class CurveKey(NamedTuple):
-    """What a curve is of.
-
-    Example:
-        >>> from tl_neuron_circuits.evaluation import CurveKey
-        >>> CurveKey("agreement", "neurons", "relp").folder
-        'agreement--neurons--relp'
-    """
+    """What a curve is of."""
 
     task: str
     basis: str
@@ -196,13 +190,13 @@ class Comparison:
 
         Several tasks are averaged over a common grid of sizes, as in Arora et al.; `task` shows one, with bands.
         """
-        from ..plots import plot_comparison
+        from ..plots._curves import plot_comparison
 
         return plot_comparison(self, task)
 
     def plot_trust(self, task: str | None = None) -> Any:
         """A plotly figure: the summed scores of the best nodes against the measured drop of the metric without them."""
-        from ..plots import plot_trust
+        from ..plots._curves import plot_trust
 
         return plot_trust(self, task)
 

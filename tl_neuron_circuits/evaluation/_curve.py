@@ -149,7 +149,7 @@ class SparsityCurve:
 
     def plot(self) -> Any:
         """A plotly figure of faithfulness and completeness, side by side."""
-        from ..plots import plot_curves
+        from ..plots._curves import plot_curves
 
         return plot_curves([self])
 

@@ -22,12 +22,16 @@ from .._errors import SettingsError
 from .._files import versions
 from .._processes import Processes
 from .._typing import checked
-from ..attribution import NodeScores
-from ..bases import sites_of
-from ..circuits import Circuit
-from ..interventions import Ablation, Edge, EdgeMode, Kept, run_with_edges
-from ..models import TransformerLensModel
-from ..tasks import Batch, Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name, tokenize
+from ..bases._site import sites_of
+from ..circuits._circuit import Circuit
+from ..interventions._ablation import Ablation, Kept
+from ..interventions._edge_ablation import Edge, EdgeMode, run_with_edges
+from ..models._protocol import TransformerLensModel
+from ..nodes._scores import NodeScores
+from ..tasks._metrics import Metric, logit_difference, metric_name
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenize import tokenize
+from ..tasks._tokenized import Batch, TokenizedPairs
 from ._ablated_runs import Ablated, Baselines, Evaluation, Read
 from ._curve import SparsityCurve, stack
 from ._evaluate import _check, _check_range

@@ -11,12 +11,15 @@ from .._errors import NumericalError, PairsError, SettingsError
 from .._files import versions
 from .._processes import here
 from .._typing import checked
-from ..attribution import NodeScores
-from ..bases import Basis, Site, name_of, sites_of
-from ..circuits import Circuit
-from ..interventions import Ablation
-from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name, tokenize
+from ..bases._site import Basis, Site, name_of, sites_of
+from ..circuits._circuit import Circuit
+from ..interventions._ablation import Ablation
+from ..models._protocol import TransformerLensModel
+from ..nodes._scores import NodeScores
+from ..tasks._metrics import Metric, logit_difference, metric_name
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenize import tokenize
+from ..tasks._tokenized import TokenizedPairs
 from ._ablated_runs import Ablated, Evaluation, NodeSet
 from ._curve import SparsityCurve, stack
 from ._node_sets import Chosen, RankedNodes, Ranking, chosen_sizes

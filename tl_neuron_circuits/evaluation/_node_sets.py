@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..attribution import NodeScores
-from ..interventions import Kept
+from ..interventions._ablation import Kept
+from ..nodes._scores import NodeScores
 
 Ranking = Literal["abs", "signed"]
 
@@ -24,15 +24,6 @@ class RankedNodes:
     """Every node's rank by score, from which the masks of any size follow at once.
 
     Nodes whose kind is in `always` (an error that is kept) or `never` (one that is ablated) are not counted or ranked.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> from tl_neuron_circuits.evaluation import RankedNodes
-        >>> ranked = RankedNodes(tnc.attribute(model, pairs), "abs")
-        >>> sum(int(mask.sum()) for mask in ranked.best(20).values())
-        20
     """
 
     def __init__(

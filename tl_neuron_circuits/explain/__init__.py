@@ -1,14 +1,9 @@
 """What neurons are about: hypothesis scores, clusters, logit effects, strongest examples."""
 
-from ._auroc import auroc as auroc
 from ._cluster import Clusters as Clusters
 from ._cluster import cluster as cluster
-from ._examples import Example as Example
-from ._examples import MaxActivatingExamples as MaxActivatingExamples
-from ._examples import max_activating_examples as max_activating_examples
-from ._highlight import highlight as highlight
-from ._logit_effects import DirectLogitEffects as DirectLogitEffects
-from ._logit_effects import direct_logit_effects as direct_logit_effects
+from ._max_activating_examples import MaxActivatingExamples as MaxActivatingExamples
+from ._max_activating_examples import max_activating_examples as max_activating_examples
 from ._node_details import node_details as node_details
 from ._profiles import Profiles as Profiles
 from ._profiles import profiles as profiles

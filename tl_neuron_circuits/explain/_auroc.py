@@ -10,12 +10,6 @@ def auroc(scores: Float[Tensor, "prompt node"], members: Bool[Tensor, "prompt la
 
     By ranks: AUROC = (sum of the members' mean ranks - n (n + 1) / 2) / (n m); nan where a label has all prompts or
     none. Cost: one sort a node. Float64.
-
-    Example:
-        >>> import torch
-        >>> from tl_neuron_circuits.explain import auroc
-        >>> auroc(torch.tensor([[3.0], [2.0], [1.0]]), torch.tensor([[True], [True], [False]]))
-        tensor([[1.]], dtype=torch.float64)
     """
     columns = scores.double().T.contiguous()
     ordered = columns.sort(dim=1).values

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from .._typing import checked
-from ..circuits import Circuit
-from ..models import TransformerLensModel
-from ._examples import By, Describe, max_activating_examples
-from ._logit_effects import direct_logit_effects
+from ..circuits._circuit import Circuit
+from ..interventions._direct_logit_effects import direct_logit_effects
+from ..models._protocol import TransformerLensModel
+from ._max_activating_examples import By, Describe, max_activating_examples
 
 
 @checked
@@ -52,7 +52,7 @@ def node_details(
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=10)
-        >>> details = tnc.node_details(model, circuit, tnc.tasks.capitals(n=16).clean, k=2)
+        >>> details = tnc.node_details(model, circuit, tnc.demo.capitals(n=16).clean, k=2)
         >>> circuit.to_html("dallas.html", details=details)
         >>> len(next(iter(details.values()))["examples"])
         2
@@ -66,7 +66,9 @@ def node_details(
     details: dict[str, dict[str, Any]] = {}
     effects = direct_logit_effects(model, neurons, k=tokens).to_dataframe()
     for name, rows in effects.groupby("label", sort=False):
-        details[str(name)] = {"direct_logit_effects": list(zip(rows["token"], rows["effect"].astype(float), strict=True))}
+        details[str(name)] = {
+            "direct_logit_effects": list(zip(rows["token"], rows["effect"].astype(float), strict=True))
+        }
     if prompts is not None:
         found = max_activating_examples(model, prompts, neurons, k=k, by=by, describe=describe, batch_size=batch_size)
         for name in neurons:

@@ -18,10 +18,12 @@ from torch import Tensor
 from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
-from ..bases import Values, capture, fired
-from ..interventions import Nodes, find_nodes, read_prompts, text_pieces, token_names
-from ..models import TransformerLensModel
-from ..propagation import ALL_RULES, relp
+from ..bases._runs import Values, capture, fired
+from ..interventions._steering_nodes import Nodes, find_nodes
+from ..interventions._steering_prompts import read_prompts, text_pieces, token_names
+from ..models._protocol import TransformerLensModel
+from ..propagation._relp import relp
+from ..propagation._rules import ALL_RULES
 
 _EMBEDDING = "hook_embed"
 

@@ -18,12 +18,17 @@ from torch import Tensor
 from .. import _html
 from .._errors import PairsError, SettingsError
 from .._typing import checked
-from ..attribution import run_gradients
-from ..bases import ActivationSite, Neurons, Values, run_values
-from ..interventions import Nodes, find_nodes
-from ..models import TransformerLensModel
-from ..propagation import ALL_RULES, relp
-from ..tasks import Batch, Metric, PromptPairs, TokenizedPairs, logit_difference, measure, metric_name, tokenize
+from ..bases._activations import ActivationSite, Neurons
+from ..bases._runs import Values, run_values
+from ..interventions._steering_nodes import Nodes, find_nodes
+from ..models._protocol import TransformerLensModel
+from ..nodes._gradients import run_gradients
+from ..propagation._relp import relp
+from ..propagation._rules import ALL_RULES
+from ..tasks._metrics import Metric, logit_difference, measure, metric_name
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenize import tokenize
+from ..tasks._tokenized import Batch, TokenizedPairs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -140,7 +145,7 @@ def _all_neurons(model: TransformerLensModel) -> pd.DataFrame:
 
 
 def _width(model: TransformerLensModel, layer: int) -> int:
-    from ._logit_effects import output_weights
+    from ..interventions._direct_logit_effects import output_weights
 
     return output_weights(model, layer).shape[0]
 

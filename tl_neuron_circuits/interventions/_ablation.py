@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..bases import Parts, Site
+from ..bases._site import Parts, Site
 
 Ablation = Literal["mean", "zero", "resample", "corrupt"]
 Kept = Mapping[tuple[str, str], Bool[Tensor, "..."]]
@@ -69,20 +69,6 @@ class AblationSwitch:
 
     Raises:
         SettingsError: a site has no entry in `baselines`.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits.interventions import AblationSwitch
-        >>> model = tnc.load_demo_model()
-        >>> (site,) = tnc.bases.Neurons(layers=[2]).sites(model)
-        >>> switch = AblationSwitch([site], {site.hook: None})
-        >>> with torch.no_grad(), model.hooks(fwd_hooks=switch.hooks):
-        ...     whole = model("The dog")
-        ...     switch.keep({(site.hook, "node"): torch.zeros(512, dtype=torch.bool)})
-        ...     ablated = model("The dog")
-        >>> torch.equal(whole, model("The dog")), torch.equal(ablated, whole)
-        (True, False)
     """
 
     def __init__(self, sites: Iterable[Site], baselines: Mapping[str, Parts | None]) -> None:

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..bases import Neurons, logits_of
-from ..models import TransformerLensModel
+from ..bases._activations import Neurons
+from ..bases._runs import logits_of
+from ..models._protocol import TransformerLensModel
 from ._ablation import Hooks
 
 Neuron = tuple[int, int, int]
@@ -61,15 +62,6 @@ def run_with_edges(
 
     Raises:
         SettingsError: an edge that does not lead to a later layer, or a layer without a baseline.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> from tl_neuron_circuits.interventions import run_with_edges
-        >>> tokens, cut = model.to_tokens("The dogs"), [((0, 2, 7), (3, 2, 9)), ((2, 2, 5), None)]
-        >>> baselines = {site.hook: None for site in tnc.bases.Neurons().sites(model)}
-        >>> run_with_edges(model, tokens, cut, baselines, mode="cut").shape == model(tokens).shape
-        True
     """
     views = _views(list(edges), mode)
     ablation = _Rows(model, views, len(tokens), baselines, mode)

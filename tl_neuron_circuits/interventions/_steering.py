@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .._errors import SettingsError, UnsupportedModelError
 from .._typing import checked
-from ..models import TransformerLensModel, hook_points
+from ..models._protocol import TransformerLensModel, hook_points
 from ._ablation import Hooks
 from ._steering_features import FeatureEdit
 from ._steering_nodes import Dictionaries, Nodes, find_nodes

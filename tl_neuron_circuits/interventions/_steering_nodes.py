@@ -12,8 +12,12 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError, UnsupportedModelError
-from ..bases import ACTIVATION_BASES, Basis, DictionarySite, Neurons, Values, sites_of
-from ..models import TransformerLensModel, find_sites, hook_point
+from ..bases._activations import ACTIVATION_BASES, Neurons
+from ..bases._dictionaries import DictionarySite
+from ..bases._runs import Values
+from ..bases._site import Basis, sites_of
+from ..models._protocol import TransformerLensModel, hook_point
+from ..models._sites import find_sites
 
 _LABEL = re.compile(r"L(\d+)/([A-Z])(\d+)[+-]?(?:@(\d+))?")
 _NEURONS = re.compile(r"blocks\.(\d+)\.mlp\.hook_post")
@@ -60,15 +64,6 @@ def find_nodes(
             without its dictionary, a node listed twice, a negative position, or positions for nodes that have their
             own.
         UnsupportedModelError: the model lacks the hook point, or has no neurons there (a mixture of experts).
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> from tl_neuron_circuits.interventions import find_nodes
-        >>> find_nodes(model, ["L2/N5", "L3/N7@4"])
-             label                    hook  unit  position
-        0    L2/N5  blocks.2.mlp.hook_post     5        -1
-        1  L3/N7@4  blocks.3.mlp.hook_post     7         4
     """
     found = _Features(model, basis_of(nodes, basis))
     if isinstance(nodes, pd.DataFrame):

@@ -9,8 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .._errors import PairsError
-from ..bases import Values, capture, fired
-from ..models import TransformerLensModel
+from ..bases._runs import Values, capture, fired
+from ..models._protocol import TransformerLensModel
 from ._ablation import Hooks
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch pos"]
@@ -42,13 +42,6 @@ def read_prompts(model: TransformerLensModel, prompts: Prompts, prepend_bos: boo
 
     Raises:
         PairsError: no prompts, an empty one, text without a tokenizer, or tokens with `prepend_bos`.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> from tl_neuron_circuits.interventions import read_prompts
-        >>> [len(tokens) for tokens in read_prompts(model, ["The dog", "The dog near the cats"]).tokens]
-        [3, 6]
     """
     if isinstance(prompts, Tensor):
         if prepend_bos is not None:
@@ -69,16 +62,7 @@ def read_prompts(model: TransformerLensModel, prompts: Prompts, prepend_bos: boo
 def run(
     model: TransformerLensModel, tokens: Int[Tensor, "batch pos"], names: Sequence[str] = (), hooks: Hooks | None = None
 ) -> tuple[Tensor, Values]:
-    """Logits `[batch, pos, d_vocab]` and the values at `names`, without a graph, with `hooks` before the captures.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> from tl_neuron_circuits.interventions import run
-        >>> logits, values = run(model, model.to_tokens("The dog"), ["blocks.0.mlp.hook_post"])
-        >>> values["blocks.0.mlp.hook_post"].shape
-        torch.Size([1, 3, 512])
-    """
+    """Logits `[batch, pos, d_vocab]` and the values at `names`, without a graph, with `hooks` before the captures."""
     store: Values = {}
     with torch.no_grad(), model.hooks(fwd_hooks=[*(hooks or ()), *(capture(store, name) for name in names)]):
         logits = model(tokens)
@@ -92,15 +76,7 @@ def text_of(model: Any, tokens: Int[Tensor, " pos"]) -> str:
 
 
 def token_names(model: Any, tokens: Sequence[int]) -> list[str]:
-    """Every token as text of its own, with the space that begins it; as a number where the model has no tokenizer.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> from tl_neuron_circuits.interventions import token_names
-        >>> token_names(model, model.to_tokens("The dogs", prepend_bos=False)[0].tolist())
-        ['The', 'dogs']
-    """
+    """Every token as text of its own, with the space that begins it; as a number where the model has no tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return [str(token) for token in tokens]
@@ -112,15 +88,7 @@ def token_names(model: Any, tokens: Sequence[int]) -> list[str]:
 
 
 def text_pieces(model: Any, tokens: Int[Tensor, " pos"]) -> list[str]:
-    """A prompt cut at its tokens; joined, they are its text wherever the tokenizer decodes prefixes to prefixes.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> from tl_neuron_circuits.interventions import text_pieces
-        >>> text_pieces(model, model.to_tokens("The state containing Dallas")[0])
-        ['<bos>', ' The', ' state', ' containing', ' Dal', 'las']
-    """
+    """A prompt cut at its tokens; joined, they are its text wherever the tokenizer decodes prefixes to prefixes."""
     tokenizer = getattr(model, "tokenizer", None)
     names = token_names(model, tokens.tolist())
     if tokenizer is None:

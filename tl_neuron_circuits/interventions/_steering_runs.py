@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from .._typing import checked
-from ..bases import Values
-from ..models import TransformerLensModel
+from ..bases._runs import Values
+from ..models._protocol import TransformerLensModel
 from ._ablation import Hooks
 from ._steering import Amount, How, hooks_for, the_change
 from ._steering_nodes import Dictionaries, Nodes, basis_of, find_nodes, reads_of_nodes, values_by_key

@@ -54,7 +54,7 @@ class SteeringSweep:
         Raises:
             SettingsError: there is no prompt of that number.
         """
-        from ..plots import plot_sweep
+        from ..plots._steering import plot_sweep
 
         if not 0 <= prompt < len(self.prompts):
             raise SettingsError(f"expected a prompt between 0 and {len(self.prompts) - 1}; got {prompt}.")

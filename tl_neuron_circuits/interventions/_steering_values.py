@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from .._typing import checked
-from ..bases import Values
-from ..models import TransformerLensModel
+from ..bases._runs import Values
+from ..models._protocol import TransformerLensModel
 from ._steering_nodes import Dictionaries, Nodes, find_nodes, reads_of_nodes, values_by_key
 from ._steering_prompts import read_prompts, run
 

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..bases import Parts, Site, Values, capture, fired, logits_of, reads_of, values_at
-from ..models import TransformerLensModel
-from ..propagation import relp
-from ..tasks import TokenizedPairs
+from ..bases._runs import Values, capture, fired, logits_of, reads_of, values_at
+from ..bases._site import Parts, Site
+from ..models._protocol import TransformerLensModel
+from ..propagation._relp import relp
+from ..tasks._tokenized import TokenizedPairs
 from ._probe import Probe
 
 

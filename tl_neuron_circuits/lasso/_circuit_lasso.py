@@ -20,9 +20,11 @@ from torch import Tensor
 from .._errors import SettingsError
 from .._files import versions
 from .._typing import checked
-from ..bases import name_of
-from ..models import TransformerLensModel
-from ..tasks import Metric, PromptPairs, TokenizedPairs, logit_difference, metric_name
+from ..bases._site import name_of
+from ..models._protocol import TransformerLensModel
+from ..tasks._metrics import Metric, logit_difference, metric_name
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenized import TokenizedPairs
 from ._edges import Nodes, edge_keys, edge_table, node_table, nodes_of
 from ._inputs import Inputs, same_start, to_tokens
 from ._lasso_circuit import LassoCircuit, lasso_circuit

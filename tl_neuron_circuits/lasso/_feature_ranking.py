@@ -22,11 +22,12 @@ from torch import Tensor
 from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
-from ..attribution import label as node_label
-from ..bases import Basis, reads_of, run_values, sites_of
-from ..explain import PromptScores
-from ..models import TransformerLensModel
-from ..tasks import TokenizedPairs
+from ..bases._runs import reads_of, run_values
+from ..bases._site import Basis, sites_of
+from ..explain._prompt_scores import PromptScores
+from ..models._protocol import TransformerLensModel
+from ..nodes._scores import label as node_label
+from ..tasks._tokenized import TokenizedPairs
 from ._inputs import Inputs, same_start, to_tokens
 from ._labels import solve_labels
 from ._solver import largest_penalty, solve_lasso

@@ -29,9 +29,9 @@ from torch import Tensor
 from .. import _html
 from .._files import versions
 from .._typing import checked
-from ..bases import Basis, name_of, sites_of
-from ..models import TransformerLensModel
-from ..tasks import TokenizedPairs
+from ..bases._site import Basis, name_of, sites_of
+from ..models._protocol import TransformerLensModel
+from ..tasks._tokenized import TokenizedPairs
 from ._ablated import Ablation, pooled_activations, probe_support
 from ._feature_ranking import pooled_features
 from ._inputs import same_start, to_tokens

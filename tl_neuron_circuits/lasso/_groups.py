@@ -20,16 +20,7 @@ from ._statistics import Standardized
 def block_norms(
     weights: Float64[Tensor, "source target"], groups: Int[Tensor, " source"], target_groups: Int[Tensor, " target"]
 ) -> Float64[Tensor, "group target_group"]:
-    """Frobenius norm of every block.
-
-    Example:
-        >>> import torch
-        >>> from tl_neuron_circuits.lasso import block_norms
-        >>> weights = torch.tensor([[3.0], [4.0], [0.0]], dtype=torch.float64)
-        >>> block_norms(weights, torch.tensor([0, 0, 1]), torch.tensor([0]))
-        tensor([[5.],
-                [0.]], dtype=torch.float64)
-    """
+    """Frobenius norm of every block."""
     return _block_sums(weights.square(), groups, target_groups).clamp(min=0).sqrt()
 
 
@@ -59,16 +50,6 @@ def solve_group_lasso(
     Raises:
         SettingsError: the penalty is not positive, or groups have holes.
         NumericalError: `tolerance` was not reached.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
-        >>> found = tnc.lasso.solve_group_lasso(problem, 40.0, groups=torch.tensor([0, 0, 1]))
-        >>> (found.weights != 0).flatten().tolist()
-        [True, True, False]
     """
     alpha = check_penalty(penalty) / (2 * problem.n)
     n_targets = len(problem.squares)

@@ -5,8 +5,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..models import TransformerLensModel
-from ..tasks import PromptPairs, TokenizedPairs, tokenize
+from ..models._protocol import TransformerLensModel
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenize import tokenize
+from ..tasks._tokenized import TokenizedPairs
 
 Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenizedPairs
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..explain import auroc
+from ..explain._auroc import auroc
 from ._feature_ranking import PooledFeatures, rank_features
 from ._labeled_texts import LabeledTexts
 

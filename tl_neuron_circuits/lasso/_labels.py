@@ -21,17 +21,7 @@ from ._statistics import Statistics, standardize
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelSolution:
-    """Weights of standardized features for each label, and the intercepts.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> found = tnc.lasso.solve_labels(x, (y > 0).float(), penalty=5.0)
-        >>> found, tuple(found.log_odds(x).shape)
-        (LabelSolution(penalty 5, 3 x 1, 2 not zero), (200, 1))
-    """
+    """Weights of standardized features for each label, and the intercepts."""
 
     penalty: float
     weights: Float64[Tensor, "source label"]
@@ -66,15 +56,6 @@ def solve_labels(
     Raises:
         SettingsError: labels are not zeros and ones, one is the same everywhere, or the penalty is not positive.
         NumericalError: a value is not finite, or `tolerance` was not reached.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> found = tnc.lasso.solve_labels(x, (y > 0).float(), penalty=5.0)
-        >>> bool(((found.log_odds(x) > 0) == (y > 0)).double().mean() > 0.9)
-        True
     """
     check_penalty(penalty)
     statistics = Statistics.of(x)

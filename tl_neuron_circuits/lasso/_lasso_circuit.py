@@ -19,7 +19,7 @@ import torch
 from .. import _html
 from .._errors import SettingsError
 from .._files import read_directory, write_directory
-from ..circuits import Circuit
+from ..circuits._circuit import Circuit
 
 SCHEMA = 1
 NODE_EXTRA = ("r2",)

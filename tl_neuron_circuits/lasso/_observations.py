@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .._errors import FileFormatError, SettingsError
 from .._files import read_directory, write_directory
 from .._processes import Processes, here
-from ..tasks import Batch, TokenizedPairs
+from ..tasks._tokenized import Batch, TokenizedPairs
 from ._sites import Noise, Observer, Site
 from ._statistics import Accumulator, Statistics, sum_of
 
@@ -58,17 +58,7 @@ class Regression:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Observations:
-    """Statistics of every regression, block by block; `+` joins what several processes saw of different prompts.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> nouns = ("dog", "dogs", "horse", "horses", "boy", "boys", "girl", "girls")
-        >>> prompts = [f"The {noun} near the cat" for noun in nouns]
-        >>> method = tnc.lasso.CircuitLasso(share=0.9, attention="layers", regressors="same", blocks=2, folds=2)
-        >>> method.observe(model, prompts[:4]) + method.observe(model, prompts[4:])
-        Observations(8 prompts, 10 sites, 4 blocks)
-    """
+    """Statistics of every regression, block by block; `+` joins what several processes saw of different prompts."""
 
     sites: tuple[Site, ...]
     regressions: tuple[Regression, ...]

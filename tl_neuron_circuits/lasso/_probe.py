@@ -19,14 +19,7 @@ from ._statistics import Statistics, standardize
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Probe:
-    """`log_odds(x) = x @ weights + bias` of the label being 1; made by `fit_probe`.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> tnc.lasso.Probe(torch.tensor([2.0, 0.0], dtype=torch.float64), -1.0).predictions(torch.eye(2))
-        tensor([1, 0])
-    """
+    """`log_odds(x) = x @ weights + bias` of the label being 1; made by `fit_probe`."""
 
     weights: Float64[Tensor, " d"]
     bias: float
@@ -49,13 +42,6 @@ def fit_probe(x: Float[Tensor, "n d"], y: Tensor, ridge: float = 1e-2, steps: in
     Raises:
         SettingsError: labels are not zeros and ones, or all the same.
         NumericalError: an activation is not finite, or the fit did not converge.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> probe = tnc.lasso.fit_probe(torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1, 1]))
-        >>> probe.predictions(torch.ones(1, 1))
-        tensor([0])
     """
     y = y.double()
     if not bool(((y == 0) | (y == 1)).all()) or len(y.unique()) < 2:
@@ -98,13 +84,6 @@ def eraser(x: Tensor, attribute: Tensor) -> Callable[[Tensor], Tensor]:
         SettingsError: the attribute is the same everywhere.
 
     Source: Belrose et al. 2023, arXiv 2306.03819.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x, attribute = torch.tensor([[0.0, 1.0], [0.0, 2.0], [3.0, 1.0], [3.0, 2.0]]), torch.tensor([0, 0, 1, 1])
-        >>> tnc.lasso.eraser(x, attribute)(x)[:, 0].std() < 0.01
-        tensor(True)
     """
     x = x.double()
     mean = x.mean(0)

@@ -13,11 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..attribution import ComponentGraph, component_graph, label, split_heads
-from ..bases import Basis, Neurons, Values, capture, fired, logits_of, run_values, sites_of, values_at
-from ..bases import Site as BasisSite
-from ..models import TransformerLensModel
-from ..tasks import Batch, Metric, TokenizedPairs, measure
+from ..bases._activations import Neurons
+from ..bases._runs import Values, capture, fired, logits_of, run_values, values_at
+from ..bases._site import Basis, sites_of
+from ..bases._site import Site as BasisSite
+from ..components._graph import ComponentGraph, component_graph, split_heads
+from ..models._protocol import TransformerLensModel
+from ..nodes._scores import label
+from ..tasks._metrics import Metric, measure
+from ..tasks._tokenized import Batch, TokenizedPairs
 
 Readout = Literal["answers", "metric", "logits", "none"]
 

@@ -165,17 +165,7 @@ def lasso_path(
 
 
 def explained(problem: Standardized, weights: Float64[Tensor, "source target"]) -> Float64[Tensor, " target"]:
-    """R2 of these weights on the problem's observations (which need not be those they were fitted to).
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
-        >>> tnc.lasso.explained(problem, torch.linalg.solve(problem.gram, problem.cross)).round(decimals=4)
-        tensor([1.], dtype=torch.float64)
-    """
+    """R2 of these weights on the problem's observations (which need not be those they were fitted to)."""
     rows = max(64, _CHUNK // max(1, len(weights)))
     change = [
         ((_times(problem.gram, some) - 2 * cross) * some).sum(0)

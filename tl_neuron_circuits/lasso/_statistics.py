@@ -28,17 +28,6 @@ class Statistics:
     """Counts, means and centered products of observed sources and targets.
 
     Where the targets are the sources themselves, `target_products` is `products`, held once.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> whole = tnc.lasso.Statistics.of(x[:50], y[:50]) + tnc.lasso.Statistics.of(x[50:], y[50:])
-        >>> whole
-        Statistics(n=200, 3 sources, 1 targets)
-        >>> torch.allclose(whole.products, tnc.lasso.Statistics.of(x, y).products)
-        True
     """
 
     n: int
@@ -113,19 +102,7 @@ class Statistics:
 
 
 class Accumulator:
-    """Statistics of batches as they come, summed in place.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> seen = tnc.lasso.Accumulator()
-        >>> for batch in zip(x.split(64), y.split(64)):
-        ...     seen.add(*batch)
-        >>> seen.total()
-        Statistics(n=200, 3 sources, 1 targets)
-    """
+    """Statistics of batches as they come, summed in place."""
 
     def __init__(self) -> None:
         self._total: Statistics | None = None
@@ -173,15 +150,6 @@ def sum_of(parts: Sequence[Statistics], times: Sequence[int]) -> Statistics:
 
     Raises:
         SettingsError: nothing is left, or the parts are of different columns.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> parts = [tnc.lasso.Statistics.of(x[:50], y[:50]), tnc.lasso.Statistics.of(x[50:], y[50:])]
-        >>> tnc.lasso.sum_of(parts, times=[2, 0]).n
-        100
     """
     chosen = [(part, int(count)) for part, count in zip(parts, times, strict=True) if count > 0]
     if not chosen:
@@ -210,15 +178,6 @@ class Standardized:
 
     Constant columns are zero throughout: never chosen as a source, nothing to explain as a target. Columns whose
     standard deviation lies below the floor are divided by the floor, so that their weight costs more.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
-        >>> problem.gram.diagonal().round(decimals=4)
-        tensor([1., 1., 1.], dtype=torch.float64)
     """
 
     n: int
@@ -236,15 +195,6 @@ def standardize(statistics: Statistics, floor: float = 1e-4) -> Standardized:
 
     Raises:
         SettingsError: fewer than two observations.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
-        >>> problem.n, tuple(problem.cross.shape)
-        (200, (3, 1))
     """
     if statistics.n < 2:
         raise SettingsError(f"expected at least 2 observations to standardize; got {statistics.n}. Give more tokens.")

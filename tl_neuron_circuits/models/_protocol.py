@@ -42,15 +42,7 @@ class TransformerLensModel(Protocol):
 
 
 def hook_points(model: TransformerLensModel) -> dict[str, Any]:
-    """Every hook point of the model by name, aliases included (`blocks.0.mlp.hook_post` on both model classes).
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> "blocks.0.mlp.hook_post" in models.hook_points(model)
-        True
-    """
+    """Every hook point of the model by name, aliases included (`blocks.0.mlp.hook_post` on both model classes)."""
     return model.hook_dict  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -59,13 +51,6 @@ def hook_point(model: TransformerLensModel, name: str) -> Any:
 
     Raises:
         UnsupportedModelError: the model has no hook point of that name.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> models.hook_point(model, "blocks.0.mlp.hook_post") is model.hook_dict["blocks.0.mlp.hook_post"]
-        True
     """
     points = hook_points(model)
     if name not in points:
@@ -79,15 +64,7 @@ def hook_point(model: TransformerLensModel, name: str) -> Any:
 
 
 def submodule(model: TransformerLensModel, path: str) -> nn.Module | None:
-    """The module at a canonical path such as `blocks.0.ln1`, None where the model has none.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> models.submodule(model, "blocks.0.no_such_module") is None
-        True
-    """
+    """The module at a canonical path such as `blocks.0.ln1`, None where the model has none."""
     module: Any = model
     for name in path.split("."):
         module = module[int(name)] if name.isdigit() else getattr(module, name, None)

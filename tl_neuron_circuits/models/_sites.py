@@ -22,15 +22,7 @@ _ACTIVATION_FIELDS = ("act_fn", "hidden_activation", "hidden_act", "activation_f
 
 @dataclass(frozen=True)
 class NormSites:
-    """One normalization: `scale` fires on both classes, `input` and `output` only on `TransformerBridge`.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> models.find_sites(model).norms[0].scale
-        'blocks.0.ln1.hook_scale'
-    """
+    """One normalization: `scale` fires on both classes, `input` and `output` only on `TransformerBridge`."""
 
     path: str
     scale: str
@@ -44,14 +36,6 @@ class MLPSites:
     """One MLP: neurons at `post`, the activation's input at `pre`, the linear branch of a gated MLP at `up`.
 
     `activated` is where the activation's output appears: `post`, or `hook_mid` where a norm follows (solu_ln).
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> mlp = models.find_sites(model).mlps[0]
-        >>> mlp.layer, mlp.post, mlp.up
-        (0, 'blocks.0.mlp.hook_post', None)
     """
 
     layer: int
@@ -63,15 +47,7 @@ class MLPSites:
 
 @dataclass(frozen=True)
 class AttentionSites:
-    """One attention layer: where queries and keys can be cut from the graph.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> models.find_sites(model).attentions[0]
-        AttentionSites(layer=0, query='blocks.0.attn.hook_q', key='blocks.0.attn.hook_k')
-    """
+    """One attention layer: where queries and keys can be cut from the graph."""
 
     layer: int
     query: str
@@ -80,13 +56,7 @@ class AttentionSites:
 
 @dataclass(frozen=True)
 class Problem:
-    """What stands in the way of some rules, and the remedy.
-
-    Example:
-        >>> from tl_neuron_circuits.models import Problem
-        >>> Problem("blocks.0.attn has no hook_q and hook_k", rules=("attention",)).rules
-        ('attention',)
-    """
+    """What stands in the way of some rules, and the remedy."""
 
     message: str
     rules: tuple[str, ...]
@@ -94,16 +64,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class ModelSites:
-    """Every site that a rule or a basis of this package uses, and what stands in the way of it.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> sites = models.find_sites(model)
-        >>> sites.n_layers, len(sites.mlps), sites.problems
-        (4, 4, ())
-    """
+    """Every site that a rule or a basis of this package uses, and what stands in the way of it."""
 
     n_layers: int
     embeddings: tuple[str, ...]
@@ -118,13 +79,6 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
     """Find the sites of `model`; what is missing or unsupported is listed in `problems`, each with its remedy.
 
     `points` saves looking up the hook points again, which takes the Bridge a while.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> [mlp.post for mlp in models.find_sites(model).mlps][:2]
-        ['blocks.0.mlp.hook_post', 'blocks.1.mlp.hook_post']
     """
     points = hook_points(model) if points is None else points
     n_layers = int(model.cfg.n_layers)
@@ -152,15 +106,7 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
 
 
 def activation_names(model: TransformerLensModel) -> list[str]:
-    """Names under which the model's configuration knows its MLP activation, most specific first.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> "gelu" in models.activation_names(model)[0]
-        True
-    """
+    """Names under which the model's configuration knows its MLP activation, most specific first."""
     values = (getattr(model.cfg, field, None) for field in _ACTIVATION_FIELDS)
     return list(dict.fromkeys(value for value in values if isinstance(value, str)))
 
@@ -169,14 +115,6 @@ def bias_after_product(model: TransformerLensModel, layer: int) -> torch.Tensor 
     """`b_in` where the model adds it after gate times up (`HookedTransformer`'s gated MLP), else None.
 
     Hugging Face's up projection, and so `TransformerBridge`, adds it before the product.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model("demo-swiglu")
-        >>> bias = models.bias_after_product(model, layer=0)
-        >>> bias is None or bias.shape == (model.cfg.d_mlp,)
-        True
     """
     mlp: Any = submodule(model, f"blocks.{layer}.mlp")
     own = {} if mlp is None else dict(mlp.named_parameters(recurse=False))
@@ -235,13 +173,6 @@ def require(sites: ModelSites, rules: tuple[str, ...]) -> None:
 
     Raises:
         UnsupportedModelError: listing every problem with its remedy.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
-        >>> model = tnc.load_demo_model()
-        >>> sites = models.find_sites(model)
-        >>> models.require(sites, rules=("ln", "identity"))  # nothing stands in the way
     """
     problems = [p.message for p in sites.problems if set(p.rules) & set(rules)]
     if problems:

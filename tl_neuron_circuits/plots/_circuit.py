@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from ..circuits import Circuit
+from ..circuits._circuit import Circuit
 from ._style import PALETTE, finish, say, translucent
 
-_ENDS = ("bias", "remainder", "residual", "error")
+_ENDS = ("bias", "unselected", "linearization_error", "error")
 _SYMBOLS = {"logit": "square", "embedding": "square", "group": "hexagon", "head": "diamond"}
 _WIDTHS = (0.5, 1.0, 2.0, 3.5)
 """Plotly has one width a line, so edges are drawn in as many strengths."""

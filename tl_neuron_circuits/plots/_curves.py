@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .._errors import SettingsError
-from ..evaluation import Comparison, SparsityCurve
+from ..evaluation._comparison import Comparison
+from ..evaluation._curve import SparsityCurve
 from ._style import CONTROLS, NAMES, colors, dash, finish, say, shown, translucent
 
 _MEASURES = ("faithfulness", "completeness")

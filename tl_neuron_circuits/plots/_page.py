@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .._files import versions
-from ..circuits import Circuit
+from ..circuits._circuit import Circuit
 from ._page_details import checked_details
 from ._style import PALETTE
 

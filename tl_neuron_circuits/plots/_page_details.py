@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
-from ..explain import Example
+from ..explain._max_activating_examples import Example
 
 _FORM = (
     '{"description": "...", "direct_logit_effects": [(token, number), ...], '
@@ -26,7 +26,9 @@ def checked_details(nodes: pd.DataFrame, details: Mapping[str, Mapping[str, Any]
         if not isinstance(given, Mapping):
             raise SettingsError(f"expected details such as {_FORM}; got {type(given).__name__} for {name!r}.")
         form = {
-            "texts": [(str(key), str(text)) for key, text in given.items() if key not in ("direct_logit_effects", "examples")],
+            "texts": [
+                (str(key), str(text)) for key, text in given.items() if key not in ("direct_logit_effects", "examples")
+            ],
             "direct_logit_effects": [_effect(name, pair) for pair in given.get("direct_logit_effects", ())],
             "examples": [_example(name, example) for example in given.get("examples", ())],
         }
@@ -52,7 +54,9 @@ def _named(nodes: pd.DataFrame, name: str) -> Sequence[str]:
 
 def _effect(name: str, pair: Any) -> tuple[str, float]:
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        raise SettingsError(f"expected direct_logit_effects as pairs of a token and a number; got {pair!r} for {name!r}.")
+        raise SettingsError(
+            f"expected direct_logit_effects as pairs of a token and a number; got {pair!r} for {name!r}."
+        )
     return str(pair[0]), _finite(name, [pair[1]])[0]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._errors import UnsupportedModelError
-from ..models import TransformerLensModel, activation_names, submodule
+from ..models._protocol import TransformerLensModel, submodule
+from ..models._sites import activation_names
 
 Elementwise = Callable[[Tensor], Tensor]
 _CALLABLE_FIELDS = ("act_fn", "activation_fn", "act", "activation_function", "act_func", "gelu_impl", "activation")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..models import TransformerLensModel
+from ..models._protocol import TransformerLensModel
 
 
 def bias_parameters(model: TransformerLensModel) -> dict[str, Tensor]:
@@ -16,17 +16,7 @@ def bias_parameters(model: TransformerLensModel) -> dict[str, Tensor]:
 
 @contextmanager
 def biases_in_graph(model: TransformerLensModel) -> Iterator[dict[str, Tensor]]:
-    """Inside `relp`, which froze the parameters: let biases alone take part in the graph of a forward pass.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> from tl_neuron_circuits.propagation import biases_in_graph
-        >>> with biases_in_graph(model) as biases:
-        ...     logits = model("The dog")
-        >>> all(bias.requires_grad for bias in biases.values())
-        True
-    """
+    """Inside `relp`, which froze the parameters: let biases alone take part in the graph of a forward pass."""
     biases = bias_parameters(model)
     frozen = [p for p in biases.values() if not p.requires_grad]
     try:

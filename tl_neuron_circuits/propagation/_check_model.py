@@ -18,7 +18,8 @@ from torch import Tensor
 from .. import _html
 from .._errors import NeuronCircuitsError, PropagationError
 from .._typing import checked
-from ..models import ModelSites, TransformerLensModel, find_sites, hook_points, require, submodule
+from ..models._protocol import TransformerLensModel, hook_points, submodule
+from ..models._sites import ModelSites, find_sites, require
 from ._biases import biases_in_graph
 from ._relp import relp
 from ._rules import ALL_RULES

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import TransformerLensModel, submodule
+from ..models._protocol import TransformerLensModel, submodule
 
 
 def end_linears(model: TransformerLensModel, n_layers: int) -> Iterator[nn.Module]:

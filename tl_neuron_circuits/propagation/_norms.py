@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import UnsupportedModelError
-from ..models import TransformerLensModel, submodule
+from ..models._protocol import TransformerLensModel, submodule
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,6 @@ def is_opaque(model: TransformerLensModel, path: str) -> bool:
     """True where `TransformerBridge` calls Hugging Face's norm as a whole, its scale outside the graph.
 
     GPT-2's adapter computes the norm itself, so its scale can be detached.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits.propagation import is_opaque
-        >>> is_opaque(tnc.load_demo_model(), "ln_final")
-        False
     """
     norm: Any = submodule(model, path)
     folding = bool(getattr(getattr(norm, "config", None), "layer_norm_folding", False))
@@ -62,14 +56,6 @@ def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
 
     Raises:
         UnsupportedModelError: the module at `path` does not say what kind of norm it is.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits.propagation import read_norm
-        >>> model = tnc.load_demo_model("demo-swiglu", "TransformerBridge")  # TransformerLens 3.9 or later
-        >>> norm = read_norm(model, "blocks.0.ln1")
-        >>> norm.centered, norm.bias is None
-        (False, True)
     """
     norm: Any = submodule(model, path)
     component = getattr(norm, "original_component", None)

@@ -7,7 +7,8 @@ import torch
 
 from .._errors import PropagationError, SettingsError
 from .._typing import checked
-from ..models import TransformerLensModel, find_sites, hook_points, require
+from ..models._protocol import TransformerLensModel, hook_points
+from ..models._sites import find_sites, require
 from ._rules import ALL_RULES, check_rules
 from ._session import Session
 
@@ -97,16 +98,7 @@ _MARK = "_relp_is_active"
 
 @contextmanager
 def frozen(model: TransformerLensModel) -> Iterator[None]:
-    """Parameters without `requires_grad` inside the context, as found afterwards: no graph is kept for them.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> from tl_neuron_circuits.propagation import frozen
-        >>> with frozen(model):
-        ...     any(parameter.requires_grad for parameter in model.parameters())
-        False
-    """
+    """Parameters without `requires_grad` inside the context, as found afterwards: no graph is kept for them."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

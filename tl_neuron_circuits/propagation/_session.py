@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .._errors import PropagationError
-from ..models import MLPSites, ModelSites, NormSites, TransformerLensModel, bias_after_product, submodule
+from ..models._protocol import TransformerLensModel, submodule
+from ..models._sites import MLPSites, ModelSites, NormSites, bias_after_product
 from ._activations import Activation, find_activation
 from ._checks import Checks
 from ._linear import end_linears, others_hooks, skip_zero_rows

@@ -12,9 +12,9 @@ in both numbers. Words are our own: single tokens of the demo models, and nearly
 from collections.abc import Sequence
 
 from .._typing import checked
-from ..models import _english as english
-from ..models._english import Structure
+from . import _english as english
 from ._contrasts import both, choose, draw
+from ._english import Structure
 from ._pairs import PromptPair, PromptPairs
 
 

@@ -10,7 +10,7 @@ then a model that finds all end years alike scores zero on the two directions to
 from collections.abc import Sequence
 
 from .._typing import checked
-from ..models import _english as english
+from . import _english as english
 from ._contrasts import choose, draw
 from ._pairs import PromptPair, PromptPairs
 

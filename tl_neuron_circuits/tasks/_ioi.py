@@ -9,7 +9,7 @@ contrasted with one other, its partner under `seed`: parts made by `split(..., b
 from collections.abc import Sequence
 
 from .._typing import checked
-from ..models import _english as english
+from . import _english as english
 from ._contrasts import both, choose, choose_phrasing, couple, draw
 from ._pairs import PromptPair, PromptPairs
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._errors import NumericalError, PairsError, SettingsError
 from .._typing import checked
-from ..models import TransformerLensModel
+from ..models._protocol import TransformerLensModel
 from ._pairs import PromptPairs
 from ._tokenize import tokenize
 from ._tokenized import Batch
@@ -136,15 +136,7 @@ METRICS: dict[str, Metric] = {
 
 
 def reads_answers_only(metric: Metric) -> bool:
-    """Whether the metric reads logits at `batch.position` alone, as ours do; of others nobody knows.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> tnc.tasks.reads_answers_only(tnc.tasks.logit_difference)
-        True
-        >>> tnc.tasks.reads_answers_only(lambda logits, batch: logits[:, 0, 0])
-        False
-    """
+    """Whether the metric reads logits at `batch.position` alone, as ours do; of others nobody knows."""
     return isinstance(metric, ProbabilityDifference) or any(metric is known for known in METRICS.values())
 
 
@@ -166,15 +158,6 @@ def measure(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"], batch: B
     Raises:
         SettingsError: the metric returned something else than a floating tensor of shape [batch], or cut the graph.
         NumericalError: the logits or the metric's values are not finite.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(8))
-        >>> values = tnc.tasks.measure(tnc.tasks.logit_difference, model(batch.clean), batch)
-        >>> values.shape, bool((values > 0).all())
-        (torch.Size([8]), True)
     """
     name, values = metric_name(metric), metric(logits, batch)
     expected = f"metric {name} must return a floating tensor of shape [{len(batch)}], one number a prompt"
@@ -203,13 +186,7 @@ def measure(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"], batch: B
 
 @checked
 def metric_name(metric: Metric) -> str:
-    """A name for files and tables: ours by their short names, others as `module.qualified_name`.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> tnc.tasks.metric_name(tnc.tasks.logit_difference)
-        'logit_difference'
-    """
+    """A name for files and tables: ours by their short names, others as `module.qualified_name`."""
     for name, known in METRICS.items():
         if metric is known:
             return name

@@ -14,18 +14,7 @@ _CHUNK = 1024  # rows turned into Python integers at once
 
 
 class TokenRows(Sequence[Tensor]):
-    """A sequence of 1-D token tensors, stored one after the other.
-
-    Example:
-        >>> import torch
-        >>> from tl_neuron_circuits.tasks import TokenRows
-        >>> rows = TokenRows.of([torch.tensor([5, 6, 7]), torch.tensor([8])])
-        >>> len(rows), rows.lengths, rows[1]
-        (2, (3, 1), tensor([8]))
-        >>> tokens, mask, shift = rows.rectangle([0, 1], pad_token=0, side="left")
-        >>> tokens.tolist(), shift.tolist()
-        ([[5, 6, 7], [0, 0, 8]], [0, 2])
-    """
+    """A sequence of 1-D token tensors, stored one after the other."""
 
     def __init__(self, flat: Int[Tensor, " token"], lengths: tuple[int, ...]) -> None:
         self._flat, self.lengths = flat, lengths

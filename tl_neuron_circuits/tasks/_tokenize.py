@@ -17,7 +17,7 @@ import torch
 
 from .._errors import PairsError, SettingsError
 from .._typing import checked
-from ..models import TransformerLensModel
+from ..models._protocol import TransformerLensModel
 from ._pairs import PromptPair, PromptPairs
 from ._tokenized import TokenizedPairs
 

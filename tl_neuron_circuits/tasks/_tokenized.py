@@ -26,14 +26,6 @@ class Batch:
     `index` holds the rows' places in the `TokenizedPairs`. `attention_mask` is None where nothing is padded, else 1 at
     tokens and 0 at padding. `position` is where a metric reads the clean run's logits, `corrupt_position` the corrupt
     run's (the same wherever clean and corrupt are aligned).
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> batch = next(tnc.tasks.tokenize(model, pairs).batches(4))
-        >>> len(batch), tuple(batch.clean.shape), batch.position.tolist()
-        (4, (4, 3), [2, 2, 2, 2])
     """
 
     index: Int[Tensor, " batch"]

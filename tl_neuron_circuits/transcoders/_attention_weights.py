@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import UnsupportedModelError
-from ..models import TransformerLensModel, submodule
+from ..models._protocol import TransformerLensModel, submodule
 from ._norm_maps import NormMap, norm_map
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
-from ..models import TransformerLensModel
+from ..models._protocol import TransformerLensModel
 from ._sites import flat_values
 from ._token_stream import TokenStream
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from .._typing import checked
-from ..bases import Dictionary
-from ..models import TransformerLensModel
+from ..bases._dictionary import Dictionary
+from ..models._protocol import TransformerLensModel
 from ._feature_means import feature_means
 from ._pulled_back import Head, PulledBack, by_layer, decoders, probed, pulled_back, reading_at, written_by
 from ._residual_run import ResidualRun

@@ -9,9 +9,9 @@ import torch
 
 from .. import _html
 from .._typing import checked
-from ..attribution import label
-from ..bases import Dictionary
-from ..models import TransformerLensModel
+from ..bases._dictionary import Dictionary
+from ..models._protocol import TransformerLensModel
+from ..nodes._scores import label
 from ._explained import Target, explained, taken_apart, token_texts
 from ._one_step import OneStep
 from ._paths import head_label

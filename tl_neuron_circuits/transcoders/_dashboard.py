@@ -18,10 +18,10 @@ from torch import Tensor
 from .. import _html
 from .._errors import NumericalError, SettingsError
 from .._typing import checked
-from ..bases import Dictionary
-from ..explain import Example
-from ..interventions import text_pieces
-from ..models import TransformerLensModel
+from ..bases._dictionary import Dictionary
+from ..explain._max_activating_examples import Example
+from ..interventions._steering_prompts import text_pieces
+from ..models._protocol import TransformerLensModel
 from ._connections import pulled_table
 from ._explained import feature_of
 from ._feature_means import feature_activations, feature_means

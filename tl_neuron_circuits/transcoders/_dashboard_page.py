@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from .._files import versions
-from ..explain import highlight
+from ..explain._highlight import highlight
 from ._dashboard import Band, FeatureDashboard, Firing, Route
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

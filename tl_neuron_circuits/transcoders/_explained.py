@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._errors import NumericalError, PairsError, SettingsError, UnsupportedModelError
-from ..interventions import token_names
-from ..models import TransformerLensModel, submodule
-from ..tasks import PromptPairs, tokenize
+from ..interventions._steering_prompts import token_names
+from ..models._protocol import TransformerLensModel, submodule
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenize import tokenize
 from ._norm_maps import norm_map
 from ._one_step import OneStep, Read, feature_read, one_step, read_through_norm
 from ._residual_run import ResidualRun

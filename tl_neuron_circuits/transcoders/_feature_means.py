@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..bases import Dictionary, Values, values_at
-from ..models import TransformerLensModel
+from ..bases._dictionary import Dictionary
+from ..bases._runs import Values, values_at
+from ..models._protocol import TransformerLensModel
 from ._residual_run import ResidualRun
 
 _CHUNK = 2**25

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .._errors import SettingsError, UnsupportedModelError
 from .._typing import checked
-from ..bases import Dictionary
-from ..interventions import token_names
-from ..models import TransformerLensModel, submodule
+from ..bases._dictionary import Dictionary
+from ..interventions._steering_prompts import token_names
+from ..models._protocol import TransformerLensModel, submodule
 from ._norm_maps import norm_map
 from ._pulled_back import Head, by_layer, decoders, probed, pulled_back
 from ._residual_run import ResidualRun

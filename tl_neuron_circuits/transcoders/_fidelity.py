@@ -22,8 +22,10 @@ from torch import Tensor
 from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
-from ..bases import Dictionaries, Dictionary, VarianceSums
-from ..models import TransformerLensModel
+from ..bases._dictionaries import Dictionaries
+from ..bases._dictionary import Dictionary
+from ..bases._dictionary_variance import VarianceSums
+from ..models._protocol import TransformerLensModel
 from ._linear_maps import LinearMap, Moments, fit_maps
 from ._sites import flat_values
 from ._token_loss import LossSums, Replacement, batches_of, replaced_logits

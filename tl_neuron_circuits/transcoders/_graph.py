@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attribution import label
-from ..circuits import remainder_row
+from ..circuits._table import unselected_row
+from ..nodes._scores import label
 from ._explained import Explained
 from ._one_step import OneStep, Read, feature_read, one_step
 from ._paths import Node, node_read
@@ -97,7 +97,7 @@ class _Graph:
         for layer, value in step.errors.items():
             self._edge(label(layer, "", -1, t, "error"), name, value, factor)
         for position, value in enumerate(left[: t + 1].tolist()):
-            self._edge(f"remainder@{position}", name, value, factor)
+            self._edge(f"unselected@{position}", name, value, factor)
 
     def _edge(self, source: str, target: str, weight: float, factor: float) -> None:
         if weight:
@@ -145,7 +145,7 @@ def _ends(run: ResidualRun, edges: Rows, texts: Sequence[str]) -> Rows:
         }
         for p, text in enumerate(texts)
     ]  # fmt: skip
-    rows += [remainder_row(p, text) for p, text in enumerate(texts)]
+    rows += [unselected_row(p, text) for p, text in enumerate(texts)]
     for name, text in (("positions", "positional embeddings"), ("bias", "biases")):
         if name in sums:
             rows.append({"node": name, "label": text, "kind": "bias", "score": sums[name]})

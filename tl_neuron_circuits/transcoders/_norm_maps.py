@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..models import TransformerLensModel, submodule
-from ..propagation import read_norm
+from ..models._protocol import TransformerLensModel, submodule
+from ..propagation._norms import read_norm
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
-from ..bases import Dictionary
-from ..models import TransformerLensModel
+from ..bases._dictionary import Dictionary
+from ..models._protocol import TransformerLensModel
 from ._config import TrainingConfig
 from ._fidelity import OWN, References, measure_fidelity
 from ._token_loss import batches_of
@@ -51,7 +51,7 @@ class ParetoFront:
 
     def plot(self, *, measure: str = "recovered_zero") -> Any:
         """A plotly figure of "recovered_zero", "recovered_mean", "divergence", "fvu" or "loss" against L0, by layer."""
-        from ..plots import plot_pareto
+        from ..plots._pareto import plot_pareto
 
         return plot_pareto(self.table, measure, self.model)
 

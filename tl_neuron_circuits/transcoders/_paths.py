@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..attribution import label
+from ..nodes._scores import label
 from ._explained import Explained
 from ._one_step import OneStep, Read, feature_read, head_read, one_step, skip_read
 from ._residual_run import ResidualRun

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..bases import Dictionary
-from ..models import TransformerLensModel
+from ..bases._dictionary import Dictionary
+from ..models._protocol import TransformerLensModel
 from ._explained import feature_of
 from ._readings import Reading
 from ._residual_run import ResidualRun, residual_run

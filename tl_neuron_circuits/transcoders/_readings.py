@@ -18,8 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import DictionaryError
-from ..bases import Dictionaries, Dictionary, Site
-from ..models import TransformerLensModel, hook_points
+from ..bases._dictionaries import Dictionaries
+from ..bases._dictionary import Dictionary
+from ..bases._site import Site
+from ..models._protocol import TransformerLensModel, hook_points
 from ._norm_maps import NO_NORM, NormMap, norm_map
 
 _LAYER = re.compile(r"blocks\.(\d+)\.")

@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from .. import _html
-from ..bases import Dictionary, save_dictionary
+from ..bases._dictionary import Dictionary
+from ..bases._dictionary_files import save_dictionary
 from ._config import TrainingConfig
 
 

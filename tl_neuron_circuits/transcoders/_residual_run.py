@@ -14,8 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import SettingsError, UnsupportedModelError
-from ..bases import Dictionary, Site, Values, values_at
-from ..models import TransformerLensModel, hook_points
+from ..bases._dictionary import Dictionary
+from ..bases._runs import Values, values_at
+from ..bases._site import Site
+from ..models._protocol import TransformerLensModel, hook_points
 from ._attention_weights import AttentionWeights, attention_weights
 from ._norm_maps import NO_NORM, NormMap, norm_map
 from ._readings import Reading, reading_of, source_sites, stream_names

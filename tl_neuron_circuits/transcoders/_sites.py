@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .._errors import DictionaryError, SettingsError, UnsupportedModelError
-from ..bases import Dictionary, check_fires, resolve_hooks, values_at
-from ..models import TransformerLensModel, hook_points
+from ..bases._dictionary import Dictionary
+from ..bases._dictionary_hooks import check_fires, resolve_hooks
+from ..bases._runs import values_at
+from ..models._protocol import TransformerLensModel, hook_points
 from ._config import TrainingConfig
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
-from ..models import TransformerLensModel
+from ..models._protocol import TransformerLensModel
 
 Replacement = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """From the value at a hook point and the values captured before it to the value to write."""

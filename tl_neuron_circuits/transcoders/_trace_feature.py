@@ -7,9 +7,11 @@ from typing import Any
 from .._errors import DictionaryError, SettingsError
 from .._files import versions
 from .._typing import checked
-from ..bases import Dictionaries, Dictionary
-from ..circuits import Circuit, from_tables
-from ..models import TransformerLensModel
+from ..bases._dictionaries import Dictionaries
+from ..bases._dictionary import Dictionary
+from ..circuits._circuit import Circuit
+from ..circuits._from_tables import from_tables
+from ..models._protocol import TransformerLensModel
 from ._explained import Explained, Target, explained, taken_apart, token_texts
 from ._graph import graph_rows
 from ._paths import Node, Path, Rank, greedy_paths

@@ -22,7 +22,7 @@ from .._errors import NeuronCircuitsError, SettingsError
 from .._files import fingerprint, versions
 from .._processes import Processes, here
 from .._typing import checked
-from ..models import TransformerLensModel
+from ..models._protocol import TransformerLensModel
 from ._buffer import ActivationBuffer
 from ._checkpoint import check_fresh, checkpoints, newest_checkpoint, read_checkpoint, write_checkpoint
 from ._config import TrainingConfig

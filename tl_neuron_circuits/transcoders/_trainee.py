@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._errors import NumericalError
 from .._processes import Processes
-from ..bases import Dictionary
+from ..bases._dictionary import Dictionary
 from ._config import TrainingConfig
 from ._dead_features import auxiliary_loss, resample
 from ._features import INITIAL_THRESHOLD, running_threshold, sparse_features, sparsity_cost

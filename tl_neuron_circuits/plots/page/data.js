@@ -3,10 +3,10 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const CHOSEN = new Set(["neuron", "feature", "head", "skip", "group"]);
-const REST = new Set(["bias", "remainder", "residual", "error"]);
+const REST = new Set(["bias", "unselected", "linearization_error", "error"]);
 const KINDS = {
   neuron: "neuron", feature: "feature", group: "group", embedding: "embedding", logit: "logit", bias: "bias",
-  remainder: "what was left out", residual: "what is not linear", error: "error", head: "attention head",
+  unselected: "what was left out", linearization_error: "what is not linear", error: "error", head: "attention head",
   skip: "skip path",
 };
 

@@ -14,7 +14,7 @@ function captionOf(node, few, letters) {
     return shorten(clean(node.label), 22) + (node.probability === null ? "" : "  " + percent(Number(node.probability.toPrecision(3))));
   }
   if (node.kind === "group") return shorten(clean(node.label), 22) + (node.members ? " · " + node.members.length : "");
-  if (node.kind === "bias" || node.kind === "residual") return shorten(clean(node.node), 22);
+  if (node.kind === "bias" || node.kind === "linearization_error") return shorten(clean(node.node), 22);
   if (!CHOSEN.has(node.kind)) return node.position < 0 ? shorten(clean(node.label), letters + 1) : "";
   if (node.label !== node.node) return shorten(clean(node.label), letters + 5);
   return few && letters > 8 && node.unit >= 0 && LETTERS[node.kind] ? LETTERS[node.kind] + node.unit : "";

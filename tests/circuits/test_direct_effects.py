@@ -1,0 +1,204 @@
+"""Edges are the direct effects they claim to be, and account for every target's activation."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from tests.circuits.direct_by_hand import FrozenModel, edge_in_closed_form, replica_effects
+from tests.families import ModelCase, all_models, random_tokens
+from tl_neuron_circuits._errors import NumericalError, PropagationError, UnsupportedModelError
+from tl_neuron_circuits.circuits import _prompt as _edges_prompt
+from tl_neuron_circuits.circuits._direct_effects import DirectEffects, direct_effects, mean_totals
+from tl_neuron_circuits.circuits._target import metric_goal, token_goal
+from tl_neuron_circuits.nodes import attribute
+from tl_neuron_circuits.tasks import TokenizedPairs, answer_logit, logit_difference
+
+NEURONS = torch.tensor([[0, 0, 1], [0, 3, 2], [0, 5, 3], [0, 5, 9], [1, 2, 4], [1, 5, 7], [1, 5, 8]])
+GOALS = [token_goal(3, "three"), token_goal(4, "four")]
+FAMILIES = ("gpt2", "pythia", "llama", "gemma2", "solu_ln", "bloom", "llama_biased", "opt")
+
+
+def pairs_of(model: Any, n: int = 1) -> TokenizedPairs:
+    tokens, others = random_tokens(model, n, 6), random_tokens(model, n, 6, seed=1)
+    answers = torch.arange(n) + 3
+    return TokenizedPairs.from_tokens(tokens, answers, others, answers + 20)
+
+
+def effects_of(model: Any, *, paired: bool = False, n: int = 1, goals: Any = GOALS, **options: Any) -> DirectEffects:
+    batches = list(pairs_of(model, n).batches(1))
+    return direct_effects(model, batches, NEURONS, goals, paired=paired, **options)
+
+
+@pytest.mark.parametrize("case", all_models(*FAMILIES))
+def test_incoming_edges_sum_to_the_activation(case: ModelCase) -> None:
+    effects = effects_of(case.build())
+    weights = effects.edges.to_dense()[..., 0].sum(1)
+    activations = [effects.totals.activation[layer][position, unit] for layer, position, unit in NEURONS.tolist()]
+    expected = torch.cat([torch.stack(activations), effects.totals.goals]).double()
+    torch.testing.assert_close(weights, expected, atol=case.tolerance, rtol=case.tolerance)
+    assert effects.largest_residual < case.tolerance
+
+
+@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+def test_incoming_edges_sum_to_the_activation_in_float32(case: ModelCase) -> None:
+    effects = effects_of(case.build(torch.float32))
+    weights = effects.edges.to_dense()[..., 0].sum(1)[: len(NEURONS)]
+    activations = [effects.totals.activation[layer][position, unit] for layer, position, unit in NEURONS.tolist()]
+    torch.testing.assert_close(weights.float(), torch.stack(activations), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", all_models(*FAMILIES))
+def test_edges_equal_the_replicas_gradients(case: ModelCase) -> None:
+    """Every neuron, the embeddings and the remainders of a replica that shares no code with the package."""
+    model = case.build()
+    tokens = random_tokens(model, 1, 6)
+    effects = effects_of(model)
+    edges, columns = effects.edges.to_dense()[..., 0], effects.columns
+    values = model.run_with_cache(tokens)[1]
+    targets = [tuple(node) for node in NEURONS.tolist()]
+    targets += [lambda z, token=goal.token: z[0, -1, token] - z[0, -1].mean() for goal in GOALS]
+    for row, target in enumerate(targets):
+        gradients = replica_effects(case, tokens, target)
+        weights = [
+            values[f"blocks.{layer}.mlp.hook_post"] * gradients[f"blocks.{layer}.mlp.hook_post"] for layer in (0, 1)
+        ]
+        chosen = torch.stack([weights[layer][0, position, unit] for layer, position, unit in NEURONS.tolist()])
+        left = sum(weight[0].sum(-1) for weight in weights).index_add(0, NEURONS[:, 1], chosen, alpha=-1)
+        embedding = (values["hook_embed"] * gradients["hook_embed"])[0].sum(-1)
+        expected = torch.cat([chosen, embedding, left]).detach()
+        found = edges[row, : columns.positional]
+        torch.testing.assert_close(found, expected, atol=case.tolerance, rtol=case.tolerance)
+        if "hook_pos_embed" in gradients:
+            positional = (values["hook_pos_embed"] * gradients["hook_pos_embed"]).sum()
+            torch.testing.assert_close(edges[row, columns.positional], positional.detach())
+
+
+@pytest.mark.parametrize("case", [c for c in all_models("gpt2", "llama") if c.values[0].backend == "HookedTransformer"])
+def test_edges_equal_finite_differences_of_the_frozen_model(case: ModelCase) -> None:
+    model = case.build()
+    tokens = random_tokens(model, 1, 6)
+    effects, frozen = effects_of(model).edges.to_dense()[..., 0], FrozenModel(model, tokens)
+    cache = model.run_with_cache(tokens)[1]
+    for row, target in enumerate(NEURONS.tolist()):
+        assert frozen.neuron(tuple(target), {}) == pytest.approx(
+            float(cache[f"blocks.{target[0]}.mlp.hook_post"][0, target[1], target[2]])
+        )
+        for column, source in enumerate(NEURONS.tolist()):
+            step = 1e-3
+            there, back = (frozen.neuron(tuple(target), {tuple(source): by}) for by in (step, -step))
+            activation = float(cache[f"blocks.{source[0]}.mlp.hook_post"][0, source[1], source[2]])
+            assert float(effects[row, column]) == pytest.approx((there - back) / (2 * step) * activation, abs=1e-9)
+
+
+@pytest.mark.parametrize("case", [c for c in all_models("gpt2") if c.values[0].backend == "HookedTransformer"])
+def test_an_edge_equals_its_closed_form(case: ModelCase) -> None:
+    model = case.build()
+    effects = effects_of(model).edges.to_dense()[..., 0]
+    nodes = [tuple(node) for node in NEURONS.tolist()]
+    for row, column in ((4, 0), (5, 0), (5, 1), (6, 2), (6, 3)):
+        expected = edge_in_closed_form(model, random_tokens(model, 1, 6), nodes[column], nodes[row])
+        assert float(effects[row, column]) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@pytest.mark.parametrize("baseline", ["zero", "corrupt"])
+def test_totals_equal_attribute(case: ModelCase, baseline: str) -> None:
+    """Scores that choose the nodes are those of `attribute`, which computes them another way."""
+    model = case.build()
+    pairs = pairs_of(model, 3)
+    found = mean_totals(model, list(pairs.batches(1)), [metric_goal(logit_difference)], paired=baseline == "corrupt")
+    expected = attribute(model, pairs, metric=logit_difference, baseline=baseline)
+    for layer, score in enumerate(found.score):
+        torch.testing.assert_close(
+            score.float(), expected.values[f"blocks.{layer}.mlp.hook_post"], atol=1e-6, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@pytest.mark.parametrize("paired", [False, True])
+def test_attributions_into_a_node_sum_to_its_score(case: ModelCase, paired: bool) -> None:
+    effects = effects_of(case.build(), paired=paired, n=3)
+    sums = effects.edges.to_dense()[..., 1].sum(1)
+    scores = [effects.totals.score[layer][position, unit] for layer, position, unit in NEURONS.tolist()]
+    expected = torch.cat([torch.stack(scores).double(), effects.totals.goals])
+    torch.testing.assert_close(sums, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@pytest.mark.parametrize("paired", [False, True])
+def test_several_prompts_give_the_mean_of_each(case: ModelCase, paired: bool) -> None:
+    model = case.build()
+    batches = list(pairs_of(model, 3).batches(1))
+    together = direct_effects(model, batches, NEURONS, GOALS, paired=paired).edges.to_dense()
+    alone = [direct_effects(model, [batch], NEURONS, GOALS, paired=paired).edges.to_dense() for batch in batches]
+    torch.testing.assert_close(together, torch.stack(alone).mean(0))
+
+
+@pytest.mark.parametrize("case", all_models("gpt2"))
+def test_chunks_do_not_change_the_numbers(case: ModelCase) -> None:
+    model = case.build()
+    small, large = effects_of(model, max_bytes=1), effects_of(model)
+    assert small.chunk == 1 < large.chunk
+    torch.testing.assert_close(small.edges.to_dense(), large.edges.to_dense())
+
+
+@pytest.mark.parametrize("case", all_models("gpt2"))
+def test_pairs_have_no_biases_and_a_residual(case: ModelCase) -> None:
+    effects = effects_of(case.build(), paired=True)
+    edges, columns = effects.edges.to_dense()[..., 0], effects.columns
+    assert edges[:, columns.bias].abs().max() == 0 == edges[:, columns.positional].abs().max()
+    changes = [effects.totals.change[layer][position, unit] for layer, position, unit in NEURONS.tolist()]
+    rest = torch.stack(changes).double() - edges[: len(NEURONS), : columns.residual].sum(1)
+    torch.testing.assert_close(edges[: len(NEURONS), columns.residual], rest)
+    assert edges[:, columns.residual].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case", all_models("gemma2"))
+def test_a_metric_beyond_a_soft_cap_shows_its_residual(case: ModelCase) -> None:
+    effects = effects_of(case.build(), goals=[metric_goal(answer_logit)])
+    row, columns = effects.edges.to_dense()[-1, :, 0], effects.columns
+    assert float(row.sum()) == pytest.approx(float(effects.totals.goals[0]))
+    assert abs(float(row[columns.residual])) > 1e-6
+
+
+@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+def test_the_model_is_left_as_found(case: ModelCase, untouched: Callable[[Any], AbstractContextManager[None]]) -> None:
+    model = case.build()
+    model(random_tokens(model))  # TransformerBridge arranges hooks of its own on its first run
+    with untouched(model):
+        effects_of(model)
+    with untouched(model), pytest.raises(PropagationError), torch.no_grad():
+        effects_of(model)
+
+
+@pytest.mark.parametrize("case", all_models("gpt2"))
+def test_sums_that_do_not_hold_are_an_error(case: ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the biases' share nothing adds up, and the check says so."""
+
+    @contextmanager
+    def without_biases(model: Any) -> Any:
+        yield {}
+
+    monkeypatch.setattr(_edges_prompt, "biases_in_graph", without_biases)
+    with pytest.raises(NumericalError, match="do not sum"):
+        effects_of(case.build())
+
+
+@pytest.mark.parametrize("case", all_models("gpt2"))
+def test_prompts_that_overflow_are_an_error(case: ModelCase) -> None:
+    model = case.build(torch.float32)
+    with torch.no_grad():
+        next(p for p in torch.nn.Module.parameters(model) if p.dim() == 2).fill_(torch.inf)
+    with pytest.raises(NumericalError):
+        effects_of(model)
+
+
+def test_mixtures_of_experts_are_refused() -> None:
+    from tests.families import unsupported_models
+
+    case = unsupported_models()[0].values[0]
+    with pytest.raises((UnsupportedModelError, PropagationError)):
+        effects_of(case.build())

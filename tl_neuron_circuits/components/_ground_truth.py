@@ -1,0 +1,246 @@
+"""Circuits that are known, and how well scores of edges find them.
+
+    AUROC      probability that a true edge scores above another possible one (|score|; ties count half)
+    SHD        edges wrongly there + edges wrongly missing: the structural Hamming distance; order is given, so no edge
+               can point the wrong way. The empty graph's SHD is the number of true edges: a method above it is worse
+               than saying nothing
+    threshold  edges with |score| above it, as a share of the case's largest |score|; chosen on the other cases, never
+               on the one that is judged
+
+Source: Gupta et al. 2024, arXiv 2407.14494 (AUROC); Yin et al. 2026 (SHD); METHODS 3.3, 5.7.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .. import _html
+from .._errors import SettingsError
+from ._component_edges import EdgeScores
+
+Edge = tuple[str, str]
+
+
+@dataclass(frozen=True, repr=False)
+class GroundTruth:
+    """The true edges of a model, among all that its order of components allows.
+
+    Raises:
+        SettingsError: a true edge is not possible, or there is no possible one.
+
+    Example:
+        >>> from tl_neuron_circuits.evaluation import GroundTruth
+        >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+        >>> truth, truth.empty_shd
+        (GroundTruth(two: 1 of 2 possible edges), 1)
+    """
+
+    name: str
+    edges: frozenset[Edge]
+    possible: frozenset[Edge]
+
+    def __post_init__(self) -> None:
+        """Check that true edges are possible."""
+        strange = sorted(self.edges - self.possible)
+        if strange or not self.possible:
+            raise SettingsError(
+                f"{self.name}: expected true edges among the possible ones; {strange[:3]} are not. "
+                "Name edges of the same components."
+            )
+
+    @property
+    def empty_shd(self) -> int:
+        """The SHD of the empty graph: what a method must beat."""
+        return len(self.edges)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Columns source, target, true: one row a possible edge."""
+        rows = [(source, target, (source, target) in self.edges) for source, target in sorted(self.possible)]
+        return pd.DataFrame(rows, columns=["source", "target", "true"])
+
+    def __repr__(self) -> str:
+        return f"GroundTruth({self.name}: {len(self.edges)} of {len(self.possible)} possible edges)"
+
+    def _repr_html_(self) -> str:
+        true = pd.DataFrame(sorted(self.edges), columns=["source", "target"])
+        return _html.block(repr(self), _html.table(true))
+
+
+Scores = EdgeScores | pd.DataFrame | Mapping[Edge, float]
+
+
+def edge_auroc(truth: GroundTruth, scores: Scores) -> float:
+    """AUROC of |score|; edges without a score count zero. nan where all possible edges are true, or none.
+
+    Raises:
+        SettingsError: a score for an edge that is not possible, or one that is not a number.
+
+    Example:
+        >>> from tl_neuron_circuits.evaluation import GroundTruth, edge_auroc
+        >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+        >>> edge_auroc(truth, {("a", "b"): 2.0, ("a", "c"): -1.0})
+        1.0
+    """
+    size, true = _aligned(truth, scores)
+    n_true, n_false = int(true.sum()), int((~true).sum())
+    if n_true == 0 or n_false == 0:
+        return float("nan")
+    ranks = pd.Series(size).rank().to_numpy()
+    return float((ranks[true].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
+
+
+def edge_precision_recall(truth: GroundTruth, scores: Scores) -> pd.DataFrame:
+    """One row a distinct |score|, largest first: threshold; n_edges, precision, recall, shd of edges at or above it.
+
+    Raises:
+        SettingsError: as of `edge_auroc`.
+
+    Example:
+        >>> from tl_neuron_circuits.evaluation import GroundTruth, edge_precision_recall
+        >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+        >>> edge_precision_recall(truth, {("a", "b"): 2.0, ("a", "c"): -1.0})
+           threshold  n_edges  precision  recall  shd
+        0        2.0        1        1.0     1.0    0
+        1        1.0        2        0.5     1.0    1
+    """
+    size, true = _aligned(truth, scores)
+    rows = []
+    for threshold in np.unique(size)[::-1]:
+        there = size >= threshold
+        hits = int((there & true).sum())
+        rows.append(
+            {
+                "threshold": threshold,
+                "n_edges": int(there.sum()),
+                "precision": hits / int(there.sum()),
+                "recall": hits / max(1, int(true.sum())),
+                "shd": int((there != true).sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def edge_average_precision(truth: GroundTruth, scores: Scores) -> float:
+    """Precision, averaged over the recall it is reached at.
+
+    Raises:
+        SettingsError: as of `edge_auroc`.
+
+    Example:
+        >>> from tl_neuron_circuits.evaluation import GroundTruth, edge_average_precision
+        >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+        >>> edge_average_precision(truth, {("a", "b"): 1.0, ("a", "c"): -2.0})
+        0.5
+    """
+    curve = edge_precision_recall(truth, scores)
+    return float((curve["precision"] * curve["recall"].diff().fillna(curve["recall"])).sum())
+
+
+def structural_hamming_distance(truth: GroundTruth, edges: Sequence[Edge] | frozenset[Edge]) -> int:
+    """Edges wrongly there plus edges wrongly missing.
+
+    Raises:
+        SettingsError: an edge that is not possible.
+
+    Example:
+        >>> from tl_neuron_circuits.evaluation import GroundTruth, structural_hamming_distance
+        >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+        >>> structural_hamming_distance(truth, [("a", "c")])
+        2
+    """
+    found = frozenset(edges)
+    _require_possible(truth, found)
+    return len(found ^ truth.edges)
+
+
+def judge_edges(cases: Sequence[tuple[GroundTruth, Scores]]) -> pd.DataFrame:
+    """One row a case: AUROC, average precision, and SHD, precision and recall at a threshold chosen on the other cases.
+
+    The threshold is the one of least mean SHD over the others, as a share of each case's largest |score|; with several
+    as good, the middle of their range. `shd_best` is the least SHD at any threshold of the case itself: what a perfect
+    choice of the threshold would give. `shd_empty` is the empty graph's.
+
+    Raises:
+        SettingsError: fewer than two cases, or as of `edge_auroc`.
+
+    Example:
+        >>> from tl_neuron_circuits.evaluation import GroundTruth, judge_edges
+        >>> truth = GroundTruth("one", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+        >>> judge_edges([(truth, {("a", "b"): 1.0})] * 2)["shd"].tolist()
+        [0, 0]
+    """
+    if len(cases) < 2:
+        raise SettingsError(f"a threshold is chosen on other cases, so two are needed at least; got {len(cases)}.")
+    aligned = [_relative(*_aligned(truth, scores)) for truth, scores in cases]
+    levels = np.unique(np.concatenate([size for size, _ in aligned] + [[0.0, 1.0]]))
+    middles = np.concatenate([(levels[:-1] + levels[1:]) / 2, [1.5]])  # the last leaves the graph empty
+    distances = np.stack([_distances(size, true, middles) for size, true in aligned])
+    rows = []
+    for k, ((truth, scores), (size, true)) in enumerate(zip(cases, aligned, strict=True)):
+        others = np.delete(distances, k, 0).mean(0)
+        good = middles[others <= others.min() + 1e-9]
+        threshold = float(good[len(good) // 2])
+        there = size > threshold
+        hits = int((there & true).sum())
+        rows.append(
+            {
+                "case": truth.name,
+                "auroc": edge_auroc(truth, scores),
+                "average_precision": edge_average_precision(truth, scores),
+                "shd": int((there != true).sum()),
+                "shd_best": int(distances[k].min()),
+                "shd_empty": truth.empty_shd,
+                "precision": hits / int(there.sum()) if there.any() else float("nan"),
+                "recall": hits / max(1, len(truth.edges)),
+                "threshold": threshold,
+                "n_edges": int(there.sum()),
+                "n_true": len(truth.edges),
+                "n_possible": len(truth.possible),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _distances(size: np.ndarray, true: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """SHD at every threshold."""
+    there = size[None] > thresholds[:, None]
+    return (there != true[None]).sum(1)
+
+
+def _relative(size: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return size / max(float(size.max()), np.finfo(float).tiny), true
+
+
+def _aligned(truth: GroundTruth, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """|score| and truth of every possible edge, in one order."""
+    found = _as_mapping(scores)
+    _require_possible(truth, frozenset(found))
+    order = sorted(truth.possible)
+    size = np.abs(np.array([found.get(edge, 0.0) for edge in order], dtype=float))
+    if not np.isfinite(size).all():
+        wrong = [edge for edge, value in zip(order, size, strict=True) if not np.isfinite(value)]
+        raise SettingsError(f"{truth.name}: expected a number for every edge; {wrong[:3]} have none.")
+    return size, np.array([edge in truth.edges for edge in order])
+
+
+def _as_mapping(scores: Scores) -> Mapping[Edge, float]:
+    if isinstance(scores, Mapping):
+        return scores
+    table: Any = scores.to_dataframe() if isinstance(scores, EdgeScores) else scores
+    column = next((name for name in ("score", "weight") if name in table.columns), None)
+    if column is None or not {"source", "target"} <= set(table.columns):
+        raise SettingsError(f"expected columns source, target and score (or weight); got {list(table.columns)}.")
+    return dict(zip(zip(table["source"], table["target"], strict=True), table[column].astype(float), strict=True))
+
+
+def _require_possible(truth: GroundTruth, edges: frozenset[Edge]) -> None:
+    strange = sorted(edges - truth.possible)
+    if strange:
+        nodes = sorted({node for edge in truth.possible for node in edge})
+        raise SettingsError(
+            f"{truth.name}: {len(strange)} edges, the first {strange[0]}, are not among the possible ones; its nodes "
+            f"are {nodes[:8]}{'...' if len(nodes) > 8 else ''}. Score the same components."
+        )

@@ -1,0 +1,157 @@
+"""Forward passes in which every component may read its own version of the residual stream.
+
+The stream that v reads is a sum of what earlier components write (plus attention's output biases), so an edge u -> v is
+one summand of one reader. `run_with_edges` gives every reader its own sum: live writes along kept edges, the corrupt
+run's writes along the others. What a component computes from that is live for all later ones. Nothing is approximated.
+Rows: readers of one hook point (the heads of a layer) are run as copies of the batch, each reading its own stream, of
+which only the reader's own output is used.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .._errors import UnsupportedModelError
+from ..bases._runs import Values, logits_of, run_values
+from ..models._protocol import TransformerLensModel, submodule
+from ..tasks._tokenized import Batch
+from ._graph import Component, ComponentGraph, split_heads
+
+
+@dataclass(frozen=True, eq=False)
+class Streams:
+    """One run: what every component but the logits writes, and what each reading point holds beyond that (biases)."""
+
+    writes: Float[Tensor, "source batch pos d_model"]
+    rest: Mapping[str, Float[Tensor, "batch pos d_model"]]
+
+
+def output_weights(
+    model: TransformerLensModel, graph: ComponentGraph
+) -> dict[int, Float[Tensor, "head d_head d_model"]]:
+    """The output matrices of every layer whose heads are nodes, each on its layer's device."""
+    layers = {component.layer for component in graph.components if component.kind == "head"}
+    modules: dict[int, Any] = {layer: submodule(model, f"blocks.{layer}.attn") for layer in layers}
+    weights = {layer: module.W_O.detach() for layer, module in modules.items()}
+    return {layer: weight.reshape(graph.n_heads, -1, weight.shape[-1]) for layer, weight in weights.items()}
+
+
+def hook_names(graph: ComponentGraph) -> list[str]:
+    """Every hook point that a component writes to or reads from, once."""
+    names = [name for component in graph.components for name in (component.reads, component.hook) if name]
+    return list(dict.fromkeys(names))
+
+
+def write_of(component: Component, values: Mapping[str, Tensor], weights: Mapping[int, Tensor], n_heads: int) -> Tensor:
+    """What a component adds to the residual stream, from the values at its hook."""
+    value = values[component.hook]
+    if component.kind != "head":
+        return value
+    z = split_heads(value, n_heads)[:, :, component.head]
+    return z @ weights[component.layer][component.head].to(z)
+
+
+def streams(model: TransformerLensModel, graph: ComponentGraph, batch: Batch, weights: Mapping[int, Tensor]) -> Streams:
+    """Writes and reads on the batch's clean prompts, gathered where the last of them is read.
+
+    Raises:
+        UnsupportedModelError: a hook point did not fire, or the stream is no sum of the components' writes.
+    """
+    values = run_values(model, batch, hook_names(graph))
+    senders = graph.components[:-1]
+    home = values[graph.components[-1].reads].device
+    writes = torch.stack([write_of(component, values, weights, graph.n_heads).to(home) for component in senders])
+    rest = {}
+    for component in graph.components[1:]:
+        if component.reads not in rest:
+            before = torch.tensor([sender.stage < component.stage for sender in senders], device=home)
+            rest[component.reads] = values[component.reads].to(home) - writes[before].sum(0)
+    found = Streams(writes, rest)
+    _require_sum(model, graph, found, values)
+    return found
+
+
+def _require_sum(model: TransformerLensModel, graph: ComponentGraph, found: Streams, values: Values) -> None:
+    """What is left beside the writes is biases: the same vector at every position of every prompt."""
+    for component in graph.components[1:]:
+        rest = found.rest[component.reads]
+        size = values[component.reads].abs().amax()
+        spread = (rest - rest[:1, :1]).abs().amax()
+        if float(spread) > 1e-3 * float(size):
+            raise UnsupportedModelError(
+                f"expected the residual stream at {component.reads} to be the sum of components' writes and biases; "
+                f"on this {type(model).__name__} it differs by {float(spread):.2g} (values up to {float(size):.2g}). A "
+                "norm after attention does this to single heads: use attention='layers'."
+            )
+
+
+def run_with_edges(
+    model: TransformerLensModel,
+    graph: ComponentGraph,
+    batch: Batch,
+    kept: Bool[Tensor, "mask source target"],
+    clean: Streams,
+    corrupt: Streams,
+    weights: Mapping[int, Tensor],
+) -> Float[Tensor, "mask batch pos d_vocab"]:
+    """Logits of the clean prompts with only the edges in `kept` live, once for every mask.
+
+    `kept` covers all components on both sides; entries that are no edge are ignored. Rows of one forward pass: masks x
+    batch x (readers of the busiest hook point).
+    """
+    run = _Run(graph, kept.to(clean.writes.device), clean, corrupt, weights)
+    # TransformerBridge tells hooks another of a point's names than the one they were added under
+    hooks = [(name, partial(run.read, name)) for name in run.readers]
+    hooks += [(name, partial(run.write, name)) for name in run.writers]
+    rows = batch.clean.repeat(len(kept) * run.copies, 1)
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        logits = logits_of(model, rows)
+    return logits.unflatten(0, (len(kept), run.copies, len(batch)))[:, 0]
+
+
+class _Run:
+    """The live writes of one forward pass, filled in as components compute them."""
+
+    def __init__(
+        self, graph: ComponentGraph, kept: Tensor, clean: Streams, corrupt: Streams, weights: Mapping[int, Tensor]
+    ) -> None:
+        self._graph, self._kept, self._corrupt, self._weights = graph, kept, corrupt.writes, weights
+        self._rest = clean.rest
+        self._live = clean.writes[None].repeat(len(kept), 1, 1, 1, 1)
+        self.readers: dict[str, list[int]] = {}
+        self.writers: dict[str, list[int]] = {}
+        for index, component in enumerate(graph.components):
+            if component.reads:
+                self.readers.setdefault(component.reads, []).append(index)
+                if component.hook:
+                    self.writers.setdefault(component.hook, []).append(index)
+        self.copies = max(len(found) for found in self.readers.values())
+
+    def read(self, name: str, value: Tensor, hook: Any) -> Tensor:
+        """Every copy of the rows reads what its component is to see."""
+        indices = self.readers[name]
+        views = [self._view(index) for index in indices]
+        views += [views[0]] * (self.copies - len(views))
+        return torch.stack(views, 1).flatten(0, 2).to(value)
+
+    def write(self, name: str, value: Tensor, hook: Any) -> Tensor:
+        """Keep each component's output from the copy in which it read its own stream."""
+        for index in self.writers[name]:
+            component = self._graph.components[index]
+            copy = self.readers[component.reads].index(index)
+            written = write_of(component, {component.hook: value}, self._weights, self._graph.n_heads)
+            self._live[:, index] = written.unflatten(0, (len(self._kept), self.copies, -1))[:, copy]
+        return value
+
+    def _view(self, index: int) -> Tensor:
+        component = self._graph.components[index]
+        before = [k for k, sender in enumerate(self._graph.components[:-1]) if sender.stage < component.stage]
+        kept = self._kept[:, before, index].to(self._live.dtype)
+        live = torch.einsum("ks,ksbtd->kbtd", kept, self._live[:, before])
+        cut = torch.einsum("ks,sbtd->kbtd", 1 - kept, self._corrupt[before])
+        return live + cut + self._rest[component.reads]
