@@ -251,7 +251,7 @@ def test_component_edges(both: TwoDevices, path: Any, tmp_path: Path) -> None:
     method, attention = path
 
     def run(model: Any, pairs: TokenizedPairs) -> Any:
-        edges = component_edges(model, pairs, method=method, attention=attention, steps=2)
+        edges = component_edges(model, pairs, method=method, attention=attention)
         edges.save(tmp_path / "edges")
         return EdgeScores.load(tmp_path / "edges"), edges.to_dataframe()
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from tests.planted.load import load_planted, planted_seeds
 from tests.real_models import TRACR_PROGRAMS, load_hooked_form
 from tl_neuron_circuits.components import component_edges, judge_edges, tracr_ground_truth
+from tl_neuron_circuits.components._method import EdgeMethod
 from tl_neuron_circuits.lasso import CircuitLasso
 from tl_neuron_circuits.tasks import TokenizedPairs
 from tl_neuron_circuits.tasks._tokenized import Batch
@@ -49,11 +50,11 @@ def lasso(prompts: int = 256, **settings: Any) -> Callable[..., Any]:
     return run
 
 
-def scored(method: str, **settings: Any) -> Callable[..., Any]:
+def scored(method: str | EdgeMethod) -> Callable[..., Any]:
     def run(model: Any, draw: Callable[..., Any], seed: int, options: argparse.Namespace, compiled: bool) -> Any:
         pairs, metric = draw(options.pairs, seed)
         start = time.process_time()
-        found = component_edges(model, pairs, method=method, metric=metric, seed=seed, batch_size=64, **settings)
+        found = component_edges(model, pairs, method=method, metric=metric, batch_size=64)
         return time.process_time() - start, {"": found}
 
     return run
@@ -67,11 +68,11 @@ METHODS: dict[str, Callable[..., Any]] = {
     "CircuitLasso (pooled, noise .3, 1024 prompts, share .02)": lasso(1024, regressors="pooled", share=0.02, noise=0.3),
     "CircuitLasso (earlier)": lasso(regressors="earlier"),
     "EAP": scored("eap"),
-    "EAP-IG (5 steps)": scored("eap_ig_inputs", steps=5),
+    "EAP-IG (5 steps)": scored("eap_ig_inputs"),
     "RelP": scored("relp"),
-    "RelP without attention": scored("relp", rules=["ln", "identity", "half"]),
+    "RelP without attention": scored("relp(rules=ln+identity+half)"),
     "exact patching": scored("patching"),
-    "ACDC": scored("acdc", divergence="metric"),
+    "ACDC": scored("acdc(divergence=metric)"),
     "random": scored("random"),
 }
 
