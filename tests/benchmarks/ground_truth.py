@@ -25,7 +25,7 @@ from tests.planted.load import load_planted, planted_seeds
 from tests.real_models import TRACR_PROGRAMS, load_hooked_form
 from tl_neuron_circuits.components import component_edges, judge_edges, tracr_ground_truth
 from tl_neuron_circuits.components._method import EdgeMethod
-from tl_neuron_circuits.lasso import CircuitLasso
+from tl_neuron_circuits.lasso import CircuitLasso, Share
 from tl_neuron_circuits.tasks import TokenizedPairs
 from tl_neuron_circuits.tasks._tokenized import Batch
 
@@ -36,10 +36,10 @@ SHARE = 0.05  # of the smallest penalty that leaves no edge; chosen on four plan
 Case = tuple[Any, Any, Callable[[int, int], tuple[TokenizedPairs, Any]]]
 
 
-def lasso(prompts: int = 256, **settings: Any) -> Callable[..., Any]:
+def lasso(prompts: int = 256, share: float = SHARE, **settings: Any) -> Callable[..., Any]:
     def run(model: Any, draw: Callable[..., Any], seed: int, options: argparse.Namespace, compiled: bool) -> Any:
         pairs, metric = draw(prompts, seed)
-        given = {"blocks": 4, "seed": seed, "skip_positions": 0, "shares": (0.3,), "share": SHARE, **settings}
+        given = {"blocks": 4, "seed": seed, "skip_positions": 0, "shares": (0.3,), "penalty": Share(share), **settings}
         fit = CircuitLasso(**given, readout="logits" if compiled else None).fit
         start = time.process_time()
         edges = fit(model, pairs, metric=metric, batch_size=256).edges

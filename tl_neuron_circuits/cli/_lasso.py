@@ -32,14 +32,15 @@ def lasso(
 
     Give --pairs or --prompts. An edge says what predicts what; it is no causal effect.
     """
-    from ..lasso._circuit_lasso import CircuitLasso
+    from .._errors import SettingsError
+    from ..lasso._circuit_lasso import CircuitLasso, Components, MostEdges, Share
 
     inputs = read_inputs(pairs, prompts)
+    if n_edges is not None and share is not None:
+        raise SettingsError("expected at most one of --n-edges and --share; got both.")
     method = CircuitLasso(
-        n_edges=n_edges or (None if share else 40),
-        share=share,
-        attention=attention,  # pyright: ignore[reportArgumentType]
-        mlp=mlp,  # pyright: ignore[reportArgumentType]
+        penalty=MostEdges(n_edges or 40) if share is None else Share(share),
+        nodes=Components(attention, mlp),  # pyright: ignore[reportArgumentType]
         regressors=regressors,  # pyright: ignore[reportArgumentType]
         bootstrap=bootstrap,
         seed=seed,
