@@ -21,6 +21,8 @@ from .bases._dictionary import Dictionary as Dictionary
 from .bases._dictionary_files import load_dictionary as load_dictionary
 from .bases._dictionary_files import save_dictionary as save_dictionary
 from .bases._dictionary_objects import as_dictionary as as_dictionary
+from .circuits._choose import ByMass as ByMass
+from .circuits._choose import ByShare as ByShare
 from .circuits._circuit import Circuit as Circuit
 from .circuits._trace import trace as trace
 from .demo._dictionaries import load_demo_dictionaries as load_demo_dictionaries

@@ -12,7 +12,7 @@ import torch
 from tests.circuits.checks import assert_sums_hold, small_circuit
 from tests.families import ModelCase, all_models, random_tokens
 from tests.stories_tasks import pronoun_pairs
-from tl_neuron_circuits import Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
+from tl_neuron_circuits import ByMass, ByShare, Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.demo import capitals
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
@@ -111,9 +111,9 @@ def test_nodes_are_chosen_by_share_count_or_mass(case: ModelCase) -> None:
     assert int(score.isfinite().sum()) == 1
     everything = trace(model, tokens, (3, 8), nodes=7 * 24)  # layer 0, and the last position of layer 1
     size = everything.nodes.query("kind == 'neuron'")["score"].abs()
-    shared = trace(model, tokens, (3, 8), share=0.02)
+    shared = trace(model, tokens, (3, 8), nodes=ByShare(0.02))
     assert len(shared) == int((size >= 0.02 * abs(everything.target_value)).sum())
-    massive = trace(model, tokens, (3, 8), nodes="mass", mass=0.5)
+    massive = trace(model, tokens, (3, 8), nodes=ByMass(0.5))
     taken = massive.nodes.query("kind == 'neuron'")["score"].abs()
     assert taken.sum() >= 0.5 * size.sum() > taken.sum() - taken.min()
     assert everything.nodes.query("kind == 'unselected'")["flow"].abs().sum() < 1e-9
@@ -180,8 +180,7 @@ def test_the_model_is_left_as_found(case: ModelCase, untouched: Callable[[Any], 
         ([], {}, "at least one token"),
         (torch.ones(7).double(), {}, "direction of 50"),
         (3, {"nodes": 0}, "between 1 and"),
-        (3, {"share": 1e6}, "no node has"),
-        (3, {"nodes": "mass", "mass": 2.0}, "mass above 0"),
+        (3, {"nodes": ByShare(1e6)}, "no node has"),
         (3, {"exclude": [(9, 9)]}, "no nodes here"),
         (3, {"prepend_bos": True}, "put BOS into"),
         (None, {"top_k": 0}, "top_k"),
@@ -224,7 +223,7 @@ def test_the_demo_models_circuit_reads_the_city(name: str) -> None:
     assert logit["label"].tolist() == ["Austin"] and logit["probability"].item() > 0.5
     embeddings = circuit.nodes.query("kind == 'embedding'").nlargest(3, "score")["token"]
     assert set(embeddings) == {"Dal", "##las", "capital"}
-    assert circuit.nodes.query("kind == 'neuron'")["share"].abs().min() >= circuit.settings["share"]
+    assert circuit.nodes.query("kind == 'neuron'")["share"].abs().min() >= ByShare().share
 
 
 def test_pairs_name_the_text_they_share_with_its_spaces() -> None:

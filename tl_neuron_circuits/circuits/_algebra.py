@@ -12,10 +12,9 @@ import pandas as pd
 
 from .._errors import SettingsError
 from ..bases._activations import Neurons
-from ._assemble import relative_weights
 from ._groups import one_of
 from ._scores import node_sites
-from ._table import CHOSEN, complete, edge_table, node_table, restrict
+from ._table import CHOSEN, complete, edge_table, node_table, relative_weights, restrict
 
 if TYPE_CHECKING:
     from ._circuit import Circuit

@@ -11,8 +11,7 @@ import pandas as pd
 
 from .._errors import SettingsError
 from ..nodes._scores import label as neuron_label
-from ._assemble import relative_weights
-from ._table import CHOSEN, SINGLE, complete, edge_table, node_table
+from ._table import CHOSEN, SINGLE, complete, edge_table, node_table, relative_weights
 
 if TYPE_CHECKING:
     from ._circuit import Circuit

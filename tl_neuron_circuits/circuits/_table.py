@@ -75,6 +75,13 @@ def rows_of(nodes: pd.DataFrame, names: pd.Series) -> np.ndarray:
     return rows
 
 
+def relative_weights(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
+    """Each edge's share of its target's score; on a single prompt that is its share of the activation too."""
+    score = nodes["score"].to_numpy()[rows_of(nodes, edges["target"])]
+    attribution = edges["attribution"].to_numpy()
+    return np.divide(attribution, score, out=np.zeros_like(attribution), where=score != 0)
+
+
 def handed_down(nodes: pd.DataFrame, edges: pd.DataFrame, start: np.ndarray, column: np.ndarray) -> np.ndarray:
     """x = start + sum over out-edges of column * x(target): exact, by as many steps as the graph is deep."""
     source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
