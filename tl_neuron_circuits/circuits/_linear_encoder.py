@@ -156,7 +156,7 @@ def find_reader(model: TransformerLensModel, site: DictionarySite) -> PlainReade
         def rebuild(x: Tensor, frozen: Any = frozen) -> Tensor:
             if frozen is None:
                 return x
-            _, scale = frozen.rebuild(x.detach())
+            scale = frozen.scale(x.detach())
             x = x.to(scale.dtype)
             return (x - x.mean(-1, keepdim=True) if frozen.centered else x) / scale
 

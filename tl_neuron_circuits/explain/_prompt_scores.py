@@ -24,7 +24,7 @@ from ..interventions._steering_nodes import Nodes, find_nodes
 from ..models._protocol import TransformerLensModel
 from ..nodes._gradients import run_gradients
 from ..propagation._relp import relp
-from ..propagation._rules import ALL_RULES
+from ..propagation.rules import ALL_RULES
 from ..tasks._metrics import Metric, logit_difference, measure, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize

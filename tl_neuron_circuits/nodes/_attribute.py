@@ -14,7 +14,7 @@ from .._typing import checked
 from ..bases._activations import Neurons
 from ..bases._site import Basis, name_of, sites_of
 from ..models._protocol import TransformerLensModel
-from ..propagation._rules import ALL_RULES
+from ..propagation.rules import ALL_RULES
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize

@@ -25,7 +25,7 @@ from ..bases._activations import Neurons
 from ..bases._runs import mean_parts
 from ..bases._site import Basis, sites_of
 from ..models._protocol import TransformerLensModel
-from ..propagation._rules import ALL_RULES
+from ..propagation.rules import ALL_RULES
 from ..tasks._metrics import Metric, logit_difference
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
