@@ -14,6 +14,7 @@ from tests.families import ModelCase, all_models, random_tokens
 from tests.stories_tasks import pronoun_pairs
 from tl_neuron_circuits import ByMass, ByShare, Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
+from tl_neuron_circuits.circuits._choose import parse_choice
 from tl_neuron_circuits.demo import capitals
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
@@ -117,6 +118,55 @@ def test_nodes_are_chosen_by_share_count_or_mass(case: ModelCase) -> None:
     taken = massive.nodes.query("kind == 'neuron'")["score"].abs()
     assert taken.sum() >= 0.5 * size.sum() > taken.sum() - taken.min()
     assert everything.nodes.query("kind == 'unselected'")["flow"].abs().sum() < 1e-9
+
+
+def test_choices_have_labels_that_parse_back() -> None:
+    for choice, label in ((ByShare(), "share(0.005)"), (ByShare(1e-6), "share(1e-06)"), (ByMass(0.9), "mass(0.9)")):
+        assert choice.label == label and parse_choice(label) == choice
+    assert repr(ByMass()) == "ByMass(mass=0.8)" and parse_choice("mass") == ByMass() and parse_choice("50") == 50
+    for wrong in ("best", "share()", "mass(a)", "share(0.1", "5.5"):
+        with pytest.raises(SettingsError, match="expected a number of nodes"):
+            parse_choice(wrong)
+    for wrong in (lambda: ByShare(0), lambda: ByMass(2.0), lambda: parse_choice("mass(0)")):
+        with pytest.raises(SettingsError, match=r"positive share|mass above 0"):
+            wrong()
+
+
+@pytest.mark.parametrize("case", one)
+def test_settings_keep_the_choice_as_its_label(case: ModelCase) -> None:
+    model = case.build()
+    tokens = random_tokens(model, 1, 6)
+    labels = [trace(model, tokens, nodes=n).settings["nodes"] for n in (3, ByShare(0.25), ByMass(0.1))]
+    assert labels == [3, "share(0.25)", "mass(0.1)"]
+
+
+@pytest.mark.parametrize("case", one)
+def test_running_out_of_memory_is_raised_as_what_it_is(case: ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every backward pass of a trace: no other way is tried, and the model is left as found."""
+    model = case.build()
+    tokens, real, calls = random_tokens(model, 1, 6), torch.autograd.grad, []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls.append(options.get("is_grads_batched", False))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    trace(model, tokens, nodes=5)
+    assert any(calls) and not all(calls)
+    for fails_at in range(len(calls)):
+        made = []
+
+        def failing(*arguments: Any, made: list = made, fails_at: int = fails_at, **options: Any) -> Any:
+            made.append(1)
+            if len(made) == fails_at + 1:
+                raise torch.OutOfMemoryError("no memory")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(torch.autograd, "grad", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            trace(model, tokens, nodes=5)
+        assert len(made) == fails_at + 1
+        assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
 
 
 @pytest.mark.parametrize("case", one)
