@@ -28,7 +28,7 @@ class ByShare:
         'share(0.02)'
     """
 
-    share: float = 0.005
+    share: int | float = 0.005
 
     def __post_init__(self) -> None:
         """Check the share."""
@@ -56,7 +56,7 @@ class ByMass:
         'mass(0.5)'
     """
 
-    mass: float = 0.8
+    mass: int | float = 0.8
 
     def __post_init__(self) -> None:
         """Check the mass."""

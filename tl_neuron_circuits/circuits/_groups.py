@@ -78,16 +78,17 @@ def collapse(circuit: Circuit) -> Circuit:
     single = circuit.nodes["kind"].isin(SINGLE) & grouped
     members = {name: rows["node"].tolist() for name, rows in circuit.nodes[grouped].groupby("group", sort=False)}
     nodes = pd.concat([circuit.nodes[~grouped], node_table(rows)], ignore_index=True)
-    return join_nodes(circuit, names, nodes, {"n_grouped": int(circuit.settings.get("n_grouped", 0)) + int(single.sum()),
-                                          "groups": dict(circuit.settings.get("groups", {})) | members})  # fmt: skip
+    n_grouped = int(circuit.settings.get("n_grouped", 0)) + int(single.sum())
+    settings = {"n_grouped": n_grouped, "groups": dict(circuit.settings.get("groups", {})) | members}
+    return join_nodes(circuit, names, nodes, settings)
 
 
 def _supernode(name: str, rows: pd.DataFrame) -> dict:
     weights = rows["score"].abs().to_numpy()
     layer = float(np.average(rows["layer"], weights=weights)) if weights.sum() else float(rows["layer"].mean())
     return {
-        "node": name, "label": name, "kind": "group", "layer": round(layer), "position": common_value(rows["position"], -1),
-        "token": common_value(rows["token"], "…"), "group": name,
+        "node": name, "label": name, "kind": "group", "layer": round(layer),
+        "position": common_value(rows["position"], -1), "token": common_value(rows["token"], "…"), "group": name,
         **{column: rows[column].sum() for column in ("activation", "change", "score")},
     }  # fmt: skip
 
