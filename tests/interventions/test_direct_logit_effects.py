@@ -11,7 +11,7 @@ from tl_neuron_circuits._errors import NeuronCircuitsError, SettingsError
 from tl_neuron_circuits.explain import Profiles, cluster, profiles, prompt_scores
 from tl_neuron_circuits.explain._cluster import affinities
 from tl_neuron_circuits.interventions import direct_logit_effects
-from tl_neuron_circuits.interventions._direct_logit_effects import effects_of, output_weights
+from tl_neuron_circuits.interventions._direct_logit_effects import effects_on_logits, output_weights
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.tasks import TokenizedPairs
 
@@ -47,7 +47,7 @@ def test_the_effect_is_the_gradient_through_frozen_norms_up_to_their_scale(case:
     gradient = gradients_of_logits(model, tokens, "blocks.1.mlp.hook_post")
     with untouched(model):
         weights = output_weights(model, 1)
-        effects = effects_of(model, 1, weights).T.to(gradient)
+        effects = effects_on_logits(model, 1, weights).T.to(gradient)
     scale = (effects * gradient).sum() / (gradient * gradient).sum()
     assert scale > 0
     torch.testing.assert_close(effects, gradient * scale, rtol=1e-3, atol=1e-4 * float(effects.abs().max()))
@@ -56,7 +56,7 @@ def test_the_effect_is_the_gradient_through_frozen_norms_up_to_their_scale(case:
 @few_models
 def test_the_table_lists_the_extremes(case: ModelCase) -> None:
     model = case.build()
-    effects = effects_of(model, 0, output_weights(model, 0)[[3, 9]])
+    effects = effects_on_logits(model, 0, output_weights(model, 0)[[3, 9]])
     found = direct_logit_effects(model, ["L0/N3@2", "L1/N4", "L0/N9"], k=4, batch_size=1)
     table = found.to_dataframe()
     assert len(table) == 3 * 8 and set(table["label"]) == {"L0/N3", "L0/N9", "L1/N4"}

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
-from ..interventions._steering_nodes import Nodes, find_nodes
+from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, run, text_pieces
 from ..models._protocol import TransformerLensModel
 from ._highlight import highlight

@@ -19,7 +19,7 @@ from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ..bases._runs import Values, capture, fired
-from ..interventions._steering_nodes import Nodes, find_nodes
+from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, text_pieces, token_names
 from ..models._protocol import TransformerLensModel
 from ..propagation._relp import relp

@@ -20,7 +20,7 @@ from .._errors import PairsError, SettingsError
 from .._typing import checked
 from ..bases._activations import ActivationSite, Neurons
 from ..bases._runs import Values, run_values
-from ..interventions._steering_nodes import Nodes, find_nodes
+from ..interventions._find_nodes import Nodes, find_nodes
 from ..models._protocol import TransformerLensModel
 from ..nodes._gradients import run_gradients
 from ..propagation._relp import relp
