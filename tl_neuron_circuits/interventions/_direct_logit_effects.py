@@ -5,8 +5,8 @@
 N_post is the norm after the MLP where there is one (Gemma), N_final the final norm, each as the linear map that it is
 once its scale is frozen: subtract the mean (LayerNorm only), multiply by the weight. The scales themselves depend on
 the prompt; without them the effect is in logits times (scale of the norms), per unit of activation: the order of tokens
-and the sign are right, sizes compare within a neuron and within a layer. Centering over the vocabulary takes out what no
-probability can see. A soft cap on the logits is left out. Source: METHODS 1.7, 4.3; ECOSYSTEM (Gemma's post norm).
+and the sign are right, sizes compare within a neuron and within a layer. Centering over the vocabulary takes out what
+no probability can see. A soft cap on the logits is left out. Source: METHODS 1.7, 4.3; ECOSYSTEM (Gemma's post norm).
 """
 
 from dataclasses import dataclass

@@ -177,8 +177,8 @@ def _from_rows(nodes: pd.DataFrame, features: _Features) -> pd.DataFrame:
             and (read[2] not in _BASES or _BASES[read[2]].hook.format(layer=read[1]) != hook)
         ):
             raise SettingsError(
-                f"expected units of activations; {label} at {hook} is a node of another basis, whose number is not a unit "
-                "there. Give it by its own hook point."
+                f"expected units of activations; {label} at {hook} is a node of another basis, whose number is not a "
+                "unit there. Give it by its own hook point."
             )
     columns = {key: list(nodes[key]) for key in ("hook", "unit", "position")}
     return _keyed(pd.DataFrame({"label": list(labels), **columns, "site": pd.Series(sites, dtype=object)}))

@@ -184,7 +184,7 @@ class _Edit:
 
 @dataclass(eq=False, repr=False)
 class _Passes:
-    """Set in every pass, for the edits with positions, whether it continues a key-value cache: more keys than queries."""
+    """Tell the edits with positions whether this pass continues a key-value cache: more keys than queries."""
 
     edits: list[_Edit]
 
