@@ -48,8 +48,16 @@ from .interventions._steer import steer as steer
 from .interventions._steer import sweep as sweep
 from .interventions._steering import steering_hooks as steering_hooks
 from .nodes._attribute import attribute as attribute
+from .nodes._attribute import estimate_memory as estimate_memory
+from .nodes._controls import ActivationDifference as ActivationDifference
+from .nodes._controls import Random as Random
+from .nodes._integrated_gradients import IntegratedGradients as IntegratedGradients
+from .nodes._integrated_gradients import IntegratedGradientsInputs as IntegratedGradientsInputs
 from .nodes._memory import MemoryEstimate as MemoryEstimate
-from .nodes._memory import estimate_memory as estimate_memory
+from .nodes._methods import parse_method as parse_method
+from .nodes._patching import Patching as Patching
+from .nodes._relp import Gradient as Gradient
+from .nodes._relp import RelP as RelP
 from .nodes._scores import NodeScores as NodeScores
 from .propagation._check_model import ModelReport as ModelReport
 from .propagation._check_model import check_model as check_model

@@ -23,8 +23,7 @@ from ..bases._runs import Values, run_values
 from ..interventions._direct_logit_effects import output_weights
 from ..interventions._find_nodes import Nodes, find_nodes
 from ..models._protocol import TransformerLensModel
-from ..nodes._gradients import run_gradients
-from ..propagation._relp import relp
+from ..nodes._scope import gradients_at
 from ..propagation.rules import ALL_RULES
 from ..tasks._metrics import Metric, logit_difference, measure, metric_name
 from ..tasks._pairs import PromptPairs
@@ -123,8 +122,7 @@ def prompt_scores(
             seen.append(measure(metric, logits, batch))
             return seen[-1]
 
-        with relp(model, rules):
-            clean, gradients = run_gradients(model, batch, sites, recorded)
+        clean, gradients = gradients_at(model, batch, sites, recorded, tuple(rules))
         corrupt: Values | None = None
         if baseline == "corrupt":
             if batch.corrupt is None or batch.corrupt.shape != batch.clean.shape:
