@@ -148,8 +148,11 @@ def attention_weights(model: TransformerLensModel, layer: int) -> AttentionWeigh
     module: Any = submodule(model, f"blocks.{layer}.attn")
     W_V, W_O, b_V, b_O = (getattr(module, name, None) for name in ("W_V", "W_O", "b_V", "b_O"))
     width = int(model.cfg.d_model)
-    both = isinstance(W_V, Tensor) and isinstance(W_O, Tensor) and W_V.dim() == 3 and W_O.dim() == 3
-    if not (both and W_V.shape[1] == width == W_O.shape[2] and W_O.shape[0] % W_V.shape[0] == 0):
+    if not (
+        (isinstance(W_V, Tensor) and W_V.dim() == 3 and W_V.shape[1] == width)
+        and (isinstance(W_O, Tensor) and W_O.dim() == 3 and W_O.shape[2] == width)
+        and W_O.shape[0] % W_V.shape[0] == 0
+    ):
         raise UnsupportedModelError(
             f"expected blocks.{layer}.attn.W_V [head, {width}, d_head] and W_O [head, d_head, {width}] on this "
             f"{type(model).__name__}; got {getattr(W_V, 'shape', None)} and {getattr(W_O, 'shape', None)}."
