@@ -28,12 +28,12 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from .. import _html
+from .._auroc import auroc
 from .._errors import NumericalError, SettingsError
 from .._files import versions
 from .._typing import checked
 from ..bases._runs import Values, capture, fired, logits_of, reads_of, values_at
 from ..bases._site import Basis, Parts, Site, name_of, sites_of
-from .._auroc import auroc
 from ..models._protocol import TransformerLensModel
 from ..propagation._relp import relp
 from ..tasks._tokenized import TokenizedPairs
