@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .._files import versions
+from .._version import versions
 from ._attribute import attribute
 from ._check import check
 from ._compare import compare

@@ -1,5 +1,6 @@
 """Interventions as TransformerLens hooks."""
 
+from .._lazy import old_names
 from ._ablation import ablation_hooks as ablation_hooks
 from ._direct_logit_effects import DirectLogitEffects as DirectLogitEffects
 from ._direct_logit_effects import direct_logit_effects as direct_logit_effects
@@ -10,3 +11,5 @@ from ._steering_runs import steer as steer
 from ._steering_runs import sweep as sweep
 from ._steering_sweep import SteeringSweep as SteeringSweep
 from ._steering_values import node_values as node_values
+
+__getattr__ = old_names(__name__)

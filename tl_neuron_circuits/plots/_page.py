@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .._files import versions
+from .._version import versions
 from ..circuits._circuit import Circuit
 from ._page_details import checked_details
 from ._style import PALETTE
