@@ -12,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ._renamed import old_name
-
-Lookup = Callable[[str], Any]
+from ._renamed import renamed
 
 
-def lazy_names(package: str, file: str) -> tuple[Lookup, Callable[[], list[str]]]:
+
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package whose names are the imports in the stub beside its `__init__.py`.
 
     Args:
@@ -27,11 +26,10 @@ def lazy_names(package: str, file: str) -> tuple[Lookup, Callable[[], list[str]]
     stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
     sources = {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
-    unknown = old_names(package)
 
     def __getattr__(name: str) -> Any:
         if name not in sources:
-            return unknown(name)
+            raise unknown_name(package, name)
         module, original = sources[name]
         if module is None:  # `from . import room as room`
             return importlib.import_module(f"{package}.{original}")
@@ -45,10 +43,18 @@ def lazy_names(package: str, file: str) -> tuple[Lookup, Callable[[], list[str]]
     return __getattr__, __dir__
 
 
-def old_names(package: str) -> Lookup:
-    """`__getattr__` of a package some of whose names moved: the error says where to."""
+def explain_old_names(room: str) -> None:
+    """Let `tnc.room.old_name` raise an error that says the new name.
+
+    The room does not define `__getattr__` itself: type checkers would then believe that it has every name.
+    """
 
     def __getattr__(name: str) -> Any:
-        raise AttributeError(old_name(package, name) or f"module {package!r} has no attribute {name!r}")
+        raise unknown_name(room, name)
 
-    return __getattr__
+    sys.modules[room].__dict__["__getattr__"] = __getattr__
+
+
+def unknown_name(package: str, name: str) -> AttributeError:
+    """The error for a name that a package does not have, or does not have any longer."""
+    return AttributeError(renamed(package, name) or f"module {package!r} has no attribute {name!r}")

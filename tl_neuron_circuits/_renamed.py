@@ -39,7 +39,7 @@ RENAMED: dict[str, str] = {
 """From a name below `tnc` to where it is now."""
 
 
-def old_name(package: str, name: str) -> str | None:
-    """What to tell somebody who asks `package` for an old name; None for a name that it never had."""
+def renamed(package: str, name: str) -> str | None:
+    """Where the name went that `package` once had; None if it never had one of that name."""
     old = f"{package}.{name}".partition(".")[2]
     return f"tnc.{old} was renamed to {RENAMED[old]} ({SINCE}); see docs/migration.md" if old in RENAMED else None

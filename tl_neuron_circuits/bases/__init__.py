@@ -1,6 +1,6 @@
 """Where nodes live: neurons, MLP outputs, attention outputs, the residual stream, dictionaries."""
 
-from .._lazy import old_names
+from .._lazy import explain_old_names
 from ._activations import AttentionBlockOutputs as AttentionBlockOutputs
 from ._activations import HeadOutputs as HeadOutputs
 from ._activations import MLPOutputs as MLPOutputs
@@ -14,4 +14,4 @@ from ._dictionary_folders import load_dictionaries as load_dictionaries
 from ._dictionary_objects import as_dictionary as as_dictionary
 from ._dictionary_variance import fraction_variance_unexplained as fraction_variance_unexplained
 
-__getattr__ = old_names(__name__)
+explain_old_names(__name__)

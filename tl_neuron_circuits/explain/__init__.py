@@ -1,6 +1,6 @@
 """What neurons are about: hypothesis scores, clusters, logit effects, strongest examples."""
 
-from .._lazy import old_names
+from .._lazy import explain_old_names
 from ._cluster import Clusters as Clusters
 from ._cluster import cluster as cluster
 from ._max_activating_examples import MaxActivatingExamples as MaxActivatingExamples
@@ -13,4 +13,4 @@ from ._prompt_scores import prompt_scores as prompt_scores
 from ._score_features import FeatureScores as FeatureScores
 from ._score_features import score_features as score_features
 
-__getattr__ = old_names(__name__)
+explain_old_names(__name__)

@@ -1,6 +1,6 @@
 """Interventions as TransformerLens hooks."""
 
-from .._lazy import old_names
+from .._lazy import explain_old_names
 from ._ablation import ablation_hooks as ablation_hooks
 from ._direct_logit_effects import DirectLogitEffects as DirectLogitEffects
 from ._direct_logit_effects import direct_logit_effects as direct_logit_effects
@@ -12,4 +12,4 @@ from ._steering_runs import sweep as sweep
 from ._steering_sweep import SteeringSweep as SteeringSweep
 from ._steering_values import node_values as node_values
 
-__getattr__ = old_names(__name__)
+explain_old_names(__name__)

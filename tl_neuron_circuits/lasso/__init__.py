@@ -1,6 +1,6 @@
 """CircuitLasso: circuits by sparse regression of every component on those before it."""
 
-from .._lazy import old_names
+from .._lazy import explain_old_names
 from ._circuit_lasso import CircuitLasso as CircuitLasso
 from ._feature_ranking import FeatureRanking as FeatureRanking
 from ._feature_ranking import PooledFeatures as PooledFeatures
@@ -17,4 +17,4 @@ from ._solver import largest_penalty as largest_penalty
 from ._solver import lasso_path as lasso_path
 from ._solver import solve_lasso as solve_lasso
 
-__getattr__ = old_names(__name__)
+explain_old_names(__name__)

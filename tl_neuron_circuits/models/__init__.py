@@ -1,6 +1,6 @@
 """The sites of a model: which hook point is the gate, the neurons, a norm."""
 
-from .._lazy import old_names
+from .._lazy import explain_old_names
 from ._protocol import TransformerLensModel as TransformerLensModel
 
-__getattr__ = old_names(__name__)
+explain_old_names(__name__)

@@ -1,6 +1,6 @@
 """Prompts, clean and corrupt pairs, their tokens, and metrics; one file a task."""
 
-from .._lazy import old_names
+from .._lazy import explain_old_names
 from ._agreement import subject_verb_agreement as subject_verb_agreement
 from ._greater_than import greater_than as greater_than
 from ._ioi import ioi as ioi
@@ -15,4 +15,4 @@ from ._tokenize import keep_fitting as keep_fitting
 from ._tokenize import tokenize as tokenize
 from ._tokenized import TokenizedPairs as TokenizedPairs
 
-__getattr__ = old_names(__name__)
+explain_old_names(__name__)
