@@ -15,7 +15,6 @@ from typing import Any
 from ._renamed import renamed
 
 
-
 def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package whose names are the imports in the stub beside its `__init__.py`.
 

@@ -2,6 +2,7 @@
 
 from .._lazy import explain_old_names
 from ._agreement import subject_verb_agreement as subject_verb_agreement
+from ._capitals import capitals as capitals
 from ._greater_than import greater_than as greater_than
 from ._ioi import ioi as ioi
 from ._metrics import Metric as Metric
