@@ -18,6 +18,7 @@ from tests.bases.site_dictionaries import dictionaries, dictionary
 from tests.bases.tiny_dictionaries import RANDOM, tiny_dictionaries
 from tests.fake_devices import SECOND, fake_devices
 from tests.families import N_LAYERS, ModelCase, model_cases, random_tokens
+from tests.methods import with_steps
 from tests.two_devices import TwoDevices, home
 from tl_neuron_circuits import (
     Circuit,
@@ -51,7 +52,7 @@ from tl_neuron_circuits.bases import (
 )
 from tl_neuron_circuits.components import EdgeScores, component_edges
 from tl_neuron_circuits.evaluation import evaluate_edges
-from tl_neuron_circuits.nodes import activation_variance
+from tl_neuron_circuits.nodes import Patching, activation_variance
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 from tl_neuron_circuits.transcoders import TrainingConfig
 
@@ -119,7 +120,7 @@ METHODS = [
 @in_turn({method: method for method in (*METHODS, "random")})
 def test_every_method_scores_each_layer_where_it_lives(both: TwoDevices, path: Any) -> None:
     settings: dict[str, Any] = {"positions": "sum"} if path == "patching" else {}
-    scores = both.agree(lambda model, pairs: attribute(model, pairs, method=path, steps=2, **settings))
+    scores = both.agree(lambda model, pairs: attribute(model, pairs, method=with_steps(path, 2), **settings))
     assert [scores.values[hook].device for hook in scores.values] == [home(layer) for layer in range(N_LAYERS)]
 
 
@@ -128,9 +129,9 @@ BASES = {
     "writes": ([Neurons(), AttentionBlockOutputs()], {"baseline": "mean", "positions": "sum"}),
     "residual": (ResidualStream(), {"direction": "denoising"}),
     "sae_mlp_out": (dictionaries("sae_mlp_out"), {"baseline": "mean"}),
-    "sae_residual": (dictionaries("sae_residual"), {"method": "integrated_gradients", "steps": 2}),
+    "sae_residual": (dictionaries("sae_residual"), {"method": "integrated_gradients(steps=2)"}),
     "sae_attention": (dictionaries("sae_attention"), {"baseline": "zero"}),
-    "transcoder": (dictionaries("transcoder"), {"method": "integrated_gradients_inputs", "steps": 2}),
+    "transcoder": (dictionaries("transcoder"), {"method": "integrated_gradients_inputs(steps=2)"}),
     "skip_transcoder": (dictionaries("skip_transcoder"), {"positions": "sum"}),
 }
 
@@ -207,7 +208,7 @@ def test_patching_of_chosen_nodes_and_resume(both: TwoDevices, path: None, tmp_p
         with pytest.raises(Stopped):
             attribute(model, pairs, **again)
         scores = attribute(model, pairs, **again)
-        return scores, attribute(model, pairs, method="patching", positions="sum", nodes=scores.top(5)).top(5)
+        return scores, attribute(model, pairs, method=Patching(scores.top(5)), positions="sum").top(5)
 
     both.agree(run)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.families import AVAILABLE_BRIDGES, bridge, hooked_transformer
+from tests.methods import with_steps
 from tests.nodes.plain import random_pairs
-from tl_neuron_circuits import attribute, check_model, estimate_memory
+from tl_neuron_circuits import Patching, attribute, check_model, estimate_memory
 from tl_neuron_circuits._errors import PropagationError, SettingsError
 from tl_neuron_circuits._memory import out_of_memory
 from tl_neuron_circuits._meter import Meter
@@ -123,7 +124,7 @@ def test_the_estimate_is_what_a_batch_needs(method: Any) -> None:
     estimate = estimate_memory(model, PAIRS, method=method, batch_size=8)
     some = attribute(model, PAIRS, method="random").top(64) if method == "patching" else None
     with Meter() as meter:
-        attribute(model, PAIRS, method=method, batch_size=8, nodes=some, steps=2)
+        attribute(model, PAIRS, method=with_steps(method, 2) if some is None else Patching(some), batch_size=8)
     assert meter.peak / 1.5 <= estimate.needed <= 1.5 * meter.peak
 
 

@@ -15,7 +15,7 @@ import torch
 from tests.families import model_cases, random_tokens
 from tests.nodes.plain import random_pairs
 from tests.transcoders.two_processes import train_and_save
-from tl_neuron_circuits import NeuronCircuitsError, attribute, compare, evaluate
+from tl_neuron_circuits import NeuronCircuitsError, Random, attribute, compare, evaluate
 from tl_neuron_circuits._processes import here, single_process
 from tl_neuron_circuits.bases import MLPOutputs, Neurons
 from tl_neuron_circuits.lasso import CircuitLasso
@@ -96,7 +96,7 @@ def main(folder: Path) -> None:
         "raises inside compare": failure(
             lambda: compare(of, PAIRS["kept"], PAIRS["kept"], methods=["relp"], metric=broken_on_second)
         ),
-        "other settings": failure(lambda: attribute(of, PAIRS["kept"], seed=mine.rank)),
+        "other settings": failure(lambda: attribute(of, PAIRS["kept"], method=Random(mine.rank))),
         "foreign directory": failure(lambda: curves(of, PAIRS["kept"], folder / str(0))),
     }
     attribute(of, PAIRS["kept"], batch_size=3).save(own / "after errors")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.families import ModelCase, all_models, random_tokens
+from tests.methods import with_steps
 from tests.model_state import unchanged
 from tl_neuron_circuits import attribute
 from tl_neuron_circuits.bases._runs import answers_only
@@ -82,6 +83,7 @@ def test_scores_are_those_of_all_logits(case: ModelCase, method: Any) -> None:
         return logit_difference(logits, batch)
 
     narrow, whole = (
-        attribute(model, pairs, method=method, metric=metric, steps=2).flat() for metric in (logit_difference, same)
+        attribute(model, pairs, method=with_steps(method, 2), metric=metric).flat()
+        for metric in (logit_difference, same)
     )
     torch.testing.assert_close(narrow, whole, rtol=1e-5, atol=1e-7)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.bases.site_dictionaries import LENGTH, PLACES, dictionaries, dictionary, identity, pairs
 from tests.families import D_MLP, D_MODEL, N_LAYERS, ModelCase, all_models
+from tests.methods import with_steps
 from tl_neuron_circuits import as_dictionary, attribute, compare, evaluate
 from tl_neuron_circuits._errors import DictionaryError, FileFormatError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.bases import Dictionaries, HeadOutputs, MLPOutputs, Neurons, load_dictionary, save_dictionary
@@ -58,13 +59,13 @@ RUNS += [(case.values[0], "relp") for case in all_models("llama")]
 def test_features_skip_and_error_add_up_to_the_activations_scores(case: ModelCase, method: Any, place: str) -> None:
     model = built(case)
     tokens = pairs(model)
-    features = attribute(model, tokens, method=method, basis=BASES[place], steps=2)
+    features = attribute(model, tokens, method=with_steps(method, 2), basis=BASES[place])
     assert set(features.errors) == set(features.values) and all(e.shape == (LENGTH,) for e in features.errors.values())
     assert set(features.skips) == (set(features.values) if place == "skip_transcoder" else set())
-    whole = attribute(model, tokens, method=method, basis=PLACES[place][-1], steps=2)
+    whole = attribute(model, tokens, method=with_steps(method, 2), basis=PLACES[place][-1])
     assert_same_sums(features, whole)
     if isinstance(PLACES[place][-1], MLPOutputs):
-        assert_same_sums(whole, attribute(model, tokens, method=method, basis=Neurons(), steps=2))
+        assert_same_sums(whole, attribute(model, tokens, method=with_steps(method, 2), basis=Neurons()))
 
 
 @quiet
@@ -74,8 +75,10 @@ def test_a_post_norm_separates_neurons_from_mlp_outputs_unless_its_scale_is_froz
     model = case.build()
     tokens = pairs(model)
     for method in METHODS:
-        outputs = attribute(model, tokens, method=method, basis=MLPOutputs(), steps=2)
-        assert_same_sums(attribute(model, tokens, method=method, basis=BASES["skip_transcoder"], steps=2), outputs)
+        outputs = attribute(model, tokens, method=with_steps(method, 2), basis=MLPOutputs())
+        assert_same_sums(
+            attribute(model, tokens, method=with_steps(method, 2), basis=BASES["skip_transcoder"]), outputs
+        )
     with torch.no_grad():  # a bias of the down projection is no neuron's
         for layer in range(N_LAYERS):
             if (bias := getattr(submodule(model, f"blocks.{layer}.mlp"), "b_out", None)) is not None:
@@ -156,7 +159,7 @@ def test_an_identity_dictionary_is_the_neuron_basis(case: ModelCase) -> None:
     tokens = pairs(model)
     same = Dictionaries([identity(D_MLP, f"blocks.{layer}.mlp.hook_post") for layer in range(N_LAYERS)])
     for method in (*METHODS, "activation_difference"):
-        one, other = (attribute(model, tokens, method=method, basis=b, steps=2) for b in (Neurons(), same))
+        one, other = (attribute(model, tokens, method=with_steps(method, 2), basis=b) for b in (Neurons(), same))
         for hook, values in one.values.items():
             torch.testing.assert_close(values, other.values[hook], atol=1e-7, rtol=1e-6)
         assert all(float(error.abs().max()) < 1e-7 for error in other.errors.values())

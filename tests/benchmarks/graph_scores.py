@@ -47,7 +47,9 @@ def main() -> None:
             circuit = tnc.trace(model, PROMPT, " Austin", basis=basis, nodes=number)
             errors = circuit.nodes.loc[circuit.nodes["kind"] == "error", "flow"].sum() / circuit.target_value
             of_pairs = tnc.trace(model, train, basis=basis, nodes=number)
-            found = [float(tnc.evaluate(model, test, of_pairs, error=e).faithfulness[0]) for e in ("nodes", "keep")]
+            found = [
+                float(tnc.evaluate(model, test, of_pairs, error_nodes=e).faithfulness[0]) for e in ("rank", "keep")
+            ]
             print(
                 f"{name:12s} {number:6d} {circuit.unexplained:9.2f} {errors:7.2f} {circuit.graph_replacement:12.2f} "
                 f"{circuit.graph_completeness:13.2f} {found[0]:13.2f} {found[1]:17.2f}"

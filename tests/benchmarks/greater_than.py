@@ -55,7 +55,7 @@ class Task:
         units = sum(len(values) for values in scores.values.values())
         chosen = [size for size in SIZES if size < units] + [units] if sizes is None else sizes
         return tnc.evaluate(
-            self.model, self.test, scores, sizes=chosen, metric=self.metric, ablation=ablation, error="ablate",
+            self.model, self.test, scores, sizes=chosen, metric=self.metric, ablation=ablation, error_nodes="ablate",
             completeness=False,
         )  # fmt: skip
 

@@ -36,6 +36,7 @@ from tl_neuron_circuits.demo._models import DEMO_MODELS
 from tl_neuron_circuits.interventions import ablation_hooks
 from tl_neuron_circuits.interventions._ablation import Hooks
 from tl_neuron_circuits.interventions._direct_logit_effects import output_weights
+from tl_neuron_circuits.nodes import Random
 from tl_neuron_circuits.tasks import tokenize
 from tl_neuron_circuits.tasks._metrics import measure
 from tl_neuron_circuits.tasks._tokenized import Batch
@@ -179,7 +180,7 @@ def rows_of(model: Any, n: int, seed: int) -> tuple[list[dict[str, Any]], pd.Dat
     trial = Trial.of(model, *draw(cities[1::2], TEST, n, 2 * seed + 1))
     scores = {label: tnc.attribute(model, learned, method=m).values for label, m in METHODS.items()}
     change = tnc.attribute(model, learned, method="activation_difference").values
-    chance = tnc.attribute(model, learned, method="random", seed=seed).values
+    chance = tnc.attribute(model, learned, method=Random(seed)).values
     generator = torch.Generator().manual_seed(seed)
     every = {hook: torch.ones(score.shape[1], dtype=torch.bool) for hook, score in change.items()}
     rows = [{"share": 1.0, "RelP": trial.flips(trial.placed(every))}]

@@ -102,8 +102,8 @@ def measure_time(backend: str, arguments: argparse.Namespace) -> dict[str, float
     pairs = TokenizedPairs.from_tokens(tokens, tokens[:, 0], tokens.flip(0), tokens[:, 1])
     methods = {
         "attribute_relp": lambda: attribute(model, pairs),
-        "attribute_inputs": lambda: attribute(model, pairs, method="integrated_gradients_inputs", steps=10),
-        "attribute_ig": lambda: attribute(model, pairs, method="integrated_gradients", steps=10),
+        "attribute_inputs": lambda: attribute(model, pairs, method="integrated_gradients_inputs(steps=10)"),
+        "attribute_ig": lambda: attribute(model, pairs, method="integrated_gradients(steps=10)"),
     }
     whole = (
         alternating(methods, arguments.ig_rounds, warm_up=0)

@@ -16,8 +16,10 @@ import tl_neuron_circuits as tnc
 from tests.benchmarks import curve_cost, edges, relp_cost
 from tests.benchmarks.curve_cost import counted
 from tests.families import build_bridge_from_module
+from tests.methods import with_steps
 from tl_neuron_circuits.lasso import largest_penalty, solve_lasso
 from tl_neuron_circuits.lasso._statistics import Accumulator, standardize
+from tl_neuron_circuits.nodes import Patching
 from tl_neuron_circuits.tasks import TokenizedPairs, tokenize
 
 
@@ -89,7 +91,7 @@ def method_over_relp(method: str) -> Callable[[bool], Pair]:
         model = relp_cost.model_of("TransformerBridge" if relp_cost.HookedTransformer is None else "HookedTransformer",
                                    *((2, 64) if quick else (6, 256)))  # fmt: skip
         pairs = random_pairs(relp_cost.tokens_of(), 8)
-        work = lambda: tnc.attribute(model, pairs, method=method, steps=2 if quick else 10)  # noqa: E731
+        work = lambda: tnc.attribute(model, pairs, method=with_steps(method, 2 if quick else 10))  # noqa: E731
         return Pair(work, lambda: tnc.attribute(model, pairs))
 
     return build
@@ -105,7 +107,7 @@ def patching_over_relp(quick: bool) -> Pair:
     some = scores.to_dataframe().sample(16 if quick else 128, random_state=0)
     share = len(some) / len(scores)
     note = f"a sample of {len(some)} of {len(scores):,} neurons, times the rest"
-    work = lambda: tnc.attribute(model, pairs, method="patching", nodes=some)  # noqa: E731
+    work = lambda: tnc.attribute(model, pairs, method=Patching(some))  # noqa: E731
     return Pair(work, lambda: tnc.attribute(model, pairs), per=share, note=note)
 
 

@@ -27,10 +27,10 @@ SIZES = (20, 50, 100, 200, 400)
 TEMPLATES = PRONOUN_TEMPLATES[:8]
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "RelP": {"method": "relp"},
-    "RelP without attention": {"method": "relp", "rules": ("ln", "identity", "half")},
+    "RelP without attention": {"method": "relp(rules=ln+identity+half)"},
     "AtP": {"method": "gradient"},
-    "IG-10": {"method": "integrated_gradients", "steps": 10},
-    "IG-10 over inputs": {"method": "integrated_gradients_inputs", "steps": 10},
+    "IG-10": {"method": "integrated_gradients"},
+    "IG-10 over inputs": {"method": "integrated_gradients_inputs"},
     "activation difference": {"method": "activation_difference"},
     "random": {"method": "random"},
 }

@@ -234,7 +234,7 @@ def test_what_is_saved_is_loaded_and_needs_its_dictionaries(whole: tuple, tmp_pa
     assert here.sizes == (15,)
     with pytest.raises(SettingsError, match="basis="):
         evaluate(model, given, Circuit.load(tmp_path / "circuit"))
-    kept = evaluate(model, given, circuit, error="keep")
+    kept = evaluate(model, given, circuit, error_nodes="keep")
     assert not torch.equal(kept.kept, here.kept)
     by_edges = evaluate_edges(model, given, circuit, sizes=[0, 5, 30])
     assert by_edges.faithfulness[0] == pytest.approx(0, abs=1e-6)
@@ -262,7 +262,7 @@ def test_evaluate_keeps_exactly_the_circuits_features(whole: tuple) -> None:
         return hook
 
     for error in ("nodes", "keep"):
-        found = evaluate(model, given, circuit, ablation="zero", error=error)
+        found = evaluate(model, given, circuit, ablation="zero", error_nodes=error)
         reads = [(d.hook_in, lambda v, hook: seen.update({hook.name: v})) for d in basis.dictionaries]
         writes = [(d.hook_out, replace(d, error == "keep")) for d in basis.dictionaries]
         with torch.no_grad():

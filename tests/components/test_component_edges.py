@@ -14,6 +14,7 @@ from tl_neuron_circuits.components import EdgeScores, component_edges, component
 from tl_neuron_circuits.components._component_edges import metric_of_edges
 from tl_neuron_circuits.components._gradients import read_gradients
 from tl_neuron_circuits.components._runs import Streams, output_weights, run_with_edges, streams
+from tl_neuron_circuits.nodes import Random
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
@@ -234,7 +235,7 @@ def test_scores_are_saved_named_and_ranked(tmp_path: Path) -> None:
 
 def test_random_scores_follow_their_seed() -> None:
     model = model_cases("gpt2")[0].build()
-    one, two, other = (component_edges(model, some_pairs(model), method="random", seed=s).scores for s in (0, 0, 1))
+    one, two, other = (component_edges(model, some_pairs(model), method=Random(s)).scores for s in (0, 0, 1))
     assert torch.equal(one.nan_to_num(), two.nan_to_num()) and not torch.equal(one.nan_to_num(), other.nan_to_num())
 
 

@@ -21,7 +21,14 @@ def curve(
     wanted = torch.as_tensor(faithfulness, dtype=torch.float32)
     wanted = wanted if wanted.dim() == 2 else wanted[:, None].expand(-1, n_pairs)
     n_pairs = wanted.shape[1]
-    known = {"basis": "neurons", "method": "relp", "ablation": "mean", "error": "nodes", "model": "made", "metric": "m"}
+    known = {
+        "basis": "neurons",
+        "method": "relp",
+        "ablation": "mean",
+        "error_nodes": "rank",
+        "model": "made",
+        "metric": "m",
+    }
     return SparsityCurve(
         tuple(sizes),
         kept=1 + 2 * wanted,
@@ -29,7 +36,7 @@ def curve(
         full=torch.full((n_pairs,), 3.0),
         empty=torch.ones(n_pairs),
         predicted=2 * wanted.mean(1),
-        n_nodes=n_nodes,
+        total=n_nodes,
         settings=known | settings,
         groups=groups,
     )

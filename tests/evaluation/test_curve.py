@@ -53,7 +53,7 @@ def test_log_area_is_the_mean_over_the_log_axis_of_absolute_counts() -> None:
     assert rises.log_area(10_000) == pytest.approx(0.75)  # beyond all nodes it stays 1
     assert rises.log_area(10) == pytest.approx(0.25)
     assert curve([1, 10], [0.0, 0.5]).log_area(10_000) == pytest.approx(0.75)  # all nodes, unmeasured, give 1
-    assert curve([1, 10], [0.5, 0.5], error="ablate").log_area(10_000) == pytest.approx(0.5)
+    assert curve([1, 10], [0.5, 0.5], error_nodes="ablate").log_area(10_000) == pytest.approx(0.5)
 
 
 def test_cpr_and_cmd_of_curves_that_are_known() -> None:
@@ -68,7 +68,7 @@ def test_cpr_and_cmd_of_curves_that_are_known() -> None:
     assert needs_all.cpr == pytest.approx(0.25, abs=3e-3) and needs_all.cmd == pytest.approx(0.75, abs=3e-3)
     above = curve(sizes, [1.5] * 9 + [1.0], 1000)
     assert above.cmd == pytest.approx(0.374, abs=1e-3) and above.cpr > 1
-    ablated = curve([500, 1000], [0.5, 0.5], 1000, error="ablate")
+    ablated = curve([500, 1000], [0.5, 0.5], 1000, error_nodes="ablate")
     assert ablated.cmd == pytest.approx(0.624, abs=1e-3)  # 1 to .5 until the middle, .5 from there
     assert curve([0, 1000], [0.0, 1.0], 1000).cpr == pytest.approx(0.5, abs=1e-3)
 

@@ -31,7 +31,7 @@ def test_both_protocols_end_at_the_whole_circuit(stories260K: Any, circuit: Circ
     torch.testing.assert_close(by_edges.kept[1], nodes.kept[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(by_nodes.removed[1], nodes.removed[0], atol=1e-4, rtol=1e-4)
     for curve in (by_nodes, by_edges):
-        assert curve.n_nodes == count
+        assert curve.n_edges == count
         torch.testing.assert_close(curve.kept[0], curve.empty, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(curve.removed[0], curve.full, atol=1e-4, rtol=1e-4)
 

@@ -67,7 +67,7 @@ def test_an_error_that_is_no_node_is_always_kept_or_always_ablated(case: ModelCa
     scores = scored(case, name)
     n_errors = sum(block.numel() for block in scores.errors.values())
     n_nodes = len(scores) - n_errors
-    curve = evaluate(model, tokens, scores, sizes=[0, n_nodes], error=error)
+    curve = evaluate(model, tokens, scores, sizes=[0, n_nodes], error_nodes=error)
     assert curve.n_nodes == n_nodes and n_errors == N_LAYERS * 5
     assert curve.faithfulness[0] == pytest.approx(0, abs=1e-4)
     if error == "keep":
@@ -78,7 +78,7 @@ def test_an_error_that_is_no_node_is_always_kept_or_always_ablated(case: ModelCa
         assert curve.completeness[1] == pytest.approx(0, abs=1e-4)  # empties both
         assert curve.completeness[0] == pytest.approx(curve.faithfulness[1], abs=1e-6)
     with pytest.raises(SettingsError, match=f"number of nodes, {n_nodes:,}"):
-        evaluate(model, tokens, scores, sizes=[n_nodes + 1], error=error)
+        evaluate(model, tokens, scores, sizes=[n_nodes + 1], error_nodes=error)
 
 
 def kept_by_hand(model: Any, tokens: TokenizedPairs, kept: set[tuple[int, int, int]], base: list[Tensor]) -> Tensor:

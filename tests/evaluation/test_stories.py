@@ -8,7 +8,7 @@ import torch
 from tests.benchmarks.stories260K import METHODS, TEMPLATES, curve_of, merit, scores_of
 from tests.stories_tasks import pronoun_pairs
 from tl_neuron_circuits.bases import AttentionBlockOutputs, MLPOutputs, ResidualStream
-from tl_neuron_circuits.nodes import attribute
+from tl_neuron_circuits.nodes import Patching, attribute
 from tl_neuron_circuits.tasks import logit_difference, tokenize
 from tl_neuron_circuits.tasks._metrics import measure
 
@@ -30,7 +30,7 @@ def test_relp_beats_attribution_patching_on_seven_of_eight_templates(stories260K
 def test_patching_a_real_models_neurons_is_one_forward_pass_each(stories260K: Any) -> None:
     pairs = pronoun_pairs(TEMPLATES[0], "attribution", 2)
     top = attribute(stories260K, pairs).top(6)
-    found = attribute(stories260K, pairs, method="patching", nodes=top)
+    found = attribute(stories260K, pairs, method=Patching(top))
     (batch,) = tokenize(stories260K, pairs).batches(100)
 
     def metric(hooks: Any = ()) -> float:

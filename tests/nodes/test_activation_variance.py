@@ -44,7 +44,7 @@ def assert_variance(found: Tensor, rows: Tensor) -> None:
 def test_kept_and_zeroed_units_are_what_their_names_say(case: ModelCase) -> None:
     """All neurons are the model; all features are the MLPs replaced; none of them is the bias of the decoder."""
     model, pairs = model_of(case), random_pairs(4, 4, 4, corrupt=False)
-    settings: dict[str, Any] = {"ablation": "zero", "error": "ablate", "completeness": False}
+    settings: dict[str, Any] = {"ablation": "zero", "error_nodes": "ablate", "completeness": False}
     whole = evaluate(model, pairs, activation_variance(model, pairs, basis=Neurons()), sizes=[0, 48], **settings)
     assert torch.equal(whole.kept[1], whole.full) and not torch.equal(whole.kept[0], whole.full)
     basis = tiny_dictionaries("transcoder", model)

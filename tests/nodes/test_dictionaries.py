@@ -7,6 +7,7 @@ import torch
 
 from tests.bases.tiny_dictionaries import RANDOM, tiny_dictionaries
 from tests.families import ModelCase, all_models
+from tests.methods import with_steps
 from tests.nodes.plain import assert_scores, gradients_of, metric_with, random_pairs, values_of
 from tests.propagation.readings import ALL_RULES, model_of
 from tl_neuron_circuits.bases import MLPOutputs, Neurons
@@ -23,7 +24,7 @@ kinds = pytest.mark.parametrize("kind", ["sae", "transcoder", "skip_transcoder"]
 def test_features_and_errors_sum_to_the_mlp_outputs_and_the_neurons(case: ModelCase, kind: Any, method: Any) -> None:
     """Per layer and position, with whatever the dictionary misses in the error node."""
     model, pairs = model_of(case), random_pairs(4, 4, 4)
-    settings = {"method": method, "steps": 2, "batch_size": 2}
+    settings = {"method": with_steps(method, 2), "batch_size": 2}
     found = attribute(model, pairs, basis=tiny_dictionaries(kind, model), **settings)
     whole = attribute(model, pairs, basis=MLPOutputs(), **settings)
     neurons = attribute(model, pairs, basis=Neurons(), **settings)

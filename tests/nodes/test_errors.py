@@ -10,8 +10,10 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from tests.families import ModelCase, all_models, unsupported_models
+from tests.methods import with_steps
 from tests.nodes.plain import random_pairs
 from tests.propagation.readings import model_of, settled
+from tl_neuron_circuits import RelP
 from tl_neuron_circuits._errors import (
     NumericalError,
     PairsError,
@@ -40,13 +42,13 @@ def fails(logits: Tensor, batch: Any) -> Tensor:
 def test_nothing_is_left_on_the_model(case: ModelCase, method: Any, untouched: Untouched) -> None:
     """After a result, and after Ctrl-C in the metric; parameters get no gradient."""
     model, pairs = model_of(case), random_pairs(4, 4)
-    settings = {"method": method, "steps": 2, "basis": Neurons(layers=[1])}
+    settings = {"method": with_steps(method, 2), "basis": Neurons(layers=[1])}
     with untouched(model):
         scores = attribute(model, pairs, **settings)
         if method not in ("activation_difference", "random"):
             with pytest.raises(KeyboardInterrupt):
                 attribute(model, pairs, metric=fails, **settings)
-    assert scores.flat().isfinite().all() and scores.settings["method"] == method
+    assert scores.flat().isfinite().all() and scores.settings["method_options"]["name"] == method
     assert all(parameter.grad is None for parameter in torch.nn.Module.parameters(model))
 
 
@@ -66,7 +68,7 @@ def test_no_corrupt_prompts_is_an_error_where_they_are_needed(case: ModelCase, m
     model, pairs = model_of(case), random_pairs(4, 4, corrupt=False)
     with pytest.raises(PairsError, match=r"these pairs have none. Give corrupt=, or baseline='zero' or 'mean'"):
         attribute(model, pairs, method=method)
-    assert attribute(model, pairs, method=method, baseline="zero", steps=2).flat().isfinite().all()
+    assert attribute(model, pairs, method=with_steps(method, 2), baseline="zero").flat().isfinite().all()
 
 
 @models
@@ -87,15 +89,17 @@ def test_lengths_that_do_not_fit_are_listed(case: ModelCase) -> None:
 @pytest.mark.parametrize(
     ("message", "settings"),
     [
-        ("at least 1; got 0", {"steps": 0}),
-        ("at least 1; got 10 and 0", {"batch_size": 0}),
-        ("at least one rule for method='relp'", {"rules": ()}),
-        ("method='gradient' uses no rules", {"method": "gradient", "rules": ("ln",)}),
+        ("at least 1; got 0", {"method": "integrated_gradients(steps=0)"}),
+        ("batch_size to be at least 1", {"batch_size": 0}),
+        ("at least one rule for RelP", {"method": RelP(rules=())}),
+        ("options of gradient out of", {"method": "gradient(rules=ln)"}),
+        ("expected a method out of", {"method": "relevance"}),
+        ("a number for steps", {"method": "integrated_gradients(steps=many)"}),
         ("needs baseline='corrupt'", {"direction": "denoising", "baseline": "zero"}),
-        ("needs baseline='corrupt'", {"direction": "denoising", "method": "integrated_gradients"}),
+        ("one of the methods relp, gradient, patching", {"direction": "denoising", "method": "integrated_gradients"}),
         ("not to a mean", {"method": "integrated_gradients_inputs", "baseline": "mean"}),
-        ("expected rules out of", {"rules": ("halve",)}),
-        ("expected a stabilizer between 0 and 1", {"stabilizer": 2.0}),
+        ("expected rules out of", {"method": "relp(rules=halve+ln)"}),
+        ("expected a stabilizer between 0 and 1", {"method": RelP(stabilizer=2.0)}),
         (r"expected layers between 0 and 1; got \[7\]", {"basis": Neurons(layers=[0, 7])}),
         ("expected every hook point once", {"basis": [Neurons(), Neurons(layers=[0])]}),
     ],
@@ -111,10 +115,9 @@ def test_settings_that_contradict_each_other_are_refused(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "relevance"},
         {"positions": "all"},
         {"baseline": "noise"},
-        {"steps": 2.5},
+        {"method": 2.5},
         {"batch_size": "8"},
         {"basis": "neurons"},
         {"metric": 3},
@@ -164,7 +167,7 @@ def test_a_broken_model_gives_no_scores(case: ModelCase, method: Any, untouched:
     model = settled(case.build())
     with torch.no_grad():
         next(p for n, p in torch.nn.Module.named_parameters(model) if "mlp" in n and p.dim() > 1)[0, 0] = float("nan")
-    with untouched(model), pytest.raises(NumericalError, match="finite"):
+    with untouched(model), pytest.raises(NumericalError, match="finite|contain NaN or inf"):
         attribute(model, random_pairs(4, 4), method=method)
 
 

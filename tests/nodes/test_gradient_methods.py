@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.families import ModelCase, all_models
+from tests.methods import with_steps
 from tests.nodes.plain import (
     POSTS,
     assert_scores,
@@ -17,6 +18,7 @@ from tests.nodes.plain import (
 )
 from tests.propagation.readings import ALL_RULES, model_of
 from tests.propagation.test_conservation import without_biases
+from tl_neuron_circuits import RelP
 from tl_neuron_circuits.bases import AttentionBlockOutputs, HeadOutputs, MLPOutputs, Neurons, ResidualStream
 from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.tasks import answer_logit
@@ -54,7 +56,7 @@ def test_kept_positions_are_the_plain_loop(case: ModelCase, method: Any) -> None
 @few_models
 def test_rules_can_be_chosen(case: ModelCase, rules: tuple[str, ...]) -> None:
     model, pairs = model_of(case), random_pairs(5, 5)
-    found = attribute(model, pairs, rules=rules, positions="sum")
+    found = attribute(model, pairs, method=RelP(rules), positions="sum")
     expected = mean_over_pairs(plain_scores(case, model, pairs, POSTS, rules=rules))
     for name in POSTS:
         assert_scores(found.values[name], expected[name], case)
@@ -78,7 +80,7 @@ def test_denoising_takes_the_gradient_on_the_corrupt_run(case: ModelCase, method
 def test_a_batch_is_its_members(case: ModelCase, method: Any) -> None:
     """Whatever the batch size and the order of lengths."""
     model, pairs = model_of(case), random_pairs(4, 3, 4)
-    settings = {"method": method, "positions": "sum", "steps": 2, "basis": Neurons(layers=[1])}
+    settings = {"method": with_steps(method, 2), "positions": "sum", "basis": Neurons(layers=[1])}
     expected = attribute(model, pairs, batch_size=1, **settings).values[POSTS[1]]
     for batch_size in (2, 100):
         assert_scores(attribute(model, pairs, batch_size=batch_size, **settings).values[POSTS[1]], expected, case)
@@ -130,7 +132,7 @@ def test_summed_units_are_sums_of_units(case: ModelCase) -> None:
 @few_models
 def test_a_stabilizer_is_passed_on(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(5, 5)
-    exact, forks = (attribute(model, pairs, stabilizer=stabilizer).flat() for stabilizer in (None, 1e-6))
+    exact, forks = (attribute(model, pairs, method=RelP(stabilizer=stabilizer)).flat() for stabilizer in (None, 1e-6))
     assert not torch.equal(exact, forks) and (exact - forks).abs().max() < 1e-3 * exact.abs().max()
 
 

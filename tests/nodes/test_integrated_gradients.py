@@ -8,8 +8,10 @@ import pytest
 from torch import Tensor
 
 from tests.families import ModelCase, all_models
+from tests.methods import with_steps
 from tests.nodes.plain import POSTS, assert_scores, metric_at, metric_with, random_pairs, values_of
 from tests.propagation.readings import ALL_RULES, model_of
+from tl_neuron_circuits import IntegratedGradients
 from tl_neuron_circuits.bases import ResidualStream
 from tl_neuron_circuits.bases._activations import ActivationSite
 from tl_neuron_circuits.nodes import attribute
@@ -42,7 +44,7 @@ def test_one_step_is_attribution_patching(case: ModelCase, method: Any, baseline
     if (method, baseline) == ("integrated_gradients_inputs", "mean"):
         pytest.skip("inputs have no mean")
     model, pairs = model_of(case), random_pairs(5, 5)
-    found = attribute(model, pairs, method=method, steps=1, baseline=baseline)
+    found = attribute(model, pairs, method=with_steps(method, 1), baseline=baseline)
     expected = attribute(model, pairs, method="gradient", baseline=baseline)
     assert_scores(found.flat(), expected.flat(), case)
 
@@ -50,7 +52,7 @@ def test_one_step_is_attribution_patching(case: ModelCase, method: Any, baseline
 @models
 def test_one_step_with_rules_is_relp(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(5, 5)
-    found = attribute(model, pairs, method="integrated_gradients", steps=1, rules=ALL_RULES)
+    found = attribute(model, pairs, method=IntegratedGradients(steps=1, rules=ALL_RULES))
     assert_scores(found.flat(), attribute(model, pairs).flat(), case)
 
 
@@ -60,7 +62,7 @@ def test_many_steps_sum_to_the_effect_of_patching_the_layer(case: ModelCase) -> 
     model, pairs = model_of(case), random_pairs(4)
     clean, corrupt = pairs.clean[0], pairs.corrupt[0]
     there = values_of(model, corrupt, POSTS)
-    coarse, fine = (attribute(model, pairs, method="integrated_gradients", steps=k).values for k in (20, 40))
+    coarse, fine = (attribute(model, pairs, method=f"integrated_gradients(steps={k})").values for k in (20, 40))
     for name in POSTS:
         effect = metric_with(model, pairs, 0, clean, {}) - metric_with(model, pairs, 0, clean, {name: there[name]})
         assert_converges(coarse[name], fine[name], effect)
@@ -72,7 +74,7 @@ def test_over_a_full_cut_many_steps_sum_to_the_whole_effect(case: ModelCase, met
     """At the embeddings: m(clean) - m(corrupt)."""
     model, pairs = model_of(case), random_pairs(4)
     whole = metric_at(model(pairs.clean[0][None]), pairs, 0) - metric_at(model(pairs.corrupt[0][None]), pairs, 0)
-    coarse, fine = (attribute(model, pairs, method=method, steps=k, basis=Embeddings()).flat() for k in (20, 40))
+    coarse, fine = (attribute(model, pairs, method=with_steps(method, k), basis=Embeddings()).flat() for k in (20, 40))
     assert_converges(coarse, fine, float(whole.detach()))
 
 
@@ -82,7 +84,8 @@ def test_the_residual_stream_is_a_full_cut_too(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(4)
     effect = metric_with(model, pairs, 0, pairs.clean[0], {}) - metric_with(model, pairs, 0, pairs.corrupt[0], {})
     coarse, fine = (
-        attribute(model, pairs, method="integrated_gradients", steps=k, basis=ResidualStream()).values for k in (20, 40)
+        attribute(model, pairs, method=f"integrated_gradients(steps={k})", basis=ResidualStream()).values
+        for k in (20, 40)
     )
     for name in fine:
         assert_converges(coarse[name], fine[name], effect)

@@ -11,7 +11,7 @@ from tests.nodes.plain import POSTS, assert_scores, metric_with, random_pairs, v
 from tests.propagation.readings import model_of
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.bases import HeadOutputs, MLPOutputs, Neurons, ResidualStream
-from tl_neuron_circuits.nodes import attribute
+from tl_neuron_circuits.nodes import Patching, attribute
 from tl_neuron_circuits.tasks import TokenizedPairs
 
 models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
@@ -103,14 +103,13 @@ def test_chosen_nodes_alone_are_measured(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(4, 4)
     everything = attribute(model, pairs, method="patching")
     chosen = attribute(model, pairs).top(7)
-    some = attribute(model, pairs, method="patching", nodes=chosen)
+    some = attribute(model, pairs, method=Patching(chosen))
     assert int((~some.flat().isnan()).sum()) == 7 and len(some.top(50)) == 7
     for row in chosen.itertuples():
         expected = everything.values[row.hook][row.position, row.unit]
         torch.testing.assert_close(some.values[row.hook][row.position, row.unit], expected, atol=1e-6, rtol=1e-5)
-    summed = attribute(
-        model, pairs, method="patching", positions="sum", nodes=attribute(model, pairs, positions="sum").top(3)
-    )
+    best = attribute(model, pairs, positions="sum").top(3)
+    summed = attribute(model, pairs, method=Patching(best), positions="sum")
     assert int((~summed.flat().isnan()).sum()) == 3
 
 
@@ -126,8 +125,6 @@ def test_nodes_that_do_not_exist_are_refused(case: ModelCase) -> None:
     }
     for message, nodes in wrong.items():
         with pytest.raises(SettingsError, match=message):
-            attribute(model, pairs, method="patching", nodes=nodes)
+            attribute(model, pairs, method=Patching(nodes))
     with pytest.raises(SettingsError, match="units='sum' measures whole activations"):
-        attribute(model, pairs, method="patching", nodes=top, units="sum")
-    with pytest.raises(SettingsError, match="nodes= restricts method='patching'"):
-        attribute(model, pairs, nodes=top)
+        attribute(model, pairs, method=Patching(top), units="sum")

@@ -48,7 +48,7 @@ def stops_at(call: int) -> Any:
     [
         {"basis": [Neurons(), MLPOutputs()]},
         {"baseline": "mean"},
-        {"method": "integrated_gradients_inputs", "steps": 2},
+        {"method": "integrated_gradients_inputs(steps=2)"},
         {"batch_size": "auto"},
     ],
     ids=["two bases", "mean", "steps", "auto"],
@@ -93,8 +93,14 @@ def test_only_what_was_left_is_computed(model: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": 1}, {"baseline": "zero"}, {"batch_size": 3}, {"metric": answer_logit}, {"basis": MLPOutputs()}],
-    ids=["seed", "baseline", "batch_size", "metric", "basis"],
+    [
+        {"method": "gradient"},
+        {"baseline": "zero"},
+        {"batch_size": 3},
+        {"metric": answer_logit},
+        {"basis": MLPOutputs()},
+    ],
+    ids=["method", "baseline", "batch_size", "metric", "basis"],
 )
 def test_another_runs_directory_is_refused(model: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
     stopped(model, tmp_path)

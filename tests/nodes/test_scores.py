@@ -13,7 +13,7 @@ from tests.nodes.plain import POSTS, random_pairs
 from tests.propagation.readings import model_of
 from tl_neuron_circuits._errors import FileFormatError
 from tl_neuron_circuits.bases import HeadOutputs, Neurons, ResidualStream
-from tl_neuron_circuits.nodes import NodeScores, attribute
+from tl_neuron_circuits.nodes import NodeScores, Random, attribute
 
 models = pytest.mark.parametrize("case", all_models("gpt2"))
 COLUMNS = ["label", "layer", "unit", "position", "score", "kind", "hook"]
@@ -103,7 +103,7 @@ DAMAGES = {
     _truncate: "truncated or foreign",
     _cut_json: "not readable JSON",
     _foreign: "describes something else",
-    _newer: "expected schema 1 .*; got 99",
+    _newer: "expected schema 2 .*; got 99",
     _without_settings: "lacks .'settings'",
     _without_tensors: "scores.safetensors is not there",
 }
@@ -133,7 +133,7 @@ def test_other_peoples_files_are_not_overwritten(case: ModelCase, tmp_path: Path
 @models
 def test_controls_know_nothing_or_activations_only(case: ModelCase) -> None:
     model, pairs = model_of(case), random_pairs(4, 4, 4)
-    noise = [attribute(model, pairs, method="random", seed=seed).flat() for seed in (0, 0, 1)]
+    noise = [attribute(model, pairs, method=Random(seed)).flat() for seed in (0, 0, 1)]
     assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
     assert abs(float(noise[0].mean())) < 0.3 and 0.8 < float(noise[0].std()) < 1.2
     found = attribute(model, pairs, method="activation_difference", batch_size=2)

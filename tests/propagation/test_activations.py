@@ -34,7 +34,7 @@ def test_known_ratios_are_exact(known: Activation) -> None:
     """ratio * x is f(x) to rounding, also near zero where f(x) / x has no digits left, and at zero it is the limit."""
     small = torch.logspace(-30, -1, 30, dtype=torch.float64)
     x = torch.cat([-small, torch.zeros(1), small])
-    assert known.function is not None and known.ratio is not None
+    assert known.function is not None and known.exact_ratio is not None
     torch.testing.assert_close(known.ratio(x) * x, known.function(x), atol=0, rtol=1e-9, equal_nan=False)
     assert torch.isfinite(known.ratio(x)).all()
     wide = torch.linspace(-30, 30, 121, dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_the_models_own_activation_is_found(case: ModelCase) -> None:
     kind = replica_of(case).architecture.activation
     for layer in range(2):
         found = find_activation(model_of(case), layer)
-        assert found.name == kinds.get(kind, kind) and found.ratio is not None
+        assert found.name == kinds.get(kind, kind) and found.exact_ratio is not None
 
 
 def strange(x: Tensor) -> Tensor:
@@ -117,10 +117,9 @@ def test_near_zero_the_stabilizer_matters_and_the_exact_ratio_does_not_break(cas
     torch.testing.assert_close(2 * expected[..., :2], ratio[..., :2] * post[..., :2], atol=1e-9, rtol=1e-4)
 
 
-def test_a_gated_activation_that_cannot_be_found_is_an_error() -> None:
-    """Its two branches could not be told apart."""
-    with pytest.raises(UnsupportedModelError, match="cannot be told apart"):
-        Activation("unknown", None, None).apply(torch.ones(3))
+def test_an_activation_that_cannot_be_found_is_an_error() -> None:
+    with pytest.raises(UnsupportedModelError, match="found neither by name nor on the module"):
+        Activation("unknown", None, None).value(torch.ones(3))
 
 
 @pytest.mark.parametrize("case", all_models("llama", "gemma2"))

@@ -14,7 +14,7 @@ from tests.families import ModelCase, all_models, model_cases, random_tokens
 from tests.propagation.readings import by_capture, expected_gradients, model_of, next_token_loss, tokens_of
 from tl_neuron_circuits._errors import PropagationError, SettingsError
 from tl_neuron_circuits.propagation import relp
-from tl_neuron_circuits.propagation._rules import ALL_RULES
+from tl_neuron_circuits.propagation.rules import ALL_RULES
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 both_classes = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
@@ -88,12 +88,12 @@ def test_nothing_is_left_after_an_error(case: ModelCase, error: type[BaseExcepti
 
 @both_classes
 def test_nothing_is_left_when_entering_fails(case: ModelCase, untouched: Untouched, monkeypatch: Any) -> None:
-    from tl_neuron_circuits.propagation import _session
+    from tl_neuron_circuits.propagation import _wiring
 
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_session, "find_activation", interrupted)
+    monkeypatch.setattr(_wiring, "find_activation", interrupted)
     with untouched(model_of(case)), pytest.raises(KeyboardInterrupt), relp(model_of(case)):
         pass
 

@@ -4,6 +4,7 @@ They share no code with the package: weights and architecture are read from the 
 """
 
 from tests.replicas._architecture import ALL_RULES as ALL_RULES
+from tests.replicas._architecture import RULE_SETS as RULE_SETS
 from tests.replicas._architecture import Architecture as Architecture
 from tests.replicas._architecture import Replica as Replica
 from tests.replicas._from_hooked import from_hooked_transformer as from_hooked_transformer

@@ -5,6 +5,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 ALL_RULES: tuple[str, ...] = ("ln", "identity", "half", "attention")
+RULE_SETS: dict[str, tuple[str, ...]] = {
+    "relp": ALL_RULES,
+    "cp": ALL_RULES,
+    "attnlrp": ("ln", "identity", "half", "split_attention"),
+    "gim": ("ln", "half", "split_attention", "warm_softmax"),
+}
+"""The named sets, in the replicas' own switches."""
 
 
 @dataclass(frozen=True)

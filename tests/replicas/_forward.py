@@ -81,7 +81,7 @@ def _attention(
         q, k = _rotate(q, arch, layer), _rotate(k, arch, layer)
     repeats = arch.n_heads // arch.n_kv_heads
     k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * arch.score_scale[layer]
+    scores = _product("bqhd,bkhd->bhqk", q, k, rules) * arch.score_scale[layer]
     if arch.alibi:
         scores = scores - _alibi_slopes(arch.n_heads)[:, None, None] * _distance(scores.shape[-1])
     scores = _cap(scores, arch.score_cap)
@@ -89,8 +89,20 @@ def _attention(
     pattern = scores.softmax(-1)
     if "attention" in rules:
         pattern = pattern.detach()
-    z = record(f"{name}.hook_z", torch.einsum("bhqk,bkhd->bqhd", pattern, v))
+    if (
+        "warm_softmax" in rules
+    ):  # the gradient of 2 softmax(scores / 2), which is p (g - sum(g p)) at p = softmax(scores / 2)
+        warm = 2 * (scores / 2).softmax(-1)
+        pattern = pattern.detach() + (warm - warm.detach())
+    z = record(f"{name}.hook_z", _product("bhqk,bkhd->bqhd", pattern, v, rules))
     return torch.einsum("bqhd,hdm->bqm", z, w[f"{name}.W_O"]) + w.get(f"{name}.b_O", 0.0)
+
+
+def _product(equation: str, a: Tensor, b: Tensor, rules: Collection[str]) -> Tensor:
+    """A product of two activations; with "split_attention" both get half of the relevance (AttnLRP)."""
+    if "split_attention" in rules:
+        return (torch.einsum(equation, a.detach(), b) + torch.einsum(equation, a, b.detach())) / 2
+    return torch.einsum(equation, a, b)
 
 
 def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

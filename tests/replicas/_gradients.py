@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tests.families import ModelCase, hugging_face
-from tests.replicas._architecture import ALL_RULES, Replica
+from tests.replicas._architecture import ALL_RULES, RULE_SETS, Replica
 from tests.replicas._forward import forward
 from tests.replicas._from_hooked import from_hooked_transformer
 from tests.replicas._from_hugging_face import from_hugging_face
@@ -34,7 +34,7 @@ class _Run:
 
 
 def _run(replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: Collection[str]) -> _Run:
-    unknown = set(rules) - set(ALL_RULES)
+    unknown = set(rules) - {rule for rules in RULE_SETS.values() for rule in rules}
     assert not unknown, f"unknown rules {unknown}"
     leaves: dict[int, Tensor] = {}  # a tensor that serves under two names stays one tensor
     for value in replica.weights.values():

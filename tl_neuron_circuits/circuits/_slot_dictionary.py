@@ -160,7 +160,7 @@ def _norm(frozen: Any) -> Callable[[Tensor], Tensor]:
     """center(x) / scale, the scale of this prompt."""
 
     def rebuild(x: Tensor) -> Tensor:
-        _, scale = frozen.rebuild(x.detach())
+        scale = frozen.scale(x.detach())
         x = x.to(scale.dtype)
         return (x - x.mean(-1, keepdim=True) if frozen.centered else x) / scale
 

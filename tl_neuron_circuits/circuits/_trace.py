@@ -15,7 +15,7 @@ from ..bases._runs import logits_of
 from ..bases._site import Basis, name_of
 from ..interventions._steering_prompts import text_pieces
 from ..models._protocol import TransformerLensModel
-from ..propagation._rules import ALL_RULES
+from ..propagation.rules import ALL_RULES
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs

@@ -31,18 +31,19 @@ def attribute(
     from ..bases._activations import ACTIVATION_BASES
     from ..nodes._attribute import attribute as score
     from ..tasks._pairs import PromptPairs
+    from ..tasks._tokenize import tokenize
 
     if basis not in ACTIVATION_BASES:
         raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {basis!r}.")
     read = PromptPairs.from_jsonl(pairs)
     processes = here()  # under `accelerate launch` before the model is loaded: it chooses this process' GPU
+    loaded = load_model(model, backend, device, dtype)
     scores = score(
-        load_model(model, backend, device, dtype),
-        read,
-        method=method,  # pyright: ignore[reportArgumentType]
+        loaded,
+        tokenize(loaded, read, multi_token=multi_token),  # pyright: ignore[reportArgumentType]
+        method=method,
         basis=ACTIVATION_BASES[basis](),
         positions=positions,  # pyright: ignore[reportArgumentType]
-        multi_token=multi_token,  # pyright: ignore[reportArgumentType]
         batch_size=batch_size,
         verbose=progress(),
     )

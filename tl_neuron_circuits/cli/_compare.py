@@ -13,7 +13,7 @@ from ._terminal import console, print_json, progress, show, show_written
 def compare(
     model: Model,
     pairs: PairsFile,
-    out: Annotated[Path, typer.Option(help="Folder for the results; the same call goes on from what is there.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same call resumes from there.")],
     evaluation_pairs: Annotated[Path | None, typer.Option(help="Held-out pairs; else half of the words.")] = None,
     basis: Annotated[list[str] | None, typer.Option(help="neurons, mlp_outputs, ...; these two by default.")] = None,
     sae: Annotated[list[Path] | None, typer.Option(help="Folder of an SAE, or of folders of them.")] = None,
@@ -21,7 +21,7 @@ def compare(
     method: Annotated[list[str] | None, typer.Option(help="relp, gradient, integrated_gradients, random, ...")] = None,
     size: Annotated[list[int] | None, typer.Option(help="Numbers of nodes; 20 log-spaced ones.")] = None,
     ablation: Annotated[str, typer.Option(help="mean, zero, resample or corrupt.")] = "mean",
-    error: Annotated[str, typer.Option(help="A dictionary's error: nodes, keep or ablate.")] = "nodes",
+    error_nodes: Annotated[str, typer.Option(help="Errors of dictionaries: rank, keep or ablate.")] = "rank",
     mib: Annotated[bool, typer.Option("--mib", help="Also CPR and CMD on MIB's grid.")] = False,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -49,10 +49,10 @@ def compare(
         train,
         test,
         bases=bases,
-        methods=method or DEFAULT_METHODS,  # pyright: ignore[reportArgumentType]
+        methods=method or DEFAULT_METHODS,
         sizes=size,
         ablation=ablation,  # pyright: ignore[reportArgumentType]
-        error=error,  # pyright: ignore[reportArgumentType]
+        error_nodes=error_nodes,  # pyright: ignore[reportArgumentType]
         mib=mib,
         batch_size=batch_size,
         seed=seed,

@@ -20,7 +20,7 @@ from .._errors import NumericalError, PairsError, SettingsError
 from .._files import read_directory, versions, write_directory
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
-from ..propagation._rules import ALL_RULES
+from ..propagation.rules import ALL_RULES
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize

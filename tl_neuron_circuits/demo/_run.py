@@ -11,7 +11,6 @@ from ..evaluation._compare import compare
 from ..evaluation._comparison import Comparison
 from ..nodes._attribute import attribute
 from ..nodes._scores import NodeScores
-from ..nodes._setting import MethodName
 from ..propagation._check_model import ModelReport, check_model
 from ..tasks._agreement import subject_verb_agreement
 from ..tasks._pairs import PromptPairs
@@ -19,7 +18,7 @@ from ._capitals import capitals
 from ._models import load_demo_model
 
 SIZES = (10, 30, 100, 300)
-METHODS: tuple[MethodName, ...] = ("relp", "gradient", "integrated_gradients", "random")
+METHODS: tuple[str, ...] = ("relp", "gradient", "integrated_gradients", "random")
 _MOST = 1800  # pairs of one phrasing: all of them, so that Dallas is among them
 
 

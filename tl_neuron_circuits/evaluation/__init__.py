@@ -5,6 +5,7 @@ from ._compare import compare as compare
 from ._compare_with_patching import PatchingAgreement as PatchingAgreement
 from ._compare_with_patching import compare_with_patching as compare_with_patching
 from ._comparison import Comparison as Comparison
+from ._curve import EdgeCurve as EdgeCurve
 from ._curve import SparsityCurve as SparsityCurve
 from ._edge_curve import evaluate_edges as evaluate_edges
 from ._evaluate import evaluate as evaluate

@@ -20,7 +20,7 @@ from ..bases._runs import answers_only, logits_of, reads_of, run_values, take_ap
 from ..bases._site import Parts, Site
 from ..interventions._ablation import Ablation, AblationSwitch, Kept
 from ..models._protocol import TransformerLensModel
-from ..nodes._baseline import shared_means
+from ..nodes._scope import shared_means
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch, TokenizedPairs
 

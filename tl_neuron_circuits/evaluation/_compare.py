@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -17,19 +17,20 @@ from ..bases._site import Basis, sites_of
 from ..interventions._ablation import Ablation
 from ..models._protocol import TransformerLensModel
 from ..nodes._attribute import attribute
+from ..nodes._method import Method
+from ..nodes._methods import as_method
 from ..nodes._scores import NodeScores
-from ..nodes._setting import MethodName
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
 from ._comparison import Comparison, CurveKey
 from ._curve import MIB_FRACTIONS
-from ._evaluate import Errors, evaluate
+from ._evaluate import ErrorNodes, evaluate
 from ._resume import resume
 
 logger = logging.getLogger(__name__)
-DEFAULT_METHODS: tuple[MethodName, ...] = (
+DEFAULT_METHODS: tuple[str, ...] = (
     "relp",
     "gradient",
     "integrated_gradients",
@@ -47,16 +48,14 @@ def compare(
     evaluation_pairs: Pairs,
     *,
     bases: Sequence[Basis] | None = None,
-    methods: Sequence[MethodName] = DEFAULT_METHODS,
+    methods: Sequence[str | Method] = DEFAULT_METHODS,
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
-    error: Errors = "nodes",
+    error_nodes: ErrorNodes = "rank",
     metric: Metric = logit_difference,
-    steps: int = 10,
     mib: bool = False,
     bootstrap: int = 1000,
     batch_size: int | Literal["auto"] = 64,
-    prepend_bos: bool | None = None,
     seed: int = 0,
     directory: str | Path | None = None,
     verbose: bool = False,
@@ -70,18 +69,17 @@ def compare(
         evaluation_pairs: pairs to judge circuits on, with the same names of tasks.
         bases: neurons and MLP outputs unless given; every basis must cover the same layers, or ablating all of it would
             mean different things.
-        methods: as in `attribute`; the last two of the default are controls, drawn on every plot.
+        methods: as in `attribute`, by name or with options; the last two of the default are controls, drawn on every
+            plot.
         sizes: numbers of nodes, those above a basis' own number left out; 20 log-spaced ones unless given.
         ablation: as in `evaluate`.
-        error: as in `evaluate`.
+        error_nodes: as in `evaluate`.
         metric: as in `evaluate`.
         batch_size: prompts in one pass, for scores and for curves; "auto" as in `attribute` and `evaluate`.
-        prepend_bos: as in `evaluate`.
-        steps: of integrated gradients.
         mib: also CPR (signed ranking) and CMD (|score| ranking) on MIB's grid, 20 more forwards a batch and curve.
         bootstrap: draws over lexical items (the pairs' labels) for bands and ratios.
-        directory: save every curve as it is done; a call with the same settings, model and dictionaries goes on from
-            there.
+        directory: save every curve as it is done; a call with the same settings, model and dictionaries
+            resumes from there.
         verbose: show progress.
 
     Returns:
@@ -106,27 +104,31 @@ def compare(
     _check(model, chosen, train, test)
     if bootstrap < 1:
         raise SettingsError(f"expected at least one bootstrap draw; got {bootstrap}.")
-    plain = {"methods": list(methods), "sizes": None if sizes is None else list(sizes), "ablation": ablation}
-    plain |= {"error": error, "metric": metric_name(metric), "steps": steps, "mib": mib, "bootstrap": bootstrap}
-    settings = _provenance(model, chosen, train, test) | plain | {"prepend_bos": prepend_bos, "seed": seed}
-    keys = [CurveKey(task, basis.name, method) for task in train for basis in chosen for method in methods]
+    by_label = {method.label: method for method in map(as_method, methods)}
+    plain = {
+        "methods": [method.to_json() for method in by_label.values()],
+        "sizes": None if sizes is None else list(sizes),
+        "ablation": ablation,
+    }
+    plain |= {"error_nodes": error_nodes, "metric": metric_name(metric), "mib": mib, "bootstrap": bootstrap}
+    settings = _provenance(model, chosen, train, test) | plain | {"seed": seed}
+    keys = [CurveKey(task, basis.name, method) for task in train for basis in chosen for method in by_label]
     by_name = {basis.name: basis for basis in chosen}
-    common = {"metric": metric, "batch_size": batch_size, "seed": seed}
-    judge = {**common, "ablation": ablation, "error": error}
+    common = {"metric": metric, "batch_size": batch_size}
+    judge = {**common, "ablation": ablation, "error_nodes": error_nodes, "seed": seed}
     processes = here()
     with processes.together("compare", settings):
         found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)  # noqa: E731
         done = processes.from_first(found)
         train, test = (  # once, not for every curve
-            {task: tokenize(model, pairs, prepend_bos=prepend_bos) for task, pairs in sets.items()}
-            for sets in (train, test)
+            {task: tokenize(model, pairs) for task, pairs in sets.items()} for sets in (train, test)
         )
         curves, grid, unexplained = dict(done.curves), dict(done.mib), dict(done.unexplained)
         for key in tqdm(keys, desc="compare", disable=not (verbose and processes.first), unit="curve"):
             if key in curves:
                 continue
-            method, basis = cast(MethodName, key.method), by_name[key.basis]
-            scores = attribute(model, train[key.task], method=method, basis=basis, steps=steps, **common)
+            method, basis = by_label[key.method], by_name[key.basis]
+            scores = attribute(model, train[key.task], method=method, basis=basis, **common)
             fitting = None if sizes is None else [size for size in sizes if size <= len(scores)]
             curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, **judge)
             if mib:

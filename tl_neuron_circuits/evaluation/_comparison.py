@@ -15,7 +15,7 @@ from .._files import read_directory, write_directory
 from ._bootstrap import band, draw_weights, ratios
 from ._curve import SparsityCurve, size_at
 
-SCHEMA = 1
+SCHEMA = 2
 INDEX = "index"
 
 
@@ -65,7 +65,7 @@ class Comparison:
         return list(dict.fromkeys(key.task for key in self.curves))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a task, basis, method and size, with 95 % bands over lexical items (columns `*_low`, `*_high`)."""
+        """One row per task, basis, method and size, with 95 % bands over lexical items (columns `*_low`, `*_high`)."""
         frames = []
         for key, curve in self.curves.items():
             frame = curve.to_dataframe()
@@ -78,7 +78,7 @@ class Comparison:
         return table.reindex(columns=[*first, *(column for column in table if column not in first)])
 
     def summary(self, levels: tuple[float, ...] = (0.5, 0.8)) -> pd.DataFrame:
-        """One row a curve: F(full), F(empty), nodes, log area on absolute counts, size at each level, CPR, CMD, FVU."""
+        """One row per curve: F(full), F(empty), nodes, log area on absolute counts, size at each level, CPR, CMD, FVU."""
         rows = []
         largest = {t: max(c.n_nodes for k, c in self.curves.items() if k.task == t) for t in self.tasks}
         for key, curve in self.curves.items():

@@ -10,7 +10,7 @@ itself. Nodes of the set stay live. Source: Marks et al. 2025, arXiv 2403.19647;
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,28 +22,15 @@ from .. import _html
 from .._errors import FileFormatError
 from .._files import read_directory, write_directory
 
-SCHEMA = 1
+SCHEMA = 2
+C = TypeVar("C", bound="Curve")
 _TENSORS = ("kept", "removed", "full", "empty", "predicted")
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparsityCurve:
-    """Metrics per prompt for every size, so that bands can be drawn from the same numbers.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> curve = tnc.evaluate(model, pairs, tnc.attribute(model, pairs), sizes=[10, 100, 1000])
-        >>> curve.to_dataframe()["size"].tolist(), curve.faithfulness.shape
-        ([10, 100, 1000], (3,))
-        >>> bool(curve.faithfulness[-1] > 0.9 > curve.faithfulness[0])
-        True
-        >>> curve.save("curve")
-        >>> tnc.SparsityCurve.load("curve").sizes
-        (10, 100, 1000)
-    """
+class Curve:
+    """Metrics per prompt for every size, so that bands can be drawn from the same numbers."""
 
     sizes: tuple[int, ...]
     kept: Float[Tensor, "size pair"]
@@ -56,10 +43,14 @@ class SparsityCurve:
     """Metric of each prompt with every node ablated."""
     predicted: Float[Tensor, " size"]
     """Sum of the best nodes' scores: what the method expects `full - removed` to be."""
-    n_nodes: int
+    total: int
+    """How many nodes, or edges, there are."""
     settings: Mapping[str, Any]
     groups: tuple[str, ...] | None = None
     """The lexical item of each pair, for bands."""
+
+    KIND: ClassVar[str] = "curve"
+    COUNTED: ClassVar[str] = "nodes"
 
     @property
     def metric_full(self) -> float:
@@ -73,12 +64,12 @@ class SparsityCurve:
 
     @property
     def faithfulness(self) -> np.ndarray:
-        """One number a size."""
+        """One number per size."""
         return self._normalized(self.kept)
 
     @property
     def completeness(self) -> np.ndarray:
-        """One number a size."""
+        """One number per size."""
         return self._normalized(self.removed)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -87,7 +78,7 @@ class SparsityCurve:
         return pd.DataFrame(
             {
                 "size": sizes,
-                "fraction": sizes / self.n_nodes,
+                "fraction": sizes / self.total,
                 "faithfulness": self.faithfulness,
                 "completeness": self.completeness,
             }
@@ -103,7 +94,7 @@ class SparsityCurve:
         Where 1 is not among the sizes, faithfulness rises from 0 there; beyond all nodes it stays where it is.
         """
         sizes, faithfulness = self._points()
-        end = float(np.log(max(largest or self.n_nodes, 2)))
+        end = float(np.log(max(largest or self.total, 2)))
         x, y = np.log(sizes[sizes > 0]), faithfulness[sizes > 0]
         x, y = (x, y) if x[0] == 0 else (np.r_[0.0, x], np.r_[0.0, y])
         grid = np.r_[x[x < end], end]
@@ -120,31 +111,31 @@ class SparsityCurve:
         return area(np.abs(1 - self._at_fractions()), MIB_FRACTIONS)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `curve.safetensors` and `curve.json`.
+        """Write a directory of a safetensors and a JSON file.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
         """
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        notes = {"sizes": list(self.sizes), "n_nodes": self.n_nodes, "settings": dict(self.settings)}
+        notes = {"sizes": list(self.sizes), "total": self.total, "settings": dict(self.settings)}
         notes["groups"] = None if self.groups is None else list(self.groups)
-        write_directory(path, "curve", SCHEMA, tensors, notes)
+        write_directory(path, self.KIND, SCHEMA, tensors, notes)
 
     @classmethod
-    def load(cls, path: str | Path) -> "SparsityCurve":
+    def load(cls: type[C], path: str | Path) -> C:
         """Read what `save` wrote.
 
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "curve", SCHEMA, required=("sizes", "n_nodes", "settings", "groups"))
+        tensors, notes = read_directory(path, cls.KIND, SCHEMA, required=("sizes", "total", "settings", "groups"))
         if set(tensors) != set(_TENSORS):
             raise FileFormatError(
                 f"expected the tensors {_TENSORS} in {path}; got {sorted(tensors)}: it is damaged. Save it again."
             )
         groups = None if notes["groups"] is None else tuple(notes["groups"])
         return cls(
-            sizes=tuple(notes["sizes"]), n_nodes=notes["n_nodes"], settings=notes["settings"], groups=groups, **tensors
+            sizes=tuple(notes["sizes"]), total=notes["total"], settings=notes["settings"], groups=groups, **tensors
         )
 
     def plot(self) -> Any:
@@ -156,7 +147,8 @@ class SparsityCurve:
     def __repr__(self) -> str:
         s = self.settings
         return (
-            f"SparsityCurve({s['basis']} by {s['method']}, {len(self.sizes)} sizes of {self.n_nodes:,} nodes, "
+            f"{type(self).__name__}({s['basis']} by {s['method']}, {len(self.sizes)} sizes of {self.total:,} "
+            f"{self.COUNTED}, "
             f"{len(self.full)} pairs, ablation {s['ablation']}, F(full)={self.metric_full:.3f}, "
             f"F(empty)={self.metric_empty:.3f})"
         )
@@ -171,7 +163,7 @@ class SparsityCurve:
     def _at_fractions(self) -> np.ndarray:
         """Faithfulness at MIB's fractions, linear between measured sizes."""
         sizes, faithfulness = self._points()
-        return np.interp(MIB_FRACTIONS, sizes / self.n_nodes, faithfulness)
+        return np.interp(MIB_FRACTIONS, sizes / self.total, faithfulness)
 
     def _points(self) -> tuple[np.ndarray, np.ndarray]:
         """Sizes and faithfulness, completed by what is known unmeasured: none gives 0, and all give 1.
@@ -181,10 +173,56 @@ class SparsityCurve:
         sizes, values = [float(size) for size in self.sizes], [float(value) for value in self.faithfulness]
         if sizes[0] > 0:
             sizes, values = [0.0, *sizes], [0.0, *values]
-        if sizes[-1] < self.n_nodes:
-            last = values[-1] if self.settings.get("error") == "ablate" else 1.0
-            sizes, values = [*sizes, float(self.n_nodes)], [*values, last]
+        if sizes[-1] < self.total:
+            last = values[-1] if self.settings.get("error_nodes") == "ablate" else 1.0
+            sizes, values = [*sizes, float(self.total)], [*values, last]
         return np.array(sizes), np.array(values)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparsityCurve(Curve):
+    """Faithfulness and completeness by how many nodes are kept or ablated.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> curve = tnc.evaluate(model, pairs, tnc.attribute(model, pairs), sizes=[10, 100, 1000])
+        >>> curve.to_dataframe()["size"].tolist(), curve.faithfulness.shape
+        ([10, 100, 1000], (3,))
+        >>> bool(curve.faithfulness[-1] > 0.9 > curve.faithfulness[0])
+        True
+        >>> curve.save("curve")
+        >>> tnc.SparsityCurve.load("curve").sizes
+        (10, 100, 1000)
+    """
+
+    @property
+    def n_nodes(self) -> int:
+        """All nodes."""
+        return self.total
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeCurve(Curve):
+    """Faithfulness and completeness by how many edges of a circuit are kept or cut.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
+        >>> circuit = tnc.trace(model, pairs, nodes=20)
+        >>> curve = tnc.evaluation.evaluate_edges(model, pairs, circuit, sizes=[10, 40])
+        >>> curve.sizes, curve.n_edges >= 40
+        ((10, 40), True)
+    """
+
+    KIND: ClassVar[str] = "edge_curve"
+    COUNTED: ClassVar[str] = "edges"
+
+    @property
+    def n_edges(self) -> int:
+        """All edges that were ranked."""
+        return self.total
 
 
 def area(y: np.ndarray, x: Sequence[float] | np.ndarray) -> float:
@@ -207,5 +245,5 @@ def size_at(sizes: Sequence[int], faithfulness: np.ndarray, level: float) -> flo
 
 
 def stack(rows: list[Tensor]) -> Tensor:
-    """One row a size, on the CPU in float32."""
+    """One row per size, on the CPU in float32."""
     return torch.stack([row.float().cpu() for row in rows])

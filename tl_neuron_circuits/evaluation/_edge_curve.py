@@ -33,7 +33,7 @@ from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._ablated_runs import Ablated, Baselines, Evaluation, Read
-from ._curve import SparsityCurve, stack
+from ._curve import EdgeCurve, stack
 from ._evaluate import _check, _check_range
 
 
@@ -48,10 +48,9 @@ def evaluate_edges(
     ablation: Ablation = "mean",
     metric: Metric = logit_difference,
     batch_size: int | Literal["auto"] = 8,
-    prepend_bos: bool | None = None,
     seed: int = 0,
     verbose: bool = False,
-) -> SparsityCurve:
+) -> EdgeCurve:
     """Faithfulness and completeness of the best edges of `circuit`, at several numbers of edges.
 
     Args:
@@ -63,13 +62,12 @@ def evaluate_edges(
             patching.
         ablation: as in `evaluate`.
         metric: as in `evaluate`.
-        prepend_bos: as in `evaluate`.
         seed: as in `evaluate`.
         batch_size: prompts in one pass; with "edges" a pass has one row a target and prompt. "auto" as in `evaluate`.
         verbose: show progress.
 
     Returns:
-        A `SparsityCurve` whose sizes are numbers of edges, out of `n_nodes` edges.
+        An `EdgeCurve`: sizes are numbers of edges, out of `n_edges`.
 
     Raises:
         SettingsError: supernodes, summed positions, features with protocol "edges" or without their dictionaries, or a
@@ -92,7 +90,7 @@ def evaluate_edges(
         raise SettingsError("path patching is between neurons; for features of dictionaries use protocol='nodes'.")
     if scores.basis is None:
         raise SettingsError("this circuit was loaded without its dictionaries: Circuit.load(path, basis=...).")
-    tokens = tokenize(model, pairs, prepend_bos=prepend_bos)
+    tokens = tokenize(model, pairs)
     _check(tokens, scores, ablation)
     edges = ranked_edges(circuit)
     sizes = _sizes(sizes, len(edges))
@@ -114,13 +112,13 @@ def evaluate_edges(
     predicted = [float(those["score"].sum()) for those in alive]
     _check_range(full, empty, ablation)
     settings = {
-        **{key: scores.settings[key] for key in ("method", "positions", "rules", "model")},
-        "basis": f"{protocol} of edges", "ablation": ablation, "ranking": "abs", "error": "nodes",
+        **{key: scores.settings[key] for key in ("method", "method_options", "positions", "model")},
+        "basis": scores.settings["basis"], "protocol": protocol, "ablation": ablation, "ranking": "abs",
         "metric": metric_name(metric), "attribution_hash": scores.settings["pairs_hash"], "pairs_hash": tokens.hash,
         "variance_unexplained": {}, "seed": seed, "batch_size": run.batch_size, "versions": versions(),
     }  # fmt: skip
     groups = None if tokens.labels is None else tuple(tokens.labels)
-    return SparsityCurve(
+    return EdgeCurve(
         tuple(sizes),
         stack(curves[: len(sizes)]),
         stack(curves[len(sizes) :]),

@@ -24,7 +24,7 @@ from ._ablated_runs import Ablated, Evaluation, NodeSet
 from ._curve import SparsityCurve, stack
 from ._node_sets import Chosen, RankedNodes, Ranking, chosen_sizes
 
-Errors = Literal["nodes", "keep", "ablate"]
+ErrorNodes = Literal["rank", "keep", "ablate"]
 
 
 @checked
@@ -36,13 +36,11 @@ def evaluate(
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
     ranking: Ranking = "abs",
-    error: Errors = "nodes",
+    error_nodes: ErrorNodes = "rank",
     basis: Basis | Sequence[Basis] | None = None,
     metric: Metric = logit_difference,
     completeness: bool = True,
     batch_size: int | Literal["auto"] = 64,
-    prepend_bos: bool | None = None,
-    multi_token: Literal["error", "first_difference"] = "error",
     seed: int = 0,
     verbose: bool = False,
 ) -> SparsityCurve:
@@ -58,11 +56,9 @@ def evaluate(
         ablation: value of an ablated node: "mean" over all corrupt prompts of these pairs (per position, among prompts
             of one length), "zero", "resample" (a random other corrupt prompt), "corrupt" (the pair's own).
         ranking: by |score|, or by score ("signed").
-        error: a dictionary's error: ranked as a node, always kept, or always ablated.
+        error_nodes: the errors of dictionaries: ranked as nodes, always kept, or always ablated.
         basis: needed where scores of a dictionary basis were loaded from disk.
         metric: as in `attribute`.
-        prepend_bos: as in `attribute`.
-        multi_token: as in `attribute`.
         completeness: False saves half of the forwards and leaves completeness nan.
         batch_size: prompts in one pass. Cost: 2 + 2 x sizes forwards a batch, and one over the corrupt prompts; sets
             that are the same (all nodes, none) are run once. "auto" begins with what fits into memory, and halves where
@@ -95,13 +91,19 @@ def evaluate(
     if basis is None:
         raise SettingsError("these scores were loaded without their dictionaries: pass basis= as given to attribute.")
     processes = here()
-    tokens = tokenize(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
+    tokens = tokenize(model, pairs)
     sites = _matching_sites(sites_of(model, basis), scores)
     _check(tokens, scores, ablation)
-    fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "nodes": {}}[error]
+    fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "rank": {}}[error_nodes]
     ranked = RankedNodes(scores, ranking, **fixed)
     sizes = chosen_sizes(sizes, len(ranked))
-    settings = {"basis": name_of(basis), "ablation": ablation, "ranking": ranking, "error": error, "seed": seed}
+    settings = {
+        "basis": name_of(basis),
+        "ablation": ablation,
+        "ranking": ranking,
+        "error_nodes": error_nodes,
+        "seed": seed,
+    }
     settings |= {"metric": metric_name(metric), "pairs_hash": tokens.hash} | _from_scores(scores)
     with processes.together("evaluate", [settings, sizes, completeness]):
         half: NodeSet = lambda: ranked.best(len(ranked) // 2)  # noqa: E731
@@ -138,7 +140,8 @@ def _metrics(
 def _from_scores(scores: NodeScores) -> dict[str, Any]:
     """What a curve says of the scores that it judges."""
     return {
-        **{key: scores.settings[key] for key in ("method", "positions", "rules", "model", "baseline")},
+        **{key: scores.settings[key] for key in ("method", "positions", "model", "baseline")},
+        "method_options": scores.settings["method_options"],
         "attribution_hash": scores.settings["pairs_hash"],
         "variance_unexplained": dict(scores.settings.get("variance_unexplained", {})),
         "versions": versions(),
@@ -166,8 +169,7 @@ def _check(tokens: TokenizedPairs, scores: NodeScores, ablation: Ablation) -> No
         if wrong:
             raise PairsError(
                 f"the scores have {length} positions; some of these prompts have {wrong} tokens. Evaluate on prompts "
-                f"of "
-                f"{length} tokens, or attribute with positions='sum'."
+                f"of {length} tokens, or attribute with positions='sum'."
             )
     if scores.settings.get("units") == "sum":
         raise SettingsError("scores with units='sum' name no single nodes to keep. Attribute with units='keep'.")
@@ -178,6 +180,5 @@ def _check_range(full: Tensor, empty: Tensor, ablation: Ablation) -> None:
     if not abs(high - low) > 1e-6 * max(abs(high), abs(low), 1e-6):
         raise NumericalError(
             f"ablating every node ({ablation}) leaves the metric where it was ({high:.6g}), so faithfulness would "
-            f"divide by "
-            "zero. Use a metric on which clean and ablated runs differ, or another ablation."
+            "divide by zero. Use a metric on which clean and ablated runs differ, or another ablation."
         )

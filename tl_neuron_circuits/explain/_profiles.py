@@ -23,7 +23,7 @@ from ..interventions._steering_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, text_pieces, token_names
 from ..models._protocol import TransformerLensModel
 from ..propagation._relp import relp
-from ..propagation._rules import ALL_RULES
+from ..propagation.rules import ALL_RULES
 
 _EMBEDDING = "hook_embed"
 

@@ -22,9 +22,8 @@ from ..bases._activations import ActivationSite, Neurons
 from ..bases._runs import Values, run_values
 from ..interventions._steering_nodes import Nodes, find_nodes
 from ..models._protocol import TransformerLensModel
-from ..nodes._gradients import run_gradients
-from ..propagation._relp import relp
-from ..propagation._rules import ALL_RULES
+from ..nodes._scope import gradients_at
+from ..propagation.rules import ALL_RULES
 from ..tasks._metrics import Metric, logit_difference, measure, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
@@ -122,8 +121,7 @@ def prompt_scores(
             seen.append(measure(metric, logits, batch))
             return seen[-1]
 
-        with relp(model, rules):
-            here, gradients = run_gradients(model, batch, sites, recorded)
+        here, gradients = gradients_at(model, batch, sites, recorded, tuple(rules))
         there = _there(model, batch, list(gradients)) if baseline == "corrupt" else None
         least = share * seen[-1].detach().abs().float()
         rows = batch.index.cpu()

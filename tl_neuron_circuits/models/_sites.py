@@ -16,7 +16,7 @@ from ._protocol import TransformerLensModel, hook_points, submodule
 
 _NORM_ON_RESIDUAL = re.compile(r"(blocks\.\d+\.)?[^.]+\.hook_scale")
 _NORM_IN_MLP = re.compile(r"blocks\.\d+\.mlp\.ln\.hook_scale")
-_EVERY = ("ln", "identity", "half", "attention")
+_EVERY = ("ln", "identity", "half", "attention", "values", "scores")
 _ACTIVATION_FIELDS = ("act_fn", "hidden_activation", "hidden_act", "activation_function")
 
 
@@ -47,11 +47,14 @@ class MLPSites:
 
 @dataclass(frozen=True)
 class AttentionSites:
-    """One attention layer: where queries and keys can be cut from the graph."""
+    """One attention layer: queries, keys and values, masked scores before and the pattern after the softmax."""
 
     layer: int
     query: str
     key: str
+    value: str | None
+    scores: str | None
+    pattern: str | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,10 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
         problems += [problem] if problem else []
         query, key = f"blocks.{layer}.attn.hook_q", f"blocks.{layer}.attn.hook_k"
         if query in points and key in points:
-            attentions.append(AttentionSites(layer, query, key))
+            rest = (f"blocks.{layer}.attn.{name}" for name in ("hook_v", "hook_attn_scores", "hook_pattern"))
+            value, scores, pattern = (name if name in points else None for name in rest)
+            attentions.append(AttentionSites(layer, query, key, value, scores, pattern))
+            problems += _missing_in_attention(layer, value, scores, pattern)
         elif f"blocks.{layer}.attn.hook_pattern" in points:
             message = f"blocks.{layer}.attn has no hook_q and hook_k: leave 'attention' out of the rules."
             problems.append(Problem(message, ("attention",)))
@@ -103,6 +109,23 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
     if not last:
         problems.append(Problem(f"none of {ends} exists: the end of a forward pass cannot be seen.", _EVERY))
     return ModelSites(n_layers, embeddings, norms, tuple(mlps), tuple(attentions), last, tuple(problems))
+
+
+def _missing_in_attention(layer: int, value: str | None, scores: str | None, pattern: str | None) -> list[Problem]:
+    """What the rule sets that go through the attention pattern would miss."""
+    problems = []
+    if value is None:
+        message = (
+            f"blocks.{layer}.attn has no hook_v, whose gradient rules='attnlrp' and 'gim' scale. Use rules='relp'."
+        )
+        problems.append(Problem(message, ("values",)))
+    if scores is None or pattern is None:
+        message = (
+            f"blocks.{layer}.attn has no hook_attn_scores and hook_pattern, between which 'gim' takes the softmax. "
+            "Use rules='relp' or 'attnlrp'."
+        )
+        problems.append(Problem(message, ("scores",)))
+    return problems
 
 
 def activation_names(model: TransformerLensModel) -> list[str]:

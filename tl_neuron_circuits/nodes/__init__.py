@@ -2,6 +2,14 @@
 
 from ._activation_variance import activation_variance as activation_variance
 from ._attribute import attribute as attribute
+from ._attribute import estimate_memory as estimate_memory
+from ._controls import ActivationDifference as ActivationDifference
+from ._controls import Random as Random
+from ._integrated_gradients import IntegratedGradients as IntegratedGradients
+from ._integrated_gradients import IntegratedGradientsInputs as IntegratedGradientsInputs
 from ._memory import MemoryEstimate as MemoryEstimate
-from ._memory import estimate_memory as estimate_memory
+from ._methods import parse_method as parse_method
+from ._patching import Patching as Patching
+from ._relp import Gradient as Gradient
+from ._relp import RelP as RelP
 from ._scores import NodeScores as NodeScores

@@ -8,7 +8,6 @@ arXiv 2406.11944; METHODS.md 4.4.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ def activation_variance(
     *,
     basis: Basis | Sequence[Basis] | None = None,
     batch_size: int = 64,
-    prepend_bos: bool | None = None,
-    multi_token: Literal["error", "first_difference"] = "error",
 ) -> NodeScores:
     """Variance of every node's activation at the last token, over the clean prompts.
 
@@ -47,8 +44,6 @@ def activation_variance(
         pairs: prompts, of any lengths; answers and corrupt prompts are not looked at.
         basis: one basis or several; neurons unless given.
         batch_size: prompts in one pass.
-        prepend_bos: see `tasks.tokenize`.
-        multi_token: see `tasks.tokenize`.
 
     Returns:
         Scores `[unit]` in float32 (positions "sum"), none below zero, in squared units of the activation. An affine
@@ -64,14 +59,14 @@ def activation_variance(
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.greater_than(8)
-        >>> scores = tnc.attribution.activation_variance(model, pairs, basis=tnc.bases.Neurons(layers=[2]))
+        >>> scores = tnc.nodes.activation_variance(model, pairs, basis=tnc.bases.Neurons(layers=[2]))
         >>> metric = tnc.tasks.ProbabilityDifference.for_years(model, pairs)
         >>> tnc.evaluate(model, pairs, scores, sizes=[0, 16, 512], metric=metric, ablation="zero").sizes
         (0, 16, 512)
     """
     nodes_of = Neurons() if basis is None else basis
     sites = sites_of(model, nodes_of)
-    tokens = tokenize(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
+    tokens = tokenize(model, pairs)
     if len(tokens) < 2:
         raise NumericalError(f"expected at least two prompts to vary over; got {len(tokens)}.")
     processes = here()
@@ -87,7 +82,7 @@ def activation_variance(
         "baseline": "none",
         "metric": "none",
         "basis": name_of(nodes_of),
-        "rules": [],
+        "method_options": {"name": "activation_variance"},
         "model": str(getattr(model.cfg, "model_name", "unknown")),
         "n_pairs": len(tokens),
         "pairs_hash": tokens.hash,

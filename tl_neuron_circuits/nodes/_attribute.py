@@ -1,30 +1,44 @@
-"""`attribute`: score every node of a basis by its effect on a metric."""
+"""`attribute`: score every node of a basis by its effect on a metric.
 
-import hashlib
+The way from here to a rule's formula, six steps:
+
+    attribute            this file: batches, sums, means over pairs
+    RelP.score           nodes/_relp.py: gradient times change
+    gradients_at         nodes/_scope.py: one forward and one backward under `relp`
+    Relay.backward       propagation/_wiring.py: autograd reaches the end of a piece of the model
+    GatedPiece.gradients propagation/rules.py: the rules of that piece, one after the other
+    HalfRule.gradients   propagation/rules.py: g * b / 2, g * a / 2
+"""
+
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
+from torch import Tensor
+from tqdm.auto import tqdm
 
+from .._errors import PairsError, SettingsError
 from .._files import fingerprint, versions
 from .._memory import Halving
-from .._processes import here
+from .._processes import Processes, here
 from .._typing import checked
 from ..bases._activations import Neurons
 from ..bases._site import Basis, name_of, sites_of
 from ..models._protocol import TransformerLensModel
-from ..propagation._rules import ALL_RULES
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
-from ._inputs import check_pairs, check_setting, chosen_nodes
-from ._memory import fitting_batch
-from ._partial import Partial
-from ._run import Run
-from ._scores import NodeScores, require_finite
-from ._setting import Baseline, Direction, MethodName, Setting
+from ._memory import MemoryEstimate, fitting_batch, measured
+from ._method import Method
+from ._methods import MethodName, as_method
+from ._resume import SavedSums
+from ._scope import Baseline, Direction, Scope, shared_means
+from ._scores import NodeScores, require_finite, site_labels
+from ._sums import Sums, score_batch
+
+_FIELD = {"node": "values", "error": "errors", "skip": "skips"}
 
 
 @checked
@@ -32,21 +46,14 @@ def attribute(
     model: TransformerLensModel,
     pairs: PromptPairs | TokenizedPairs,
     *,
-    method: MethodName = "relp",
+    method: MethodName | str | Method = "relp",
     basis: Basis | Sequence[Basis] | None = None,
     metric: Metric = logit_difference,
     positions: Literal["keep", "sum"] = "keep",
     units: Literal["keep", "sum"] = "keep",
     baseline: Baseline = "corrupt",
     direction: Direction = "noising",
-    rules: Sequence[str] | None = None,
-    stabilizer: float | None = None,
-    steps: int = 10,
-    nodes: pd.DataFrame | None = None,
     batch_size: int | Literal["auto"] = 32,
-    prepend_bos: bool | None = None,
-    multi_token: Literal["error", "first_difference"] = "error",
-    seed: int = 0,
     resume: str | Path | None = None,
     verbose: bool = False,
 ) -> NodeScores:
@@ -58,29 +65,23 @@ def attribute(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        pairs: prompts with answers; `TokenizedPairs` where the model has no tokenizer.
+        pairs: prompts with answers; `tasks.tokenize(model, pairs, ...)` where tokenizing needs options; tokens where
+            the model has no tokenizer.
         method: "relp"; "gradient" (AtP); "integrated_gradients" (one site at a time); "integrated_gradients_inputs";
-            "patching" (exact, one forward row a node and prompt); controls "activation_difference" and "random".
+            "patching" (exact, one forward row per node and prompt); controls "activation_difference" and "random". Or
+            one of these with options: `RelP(rules="attnlrp")`, `IntegratedGradients(steps=20)`, `Patching(nodes)`.
         basis: one basis or several; neurons unless given.
-        metric: from logits and batch to one number a prompt.
+        metric: from logits and batch to one number per prompt.
         positions: "keep" scores a node at each position (all prompts must have one token length); "sum" adds positions
             up.
         units: "sum" adds up each activation's components, for maps over layer and position (patching: whole vectors).
         baseline: what a node is compared with: its value on the corrupt prompt, zero, or its mean over the clean
             prompts (per position, among prompts of the same length).
         direction: "noising" takes gradients on the clean run; "denoising" on the corrupt run (RelP's own protocol).
-        rules: of relevance propagation; by default all four for "relp" and none for the other methods.
-        stabilizer: see `relp`.
-        steps: of integrated gradients.
-        nodes: for "patching", measure only these rows (columns hook, position, unit, kind, as `NodeScores.top` gives
-            them); all others become nan.
         batch_size: prompts in one pass. Batches hold prompts of one length, so nothing is padded. "auto" begins with
             what `estimate_memory` says fits, and halves where memory runs out all the same; `.settings["batch_size"]`
             says what was used.
-        prepend_bos: see `tasks.tokenize`.
-        multi_token: see `tasks.tokenize`.
-        seed: of "random".
-        resume: a directory in which the sums so far are kept; the same call goes on from there after it was stopped,
+        resume: a directory in which the sums so far are kept; the same call resumes from there after it was stopped,
             and gives the same scores. Remove it when they are saved.
         verbose: show progress.
 
@@ -104,51 +105,181 @@ def attribute(
         >>> len(scores.top(3))
         3
     """
-    nodes_of = Neurons() if basis is None else basis
-    rules = tuple((ALL_RULES if method == "relp" else ()) if rules is None else rules)
-    sites = sites_of(model, nodes_of)
-    setting = Setting(model, sites, metric, method, rules, stabilizer, steps, baseline, direction, positions, units)
-    check_setting(setting, batch_size, nodes)
+    method = as_method(method)
+    basis = Neurons() if basis is None else basis
+    scope = Scope(model, sites_of(model, basis), metric, baseline, direction, positions, units)
+    check_scope(scope, method, batch_size)
     processes = here()
-    tokens = tokenize(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
-    settings = _provenance(setting, tokens, name_of(nodes_of), seed)
+    tokens = tokenize(model, pairs)
+    settings = _provenance(scope, method, tokens, name_of(basis))
     with processes.together("attribute", settings):
-        check_pairs(tokens, setting)
-        chosen = None if nodes is None else chosen_nodes(nodes, setting, tokens.lengths[0])
-        same = {} if resume is None else _identity(setting, settings, batch_size, nodes)
-        partial = None if resume is None else Partial(resume, same, processes)
-        planned = [size for size in processes.gather(partial and partial.planned) if size]
-        size = planned[0] if planned else fitting_batch(setting, tokens, batch_size, processes)
-        run = Run(setting, tokens, Halving(size, batch_size == "auto"), chosen, seed, processes, verbose)
-        total = run.total(partial)
-        found = {"batch_size": run.batches.size, "variance_unexplained": total.unexplained()}
-        scores = total.scores(len(tokens), settings | found, nodes_of)
-        return scores if chosen is not None else require_finite(scores)
+        check_pairs(tokens, scope)
+        identity = {} if resume is None else _identity(scope, settings, batch_size)
+        saved = None if resume is None else SavedSums(resume, identity, processes)
+        planned = [size for size in processes.gather(saved and saved.planned) if size]
+        size = planned[0] if planned else fitting_batch(scope, method, tokens, batch_size, processes)
+        batches = Halving(size, batch_size == "auto")
+        sums = _sum_over_pairs(scope, method, tokens, batches, processes, saved, verbose)
+        blocks: dict[str, dict[str, Tensor]] = {name: {} for name in _FIELD.values()}
+        for (hook, kind), block in method.finish(sums.blocks, len(tokens)).items():
+            blocks[_FIELD[kind]][hook] = block
+        settings |= {"batch_size": batches.size, "variance_unexplained": sums.variance_unexplained()}
+        scores = NodeScores(**blocks, sites=site_labels(scope.sites), settings=settings, basis=basis)
+        return require_finite(scores) if method.measures_all else scores
 
 
-def _identity(
-    setting: Setting, settings: dict[str, Any], batch_size: int | str, nodes: pd.DataFrame | None
-) -> dict[str, Any]:
-    """What must be the same for sums on disk to be gone on with."""
+def _sum_over_pairs(
+    scope: Scope,
+    method: Method,
+    tokens: TokenizedPairs,
+    batches: Halving,
+    processes: Processes,
+    saved: SavedSums | None,
+    verbose: bool,
+) -> Sums:
+    """Every batch of this process, from the start or from where it was stopped; then the sums of all processes."""
+    sums, done = Sums(), 0
+    planned = batches.size = processes.fair(batches.size, len(tokens))
+    shown = verbose and processes.first
+    if saved is not None and (found := saved.read(scope.sites)) is not None:
+        sums, done, planned, batches.size = found
+    means = None
+    if scope.baseline == "mean":
+        means = shared_means(scope.model, scope.sites, processes.share(tokens.batches(planned)), processes)
+    number = 0
+    with tqdm(total=len(tokens), desc=method.label, disable=not shown, unit="pair") as bar:
+        for number, batch in enumerate(processes.share(tokens.batches(planned)), 1):
+            if number > done:
+                # A batch that memory does not hold is halved; its pieces are added one by one.
+                for piece in batches.over(batch, lambda b: score_batch(scope, method, b, means, batches.size, shown)):
+                    sums.add(piece)
+                if saved is not None:
+                    saved.write(sums, number, planned, batches.size)
+            bar.update(min(len(batch) * processes.count, len(tokens) - bar.n))
+    if saved is not None and number > done:
+        saved.write(sums, number, planned, batches.size, last=True)
+    sums = sums.over_processes(processes)
+    batches.size = min(processes.gather(batches.size))
+    return sums
+
+
+def check_scope(scope: Scope, method: Method, batch_size: int | str) -> None:
+    """Raise for arguments that contradict each other.
+
+    Raises:
+        SettingsError: with the way out.
+    """
+    if batch_size != "auto" and int(batch_size) < 1:
+        raise SettingsError(f"expected batch_size to be at least 1, or 'auto'; got {batch_size}.")
+    if scope.direction == "denoising" and scope.baseline != "corrupt":
+        raise SettingsError(
+            "direction='denoising' compares the corrupt run with the clean one: it needs baseline='corrupt'; got "
+            f"baseline={scope.baseline!r}."
+        )
+    method.check(scope)
+
+
+def check_pairs(tokens: TokenizedPairs, scope: Scope) -> None:
+    """Raise for pairs that do not serve the question.
+
+    Raises:
+        PairsError: no corrupt prompts where they are needed, or of another length; several lengths with positions kept.
+    """
+    if scope.baseline == "corrupt":
+        if tokens.corrupt is None:
+            raise PairsError(
+                "baseline='corrupt' compares with corrupt prompts, and these pairs have none. Give corrupt=, or "
+                "baseline='zero' or 'mean'."
+            )
+        for index, (clean, corrupt) in enumerate(zip(tokens.clean, tokens.corrupt, strict=True)):
+            if len(clean) != len(corrupt):
+                raise PairsError(
+                    f"pair {index}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; nodes are compared "
+                    "position by position. Choose prompts of equal token length (tasks.keep_fitting leaves out the "
+                    "others), or baseline='zero' or 'mean'."
+                )
+    lengths = sorted(set(tokens.lengths))
+    if scope.positions == "keep" and len(lengths) > 1:
+        counts = {length: tokens.lengths.count(length) for length in lengths}
+        raise PairsError(
+            f"positions='keep' needs prompts of one token length; got {counts} (length: prompts). Use "
+            "positions='sum', or keep the prompts of one length."
+        )
+
+
+def _identity(scope: Scope, settings: dict[str, Any], batch_size: int | str) -> dict[str, Any]:
+    """What must be the same for a call to resume from sums on disk."""
     return settings | {
         "batch_size": batch_size,
-        "weights": fingerprint(setting.model.parameters()),
-        "sites": [site.identity for site in setting.sites],
-        "nodes": None if nodes is None else hashlib.sha256(nodes.to_json().encode()).hexdigest(),
+        "weights": fingerprint(scope.model.parameters()),
+        "sites": [site.identity for site in scope.sites],
     }
 
 
-def _provenance(setting: Setting, tokens: TokenizedPairs, basis: str, seed: int) -> dict[str, Any]:
+def _provenance(scope: Scope, method: Method, tokens: TokenizedPairs, basis: str) -> dict[str, Any]:
     """What a saved result says of how it came about."""
-    copied = ("method", "positions", "units", "baseline", "direction", "stabilizer", "steps")
-    return {name: getattr(setting, name) for name in copied} | {
-        "metric": metric_name(setting.metric),
+    return {
+        "method": method.label,
+        "method_options": method.to_json(),
+        "positions": scope.positions,
+        "units": scope.units,
+        "baseline": scope.baseline,
+        "direction": scope.direction,
+        "metric": metric_name(scope.metric),
         "basis": basis,
-        "rules": list(setting.rules),
-        "seed": seed,
-        "model": str(getattr(setting.model.cfg, "model_name", "unknown")),
+        "model": str(getattr(scope.model.cfg, "model_name", "unknown")),
         "n_pairs": len(tokens),
         "pairs_hash": tokens.hash,
         "lengths": sorted(set(tokens.lengths)),
         "versions": versions(),
     }
+
+
+def estimate_memory(
+    model: TransformerLensModel,
+    pairs: PromptPairs | TokenizedPairs,
+    *,
+    batch_size: int = 32,
+    available: int | None = None,
+    **arguments: Any,
+) -> MemoryEstimate:
+    """Bytes that `attribute` with these arguments needs beside the model, measured on a few prompts.
+
+    Memory does not grow with the number of pairs, only with the batch, the length of the longest prompt and what is
+    kept of a run.
+
+    Args:
+        model: as in `attribute`.
+        pairs: as in `attribute`.
+        batch_size: prompts in one pass.
+        available: bytes to judge by; what is free on the model's devices unless given.
+        arguments: any others of `attribute`, by name.
+
+    Returns:
+        A `MemoryEstimate`: `.needed`, `.fits`, `.largest_batch`, `.to_dataframe()`.
+
+    Raises:
+        SettingsError: arguments contradict each other.
+        PairsError: as `attribute`.
+        TypeError: an argument that `attribute` does not have.
+
+    Source: ours; docs/how-to/large-models.md says what it was compared with.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> estimate = tnc.estimate_memory(model, tnc.tasks.subject_verb_agreement("simple", n=8), batch_size=8)
+        >>> estimate.at(16) > estimate.needed
+        True
+    """
+    bound = inspect.signature(attribute).bind(model, pairs, **arguments)
+    bound.apply_defaults()
+    given = bound.arguments
+    method = as_method(given["method"])
+    basis = Neurons() if given["basis"] is None else given["basis"]
+    sites = sites_of(model, basis)
+    scope = Scope(model, sites, *(given[name] for name in ("metric", "baseline", "direction", "positions", "units")))
+    check_scope(scope, method, batch_size)
+    tokens = tokenize(model, pairs)
+    check_pairs(tokens, scope)
+    return measured(scope, method, tokens, batch_size, available)

@@ -1,22 +1,64 @@
 """Controls: what a method that knows nothing, or only activations, would choose.
 
-`random`: independent N(0, 1). `activation_difference`: mean |a_clean - a_baseline|, no gradient; for a vector node, the
+`Random`: independent N(0, 1). `ActivationDifference`: mean |a_clean - a_baseline|, no gradient; for a vector node, the
 norm of its change. Source: METHODS 1.2.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
-from torch import Tensor
 
+from ..bases._runs import Values
 from ..bases._site import Parts
+from ..tasks._tokenized import Batch
+from ._method import Method, noise
+from ._scope import Blocks, Scope
 
 
-def difference(clean: Parts, base: Parts | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """|change| of every node `[batch, pos, unit]`, and the norm of every vector node's change `[batch, pos]`."""
-    nodes = clean.nodes if base is None else clean.nodes - base.nodes
-    vectors = {k: (v if base is None else v - base.vectors[k]).norm(dim=-1) for k, v in clean.vectors.items()}
-    return nodes.abs(), vectors
+@dataclass(frozen=True)
+class ActivationDifference(Method):
+    """How much each node changes, whatever that does.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.ActivationDifference().label
+        'activation_difference'
+    """
+
+    name: ClassVar[str] = "activation_difference"
+
+    def score(
+        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+    ) -> tuple[Values, Blocks]:
+        """|a - a_baseline| of every node; the norm of a vector node's change."""
+        values = scope.values(scope.first_run(batch))
+        blocks: Blocks = {}
+        for site in scope.sites:
+            parts, baseline = site.take_apart(values), baselines[site.hook]
+            change = parts.nodes if baseline is None else parts.nodes - baseline.nodes
+            blocks[site.hook, "node"] = scope.add_up(change.abs().float(), "node")
+            for kind, vector in parts.vectors.items():
+                change = vector if baseline is None else vector - baseline.vectors[kind]
+                blocks[site.hook, kind] = scope.add_up(change.norm(dim=-1).float(), kind)
+        return values, blocks
 
 
-def noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """N(0, 1) in float32, drawn on the CPU so that every device gets the same."""
-    return torch.randn(like.shape, generator=generator)
+@dataclass(frozen=True)
+class Random(ActivationDifference):
+    """Noise: what any ranking must beat.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.Random(seed=3).label
+        'random(seed=3)'
+    """
+
+    name: ClassVar[str] = "random"
+    seed: int = 0
+
+    def finish(self, sums: Blocks, n_pairs: int) -> Blocks:
+        """Independent N(0, 1), the same for every batch size and number of processes."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return {key: noise(block, generator) for key, block in sums.items()}

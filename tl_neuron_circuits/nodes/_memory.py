@@ -8,32 +8,23 @@ and the allocator's slack come on top.
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import pandas as pd
-import torch
 
 from .. import _html
 from .._errors import SettingsError
 from .._memory import available_memory, first_batch, growth
 from .._meter import Meter
 from .._processes import Processes
-from .._typing import checked
-from ..bases._activations import Neurons
 from ..bases._runs import mean_parts
-from ..bases._site import Basis, sites_of
 from ..models._protocol import TransformerLensModel
-from ..propagation._rules import ALL_RULES
-from ..tasks._metrics import Metric, logit_difference
-from ..tasks._pairs import PromptPairs
-from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
-from ._inputs import check_pairs, check_setting
-from ._run import score
-from ._setting import Baseline, Direction, MethodName, Setting
-from ._total import Total
+from ._integrated_gradients import IntegratedGradients, IntegratedGradientsInputs
+from ._method import Method
+from ._patching import Patching
+from ._scope import Scope
+from ._sums import score_batch
 
 logger = logging.getLogger(__name__)
 _REFUSE = 1.5  # times what is available: beyond the estimate's own error
@@ -106,69 +97,23 @@ class MemoryEstimate:
         return _html.block(repr(self), _html.table(self.to_dataframe(), bars=("bytes",), rows=60))
 
 
-@checked
-def estimate_memory(
-    model: TransformerLensModel,
-    pairs: PromptPairs | TokenizedPairs,
-    *,
-    method: MethodName = "relp",
-    basis: Basis | Sequence[Basis] | None = None,
-    metric: Metric = logit_difference,
-    positions: Literal["keep", "sum"] = "keep",
-    units: Literal["keep", "sum"] = "keep",
-    baseline: Baseline = "corrupt",
-    direction: Direction = "noising",
-    rules: Sequence[str] | None = None,
-    batch_size: int = 32,
-    prepend_bos: bool | None = None,
-    multi_token: Literal["error", "first_difference"] = "error",
-    available: int | None = None,
+def measured(
+    scope: Scope, method: Method, tokens: TokenizedPairs, batch_size: int, available: int | None = None
 ) -> MemoryEstimate:
-    """Bytes that `attribute` with these arguments needs beside the model, without running it on more than a prompt.
-
-    Memory does not grow with the number of pairs, only with the batch, the length of the longest prompt and what is
-    kept of a run. Arguments as of `attribute`.
-
-    Args:
-        available: bytes to judge by; what is free on the model's devices unless given.
-
-    Returns:
-        A `MemoryEstimate`: `.needed`, `.fits`, `.largest_batch`, `.to_dataframe()`.
-
-    Raises:
-        SettingsError: arguments contradict each other.
-        PairsError: as `attribute`.
-
-    Source: ours; docs/how-to/large-models.md says what it was compared with.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> estimate = tnc.estimate_memory(model, tnc.tasks.subject_verb_agreement("simple", n=8), batch_size=8)
-        >>> estimate.at(16) > estimate.needed
-        True
-    """
-    rules = tuple((ALL_RULES if method == "relp" else ()) if rules is None else rules)
-    sites = sites_of(model, Neurons() if basis is None else basis)
-    setting = Setting(model, sites, metric, method, rules, None, 1, baseline, direction, positions, units)
-    check_setting(setting, batch_size, None)
-    tokens = tokenize(model, pairs, prepend_bos=prepend_bos, multi_token=multi_token)
-    check_pairs(tokens, setting)
-    return measured(setting, tokens, batch_size, available)
-
-
-def measured(setting: Setting, tokens: TokenizedPairs, batch_size: int, available: int | None = None) -> MemoryEstimate:
     """The estimate, from one and two rows of the longest prompt, and four and eight where there is room."""
-    setting = replace(setting, steps=1)
+    if isinstance(method, IntegratedGradients | IntegratedGradientsInputs):
+        method = replace(method, steps=1)  # one step after the other: memory is that of one
     if available is None:
-        available = available_memory(setting.model)
+        available = available_memory(scope.model)
     wanted = len(tokens) if batch_size == 1 else batch_size
-    fixed, each = growth(lambda n: _peak(setting, next(tokens.longest(n).batches(n))), available, wanted)
-    weights = sum(p.numel() * p.element_size() for p in setting.model.parameters())
+    fixed, each = growth(lambda n: _peak(scope, method, next(tokens.longest(n).batches(n))), available, wanted)
+    weights = sum(p.numel() * p.element_size() for p in scope.model.parameters())
     return MemoryEstimate(weights, fixed, each, batch_size, max(tokens.lengths), available)
 
 
-def fitting_batch(setting: Setting, tokens: TokenizedPairs, batch_size: int | str, processes: Processes) -> int:
+def fitting_batch(
+    scope: Scope, method: Method, tokens: TokenizedPairs, batch_size: int | str, processes: Processes
+) -> int:
     """The batch size to begin with; for a number, the number itself once it is known to fit.
 
     The estimate is made only for "auto", and where a rule of thumb comes near what is available.
@@ -176,16 +121,16 @@ def fitting_batch(setting: Setting, tokens: TokenizedPairs, batch_size: int | st
     Raises:
         SettingsError: the batch needs far more than there is; the message says what would help.
     """
-    available = available_memory(setting.model)
+    available = available_memory(scope.model)
     if batch_size == "auto":
-        estimate = measured(setting, tokens, 1, available)
+        estimate = measured(scope, method, tokens, 1, available)
         size = min(processes.gather(first_batch(estimate.fixed, estimate.per_prompt, available, len(tokens))))
         logger.info("batch_size='auto' begins with %d: %r", size, replace(estimate, batch_size=size))
         return size
     size = int(batch_size)
-    if available is None or rule_of_thumb(setting.model, max(tokens.lengths), size) < 0.25 * available:
+    if available is None or rule_of_thumb(scope.model, max(tokens.lengths), size) < 0.25 * available:
         return size
-    judge(measured(setting, tokens, min(size, len(tokens)), available))
+    judge(measured(scope, method, tokens, min(size, len(tokens)), available))
     return size
 
 
@@ -220,17 +165,16 @@ def rule_of_thumb(model: TransformerLensModel, length: int, batch_size: int) -> 
     return batch_size * length * (int(cfg.n_layers) * a_layer * size + 8 * int(cfg.d_vocab))
 
 
-def _peak(setting: Setting, batch: Batch) -> int:
+def _peak(scope: Scope, method: Method, batch: Batch) -> int:
     """Most bytes at once while this batch is scored."""
-    chosen: Any = None
-    if setting.method == "patching":  # one chunk of forward rows is like all others
-        first = setting.sites[0].hook
-        chosen = {(first, "node"): torch.tensor([[0, unit] for unit in range(_ROWS)])}
-    means = mean_parts(setting.model, setting.sites, [batch]) if setting.baseline == "mean" else None
+    if isinstance(method, Patching):  # one chunk of forward rows is like all others
+        first = scope.sites[0].hook
+        rows = [{"hook": first, "kind": "node", "position": 0, "unit": unit} for unit in range(_ROWS)]
+        method = Patching(pd.DataFrame(rows))
+    means = mean_parts(scope.model, scope.sites, [batch]) if scope.baseline == "mean" else None
     with Meter() as meter:
-        total = Total(setting, 0)
-        score(setting, batch, means, chosen, total, rows=_ROWS * len(batch), verbose=False)
-        del total
+        sums = score_batch(scope, method, batch, means, len(batch))
+        del sums
     return meter.peak
 
 

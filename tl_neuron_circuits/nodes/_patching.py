@@ -3,92 +3,158 @@
     noising:    score(n) = m(clean) - m(clean with n at its baseline value)
     denoising:  score(n) = m(corrupt with n at its clean value) - m(corrupt)
 
-Sign: positive supports the answer. Cost: one forward row a node and prompt, batched. With positions summed a node is
+Sign: positive supports the answer. Cost: one forward row per node and prompt, batched. With positions summed a node is
 patched at all positions at once, with units summed the whole activation at a position.
 Source: Vig et al. 2020; METHODS 2.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import SettingsError
-from ..bases._runs import answers_only, logits_of
+from ..bases._runs import Values, answers_only, logits_of
 from ..bases._site import Parts, Site
 from ..tasks._metrics import measure
 from ..tasks._tokenized import Batch
-from ._setting import Runs, Setting
-
-Chosen = dict[tuple[str, str], Tensor]
-"""Nodes to measure, by (hook, kind): rows of position and unit (-1 where there is none)."""
+from ._method import Method
+from ._scope import Blocks, Scope
 
 
-def patch(
-    setting: Setting, batch: Batch, runs: Runs, chosen: Chosen | None, rows: int, verbose: bool
-) -> dict[tuple[str, str], Tensor]:
-    """Sum over the batch of every chosen node's score, by (hook, kind); the rest is nan.
+@dataclass(frozen=True, eq=False)
+class Patching(Method):
+    """Patch every node, or only the rows of `nodes` (columns hook, position, unit and kind, as `NodeScores.top` has).
 
-    `batch` holds the run that is patched as its clean prompts, `runs.clean` its parts, `runs.base` what is patched in.
+    Nodes that are not measured score nan.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=8)
+        >>> best = tnc.attribute(model, pairs).top(3)
+        >>> len(tnc.attribute(model, pairs, method=tnc.Patching(best)).top(10))
+        3
     """
-    with torch.no_grad(), answers_only(setting.model, batch, setting.metric) as seen:
-        start = measure(setting.metric, logits_of(setting.model, batch.clean, batch.attention_mask), seen)
-    sign = 1.0 if setting.direction == "noising" else -1.0
-    out: dict[tuple[str, str], Tensor] = {}
-    for site in tqdm(setting.sites, desc="patched sites", disable=not verbose, leave=False):
-        for kind in ("node", *site.vectors):
-            shape = block_shape(setting, runs.clean[site.hook], kind)
-            scores = torch.full((shape.numel(),), torch.nan)
-            wanted = torch.arange(shape.numel()) if chosen is None else _flat(chosen, site.hook, kind, shape)
-            for chunk in wanted.split(max(1, rows // len(batch))) if len(wanted) else ():
-                scores[chunk] = sign * _change(setting, batch, site, kind, shape, chunk, runs, start).float().cpu()
-            out[site.hook, kind] = scores.reshape(shape).to(runs.clean[site.hook].nodes.device)
-    return out
+
+    name: ClassVar[str] = "patching"
+    nodes: pd.DataFrame | None = None
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether every node gets a score."""
+        return self.nodes is None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How many nodes were chosen, and a hash of them."""
+        if self.nodes is None:
+            return {"nodes": None}
+        return {"nodes": len(self.nodes), "nodes_hash": hashlib.sha256(self.nodes.to_json().encode()).hexdigest()}
+
+    @property
+    def label(self) -> str:
+        """The name alone: which nodes were measured does not change their scores."""
+        return self.name
+
+    def check(self, scope: Scope) -> None:
+        """The chosen nodes are nodes of this basis."""
+        if self.nodes is None:
+            return
+        missing = {"hook", "unit", "position", "kind"} - set(self.nodes.columns)
+        if missing:
+            raise SettingsError(
+                f"expected nodes with columns hook, unit, position and kind; {sorted(missing)} missing. Give rows of "
+                "NodeScores.top."
+            )
+        hooks = [site.hook for site in scope.sites]
+        unknown = set(self.nodes["hook"]) - set(hooks)
+        if unknown:
+            raise SettingsError(f"expected nodes of the hook points {hooks}; got {sorted(unknown)}.")
+        if scope.units == "sum":
+            raise SettingsError(
+                "nodes= chooses single nodes; units='sum' measures whole activations. Leave one of them out."
+            )
+
+    def score(
+        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+    ) -> tuple[Values, Blocks]:
+        """Patch node after node, `rows` forward rows at once."""
+        run = scope.first_run(batch)
+        values = scope.values(run)
+        with torch.no_grad(), answers_only(scope.model, run, scope.metric) as narrowed:
+            start = measure(scope.metric, logits_of(scope.model, run.clean, run.attention_mask), narrowed)
+        blocks: Blocks = {}
+        for site in tqdm(scope.sites, desc="patched sites", disable=not verbose, leave=False):
+            parts = site.take_apart(values)
+            for kind in ("node", *site.vectors):
+                shape = block_shape(scope, parts, kind)
+                scores = torch.full((shape.numel(),), torch.nan)
+                wanted = self._wanted(scope, site.hook, kind, shape)
+                for chunk in wanted.split(max(1, rows // len(run))) if len(wanted) else ():
+                    fall = _fall(scope, run, site, kind, shape, chunk, parts, baselines[site.hook], start)
+                    scores[chunk] = scope.sign * fall.float().cpu()
+                blocks[site.hook, kind] = scores.reshape(shape).to(parts.nodes.device)
+        return values, blocks
+
+    def _wanted(self, scope: Scope, hook: str, kind: str, shape: torch.Size) -> Tensor:
+        """Flat indices of the nodes to measure in one block."""
+        if self.nodes is None:
+            return torch.arange(shape.numel())
+        rows = self.nodes[(self.nodes["hook"] == hook) & (self.nodes["kind"] == kind)]
+        if not len(rows):
+            return torch.arange(0)
+        width = shape[-1] if kind == "node" else 1
+        position, unit = (torch.tensor(rows[column].to_numpy(copy=True)) for column in ("position", "unit"))
+        length = shape.numel() // width
+        if scope.positions == "keep" and not bool(((position >= 0) & (position < length)).all()):
+            raise SettingsError(
+                f"expected positions from 0 to {length - 1} (positions='keep'); got "
+                f"{sorted(set(position.tolist()))[:8]}."
+            )
+        if int(unit.max()) >= width:
+            raise SettingsError(f"expected units of {hook} below {width}; got {int(unit.max())}.")
+        return position.clamp(min=0) * width + unit.clamp(min=0)
 
 
-def _flat(chosen: Chosen, hook: str, kind: str, shape: torch.Size) -> Tensor:
-    """Flat indices of the chosen nodes of one block.
-
-    Raises:
-        SettingsError: a unit that the block does not have.
-    """
-    if (hook, kind) not in chosen:
-        return torch.arange(0)
-    position, unit = chosen[hook, kind].clamp(min=0).unbind(-1)
-    width = shape[-1] if kind == "node" else 1
-    if len(unit) and int(unit.max()) >= width:
-        raise SettingsError(f"expected units of {hook} below {width}; got {int(unit.max())}.")
-    return position * width + unit
-
-
-def block_shape(setting: Setting, parts: Parts, kind: str) -> torch.Size:
-    """Shape of a block of scores: [pos, unit], [unit], [pos] or [], after the sums that the setting asks for."""
+def block_shape(scope: Scope, parts: Parts, kind: str) -> torch.Size:
+    """Shape of a block of scores: [pos, unit], [unit], [pos] or [], after the sums that are asked for."""
     shape = list(parts.nodes.shape[1:] if kind == "node" else parts.vectors[kind].shape[1:2])
-    if setting.units == "sum" and kind == "node":
+    if scope.units == "sum" and kind == "node":
         shape[-1] = 1
-    return torch.Size(shape[1:] if setting.positions == "sum" else shape)
+    return torch.Size(shape[1:] if scope.positions == "sum" else shape)
 
 
-def _change(
-    setting: Setting, batch: Batch, site: Site, kind: str, shape: torch.Size, chunk: Tensor, runs: Runs, start: Tensor
+def _fall(
+    scope: Scope,
+    batch: Batch,
+    site: Site,
+    kind: str,
+    shape: torch.Size,
+    chunk: Tensor,
+    parts: Parts,
+    baseline: Parts | None,
+    start: Tensor,
 ) -> Tensor:
     """Sum over prompts of start - m(patched), for each node of the chunk."""
     n = len(chunk)
-    clean, base = runs.clean[site.hook], runs.base[site.hook]
-    nodes = _repeat(clean.nodes, n)
-    vectors = {name: _repeat(vector, n) for name, vector in clean.vectors.items()}
-    for row, (position, unit) in enumerate(_places(setting, shape, chunk, kind)):
+    nodes = _repeat(parts.nodes, n)
+    vectors = {name: _repeat(vector, n) for name, vector in parts.vectors.items()}
+    for row, (position, unit) in enumerate(_places(scope, shape, chunk, kind)):
         if kind == "node":
-            nodes[row][:, position, unit] = 0 if base is None else base.nodes[:, position, unit]
+            nodes[row][:, position, unit] = 0 if baseline is None else baseline.nodes[:, position, unit]
         else:
-            vectors[kind][row][:, position] = 0 if base is None else base.vectors[kind][:, position]
+            vectors[kind][row][:, position] = 0 if baseline is None else baseline.vectors[kind][:, position]
     patched = Parts(nodes.flatten(0, 1), {name: vector.flatten(0, 1) for name, vector in vectors.items()})
     repeated = batch.repeat(n)
     replace = [(site.hook, lambda value, hook: site.put_together(patched, value))]
-    narrow = answers_only(setting.model, repeated, setting.metric)
-    with torch.no_grad(), narrow as seen, setting.model.hooks(fwd_hooks=replace):
-        metric = measure(setting.metric, logits_of(setting.model, repeated.clean, repeated.attention_mask), seen)
+    narrow = answers_only(scope.model, repeated, scope.metric)
+    with torch.no_grad(), narrow as narrowed, scope.model.hooks(fwd_hooks=replace):
+        metric = measure(scope.metric, logits_of(scope.model, repeated.clean, repeated.attention_mask), narrowed)
     return (start[None] - metric.reshape(n, len(batch))).sum(1)
 
 
@@ -96,11 +162,11 @@ def _repeat(value: Tensor, n: int) -> Tensor:
     return value[None].expand(n, *value.shape).clone()
 
 
-def _places(setting: Setting, shape: torch.Size, chunk: Tensor, kind: str) -> Iterator[tuple[slice, slice]]:
+def _places(scope: Scope, shape: torch.Size, chunk: Tensor, kind: str) -> Iterator[tuple[slice, slice]]:
     """Position and unit of every node of the chunk, as slices."""
     every = slice(None)
     width = shape[-1] if kind == "node" else 1
     for index in chunk.tolist():
-        position, unit = (every, index) if setting.positions == "sum" else divmod(index, width)
+        position, unit = (every, index) if scope.positions == "sum" else divmod(index, width)
         where = position if isinstance(position, slice) else slice(position, position + 1)
-        yield where, every if setting.units == "sum" else slice(unit, unit + 1)
+        yield where, every if scope.units == "sum" else slice(unit, unit + 1)

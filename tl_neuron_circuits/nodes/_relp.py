@@ -2,20 +2,70 @@
 
     score(n) = (a_clean - a_baseline) * d metric / d a
 
-`relp` takes the gradient under the rules of relevance propagation, `gradient` (AtP) under none. It is taken on the
+`RelP` takes the gradient under the rules of relevance propagation, `Gradient` (AtP) under none. It is taken on the
 clean run, or with `direction="denoising"` on the corrupt run, as in RelP's own protocol.
 Sign: positive supports the answer. Cost: two forwards and one backward a batch.
 Source: Rezaei Jafari et al. 2025, arXiv 2508.21258; Syed et al. 2023 (AtP); METHODS 1.2 and 2.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .._errors import SettingsError
 from ..bases._runs import Values
-from ..propagation._relp import relp
+from ..bases._site import Parts
+from ..propagation.rules import rule_set
 from ..tasks._tokenized import Batch
-from ._gradients import run_gradients
-from ._setting import Gradients, Setting
+from ._method import Method
+from ._scope import Blocks, Scope, gradients_at
 
 
-def propagate(setting: Setting, batch: Batch) -> tuple[Values, Gradients]:
-    """Values and gradients on `batch`'s clean prompts, under `setting.rules`."""
-    with relp(setting.model, setting.rules, stabilizer=setting.stabilizer):
-        return run_gradients(setting.model, batch, setting.sites, setting.metric)
+@dataclass(frozen=True)
+class RelP(Method):
+    """Gradients under relevance propagation; `rules` and `stabilizer` as in `relp`.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.RelP(rules="attnlrp").label
+        'relp(rules=attnlrp)'
+        >>> tnc.RelP(rules=("ln", "identity", "half")).label
+        'relp(rules=ln+identity+half)'
+    """
+
+    name: ClassVar[str] = "relp"
+    rules: str | tuple[str, ...] = "relp"
+    stabilizer: float | None = None
+
+    def check(self, scope: Scope) -> None:
+        """Rules exist, and there is at least one."""
+        if rule_set(self.rules, self.stabilizer).needs == ():
+            raise SettingsError("expected at least one rule for RelP; got none. That is method='gradient'.")
+
+    def score(
+        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+    ) -> tuple[Values, Blocks]:
+        """One gradient under the rules, times the change of every node."""
+        run = scope.first_run(batch)
+        values, gradients = gradients_at(scope.model, run, scope.sites, scope.metric, self.rules, self.stabilizer)
+        return values, scope.change_times(values, baselines, gradients)
+
+
+@dataclass(frozen=True)
+class Gradient(Method):
+    """Plain gradients: attribution patching (AtP), or gradient times activation with a zero baseline.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.Gradient().label
+        'gradient'
+    """
+
+    name: ClassVar[str] = "gradient"
+
+    def score(
+        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+    ) -> tuple[Values, Blocks]:
+        """One gradient, times the change of every node."""
+        values, gradients = gradients_at(scope.model, scope.first_run(batch), scope.sites, scope.metric, rules=())
+        return values, scope.change_times(values, baselines, gradients)

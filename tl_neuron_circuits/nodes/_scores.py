@@ -16,7 +16,7 @@ from .._files import read_directory, write_directory
 from ..bases._activations import ACTIVATION_BASES
 from ..bases._site import Basis, Site
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,8 @@ def require_finite(scores: NodeScores) -> NodeScores:
     bad = [f"{hook} ({kind})" for hook, kind, t in scores.blocks() if not torch.isfinite(t).all()]
     if bad:
         raise NumericalError(
-            f"expected finite scores; found NaN or infinite ones at {bad[:5]}. The model's values or gradients "
-            f"overflow: "
-            "try dtype float32 or bfloat16, and check_model(model)."
+            f"scores at {bad[:5]} contain NaN or inf: the model's values or gradients overflow. Try dtype float32 or "
+            "bfloat16, and check_model(model)."
         )
     return scores
 

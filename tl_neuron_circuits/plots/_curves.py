@@ -14,14 +14,14 @@ from plotly.subplots import make_subplots
 
 from .._errors import SettingsError
 from ..evaluation._comparison import Comparison
-from ..evaluation._curve import SparsityCurve
+from ..evaluation._curve import Curve
 from ._style import CONTROLS, NAMES, colors, dash, finish, say, shown, translucent
 
 _MEASURES = ("faithfulness", "completeness")
 _GRAY = "#888888"
 
 
-def plot_curves(curves: Sequence[SparsityCurve]) -> go.Figure:
+def plot_curves(curves: Sequence[Curve]) -> go.Figure:
     """Curves side by side: faithfulness left (1 is ideal), completeness right (0 is ideal).
 
     Example:
@@ -195,7 +195,7 @@ def _averaged(rows: Any, measure: str) -> pd.DataFrame:
     return pd.DataFrame({"size": sizes, measure: np.mean(each, axis=0)})
 
 
-def _subtitle(curves: Sequence[SparsityCurve], tasks: Sequence[str], notes: Sequence[str] = ()) -> str:
+def _subtitle(curves: Sequence[Curve], tasks: Sequence[str], notes: Sequence[str] = ()) -> str:
     first = curves[0].settings
     counts = sorted({len(curve.full) for curve in curves})
     named = ", ".join(task for task in tasks if task != "task")

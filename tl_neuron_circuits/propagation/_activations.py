@@ -1,4 +1,4 @@
-"""Activation functions f and their exact ratios f(x) / x, the coefficient of the Identity rule.
+"""Activation functions f and their exact ratios f(x) / x, the coefficient of the identity rule.
 
 Written as f(x) / x the ratio loses all digits near zero; every function here is x times a known factor, so the factor
 itself is used: Phi(x) for GELU, sigmoid(x) for SiLU, the step for ReLU, softmax(x) for SoLU.
@@ -24,33 +24,51 @@ _CALLABLE_FIELDS = ("act_fn", "activation_fn", "act", "activation_function", "ac
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation function and its ratio; `function` is None where only its output can be observed."""
+    """An activation function and its ratio.
+
+    `function` is None where it was not found on the model, `exact_ratio` where no closed form is known.
+
+    Example:
+        >>> import torch
+        >>> from tl_neuron_circuits.propagation import Activation
+        >>> Activation.named("silu").ratio(torch.zeros(1))
+        tensor([0.5000])
+    """
 
     name: str
     function: Elementwise | None
-    ratio: Elementwise | None
+    exact_ratio: Elementwise | None
 
-    def ratio_at(self, pre: Tensor, activated: Tensor | None, stabilizer: float | None) -> Tensor:
-        """f(x) / x at `pre`, exact where known, else from the observed value; the fork's form with a stabilizer."""
-        if self.ratio is not None and stabilizer is None:
-            return self.ratio(pre)
-        if activated is None:
-            activated = self.apply(pre)
-        denominator = pre if stabilizer is None else pre + pre.sign() * stabilizer
-        return torch.where(pre == 0, torch.zeros_like(pre), activated / denominator)
+    @staticmethod
+    def named(name: str) -> "Activation":
+        """A known activation, by the name that configurations give it."""
+        return _BY_NAME[name]
 
-    def apply(self, pre: Tensor) -> Tensor:
-        """f at `pre`.
+    def value(self, x: Tensor) -> Tensor:
+        """f(x).
 
         Raises:
             UnsupportedModelError: the function itself was not found on the model.
         """
         if self.function is None:
             raise UnsupportedModelError(
-                f"the activation function {self.name!r} of a gated MLP was found neither by name nor on the module, so "
-                "its two branches cannot be told apart. Leave 'identity' and 'half' out of the rules."
+                f"the MLP's activation function {self.name!r} was found neither by name nor on the module, so its "
+                "rule cannot be taken. Leave 'identity' and 'half' out of the rules."
             )
-        return self.function(pre)
+        return self.function(x)
+
+    def ratio(self, x: Tensor) -> Tensor:
+        """f(x) / x: exact where a closed form is known, else the quotient, and 0 at x = 0."""
+        if self.exact_ratio is not None:
+            return self.exact_ratio(x)
+        return torch.where(x == 0, torch.zeros_like(x), self.value(x) / x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """f'(x), of a function of each neuron alone."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
+        return slope
 
 
 def _tanh_ratio(x: Tensor) -> Tensor:
@@ -96,13 +114,13 @@ _BY_NAME = {activation.name: activation for activation in KNOWN} | {
 @functools.cache
 def _on_grid() -> tuple[Tensor, list[Tensor]]:
     """Where activations are told apart, and the known ones' values there; both are only read."""
-    grid = torch.linspace(-6, 6, 97)
+    grid = torch.linspace(-6, 6, 97, dtype=torch.float32)
     with torch.inference_mode(False), torch.no_grad():
-        return grid, [activation.apply(grid) for activation in KNOWN]
+        return grid, [activation.value(grid) for activation in KNOWN]
 
 
 def find_activation(model: TransformerLensModel, layer: int) -> Activation:
-    """The activation of one MLP: recognized by its values on a grid, else by its name, else generic.
+    """The activation of one MLP: recognized by its values on a grid, else by its name, else as a function.
 
     `HookedTransformer` keeps the function on the MLP, `TransformerBridge` on the wrapped Hugging Face module.
     """
@@ -110,16 +128,17 @@ def find_activation(model: TransformerLensModel, layer: int) -> Activation:
     names = activation_names(model)
     if function is None:
         return next((_BY_NAME[name] for name in names if name in _BY_NAME), Activation("unknown", None, None))
+    unrecognized = Activation(names[0] if names else "unknown", function, None)
     grid, known_values = _on_grid()
     with torch.no_grad():
         try:
             values = function(grid)
         except (RuntimeError, TypeError, ValueError):  # a function with buffers of another dtype or device
-            return Activation(names[0] if names else "unknown", function, None)
+            return unrecognized
     for known, expected in zip(KNOWN, known_values, strict=True):
         if values.shape == grid.shape and torch.allclose(values.float(), expected, atol=2e-5):
-            return Activation(known.name, function, known.ratio)
-    return Activation(names[0] if names else "unknown", function, None)
+            return Activation(known.name, function, known.exact_ratio)
+    return unrecognized
 
 
 def _find_callable(model: TransformerLensModel, layer: int) -> Elementwise | None:

@@ -22,7 +22,7 @@ from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._sites import ModelSites, find_sites, require
 from ._biases import biases_in_graph
 from ._relp import relp
-from ._rules import ALL_RULES
+from .rules import RULE_SETS
 
 _ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 
@@ -102,7 +102,7 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
     fired = _fire(model, tokens)
     conservation, graph_bytes = float("nan"), float("nan")
     try:
-        require(sites, ALL_RULES)
+        require(sites, RULE_SETS["relp"].needs)
         conservation, graph_bytes = _measure(model, tokens)
     except NeuronCircuitsError as error:
         if not problems:

@@ -1,4 +1,4 @@
-"""How a session knows that its rules really applied: what fired, and what each rule rebuilt.
+"""How we know that the rules really applied: what fired, and what each rule rebuilt.
 
 Every piece of the model that a rule stands for is rebuilt from its inputs and compared with the value the model
 computed. Deviations stay on their device and are read once, at the end of the forward pass, so that checks cost no
@@ -18,11 +18,15 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, tor
 class Checks:
     """What is expected to fire in a forward pass, what did, and how far rebuilt values were off."""
 
-    def __init__(self, expected: dict[str, int], *, slack: float) -> None:
-        self._expected = expected  # hook name -> layer
+    def __init__(self, *, slack: float) -> None:
+        self._expected: dict[str, int] = {}  # hook name -> layer
         self._slack = slack
         self._fired: set[str] = set()
         self._deviations: list[tuple[str, Tensor, float]] = []
+
+    def expect(self, name: str, layer: int) -> None:
+        """Expect the hook point to fire in every forward pass that runs through `layer`."""
+        self._expected[name] = layer
 
     def fired(self, name: str) -> None:
         """Note that a hook fired.
@@ -38,14 +42,10 @@ class Checks:
             )
         self._fired.add(name)
 
-    def rebuilt(self, name: str, rebuilt: Tensor, value: Tensor, whole: Tensor | None = None) -> None:
-        """Note how far `rebuilt` (overwritten) is from the model's own `value`, relative to the largest value.
-
-        Where `value` are some rows of `whole`, all of it must be finite, and its largest value counts.
-        """
-        with torch.no_grad():
-            off, size = _largest(rebuilt.sub_(value)), _largest(value if whole is None else whole)
-            relative = off.float() / (size.float() + torch.finfo(torch.float32).tiny)
+    def compare(self, name: str, rebuilt: Tensor, value: Tensor) -> None:
+        """Note how far the rule's value is from the model's own, relative to the largest."""
+        off, size = _largest(rebuilt.to(value.dtype) - value), _largest(value)
+        relative = off.float() / (size.float() + torch.finfo(torch.float32).tiny)
         self._deviations.append((name, relative, _TOLERANCE[value.dtype] + self._slack))
 
     def verify(self, *, whole_forward: bool) -> None:
@@ -73,8 +73,8 @@ class Checks:
             if off > tolerance:
                 raise PropagationError(
                     f"the rule at {name} does not rebuild what the model computes (off by {off:.1e} of the largest "
-                    f"value, allowed {tolerance:.0e}). Something changes its input after the rule has read it: a hook "
-                    f"added inside relp that edits it. Add editing hooks before entering relp."
+                    f"value, allowed {tolerance:.0e}): the module computes something else than when relp was "
+                    "entered, or than this package knows. Enter relp after changing the model; check_model(model) tells more."
                 )
 
     def _verify_fired(self, fired: set[str]) -> None:
@@ -83,9 +83,7 @@ class Checks:
         if missing:
             raise PropagationError(
                 f"expected the hooks of relp to fire at every site; {len(missing)} of {len(self._expected)} did not, "
-                f"the "
-                f"first at {missing[0]}. Either reset_hooks() was called inside relp (call it before), or the model "
-                "skips that module (check_model(model) tells)."
+                f"the first at {missing[0]}: the model skips that module (check_model(model) tells)."
             )
 
 

@@ -1,7 +1,7 @@
-"""A norm where only its input and output are in the graph: y = weight * center(x) / scale + bias.
+"""Norms as this package reads them: y = weight * center(x) / scale + bias.
 
-That is so on `TransformerBridge` for most adapters. Elsewhere the scale itself is a hook point in the graph, and
-detaching it there is the whole rule.
+On `TransformerBridge` most adapters call Hugging Face's norm as a whole, so only its input and output are in the graph
+and the norm is rebuilt from its parameters. Elsewhere the scale is a hook point in the graph.
 """
 
 import math
@@ -16,7 +16,7 @@ from ..models._protocol import TransformerLensModel, submodule
 
 
 @dataclass(frozen=True)
-class FrozenNorm:
+class Norm:
     """What is needed to rebuild a norm from its input. `bias` is the live parameter: it takes part in conservation."""
 
     weight: Tensor
@@ -24,18 +24,20 @@ class FrozenNorm:
     eps: float
     centered: bool
 
-    def rebuild(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm's output at `x`, and the scale it divides by, in at least float32 as Hugging Face computes it."""
-        with torch.no_grad():
-            x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            if self.centered and self.weight.shape == x.shape[-1:]:  # one pass, which a plain LayerNorm takes too
-                weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
-                output, _, inverse = torch.native_layer_norm(x, x.shape[-1:], weight, bias, self.eps)
-                return output, inverse.reciprocal_()
-            x = x - x.mean(-1, keepdim=True) if self.centered else x
-            scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-            output = x / scale * self.weight
-            return (output if self.bias is None else output + self.bias), scale
+    def scale(self, x: Tensor) -> Tensor:
+        """The denominator `[..., 1]`, in at least float32 as Hugging Face computes it."""
+        return self._centered_and_scale(x)[1]
+
+    def value(self, x: Tensor) -> Tensor:
+        """The norm's output at `x`, in at least float32."""
+        centered, scale = self._centered_and_scale(x)
+        output = centered / scale * self.weight.to(scale.dtype)
+        return output if self.bias is None else output + self.bias.to(scale.dtype)
+
+    def _centered_and_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x = x - x.mean(-1, keepdim=True) if self.centered else x
+        return x, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
 
 def is_opaque(model: TransformerLensModel, path: str) -> bool:
@@ -48,10 +50,10 @@ def is_opaque(model: TransformerLensModel, path: str) -> bool:
     return bool(getattr(norm, "use_native_layernorm_autograd", False)) or folding
 
 
-def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
+def read_norm(model: TransformerLensModel, path: str) -> Norm | None:
     """Read a norm module of `TransformerBridge`; None for a slot that does not normalize.
 
-    Gemma's RMSNorm stores its weight as an offset from one. The caller compares what `rebuild` gives with the model's
+    Gemma's RMSNorm stores its weight as an offset from one. The caller compares what `value` gives with the model's
     own output, so that a convention unknown here is an error and never a number.
 
     Raises:
@@ -74,7 +76,7 @@ def read_norm(model: TransformerLensModel, path: str) -> FrozenNorm | None:
         weight = torch.ones(1, device=next(iter(model.parameters())).device)
     elif offset:
         weight = 1.0 + weight.detach()
-    return FrozenNorm(weight.detach(), bias, _eps(norm, component), centered=not rms)
+    return Norm(weight.detach(), bias, _eps(norm, component), centered=not rms)
 
 
 def _eps(norm: Any, component: Any) -> float:

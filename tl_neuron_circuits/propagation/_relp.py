@@ -1,28 +1,40 @@
-"""`relp`: inside the context, gradients through the model are RelP's; every forward value stays bit for bit."""
+"""`relp`: inside the context, gradients through the model are RelP's; every forward value stays bit for bit.
 
+From `relp` to a formula: `Relp.__enter__` installs `Wiring`; in the backward pass `Relay.backward` asks the piece's
+rule, `GatedPiece.gradients` say, which asks `HalfRule.gradients` and `IdentityRule.gradients`.
+"""
+
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from .._errors import PropagationError, SettingsError
+from .._errors import PropagationError
 from .._typing import checked
 from ..models._protocol import TransformerLensModel, hook_points
 from ..models._sites import find_sites, require
-from ._rules import ALL_RULES, check_rules
-from ._session import Session
+from ._wiring import Wiring
+from .rules import RuleSet, rule_set
+
+_ACTIVE: "weakref.WeakSet[TransformerLensModel]" = weakref.WeakSet()
+"""Models that `relp` is active on. Not a mark on the model itself, which would be copied and pickled with it."""
 
 
 @checked
-def relp(model: TransformerLensModel, rules: Sequence[str] = ALL_RULES, *, stabilizer: float | None = None) -> "Relp":
+def relp(
+    model: TransformerLensModel, rules: str | Sequence[str] = "relp", *, stabilizer: float | None = None
+) -> "Relp":
     """Replace the backward pass of `model` by relevance propagation, for the length of a `with` block.
 
     Only gradients change, so the whole of TransformerLens works inside: `run_with_cache(incl_bwd=True)`, `hooks` with
     `bwd_hooks`, or `torch.autograd.grad` on activations captured by a forward hook. Parameters are frozen meanwhile.
+    Inside a piece that a rule stands for as a whole (between `hook_pre` and `hook_post`) there is no gradient.
 
     Args:
         model: any TransformerLens model with dense MLPs.
-        rules: out of "ln", "identity", "half", "attention"; `()` is the plain gradient.
+        rules: a named set, "relp", "cp", "attnlrp" or "gim" (`propagation/rules.py` has the table), or a tuple out of
+            "ln", "identity", "half", "attention"; `()` is the plain gradient.
         stabilizer: use f(x) / (x + sign(x) * stabilizer) in the identity rule instead of the exact ratio. Only for
             parity with the published fork (1e-6), whose gradients differ by up to 7e-3 near zero.
 
@@ -31,8 +43,7 @@ def relp(model: TransformerLensModel, rules: Sequence[str] = ALL_RULES, *, stabi
 
     Raises:
         UnsupportedModelError: on entering, listing what the model lacks and the remedy.
-        PropagationError: gradients are disabled, hooks were removed inside, or a rule did not stand for what the model
-            computed.
+        PropagationError: gradients are disabled, or a rule did not stand for what the model computed.
         NumericalError: the model computed values that are not finite.
         SettingsError: an unknown rule.
 
@@ -44,17 +55,15 @@ def relp(model: TransformerLensModel, rules: Sequence[str] = ALL_RULES, *, stabi
         >>> with tnc.relp(model):
         ...     logits, cache = model.run_with_cache("the dog", incl_bwd=False)
     """
-    if stabilizer is not None and not 0 < stabilizer < 1:
-        raise SettingsError(f"expected a stabilizer between 0 and 1, such as 1e-6, or None; got {stabilizer}.")
-    return Relp(model, check_rules(tuple(rules)), stabilizer)
+    return Relp(model, rule_set(rules, stabilizer))
 
 
 class Relp:
     """The context manager that `relp` returns; it can be entered again after it was left, but not inside itself."""
 
-    def __init__(self, model: TransformerLensModel, rules: tuple[str, ...], stabilizer: float | None) -> None:
-        self._model, self._rules, self._stabilizer = model, rules, stabilizer
-        self._session: Session | None = None
+    def __init__(self, model: TransformerLensModel, rules: RuleSet) -> None:
+        self._model, self._rules = model, rules
+        self._wiring: Wiring | None = None
 
     def __enter__(self) -> None:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -62,38 +71,28 @@ class Relp:
                 "expected gradients to be enabled; relp was entered under torch.no_grad(), inference_mode() or "
                 "set_grad_enabled(False). Call it outside of those."
             )
-        points = hook_points(self._model)
+        points = hook_points(self._model)  # looked up once: TransformerBridge builds them anew every time
         sites = find_sites(self._model, points)
-        require(sites, rules=self._rules)
-        if self._session is not None or getattr(self._model, _MARK, False):
+        require(sites, self._rules.needs)
+        if self._model in _ACTIVE:
             raise PropagationError("relp is active on this model already; rules cannot be stacked. Leave it first.")
-        session = Session(self._model, points, sites, self._rules, self._stabilizer)
+        wiring = Wiring(self._model, points, sites, self._rules)
         try:
-            session.install()
+            wiring.install()
         except BaseException:
-            session.remove()
+            wiring.remove()
             raise
-        self._session = session
-        object.__setattr__(self._model, _MARK, True)
+        self._wiring = wiring
+        _ACTIVE.add(self._model)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        session, self._session = self._session, None
-        if session is None:
+        wiring, self._wiring = self._wiring, None
+        if wiring is None:
             return
-        object.__delattr__(self._model, _MARK)
-        complete = session.remove()
-        if error is not None:
-            return
-        session.checks.verify(whole_forward=False)
-        if not complete:
-            raise PropagationError(
-                "hooks of relp were removed inside its context (model.reset_hooks()?), so gradients taken since were "
-                "not "
-                "RelP's. Call reset_hooks before entering relp."
-            )
-
-
-_MARK = "_relp_is_active"
+        _ACTIVE.discard(self._model)
+        wiring.remove()
+        if error is None:
+            wiring.checks.verify(whole_forward=False)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Going on from where a long `attribute` was killed: the sums so far, written beside each other, never over each other.
+"""Resume an interrupted `attribute`: the sums so far, written beside each other, never over each other.
 
 A directory holds, for every process, one folder `process0of1-000012`: the sums after 12 of its batches. The next one is
 complete before this one goes, so a kill at any moment leaves one that can be read. Sums are float32 as in memory and
@@ -9,21 +9,23 @@ Writing takes at most about a twentieth of the time.
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._errors import FileFormatError
 from .._files import read_directory, write_directory
 from .._processes import Processes
-from ._total import Total
+from ..bases._dictionary_variance import VarianceSums
+from ..bases._site import Site
+from ._sums import Sums
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "partial"
 _SHARE = 20  # of the time may go by for one part that writing takes
 
 
-class Partial:
+class SavedSums:
     """The sums of one process on disk.
 
     Raises:
@@ -44,25 +46,39 @@ class Partial:
         folders = self._folders()
         return self._load(folders[-1])[1]["planned"] if folders else None
 
-    def read(self, total: Total) -> tuple[int, int, int] | None:
-        """Fill `total` with the sums on disk: how many batches they cover, of which size, and the size in use then."""
+    def read(self, sites: Sequence[Site]) -> tuple[Sums, int, int, int] | None:
+        """The sums on disk, how many batches they cover, of which size, and the size in use then."""
         folders = self._folders()
         if not folders:
             return None
-        found = [self._load(folder) for folder in folders]
-        tensors, notes = max(found, key=lambda one: one[1]["done"])
-        total.restore(tensors, notes["sums"])
-        return notes["done"], notes["planned"], notes["batch_size"]
+        tensors, notes = max((self._load(folder) for folder in folders), key=lambda saved: saved[1]["done"])
+        sums = Sums()
+        for site in sites:  # files forget the order, which is that of the nodes
+            for kind in ("node", *site.vectors):
+                name = f"{kind}/{site.hook}"
+                if name in tensors:
+                    sums.blocks[site.hook, kind] = tensors[name].to(notes["devices"][name])
+        for hook, (count, variation, error) in notes["variance"].items():
+            sums.variance[hook] = VarianceSums(count, tensors[f"mean/{hook}"], variation, error)
+        return sums, notes["done"], notes["planned"], notes["batch_size"]
 
-    def write(self, total: Total, done: int, planned: int, batch_size: int, *, last: bool = False) -> None:
+    def write(self, sums: Sums, done: int, planned: int, batch_size: int, *, last: bool = False) -> None:
         """Write the sums after `done` batches, unless writing was just done and more batches follow."""
         started = time.monotonic()
         if not last and started - self._written_at < _SHARE * self._cost:
             return
         before = self._folders()
-        tensors, notes = total.state()
+        tensors = {f"{kind}/{hook}": block for (hook, kind), block in sums.blocks.items()}
+        tensors |= {f"mean/{hook}": variance.mean for hook, variance in sums.variance.items()}
+        head = {
+            "settings": self._settings,
+            "done": done,
+            "planned": planned,
+            "batch_size": batch_size,
+            "devices": {name: str(tensor.device) for name, tensor in tensors.items()},
+            "variance": {hook: [v.count, v.variation, v.error] for hook, v in sums.variance.items()},
+        }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        head = {"settings": self._settings, "done": done, "planned": planned, "batch_size": batch_size, "sums": notes}
         target = self._directory / f"{self._prefix}{done:06d}"
         if target not in before:
             write_directory(target, KIND, SCHEMA, tensors, head)
@@ -76,7 +92,9 @@ class Partial:
         return sorted(self._directory.glob(f"{self._prefix}*"))
 
     def _load(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        tensors, notes = read_directory(folder, KIND, SCHEMA, required=("settings", "done", "planned", "sums"))
+        tensors, notes = read_directory(
+            folder, KIND, SCHEMA, required=("settings", "done", "planned", "devices", "variance")
+        )
         if notes["settings"] != self._settings:
             keys = sorted(self._settings.keys() | notes["settings"].keys())
             differ = [key for key in keys if notes["settings"].get(key) != self._settings.get(key)]

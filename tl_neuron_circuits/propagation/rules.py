@@ -1,0 +1,325 @@
+"""The rules of relevance propagation, with their formulas, and the named sets that are made of them.
+
+A rule says how the gradient g at the end of one piece of a transformer passes to the piece's inputs. Forward values
+never change. Rules are pure functions of g and of what the piece was given, out of place, so that a batch of gradients
+(`is_grads_batched`) passes too. Linear maps need no rule: theirs is the plain gradient.
+
+    set        norm           activation   gated product   attention                                    conserves
+    "relp"     scale frozen   identity     half            queries and keys cut                         yes
+    "cp"       scale frozen   identity     half            queries and keys cut                         yes
+    "attnlrp"  scale frozen   identity     half            1/4 to queries and keys, 1/2 to values       no
+    "gim"      scale frozen   plain        half            as attnlrp, softmax at temperature 2         no
+
+"Conserves" means: the gradient times the activation, summed over any cut of the network, biases included, gives the
+metric's logits. RelP on these operations is CP-LRP by another name.
+
+Sources: Ali et al. 2022, arXiv 2202.07304 (cp, ln); Rezaei Jafari et al. 2025, arXiv 2508.21258 (relp); Arora et al.
+2026, arXiv 2601.22594 (neurons; frozen attention); Achtibat et al. 2024, arXiv 2402.05602 (attnlrp); 2505.17630 (gim).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .._errors import SettingsError
+from ._activations import Activation
+from ._norms import Norm
+
+
+@dataclass(frozen=True)
+class LnRule:
+    """A norm's denominator is a constant: y = weight * center(x) / sg(scale) + bias, center for LayerNorm only.
+
+    Example:
+        >>> import torch
+        >>> from tl_neuron_circuits.propagation import LnRule, Norm
+        >>> norm = Norm(weight=torch.ones(2), bias=None, eps=0.0, centered=True)
+        >>> LnRule().gradients(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 0.0]), norm)
+        tensor([-0.5000,  0.5000])
+    """
+
+    def gradients(self, g: Float[Tensor, "*batch d"], x: Float[Tensor, "*pos d"], norm: Norm) -> Tensor:
+        """From the gradient at the norm's output to that at its input, in the precision the norm computes in."""
+        scale = norm.scale(x)
+        inner = g.to(scale.dtype) * norm.weight.to(scale.dtype) / scale
+        return inner - inner.mean(-1, keepdim=True) if norm.centered else inner
+
+
+@dataclass(frozen=True)
+class IdentityRule:
+    """An activation is its input times a constant: f(x) = x * sg(f(x) / x).
+
+    The ratio is exact, from closed forms such as Phi(x) for GELU. `stabilizer` gives f(x) / (x + sign(x) * stabilizer)
+    instead, as the published fork has it, whose gradients differ by up to 7e-3 near zero.
+
+    Example:
+        >>> import torch
+        >>> from tl_neuron_circuits.propagation import Activation, IdentityRule
+        >>> relu = Activation.named("relu")
+        >>> IdentityRule().gradients(torch.tensor([3.0, 3.0]), torch.tensor([-2.0, 2.0]), relu)
+        tensor([0., 3.])
+    """
+
+    stabilizer: float | None = None
+
+    def ratio(self, x: Float[Tensor, "*pos d_mlp"], activation: Activation) -> Float[Tensor, "*pos d_mlp"]:
+        """f(x) / x."""
+        if self.stabilizer is None:
+            return activation.ratio(x)
+        ratio = activation.value(x) / (x + x.sign() * self.stabilizer)
+        return torch.where(x == 0, torch.zeros_like(x), ratio)
+
+    def value(self, x: Float[Tensor, "*pos d_mlp"], activation: Activation) -> Float[Tensor, "*pos d_mlp"]:
+        """f(x) as the rule sees it; it must be what the model computed."""
+        return self.ratio(x, activation) * x
+
+    def gradients(
+        self, g: Float[Tensor, "*batch d_mlp"], x: Float[Tensor, "*pos d_mlp"], activation: Activation
+    ) -> Tensor:
+        """g * f(x) / x."""
+        return g * self.ratio(x, activation)
+
+
+@dataclass(frozen=True)
+class PlainActivation:
+    """No rule: g * f'(x). Stands where a gated product has a rule and its activation has none."""
+
+    def value(self, x: Float[Tensor, "*pos d_mlp"], activation: Activation) -> Float[Tensor, "*pos d_mlp"]:
+        """f(x)."""
+        return activation.value(x)
+
+    def gradients(
+        self, g: Float[Tensor, "*batch d_mlp"], x: Float[Tensor, "*pos d_mlp"], activation: Activation
+    ) -> Tensor:
+        """g * f'(x)."""
+        return g * activation.slope(x)
+
+
+@dataclass(frozen=True)
+class HalfRule:
+    """Both factors of a product a * b get half of its relevance. Arras et al. 2019, arXiv 1904.12181.
+
+    Example:
+        >>> import torch
+        >>> from tl_neuron_circuits.propagation import HalfRule
+        >>> HalfRule().gradients(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(6.0))
+        (tensor(3.), tensor(1.))
+    """
+
+    def gradients(
+        self, g: Float[Tensor, "*batch d_mlp"], a: Float[Tensor, "*pos d_mlp"], b: Float[Tensor, "*pos d_mlp"]
+    ) -> tuple[Tensor, Tensor]:
+        """g * b / 2 to a, g * a / 2 to b."""
+        return g * b / 2, g * a / 2
+
+
+@dataclass(frozen=True)
+class PlainProduct:
+    """No rule: g * b to a, g * a to b. With the identity rule this counts the product's relevance twice."""
+
+    def gradients(
+        self, g: Float[Tensor, "*batch d_mlp"], a: Float[Tensor, "*pos d_mlp"], b: Float[Tensor, "*pos d_mlp"]
+    ) -> tuple[Tensor, Tensor]:
+        """g * b to a, g * a to b."""
+        return g * b, g * a
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """The attention pattern is a constant: the gradient of queries and keys is cut, that of values is plain.
+
+    Example:
+        >>> from tl_neuron_circuits.propagation import AttentionRule
+        >>> rule = AttentionRule()
+        >>> rule.query, rule.key, rule.value
+        (0.0, 0.0, 1.0)
+    """
+
+    query: float = 0.0
+    key: float = 0.0
+    value: float = 1.0
+    """Factors of the gradients at `hook_q`, `hook_k` and `hook_v`."""
+    temperature: float = 1.0
+    """Of the softmax in the backward pass."""
+
+
+@dataclass(frozen=True)
+class SplitAttentionRule(AttentionRule):
+    """Both products of attention split in half: pattern * values, then, of the pattern's half, queries * keys.
+
+    So 1/2 to values and 1/4 to queries and to keys; the softmax between has its plain gradient. Achtibat et al. 2024.
+
+    Example:
+        >>> from tl_neuron_circuits.propagation import SplitAttentionRule
+        >>> SplitAttentionRule().value
+        0.5
+    """
+
+    query: float = 1 / 4
+    key: float = 1 / 4
+    value: float = 1 / 2
+
+
+@dataclass(frozen=True)
+class SoftmaxRule:
+    """The softmax goes backward as if its scores had been divided by a temperature (without the factor 1 / T).
+
+    A saturated softmax has no gradient; a warmer one lets the scores be seen. 2505.17630 (GIM).
+    """
+
+    temperature: float
+
+    def gradients(self, g: Float[Tensor, "*batch key"], scores: Float[Tensor, "*pos key"]) -> Tensor:
+        """p * (g - sum(g * p)) with p = softmax(scores / temperature)."""
+        p = torch.softmax(scores / self.temperature, dim=-1)
+        return p * (g - (g * p).sum(-1, keepdim=True))
+
+
+# --- pieces of a model: what a rule, or two in a row, stand for ---
+
+
+@dataclass(frozen=True)
+class NormPiece:
+    """A norm, from its input to its output."""
+
+    rule: LnRule
+    norm: Norm
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Added at the end; its gradient is the plain one."""
+        return self.norm.bias
+
+    def value(self, x: Tensor) -> Tensor:
+        """What the model should have computed."""
+        return self.norm.value(x)
+
+    def gradients(self, g: Tensor, x: Tensor) -> tuple[Tensor]:
+        """The gradient at its input."""
+        return (self.rule.gradients(g, x, self.norm),)
+
+
+@dataclass(frozen=True)
+class ActivationPiece:
+    """The activation of an MLP without a gate, from `hook_pre` to `hook_post` (`hook_mid` before a norm)."""
+
+    rule: IdentityRule
+    activation: Activation
+    bias: None = None
+
+    def value(self, pre: Tensor) -> Tensor:
+        """What the model should have computed."""
+        return self.rule.value(pre, self.activation)
+
+    def gradients(self, g: Tensor, pre: Tensor) -> tuple[Tensor]:
+        """The gradient at `hook_pre`."""
+        return (self.rule.gradients(g, pre, self.activation),)
+
+
+@dataclass(frozen=True)
+class GatedPiece:
+    """f(gate) * up + bias, from `hook_pre` and `hook_pre_linear` to `hook_post`: two rules in a row."""
+
+    gate_rule: IdentityRule | PlainActivation
+    product_rule: HalfRule | PlainProduct
+    activation: Activation
+    bias: Tensor | None
+
+    def value(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What the model should have computed."""
+        product = self.gate_rule.value(gate, self.activation) * up
+        return product if self.bias is None else product + self.bias
+
+    def gradients(self, g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients at the gate and at the linear branch."""
+        to_activated, to_up = self.product_rule.gradients(g, self.activation.value(gate), up)
+        return self.gate_rule.gradients(to_activated, gate, self.activation), to_up
+
+
+@dataclass(frozen=True)
+class SoftmaxPiece:
+    """The softmax of attention, from `hook_attn_scores` (masked) to `hook_pattern`."""
+
+    rule: SoftmaxRule
+    bias: None = None
+
+    def value(self, scores: Tensor) -> Tensor:
+        """What the model should have computed."""
+        return torch.softmax(scores, dim=-1)
+
+    def gradients(self, g: Tensor, scores: Tensor) -> tuple[Tensor]:
+        """The gradient at the scores."""
+        return (self.rule.gradients(g, scores),)
+
+
+Piece = NormPiece | ActivationPiece | GatedPiece | SoftmaxPiece
+
+# --- named sets ---
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """One rule, or None for the plain gradient, for each kind of piece.
+
+    Example:
+        >>> from tl_neuron_circuits.propagation import RULE_SETS
+        >>> RULE_SETS["relp"].half
+        HalfRule()
+        >>> RULE_SETS["gim"].identity is None
+        True
+    """
+
+    ln: LnRule | None = None
+    identity: IdentityRule | None = None
+    half: HalfRule | None = None
+    attention: AttentionRule | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the set asks of a model's sites, in the words of `find_sites`."""
+        names = [name for name in RULES if getattr(self, name) is not None]
+        if self.attention is not None:
+            names += ["values"] if self.attention.value != 1 else []
+            names += ["scores"] if self.attention.temperature != 1 else []
+        return tuple(names)
+
+
+RULES = {"ln": LnRule(), "identity": IdentityRule(), "half": HalfRule(), "attention": AttentionRule()}
+ALL_RULES = tuple(RULES)
+RULE_SETS = {
+    "relp": RuleSet(LnRule(), IdentityRule(), HalfRule(), AttentionRule()),
+    "cp": RuleSet(LnRule(), IdentityRule(), HalfRule(), AttentionRule()),
+    "attnlrp": RuleSet(LnRule(), IdentityRule(), HalfRule(), SplitAttentionRule()),
+    "gim": RuleSet(LnRule(), None, HalfRule(), SplitAttentionRule(temperature=2.0)),
+}
+
+
+def rule_set(rules: str | Sequence[str], stabilizer: float | None = None) -> RuleSet:
+    """The set called `rules`, or RelP's rules of these names; an empty sequence is the plain gradient.
+
+    Raises:
+        SettingsError: an unknown name, or a stabilizer out of range.
+    """
+    if isinstance(rules, str):
+        if rules not in RULE_SETS:
+            raise SettingsError(
+                f"expected rules to be one of the sets {list(RULE_SETS)} or a tuple out of {list(RULES)}; got "
+                f"{rules!r}." + (f" Did you mean ({rules!r},)?" if rules in RULES else "")
+            )
+        chosen = RULE_SETS[rules]
+    else:
+        unknown = [name for name in rules if name not in RULES]
+        if unknown:
+            raise SettingsError(
+                f"expected rules out of {list(RULES)}, or the name of a set out of {list(RULE_SETS)}; got {unknown}. "
+                "An empty tuple is the plain gradient."
+            )
+        chosen = RuleSet(**{name: RULES[name] for name in rules})
+    if stabilizer is None:
+        return chosen
+    if not 0 < stabilizer < 1:
+        raise SettingsError(f"expected a stabilizer between 0 and 1, such as 1e-6, or None; got {stabilizer}.")
+    return replace(chosen, identity=IdentityRule(stabilizer)) if chosen.identity else chosen
