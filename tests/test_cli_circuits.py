@@ -162,6 +162,6 @@ def test_running_out_of_memory_or_failing_a_check_is_exit_code_1(monkeypatch: py
         def fails(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("tl_neuron_circuits.interventions.steer", fails)
+        monkeypatch.setattr("tl_neuron_circuits.interventions._steer.steer", fails)
         code, _, err = run("steer", "demo-gelu", PROMPT, "--node", "L0/N1", "--scale", "0")
         assert code == (1 if isinstance(error, torch.OutOfMemoryError) else 2) and message in err

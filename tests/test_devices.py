@@ -352,7 +352,7 @@ def test_explanations(both: TwoDevices, path: None) -> None:
         return (
             {label: [list(example.activations) for example in examples] for label, examples in found.examples.items()},
             direct_logit_effects(model, nodes),
-            profiles(model, tokens[:2], nodes, goals=2),
+            profiles(model, tokens[:2], nodes, targets=2),
             prompt_scores(model, pairs, nodes).values,
             prompt_scores(model, pairs, baseline="corrupt", share=0.01).values,
             activation_variance(model, pairs),

@@ -263,7 +263,7 @@ def _shared() -> Path:
     return Path(os.environ.get("TNC_SHARED_MODELS", Path(__file__).resolve().parents[3] / "shared" / "models"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "short"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "short", "older"])
 def test_damaged_directories_are_errors(circuit: Circuit, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "circuit"
     circuit.save(path)
@@ -274,6 +274,9 @@ def test_damaged_directories_are_errors(circuit: Circuit, tmp_path: Path, damage
         file.write_bytes(file.read_bytes()[:-100])
     elif damage == "foreign":
         (path / "circuit.json").write_text('{"generator": "another"}')
+    elif damage == "older":
+        file = path / "circuit.json"
+        file.write_text(file.read_text().replace('"schema": 2', '"schema": 1'))
     else:
         file = path / "circuit.json"
         file.write_text(file.read_text().replace('"settings"', '"elsewhere"'))

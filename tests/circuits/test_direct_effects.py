@@ -9,15 +9,17 @@ import torch
 
 from tests.circuits.direct_by_hand import FrozenModel, edge_in_closed_form, replica_effects
 from tests.families import ModelCase, all_models, random_tokens
+from tl_neuron_circuits import bases
 from tl_neuron_circuits._errors import NumericalError, PropagationError, UnsupportedModelError
-from tl_neuron_circuits.circuits import _prompt as _edges_prompt
+from tl_neuron_circuits.circuits import _direct_effects
 from tl_neuron_circuits.circuits._direct_effects import DirectEffects, direct_effects, mean_totals
-from tl_neuron_circuits.circuits._target import metric_goal, token_goal
+from tl_neuron_circuits.circuits._slots import find_slots
+from tl_neuron_circuits.circuits._targets import metric_target, token_target
 from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.tasks import TokenizedPairs, answer_logit, logit_difference
 
 NEURONS = torch.tensor([[0, 0, 1], [0, 3, 2], [0, 5, 3], [0, 5, 9], [1, 2, 4], [1, 5, 7], [1, 5, 8]])
-GOALS = [token_goal(3, "three"), token_goal(4, "four")]
+TARGETS = [token_target(3), token_target(4)]
 FAMILIES = ("gpt2", "pythia", "llama", "gemma2", "solu_ln", "bloom", "llama_biased", "opt")
 
 
@@ -27,9 +29,15 @@ def pairs_of(model: Any, n: int = 1) -> TokenizedPairs:
     return TokenizedPairs.from_tokens(tokens, answers, others, answers + 20)
 
 
-def effects_of(model: Any, *, paired: bool = False, n: int = 1, goals: Any = GOALS, **options: Any) -> DirectEffects:
-    batches = list(pairs_of(model, n).batches(1))
-    return direct_effects(model, batches, NEURONS, goals, paired=paired, **options)
+def effects_of(
+    model: Any, *, paired: bool = False, n: int = 1, nodes: Any = NEURONS, targets: Any = TARGETS, **options: Any
+) -> DirectEffects:
+    """Of the neurons of every layer, on n random prompts."""
+    return direct_effects_on(model, list(pairs_of(model, n).batches(1)), nodes, targets, paired=paired, **options)
+
+
+def direct_effects_on(model: Any, batches: Any, nodes: Any = NEURONS, targets: Any = TARGETS, **options: Any) -> Any:
+    return direct_effects(model, batches, nodes, targets, slots=find_slots(model, bases.Neurons()), **options)
 
 
 @pytest.mark.parametrize("case", all_models(*FAMILIES))
@@ -37,7 +45,7 @@ def test_incoming_edges_sum_to_the_activation(case: ModelCase) -> None:
     effects = effects_of(case.build())
     weights = effects.edges.to_dense()[..., 0].sum(1)
     activations = [effects.totals.activation[layer][position, unit] for layer, position, unit in NEURONS.tolist()]
-    expected = torch.cat([torch.stack(activations), effects.totals.goals]).double()
+    expected = torch.cat([torch.stack(activations), effects.totals.target_changes]).double()
     torch.testing.assert_close(weights, expected, atol=case.tolerance, rtol=case.tolerance)
     assert effects.largest_residual < case.tolerance
 
@@ -58,10 +66,10 @@ def test_edges_equal_the_replicas_gradients(case: ModelCase) -> None:
     effects = effects_of(model)
     edges, columns = effects.edges.to_dense()[..., 0], effects.columns
     values = model.run_with_cache(tokens)[1]
-    targets = [tuple(node) for node in NEURONS.tolist()]
-    targets += [lambda z, token=goal.token: z[0, -1, token] - z[0, -1].mean() for goal in GOALS]
-    for row, target in enumerate(targets):
-        gradients = replica_effects(case, tokens, target)
+    receivers = [tuple(node) for node in NEURONS.tolist()]
+    receivers += [lambda z, token=target.tokens[0]: z[0, -1, token] - z[0, -1].mean() for target in TARGETS]
+    for row, receiver in enumerate(receivers):
+        gradients = replica_effects(case, tokens, receiver)
         weights = [
             values[f"blocks.{layer}.mlp.hook_post"] * gradients[f"blocks.{layer}.mlp.hook_post"] for layer in (0, 1)
         ]
@@ -109,7 +117,8 @@ def test_totals_equal_attribute(case: ModelCase, baseline: str) -> None:
     """Scores that choose the nodes are those of `attribute`, which computes them another way."""
     model = case.build()
     pairs = pairs_of(model, 3)
-    found = mean_totals(model, list(pairs.batches(1)), [metric_goal(logit_difference)], paired=baseline == "corrupt")
+    slots, targets = find_slots(model, bases.Neurons()), [metric_target(logit_difference)]
+    found = mean_totals(model, list(pairs.batches(1)), targets, paired=baseline == "corrupt", slots=slots)
     expected = attribute(model, pairs, metric=logit_difference, baseline=baseline)
     for layer, score in enumerate(found.score):
         torch.testing.assert_close(
@@ -123,7 +132,7 @@ def test_attributions_into_a_node_sum_to_its_score(case: ModelCase, paired: bool
     effects = effects_of(case.build(), paired=paired, n=3)
     sums = effects.edges.to_dense()[..., 1].sum(1)
     scores = [effects.totals.score[layer][position, unit] for layer, position, unit in NEURONS.tolist()]
-    expected = torch.cat([torch.stack(scores).double(), effects.totals.goals])
+    expected = torch.cat([torch.stack(scores).double(), effects.totals.target_changes])
     torch.testing.assert_close(sums, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -132,8 +141,8 @@ def test_attributions_into_a_node_sum_to_its_score(case: ModelCase, paired: bool
 def test_several_prompts_give_the_mean_of_each(case: ModelCase, paired: bool) -> None:
     model = case.build()
     batches = list(pairs_of(model, 3).batches(1))
-    together = direct_effects(model, batches, NEURONS, GOALS, paired=paired).edges.to_dense()
-    alone = [direct_effects(model, [batch], NEURONS, GOALS, paired=paired).edges.to_dense() for batch in batches]
+    together = direct_effects_on(model, batches, paired=paired).edges.to_dense()
+    alone = [direct_effects_on(model, [batch], paired=paired).edges.to_dense() for batch in batches]
     torch.testing.assert_close(together, torch.stack(alone).mean(0))
 
 
@@ -146,22 +155,22 @@ def test_chunks_do_not_change_the_numbers(case: ModelCase) -> None:
 
 
 @pytest.mark.parametrize("case", all_models("gpt2"))
-def test_pairs_have_no_biases_and_a_residual(case: ModelCase) -> None:
+def test_pairs_have_no_biases_and_a_linearization_error(case: ModelCase) -> None:
     effects = effects_of(case.build(), paired=True)
     edges, columns = effects.edges.to_dense()[..., 0], effects.columns
     assert edges[:, columns.bias].abs().max() == 0 == edges[:, columns.positional].abs().max()
     changes = [effects.totals.change[layer][position, unit] for layer, position, unit in NEURONS.tolist()]
-    rest = torch.stack(changes).double() - edges[: len(NEURONS), : columns.residual].sum(1)
-    torch.testing.assert_close(edges[: len(NEURONS), columns.residual], rest)
-    assert edges[:, columns.residual].abs().max() > 1e-3
+    rest = torch.stack(changes).double() - edges[: len(NEURONS), : columns.linearization_error].sum(1)
+    torch.testing.assert_close(edges[: len(NEURONS), columns.linearization_error], rest)
+    assert edges[:, columns.linearization_error].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("case", all_models("gemma2"))
-def test_a_metric_beyond_a_soft_cap_shows_its_residual(case: ModelCase) -> None:
-    effects = effects_of(case.build(), goals=[metric_goal(answer_logit)])
+def test_a_metric_beyond_a_soft_cap_shows_its_linearization_error(case: ModelCase) -> None:
+    effects = effects_of(case.build(), targets=[metric_target(answer_logit)])
     row, columns = effects.edges.to_dense()[-1, :, 0], effects.columns
-    assert float(row.sum()) == pytest.approx(float(effects.totals.goals[0]))
-    assert abs(float(row[columns.residual])) > 1e-6
+    assert float(row.sum()) == pytest.approx(float(effects.totals.target_changes[0]))
+    assert abs(float(row[columns.linearization_error])) > 1e-6
 
 
 @pytest.mark.parametrize("case", all_models("gpt2", "llama"))
@@ -182,7 +191,7 @@ def test_sums_that_do_not_hold_are_an_error(case: ModelCase, monkeypatch: pytest
     def without_biases(model: Any) -> Any:
         yield {}
 
-    monkeypatch.setattr(_edges_prompt, "biases_in_graph", without_biases)
+    monkeypatch.setattr(_direct_effects, "biases_in_graph", without_biases)
     with pytest.raises(NumericalError, match="do not sum"):
         effects_of(case.build())
 

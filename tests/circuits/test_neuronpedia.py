@@ -137,7 +137,7 @@ def test_supernodes_and_summed_positions_cannot_be_exported(circuit: Circuit, tm
             without.to_neuronpedia(tmp_path / "graph.json")
 
 
-@pytest.mark.parametrize("damage", ["missing", "no json", "no graph", "twice", "lost link", "fewer nodes"])
+@pytest.mark.parametrize("damage", ["missing", "no json", "no graph", "twice", "lost link", "fewer nodes", "older"])
 def test_damaged_graphs_are_errors(path: Path, damage: str) -> None:
     graph = json.loads(path.read_text())
     if damage == "missing":
@@ -149,6 +149,8 @@ def test_damaged_graphs_are_errors(path: Path, damage: str) -> None:
     else:
         if damage == "fewer nodes":
             graph["nodes"].pop()
+        elif damage == "older":
+            graph["metadata"]["info"]["tl_neuron_circuits"]["schema"] = 1
         else:
             graph["metadata"]["info"] = {}
             if damage == "twice":

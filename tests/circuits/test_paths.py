@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from tests.bases.site_dictionaries import dictionaries
-from tests.circuits.test_direct_effects import GOALS, NEURONS, effects_of, pairs_of
+from tests.circuits.test_direct_effects import NEURONS, TARGETS, direct_effects_on, effects_of, pairs_of
 from tests.families import ModelCase, all_models, random_tokens
 from tl_neuron_circuits import bases, trace
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.circuits import _paths as _edges_paths
-from tl_neuron_circuits.circuits._direct_effects import bytes_per_target, direct_effects
-from tl_neuron_circuits.circuits._prompt import Prompt, opened
-from tl_neuron_circuits.circuits._slots import slots_of
+from tl_neuron_circuits.circuits import _prompt_graph
+from tl_neuron_circuits.circuits._direct_effects import OpenPrompt, bytes_per_receiver, open_prompt
+from tl_neuron_circuits.circuits._slots import NeuronSlot, find_slots
 from tl_neuron_circuits.models._protocol import hook_points, submodule
 
 NORM_AFTER_MLP = {"gemma2-HookedTransformer"}
@@ -22,10 +21,10 @@ FAMILIES = ("gpt2", "pythia", "llama", "llama_biased", "gemma2", "gemma3", "qwen
 both = all_models("gpt2", "llama")
 
 
-def prompt_of(model: Any, basis: Any = None, *, paired: bool = False) -> Prompt:
+def prompt_of(model: Any, basis: Any = None, *, paired: bool = False) -> OpenPrompt:
     """One prompt, whose graph outlives the context."""
     (batch,) = pairs_of(model).batches(1)
-    with opened(model, batch, slots_of(model, basis or bases.Neurons()), GOALS, paired=paired) as prompt:
+    with open_prompt(model, batch, find_slots(model, basis or bases.Neurons()), TARGETS, paired=paired) as prompt:
         return prompt
 
 
@@ -42,8 +41,8 @@ def test_the_way_down_is_that_of_the_whole_graph(case: ModelCase, monkeypatch: p
     assert all((run.output is None) == (case.id in NORM_AFTER_MLP) for run in paths.runs)
     assert all((run.input is None) == (case.id in NO_MLP_INPUT) for run in paths.runs)
     layered = effects_of(model)
-    monkeypatch.setattr(_edges_paths, "_layers", whole_graph)
-    monkeypatch.setattr("tl_neuron_circuits.circuits._slot_neurons.NeuronSlot._input", whole_graph)
+    monkeypatch.setattr(_prompt_graph, "_layers", whole_graph)
+    monkeypatch.setattr(NeuronSlot, "_input", whole_graph)
     whole = effects_of(model)
     torch.testing.assert_close(layered.edges.to_dense(), whole.edges.to_dense(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(list(layered.totals.score), list(whole.totals.score), rtol=1e-9, atol=1e-12)
@@ -59,7 +58,7 @@ def test_so_it_is_for_dictionaries_and_layers_without_nodes(
     assert prompt_of(model, basis).paths.layered
     tokens = random_tokens(model, 1, 5)
     layered = trace(model, tokens, basis=basis, nodes=8)
-    monkeypatch.setattr(_edges_paths, "_layers", whole_graph)
+    monkeypatch.setattr(_prompt_graph, "_layers", whole_graph)
     whole = trace(model, tokens, basis=basis, nodes=8)
     found, expected = (c.edges.set_index(["source", "target"])["weight"] for c in (layered, whole))
     off = found.sub(expected, fill_value=0.0)  # where every feature was chosen, what remains is rounding
@@ -67,7 +66,7 @@ def test_so_it_is_for_dictionaries_and_layers_without_nodes(
 
 
 @pytest.mark.parametrize("case", both)
-def test_a_path_round_the_residual_stream_is_seen(case: ModelCase) -> None:
+def test_a_path_that_bypasses_the_residual_stream_is_seen(case: ModelCase) -> None:
     """What layer 0 reads is added to what the attention of layer 1 writes: no layer holds that path, the graph does."""
     model, kept = case.build(), {}
 
@@ -125,28 +124,28 @@ def test_chunks_of_any_size_and_any_order_of_nodes_give_the_same(case: ModelCase
     model = case.build()
     prompt = prompt_of(model, paired=paired)
     expected = effects_of(model, paired=paired).edges.to_dense()
-    some = effects_of(model, paired=paired, max_bytes=4 * bytes_per_target(prompt))
+    some = effects_of(model, paired=paired, max_bytes=4 * bytes_per_receiver(prompt))
     assert some.chunk == 4
     torch.testing.assert_close(some.edges.to_dense(), expected)
     order = torch.tensor([4, 0, 6, 2, 1, 5, 3])
     batches = list(pairs_of(model).batches(1))
-    mixed = direct_effects(model, batches, NEURONS[order], GOALS, paired=paired).edges.to_dense()
+    mixed = direct_effects_on(model, batches, NEURONS[order], paired=paired).edges.to_dense()
     n = len(NEURONS)
     torch.testing.assert_close(mixed[:n, :n], expected[order][:, order])
     torch.testing.assert_close(mixed[n:, n:], expected[n:, n:])
 
 
 @pytest.mark.parametrize("case", all_models("gpt2"))
-def test_nodes_and_goals_may_be_found_from_the_run(case: ModelCase) -> None:
+def test_nodes_and_targets_may_be_found_from_the_run(case: ModelCase) -> None:
     model = case.build()
     expected = effects_of(model)
     batches = list(pairs_of(model, 2).batches(1))
-    found = direct_effects(model, batches[:1], lambda totals: NEURONS, lambda logits: GOALS, paired=False)
-    assert torch.equal(found.edges.to_dense(), expected.edges.to_dense()) and found.goals == GOALS
+    found = direct_effects_on(model, batches[:1], lambda totals: NEURONS, lambda logits: TARGETS, paired=False)
+    assert torch.equal(found.edges.to_dense(), expected.edges.to_dense()) and found.targets == TARGETS
     logits = model(batches[0].clean)[0, -1].float()
     assert torch.equal(found.totals.probabilities, logits.softmax(-1).detach())
-    with pytest.raises(SettingsError, match="goals for 2 prompts"):
-        direct_effects(model, batches, NEURONS, lambda logits: GOALS, paired=False)
+    with pytest.raises(SettingsError, match="targets for 2 prompts"):
+        direct_effects_on(model, batches, NEURONS, lambda logits: TARGETS, paired=False)
 
 
 @pytest.mark.parametrize("case", all_models("gpt2"))
@@ -155,6 +154,6 @@ def test_models_that_do_not_show_their_residual_stream_take_the_whole_graph(
 ) -> None:
     model = case.build()
     points = {name: point for name, point in hook_points(model).items() if name != "blocks.1.hook_resid_pre"}
-    monkeypatch.setattr("tl_neuron_circuits.circuits._prompt_run.hook_points", lambda model: points)
+    monkeypatch.setattr(_prompt_graph, "hook_points", lambda model: points)
     assert not prompt_of(model).paths.layered
     assert effects_of(model).largest_residual < case.tolerance

@@ -12,8 +12,9 @@ import torch
 from tests.circuits.checks import assert_sums_hold, small_circuit
 from tests.families import ModelCase, all_models, random_tokens
 from tests.stories_tasks import pronoun_pairs
-from tl_neuron_circuits import Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
+from tl_neuron_circuits import ByMass, ByShare, Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
+from tl_neuron_circuits.circuits._choose import parse_choice
 from tl_neuron_circuits.demo import capitals
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
@@ -111,12 +112,61 @@ def test_nodes_are_chosen_by_share_count_or_mass(case: ModelCase) -> None:
     assert int(score.isfinite().sum()) == 1
     everything = trace(model, tokens, (3, 8), nodes=7 * 24)  # layer 0, and the last position of layer 1
     size = everything.nodes.query("kind == 'neuron'")["score"].abs()
-    shared = trace(model, tokens, (3, 8), share=0.02)
+    shared = trace(model, tokens, (3, 8), nodes=ByShare(0.02))
     assert len(shared) == int((size >= 0.02 * abs(everything.target_value)).sum())
-    massive = trace(model, tokens, (3, 8), nodes="mass", mass=0.5)
+    massive = trace(model, tokens, (3, 8), nodes=ByMass(0.5))
     taken = massive.nodes.query("kind == 'neuron'")["score"].abs()
     assert taken.sum() >= 0.5 * size.sum() > taken.sum() - taken.min()
     assert everything.nodes.query("kind == 'unselected'")["flow"].abs().sum() < 1e-9
+
+
+def test_choices_have_labels_that_parse_back() -> None:
+    for choice, label in ((ByShare(), "share(0.005)"), (ByShare(1e-6), "share(1e-06)"), (ByMass(0.9), "mass(0.9)")):
+        assert choice.label == label and parse_choice(label) == choice
+    assert repr(ByMass()) == "ByMass(mass=0.8)" and parse_choice("mass") == ByMass() and parse_choice("50") == 50
+    for wrong in ("best", "share()", "mass(a)", "share(0.1", "5.5"):
+        with pytest.raises(SettingsError, match="expected a number of nodes"):
+            parse_choice(wrong)
+    for wrong in (lambda: ByShare(0), lambda: ByMass(2.0), lambda: parse_choice("mass(0)")):
+        with pytest.raises(SettingsError, match=r"positive share|mass above 0"):
+            wrong()
+
+
+@pytest.mark.parametrize("case", one)
+def test_settings_keep_the_choice_as_its_label(case: ModelCase) -> None:
+    model = case.build()
+    tokens = random_tokens(model, 1, 6)
+    labels = [trace(model, tokens, nodes=n).settings["nodes"] for n in (3, ByShare(0.1), ByMass(0.1))]
+    assert labels == [3, "share(0.1)", "mass(0.1)"]
+
+
+@pytest.mark.parametrize("case", one)
+def test_running_out_of_memory_is_raised_as_what_it_is(case: ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every backward pass of a trace: no other way is tried, and the model is left as found."""
+    model = case.build()
+    tokens, real, calls = random_tokens(model, 1, 6), torch.autograd.grad, []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls.append(options.get("is_grads_batched", False))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    trace(model, tokens, nodes=5)
+    assert any(calls) and not all(calls)
+    for fails_at in range(len(calls)):
+        made = []
+
+        def failing(*arguments: Any, made: list = made, fails_at: int = fails_at, **options: Any) -> Any:
+            made.append(1)
+            if len(made) == fails_at + 1:
+                raise torch.OutOfMemoryError("no memory")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(torch.autograd, "grad", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            trace(model, tokens, nodes=5)
+        assert len(made) == fails_at + 1
+        assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
 
 
 @pytest.mark.parametrize("case", one)
@@ -180,8 +230,7 @@ def test_the_model_is_left_as_found(case: ModelCase, untouched: Callable[[Any], 
         ([], {}, "at least one token"),
         (torch.ones(7).double(), {}, "direction of 50"),
         (3, {"nodes": 0}, "between 1 and"),
-        (3, {"share": 1e6}, "no node has"),
-        (3, {"nodes": "mass", "mass": 2.0}, "mass above 0"),
+        (3, {"nodes": ByShare(1e6)}, "no node has"),
         (3, {"exclude": [(9, 9)]}, "no nodes here"),
         (3, {"prepend_bos": True}, "put BOS into"),
         (None, {"top_k": 0}, "top_k"),
@@ -224,7 +273,7 @@ def test_the_demo_models_circuit_reads_the_city(name: str) -> None:
     assert logit["label"].tolist() == ["Austin"] and logit["probability"].item() > 0.5
     embeddings = circuit.nodes.query("kind == 'embedding'").nlargest(3, "score")["token"]
     assert set(embeddings) == {"Dal", "##las", "capital"}
-    assert circuit.nodes.query("kind == 'neuron'")["share"].abs().min() >= circuit.settings["share"]
+    assert circuit.nodes.query("kind == 'neuron'")["share"].abs().min() >= ByShare().share
 
 
 def test_pairs_name_the_text_they_share_with_its_spaces() -> None:

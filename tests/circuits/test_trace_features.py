@@ -29,8 +29,8 @@ from tl_neuron_circuits import (
 )
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.bases._runs import run_values, take_apart
-from tl_neuron_circuits.circuits._prompt_run import run_prompt
-from tl_neuron_circuits.circuits._slots import slots_of
+from tl_neuron_circuits.circuits._prompt_graph import run_prompt
+from tl_neuron_circuits.circuits._slots import find_slots
 from tl_neuron_circuits.evaluation import evaluate_edges
 from tl_neuron_circuits.tasks import TokenizedPairs
 
@@ -90,7 +90,7 @@ def test_the_forward_pass_is_the_models_own(case: ModelCase) -> None:
     plain = model(tokens.clean[0][None])
     (batch,) = tokens.batches(1)
     with relp(model):
-        run = run_prompt(model, batch, slots_of(model, dictionaries("skip_transcoder")))
+        run = run_prompt(model, batch, find_slots(model, dictionaries("skip_transcoder")))
     assert torch.equal(run.logits, plain)
 
 
@@ -101,8 +101,8 @@ def test_scores_and_edges_equal_finite_differences_of_the_replacement_model(case
     tokens, basis = random_tokens(model, 1, 5), dictionaries(place)
     circuit = trace(model, tokens, (3, 4), basis=basis, nodes=10)
     slow = FrozenReplacement(model, tokens, basis)
-    goal = lambda logits, _: logits[0, -1, 3] - logits[0, -1, 4]  # noqa: E731
-    clean = slow(goal)
+    explained = lambda logits, _: logits[0, -1, 3] - logits[0, -1, 4]  # noqa: E731
+    clean = slow(explained)
     assert clean == pytest.approx(circuit.target_value)
     nodes = circuit.nodes.set_index("node")
     rows: Any = nodes.reset_index().itertuples()
@@ -118,11 +118,11 @@ def test_scores_and_edges_equal_finite_differences_of_the_replacement_model(case
             change["embedding"][row.position] = slow._clean["hook_embed"][0, row.position]
         else:
             continue
-        assert slow(goal, **change) - clean == pytest.approx(row.score, abs=1e-9), row.node
+        assert slow(explained, **change) - clean == pytest.approx(row.score, abs=1e-9), row.node
         for edge in circuit.edges[circuit.edges["source"] == row.node].itertuples():
             target: Any = nodes.loc[edge.target]
             at = (target["layer"], target["position"], target["unit"])
-            read = goal if target["kind"] == "logit" else lambda _, seen, at=at: seen[at[0]][0, at[1], at[2]]
+            read = explained if target["kind"] == "logit" else lambda _, seen, at=at: seen[at[0]][0, at[1], at[2]]
             direct = slow(read, **change, direct=True) - slow(read, direct=True)
             assert direct == pytest.approx(edge.weight, abs=1e-9), (edge.source, edge.target)
 
@@ -309,7 +309,7 @@ def test_bases_that_cannot_be_nodes_are_refused(whole: tuple) -> None:
     model, basis, _ = whole
     own = bases.Dictionaries([identity(D_MODEL, "blocks.0.hook_mlp_out")])
     for wrong, message in (
-        ([bases.Neurons(), basis], "one kind of nodes a layer"),
+        ([bases.Neurons(), basis], "one kind of node per layer"),
         (bases.MLPOutputs(), "neurons or features"),
         (own, "encoder of its own"),
     ):

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
+from tl_neuron_circuits._auroc import auroc
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.explain import PromptScores, score_features
-from tl_neuron_circuits.explain._auroc import auroc
 
 
 def made(values: torch.Tensor, keys: list[str] | None = None) -> PromptScores:

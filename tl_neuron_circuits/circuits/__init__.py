@@ -1,4 +1,6 @@
 """Circuits: chosen nodes, the edges between them, and what can be done with them."""
 
+from ._choose import ByMass as ByMass
+from ._choose import ByShare as ByShare
 from ._circuit import Circuit as Circuit
 from ._trace import trace as trace

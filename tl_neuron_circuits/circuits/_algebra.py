@@ -12,10 +12,9 @@ import pandas as pd
 
 from .._errors import SettingsError
 from ..bases._activations import Neurons
-from ._assemble import relative_weights
-from ._groups import one_of
+from ._groups import common_value
 from ._scores import node_sites
-from ._table import CHOSEN, complete, edge_table, node_table, restrict
+from ._table import CHOSEN, complete, edge_table, node_table, relative_weights, restrict
 
 if TYPE_CHECKING:
     from ._circuit import Circuit
@@ -68,10 +67,10 @@ def _one_node(same: pd.DataFrame) -> dict:
     for column in _MEANS:
         row[column] = same[column].sum(min_count=1)
     for column, otherwise in (("token", "…"), ("gate_sign", 0), ("up_sign", 0)):
-        row[column] = one_of(same[column], otherwise)
-    row["unit"] = one_of(same["unit"], -1)
-    row["group"] = one_of((group for group in same["group"] if group), row["group"])
-    row["label"] = one_of(same["label"], "…" if row["kind"] == "embedding" else row["label"])
+        row[column] = common_value(same[column], otherwise)
+    row["unit"] = common_value(same["unit"], -1)
+    row["group"] = common_value((group for group in same["group"] if group), row["group"])
+    row["label"] = common_value(same["label"], "…" if row["kind"] == "embedding" else row["label"])
     row["sign"] = 0 if np.isnan(row["activation"]) else int(np.sign(row["activation"]))
     return row
 
@@ -98,11 +97,11 @@ def _settings(circuits: Sequence[Circuit], target_value: float) -> dict:
     settings |= {
         "n_prompts": int(sum(circuit.settings["n_prompts"] for circuit in circuits)),
         "prompt": " | ".join(dict.fromkeys(circuit.settings["prompt"] for circuit in circuits)),
-        "tokens": [one_of(column, "…") for column in zip(*tokens, strict=False)] if aligned else [],
-        "token_ids": one_of((str(c.settings["token_ids"]) for c in circuits), None) and settings["token_ids"],
+        "tokens": [common_value(column, "…") for column in zip(*tokens, strict=False)] if aligned else [],
+        "token_ids": common_value((str(c.settings["token_ids"]) for c in circuits), None) and settings["token_ids"],
         "target": list(dict.fromkeys(one for circuit in circuits for one in circuit.settings["target"])),
         "target_value": target_value,
         "pairs_hash": hashlib.sha256(hashes.encode()).hexdigest(),
-        "position": one_of((circuit.settings["position"] for circuit in circuits), -1),
+        "position": common_value((circuit.settings["position"] for circuit in circuits), -1),
     }
     return settings

@@ -1,32 +1,114 @@
-"""Which nodes make the circuit: by their share of the target, by count, or by cumulative mass. METHODS 1.6."""
+"""Which nodes make the circuit: by number, by their share of the target, or by cumulative mass. METHODS 1.6."""
 
+import re
 from collections.abc import Collection, Sequence
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
-from ._totals import Totals
 
-Choice = Literal["share", "mass"] | int
 _NEAR_ZERO = 1e-6
 
 
+@dataclass(frozen=True)
+class ByShare:
+    """Choose every node whose |score| is at least `share` of the target.
+
+    Raises:
+        SettingsError: a share that is not positive.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> prompt = "The capital of the state containing Dallas is"
+        >>> circuit = tnc.trace(tnc.load_demo_model(), prompt, " Austin", nodes=tnc.ByShare(0.02))
+        >>> circuit.settings["nodes"]
+        'share(0.02)'
+    """
+
+    share: int | float = 0.005
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not self.share > 0:
+            raise SettingsError(f"expected a positive share; got {self.share}.")
+
+    @property
+    def label(self) -> str:
+        """How settings and the command line write it."""
+        return f"share({self.share:g})"
+
+
+@dataclass(frozen=True)
+class ByMass:
+    """Choose the fewest nodes that make up `mass` of the sum of all |scores|.
+
+    Raises:
+        SettingsError: a mass that is not above 0 and up to 1.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> prompt = "The capital of the state containing Dallas is"
+        >>> circuit = tnc.trace(tnc.load_demo_model(), prompt, " Austin", nodes=tnc.ByMass(0.5))
+        >>> circuit.settings["nodes"]
+        'mass(0.5)'
+    """
+
+    mass: int | float = 0.8
+
+    def __post_init__(self) -> None:
+        """Check the mass."""
+        if not 0 < self.mass <= 1:
+            raise SettingsError(f"expected a mass above 0 and up to 1; got {self.mass}.")
+
+    @property
+    def label(self) -> str:
+        """How settings and the command line write it."""
+        return f"mass({self.mass:g})"
+
+
+Choice = int | ByShare | ByMass
+
+
+def parse_choice(text: str) -> Choice:
+    """The choice that a label or the command line names: "50", "share", "share(0.01)", "mass", "mass(0.9)".
+
+    Raises:
+        SettingsError: none of these.
+    """
+    kinds = {"share": ByShare, "mass": ByMass}
+    match = re.fullmatch(r"(share|mass)(?:\(([^()]+)\))?", text.strip())
+    try:
+        if match is None:
+            return int(text)
+        return kinds[match[1]]() if match[2] is None else kinds[match[1]](float(match[2]))
+    except ValueError:
+        raise SettingsError(f"expected a number of nodes, share(0.005) or mass(0.8); got {text!r}.") from None
+
+
 def choose_nodes(
-    totals: Totals, layers: Sequence[int], choice: Choice, *, share: float, mass: float,
-    skipped_positions: Collection[int], excluded: Collection[tuple[int, int]],
+    scores: Sequence[Float[Tensor, "pos _"]], target: float, layers: Sequence[int], choice: Choice, *,
+    skipped_positions: Collection[int] = (), excluded: Collection[tuple[int, int]] = (),
 ) -> Int[Tensor, "node 3"]:  # fmt: skip
-    """Slot, position and unit of the chosen nodes, in that order; `layers` are the slots' layers.
+    """Slot, position and unit of the chosen nodes, in that order.
 
     Nodes whose score is zero next to the mean are never chosen: shares of zero would say nothing.
+
+    Args:
+        scores: of each slot's nodes.
+        target: what the scores are shares of.
+        layers: of the slots.
+        choice: how many nodes, `ByShare` or `ByMass`.
+        skipped_positions: where no node is chosen.
+        excluded: (layer, unit) of nodes that are never chosen.
 
     Raises:
         NumericalError: the target is zero, so nothing has a share of it.
         SettingsError: a number out of its range, or nothing to choose from.
     """
-    scores = [slot.cpu().double() for slot in totals.score]
+    scores = [slot.cpu().double() for slot in scores]
     mean = sum(float(score.abs().sum()) for score in scores) / max(1, sum(int((s != 0).sum()) for s in scores))
     allowed = [score.abs() > _NEAR_ZERO * mean for score in scores]
     for mask in allowed:
@@ -41,35 +123,26 @@ def choose_nodes(
     flat = [torch.where(mask, score.abs(), 0.0).flatten() for mask, score in zip(allowed, scores, strict=True)]
     size = torch.cat(flat)
     available = sum(int(mask.sum()) for mask in allowed)
-    count = _count(size, choice, share, mass, float(totals.goals.sum()), available)
-    if count == 0:
-        raise SettingsError(
-            f"no node has {share:g} of the target ({float(totals.goals.sum()):.4g}); the largest has "
-            f"{float(size.max()) / abs(float(totals.goals.sum())):.2g}. Lower share=, or give a count: nodes=100."
-        )
+    if isinstance(choice, int):
+        if not 1 <= choice <= available:
+            raise SettingsError(f"expected between 1 and {available:,} nodes, as many as are active; got {choice}.")
+        count = choice
+    elif isinstance(choice, ByMass):
+        ordered = size.sort(descending=True).values
+        reached = ordered.cumsum(0) >= choice.mass * ordered.sum() * (1 - 1e-12)
+        count = min(available, int(reached.int().argmax()) + 1)
+    else:
+        if target == 0:
+            raise NumericalError("the target is exactly zero, so nothing has a share of it. Give a number: nodes=100.")
+        count = int((size >= choice.share * abs(target)).sum())
+        if count == 0:
+            raise SettingsError(
+                f"no node has {choice.share:g} of the target ({target:.4g}); the largest has "
+                f"{float(size.max()) / abs(target):.2g}. Lower ByShare(...), or give a number: nodes=100."
+            )
     index = size.topk(count).indices.sort().values
     ends = torch.tensor([len(part) for part in flat]).cumsum(0)
     slot = torch.searchsorted(ends, index, right=True)
     inside = index - torch.cat([torch.zeros(1, dtype=torch.long), ends])[slot]
     width = torch.tensor([score.shape[1] for score in scores])[slot]
     return torch.stack([slot, inside // width, inside % width], 1)
-
-
-def _count(
-    size: Float[Tensor, " node"], choice: Choice, share: float, mass: float, target: float, available: int
-) -> int:
-    if isinstance(choice, int):
-        if not 1 <= choice <= available:
-            raise SettingsError(f"expected between 1 and {available:,} nodes, as many as are active; got {choice}.")
-        return choice
-    if choice == "mass":
-        if not 0 < mass <= 1:
-            raise SettingsError(f"expected a mass above 0 and up to 1; got {mass}.")
-        ordered = size.sort(descending=True).values
-        reached = ordered.cumsum(0) >= mass * ordered.sum() * (1 - 1e-12)
-        return min(available, int(reached.int().argmax()) + 1)
-    if not 0 < share:
-        raise SettingsError(f"expected a positive share; got {share}.")
-    if target == 0:
-        raise NumericalError("the target is exactly zero, so nothing has a share of it. Give a count: nodes=100.")
-    return int((size >= share * abs(target)).sum())

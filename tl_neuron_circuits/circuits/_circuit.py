@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx
+import numpy as np
 import pandas as pd
+import torch
 
 from .. import _html
+from .._errors import FileFormatError
+from .._files import read_directory, write_directory
 from ..bases._site import Basis
 from ..nodes._scores import NodeScores
-from . import _algebra, _groups, _neuronpedia, _prune, _saved, _scores
-from ._table import CHOSEN, EDGE_COLUMNS, LEFT_OUT, NODE_COLUMNS, SINGLE, typed
+from . import _algebra, _groups, _neuronpedia, _prune, _scores
+from ._table import CHOSEN, EDGE_COLUMNS, LEFT_OUT, NODE_COLUMNS, SCHEMA, SINGLE, typed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -22,17 +26,18 @@ if TYPE_CHECKING:
 class Circuit:
     """Nodes and the direct effects between them.
 
-    `nodes` has one row a node. `kind` is "neuron", "feature" (of a dictionary), "embedding" (one a position), "logit"
-    (what is explained), "error" (per layer and position, what a dictionary misses), "head" and "skip" (of circuits from
-    weights), "component" (of CircuitLasso), "bias" (biases, those of dictionaries too; positional embeddings),
-    "unselected" (per position, whatever was left out), "linearization_error" (what the linearization of pairs or of a metric
-    misses) or "group". `score` is the node's signed support for the target through all paths and `share` its share of
-    the target; `flow` is the part of the target that reaches it along edges of this circuit alone, and `influence` is
-    circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
+    `nodes` has one row per node. `kind` is "neuron", "feature" (of a dictionary), "embedding" (one per position),
+    "logit" (what is explained), "error" (what a dictionary misses, one per layer and position), "head" and "skip" (of
+    circuits from weights), "component" (of CircuitLasso), "bias" (biases, those of dictionaries too; positional
+    embeddings), "unselected" (whatever was left out, one per position), "linearization_error" (what the linearization
+    of pairs or of a metric misses) or "group". `score` is the node's signed support for the target through all paths
+    and `share` its share of the target; `flow` is the part of the target that reaches it along edges of this circuit
+    alone, and `influence` is circuit-tracer's. `gate_sign` and `up_sign` are 0 without a gated MLP.
 
-    `edges` has one row an edge, largest |attribution| first. `weight` is the part of the target node's `change` (its
-    activation minus the baseline's) that comes directly from the source, `attribution` that part of the target node's
-    score, and `relative` its share. Over all sources they sum to the change, to the score, and to 1.
+    `edges` has one row per edge, largest |attribution| first; `source` and `target` are nodes. `weight` is the part of
+    the target node's `change` (its activation minus the baseline's) that comes directly from the source, `attribution`
+    that part of the target node's score, and `relative` its share. Over all sources they sum to the change, to the
+    score, and to 1.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -72,10 +77,7 @@ class Circuit:
 
     @property
     def unexplained(self) -> float:
-        """Share of the target that flows to remainders, errors and the residual.
-
-        That is to nodes left out, edges cut, what dictionaries miss, and what the linearization misses.
-        """
+        """Share of the target that flows to nodes left out, cut edges, and what dictionaries or linearization miss."""
         left = self.nodes["kind"].isin(LEFT_OUT)
         return float(self.nodes.loc[left, "flow"].sum() / self.target_value)
 
@@ -83,7 +85,7 @@ class Circuit:
     def graph_replacement(self) -> float:
         """How much of the influence on the logits starts at the tokens, 0 to 1.
 
-            I(embeddings) / (I(embeddings) + I(errors) + I(remainders) + I(residual))
+            I(embeddings) / (I(embeddings) + I(errors) + I(remainders) + I(linearization error))
 
         I is `influence`. circuit-tracer's replacement score, where the errors are all that is left out: its graphs have
         every active feature as a node. Here nodes that were not chosen, and edges that were cut, are counted as errors
@@ -143,7 +145,7 @@ class Circuit:
         return replace(self, nodes=nodes, edges=kept)
 
     def label(self, labels: Mapping[str, str]) -> "Circuit":
-        """Names for nodes: by node ("L3/N45@7"), or by neuron at all positions ("L3/N45").
+        """Name nodes: by node ("L3/N45@7"), or by neuron at all positions ("L3/N45").
 
         Raises:
             SettingsError: a name that no node has.
@@ -162,7 +164,7 @@ class Circuit:
         return replace(self, nodes=_groups.with_groups(self.nodes, groups))
 
     def collapse(self) -> "Circuit":
-        """One supernode a group.
+        """Make one supernode of each group.
 
         Its score is that of its members minus the attribution of edges between them, which are gone; edges of its
         members are added up. So incoming edges still sum to the score, and flow to the target. METHODS 1.7.
@@ -170,9 +172,9 @@ class Circuit:
         return _groups.collapse(self)
 
     def sum_positions(self) -> "Circuit":
-        """One node a neuron, one embedding a token, one remainder: everything is added up over positions. METHODS 1.6.
+        """Add everything up over positions: one node per neuron, one embedding per token, one remainder. METHODS 1.6.
 
-        So circuits of prompts of different lengths can be compared and merged.
+        Circuits of prompts of different lengths can then be compared and merged.
         """
         return _groups.sum_positions(self)
 
@@ -219,7 +221,7 @@ class Circuit:
     def to_scores(self) -> NodeScores:
         """The chosen nodes' scores as `evaluate` takes them; every other node is nan, so it ranks last.
 
-        Error nodes are nan too: `evaluate(error="keep")` keeps all of them, by default none is kept.
+        Error nodes are nan too: `evaluate(error_nodes="keep")` keeps all of them, by default none is kept.
 
         Raises:
             SettingsError: the nodes are not single neurons or features of a model (supernodes, imported features).
@@ -243,7 +245,17 @@ class Circuit:
         Raises:
             FileFormatError: the path is something else than a directory of ours.
         """
-        _saved.save(self, path)
+        numbers = {
+            f"{table}/{name}": torch.from_numpy(np.array(frame[name]))
+            for table, frame, columns in (("nodes", self.nodes, NODE_COLUMNS), ("edges", self.edges, EDGE_COLUMNS))
+            for name, kind in columns.items()
+            if kind != "str"
+        }
+        index = {node: place for place, node in enumerate(self.nodes["node"])}
+        for end in ("source", "target"):
+            numbers[f"edges/{end}"] = torch.from_numpy(np.array(self.edges[end].map(index).astype("int64")))
+        texts = {name: self.nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
+        write_directory(path, "circuit", SCHEMA, numbers, {"settings": dict(self.settings), "texts": texts})
 
     @classmethod
     def load(cls, path: str | Path, *, basis: Basis | Sequence[Basis] | None = None) -> "Circuit":
@@ -256,7 +268,20 @@ class Circuit:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        return cls(*_saved.load(path), basis=basis)
+        numbers, notes = read_directory(path, "circuit", SCHEMA, required=("settings", "texts"))
+        texts = notes["texts"]
+        try:
+            nodes = pd.DataFrame(
+                {c: texts[c] if k == "str" else numbers[f"nodes/{c}"].numpy() for c, k in NODE_COLUMNS.items()}
+            )
+            names = nodes["node"].to_numpy(dtype=object)
+            edges = pd.DataFrame({name: numbers[f"edges/{name}"].numpy() for name in EDGE_COLUMNS})
+            edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]])
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise FileFormatError(
+                f"the tables in {path} do not fit together ({error!r}): it is damaged. Save it again."
+            ) from error
+        return cls(nodes, edges, notes["settings"], basis=basis)
 
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
         """The circuit as a plotly figure: layers against positions, with the strongest edges."""
@@ -270,8 +295,8 @@ class Circuit:
         Args:
             path: of the HTML file; an existing one is replaced.
             details: more about nodes, by node ("L3/N45@7"), by neuron at all positions ("L3/N45"), by label or by
-                group. Everything is shown as text, never as markup. `"direct_logit_effects"` is a list of (token, number),
-                `"examples"` a list of texts, of `Example`s of `max_activating_examples`, or of
+                group. Everything is shown as text, never as markup. `"direct_logit_effects"` is a list of (token,
+                number), `"examples"` a list of texts, of `Example`s of `max_activating_examples`, or of
                 `{"tokens": [...], "values": [...], "note": "..."}`, tokens colored by value; any other key is a
                 heading with its text.
 

@@ -6,9 +6,8 @@ from typing import Any
 import pandas as pd
 
 from ..bases._site import Basis
-from ._assemble import relative_weights
 from ._circuit import Circuit
-from ._table import complete, edge_table, node_table
+from ._table import complete, edge_table, node_table, relative_weights
 
 
 def from_tables(

@@ -11,8 +11,7 @@ import pandas as pd
 
 from .._errors import SettingsError
 from ..nodes._scores import label as neuron_label
-from ._assemble import relative_weights
-from ._table import CHOSEN, SINGLE, complete, edge_table, node_table
+from ._table import CHOSEN, SINGLE, complete, edge_table, node_table, relative_weights
 
 if TYPE_CHECKING:
     from ._circuit import Circuit
@@ -39,7 +38,7 @@ def with_groups(nodes: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> pd.
     new = pd.Series("", index=nodes.index, dtype=object)
     for group, members in groups.items():
         if not group or (nodes["node"] == group).any():
-            raise SettingsError(f"expected a group's name to be no node's and not empty; got {group!r}.")
+            raise SettingsError(f"expected a group's name that is neither empty nor a node's; got {group!r}.")
         for member in members:
             rows = _named(nodes, member)
             wrong = set(nodes.loc[rows, "kind"]) - set(CHOSEN)
@@ -66,7 +65,7 @@ def _named(nodes: pd.DataFrame, name: str) -> np.ndarray:
 
 
 def collapse(circuit: Circuit) -> Circuit:
-    """One supernode a group.
+    """Make one supernode of each group.
 
     Raises:
         SettingsError: no node is in a group.
@@ -79,27 +78,28 @@ def collapse(circuit: Circuit) -> Circuit:
     single = circuit.nodes["kind"].isin(SINGLE) & grouped
     members = {name: rows["node"].tolist() for name, rows in circuit.nodes[grouped].groupby("group", sort=False)}
     nodes = pd.concat([circuit.nodes[~grouped], node_table(rows)], ignore_index=True)
-    return joined(circuit, names, nodes, {"n_grouped": int(circuit.settings.get("n_grouped", 0)) + int(single.sum()),
-                                          "groups": dict(circuit.settings.get("groups", {})) | members})  # fmt: skip
+    n_grouped = int(circuit.settings.get("n_grouped", 0)) + int(single.sum())
+    settings = {"n_grouped": n_grouped, "groups": dict(circuit.settings.get("groups", {})) | members}
+    return join_nodes(circuit, names, nodes, settings)
 
 
 def _supernode(name: str, rows: pd.DataFrame) -> dict:
     weights = rows["score"].abs().to_numpy()
     layer = float(np.average(rows["layer"], weights=weights)) if weights.sum() else float(rows["layer"].mean())
     return {
-        "node": name, "label": name, "kind": "group", "layer": round(layer), "position": one_of(rows["position"], -1),
-        "token": one_of(rows["token"], "…"), "group": name,
+        "node": name, "label": name, "kind": "group", "layer": round(layer),
+        "position": common_value(rows["position"], -1), "token": common_value(rows["token"], "…"), "group": name,
         **{column: rows[column].sum() for column in ("activation", "change", "score")},
     }  # fmt: skip
 
 
-def one_of(values: Iterable, otherwise: object) -> object:
+def common_value(values: Iterable, otherwise: object) -> object:
     """The value that all share."""
     found = list(dict.fromkeys(values))
     return found[0] if len(found) == 1 else otherwise
 
 
-def joined(circuit: Circuit, names: pd.Series, nodes: pd.DataFrame, settings: Mapping) -> Circuit:
+def join_nodes(circuit: Circuit, names: pd.Series, nodes: pd.DataFrame, settings: Mapping) -> Circuit:
     """The circuit on `nodes`, to which `names` sends each node of today; edges are added up.
 
     Edges inside one new node are gone, and so is their part of its change and score.
@@ -119,22 +119,22 @@ def joined(circuit: Circuit, names: pd.Series, nodes: pd.DataFrame, settings: Ma
 
 
 def sum_positions(circuit: Circuit) -> Circuit:
-    """One node a neuron, one embedding a token, one remainder."""
+    """One node per neuron, one embedding per token, one remainder."""
     names = pd.Series([_without_position(row) for row in circuit.nodes.itertuples()], index=circuit.nodes.index)
     rows = []
     for name, same in circuit.nodes.groupby(names, sort=False):
         first = same.iloc[0].to_dict()
-        label = one_of(same["label"], name)
+        label = common_value(same["label"], name)
         label = name if label == first["node"] or first["kind"] == "unselected" else label
         rows.append(
             first | {
-                "node": name, "label": label, "position": -1, "token": one_of(same["token"], "…"),
+                "node": name, "label": label, "position": -1, "token": common_value(same["token"], "…"),
                 **{column: same[column].sum(min_count=1) for column in ("activation", "change", "score")},
-                "gate_sign": one_of(same["gate_sign"], 0), "up_sign": one_of(same["up_sign"], 0),
-                "unit": one_of(same["unit"], -1), "group": one_of(same["group"], ""),
+                "gate_sign": common_value(same["gate_sign"], 0), "up_sign": common_value(same["up_sign"], 0),
+                "unit": common_value(same["unit"], -1), "group": common_value(same["group"], ""),
             }
         )  # fmt: skip
-    return joined(circuit, names, node_table(rows), {"positions": "sum"})
+    return join_nodes(circuit, names, node_table(rows), {"positions": "sum"})
 
 
 def _without_position(node: object) -> str:

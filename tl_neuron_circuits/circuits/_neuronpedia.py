@@ -1,8 +1,9 @@
 """Attribution graphs in Neuronpedia's JSON, as circuit-tracer writes them.
 
 A neuron or feature is written as a unit `{layer}_{unit}_{position}`, a dictionary's error as `err_{layer}_{position}`,
-and remainders, biases and the residual as errors of layers that the model does not have. What that format has no place
-for (scores, attributions, settings) stands in `metadata.info`, so our own files come back whole.
+and remainders, biases and the linearization error as errors of layers that the model does not have. What that format
+has no place for (scores, attributions, settings) stands in `metadata.info`, so our own files come back whole; other
+programs' graphs become as much of a circuit as they say.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from .._errors import FileFormatError, SettingsError
 from .._files import versions
 from ..bases._dictionaries import Dictionaries
 from ..bases._site import Basis
-from ._graph_json import read_graph
-from ._table import EDGE_COLUMNS, NODE_COLUMNS, typed
+from ._table import EDGE_COLUMNS, NODE_COLUMNS, SCHEMA, complete, edge_table, node_table, normalized, typed
 
 if TYPE_CHECKING:
     from ._circuit import Circuit
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _URL = "https://pypi.org/project/tl-neuron-circuits/"
 _OURS = "tl_neuron_circuits"
 UNIT, ERROR = "cross layer transcoder", "mlp reconstruction error"
+_KIND_OF_TYPE = {"embedding": "embedding", "logit": "logit", ERROR: "error"}
 
 
 def write(circuit: Circuit, path: Path, slug: str | None, scan: str | None) -> None:
@@ -39,7 +40,7 @@ def write(circuit: Circuit, path: Path, slug: str | None, scan: str | None) -> N
     nodes, settings = circuit.nodes, circuit.settings
     if (nodes["kind"] == "group").any() or settings.get("positions") == "sum" or not settings["tokens"]:
         raise SettingsError(
-            "expected a circuit with positions and without supernodes: the format has one unit and one position a "
+            "expected a circuit with positions and without supernodes: the format has one unit and one position per "
             "node. Export the circuit before collapse() or sum_positions(); its groups are written as supernodes."
         )
     ids = _ids(nodes, settings["n_layers"])
@@ -83,12 +84,12 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
     try:
         graph = json.loads(path.read_text(encoding="utf-8"))
         ours = graph["metadata"].get("info", {}).get(_OURS)
-        return read_graph(graph) if ours is None else _own(graph, ours)
+        return _read_foreign(graph) if ours is None else _read_ours(graph, ours, path)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FileFormatError(f"expected an attribution graph as JSON at {path}; cannot read it ({error}).") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise FileFormatError(
-            f"expected an attribution graph at {path} (metadata, qParams, nodes, links); it is none, or damaged: "
+            f"expected an attribution graph at {path} (metadata, qParams, nodes, links); it is not one, or damaged: "
             f"{error!r}."
         ) from error
 
@@ -167,13 +168,21 @@ def _tables(circuit: Circuit) -> dict[str, Any]:
     """What the format has no place for, in the order of its nodes and links."""
     plain = lambda column: [None if value != value else value for value in column.tolist()]  # noqa: E731  nan
     return {
+        "schema": SCHEMA,
         "settings": dict(circuit.settings),
         "nodes": {name: plain(circuit.nodes[name]) for name in NODE_COLUMNS},
         "edges": {name: plain(circuit.edges[name]) for name in ("relative", "attribution")},
     }
 
 
-def _own(graph: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
+def _read_ours(
+    graph: Mapping[str, Any], ours: Mapping[str, Any], path: Path
+) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
+    if ours.get("schema") != SCHEMA:
+        raise FileFormatError(
+            f"expected schema {SCHEMA} of this package's tables in {path}; got {ours.get('schema')}. Export the "
+            "circuit again with this version."
+        )
     nodes = pd.DataFrame({name: pd.Series(ours["nodes"][name], dtype=object) for name in NODE_COLUMNS})
     nodes = typed(nodes, NODE_COLUMNS)
     names = dict(zip((node["node_id"] for node in graph["nodes"]), nodes["node"], strict=True))
@@ -186,3 +195,59 @@ def _own(graph: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[pd.DataFram
         }
     )
     return nodes, typed(edges, EDGE_COLUMNS), ours["settings"]
+
+
+def _read_foreign(graph: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
+    """Nodes, edges and settings of a graph that is not ours.
+
+    Weights are its own. Relative weights are weights over the sum of the sizes of all weights into the target, and a
+    logit's score is its probability: other programs give neither shares of activations nor scores.
+
+    Raises:
+        FileFormatError: ids that are not unique, or links to nodes that are not there.
+    """
+    metadata, groups = graph["metadata"], {}
+    for name, *members in graph["qParams"].get("supernodes", []):
+        groups |= dict.fromkeys(members, name)
+    tokens = list(metadata["prompt_tokens"])
+    rows = [_foreign_row(node, tokens, groups) for node in graph["nodes"]]
+    names = {row["node"] for row in rows}
+    if len(names) < len(rows):
+        raise FileFormatError(
+            f"expected unique node ids; {len(rows) - len(names)} of {len(rows)} appear twice. Export the graph again."
+        )
+    edges = pd.DataFrame(graph["links"], columns=["source", "target", "weight"])
+    lost = set(edges["source"]) | set(edges["target"])
+    if lost - names:
+        raise FileFormatError(
+            f"links lead to nodes that are not there, such as {sorted(lost - names)[:3]}. Export the graph again."
+        )
+    nodes = node_table(rows)
+    edges["attribution"] = edges["weight"]
+    edges["relative"] = np.sign(edges["weight"]) * normalized(nodes, edges)
+    target_value = float(nodes.loc[nodes["kind"] == "logit", "score"].sum())
+    layers = [row["layer"] for row in rows if row["kind"] == "feature"]
+    settings = {
+        "model": metadata["scan"], "prompt": metadata["prompt"], "tokens": tokens, "token_ids": None, "n_prompts": 1,
+        "n_layers": max(layers, default=0) + 1, "baseline": "zero", "pairs_hash": metadata["slug"],
+        "target": [row["label"] for row in rows if row["kind"] == "logit"], "target_value": target_value,
+        "position": len(tokens) - 1, "rules": [], "versions": {},
+        "generator": metadata.get("info", {}).get("generator"),
+    }  # fmt: skip
+    return complete(nodes, edges, target_value), edge_table(edges), settings
+
+
+def _foreign_row(node: Mapping[str, Any], tokens: list[str], groups: Mapping[str, str]) -> dict[str, Any]:
+    kind = _KIND_OF_TYPE.get(node["feature_type"], "feature")
+    layer, position = str(node["layer"]), int(node["ctx_idx"])
+    parts = str(node["node_id"]).split("_")
+    activation = node.get("activation")
+    return {
+        "node": node["node_id"], "label": node.get("clerp") or node["node_id"], "kind": kind,
+        "layer": int(layer) if layer.isdigit() else -1,
+        "unit": int(parts[1]) if kind != "error" and len(parts) == 3 and parts[1].isdigit() else -1,
+        "position": position, "token": tokens[position] if 0 <= position < len(tokens) else "",
+        "activation": activation, "sign": 0 if not activation else int(np.sign(activation)),
+        "score": node.get("token_prob") if kind == "logit" else None,
+        "probability": node.get("token_prob") if kind == "logit" else None, "group": groups.get(node["node_id"], ""),
+    }  # fmt: skip

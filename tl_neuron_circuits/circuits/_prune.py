@@ -24,7 +24,7 @@ class Rule:
 def prune(
     nodes: pd.DataFrame, edges: pd.DataFrame, target_value: float, rule: Rule
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The nodes and edges that meet every criterion, and on some path from an embedding to a logit.
+    """The nodes and edges that meet every criterion, and lie on some path from an embedding to a logit.
 
     Raises:
         SettingsError: no criterion, or one out of its range.

@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 def node_sites(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Hook point, layer, letter, width and errors of every layer with nodes; empty where the circuit does not say."""
-    if settings.get("sites"):
-        return list(settings["sites"])
-    widths = settings.get("d_mlp") or []  # what circuits of version 0.1 say
-    return [
-        {"hook": Neurons.hook.format(layer=layer), "layer": layer, "letter": Neurons.letter, "width": width,
-         "errors": False}
-        for layer, width in enumerate(widths)
-    ]  # fmt: skip
+    return list(settings.get("sites") or [])
 
 
 def own_basis(settings: Mapping[str, Any]) -> Basis | Sequence[Basis] | None:
@@ -39,7 +32,7 @@ def own_basis(settings: Mapping[str, Any]) -> Basis | Sequence[Basis] | None:
 def to_scores(circuit: Circuit) -> NodeScores:
     """Scores of the chosen nodes, nan for all others, errors among them.
 
-    A transcoder's skip is no node, so `evaluate` leaves it live.
+    A transcoder's skip is not a node, so `evaluate` leaves it live.
 
     Raises:
         SettingsError: the nodes are not single neurons or features of a model.

@@ -4,8 +4,8 @@ A source's edges say what share of a target's activation comes from it, so a tar
 
     flow(s) = sum_t relative(s -> t) * flow(t),   flow(logit) = its score
 
-Whatever ends at embeddings, biases, remainders and the residual is then the whole of the logits again, after any
-pruning: an edge that is cut goes to the remainder at its source's position. What ends at remainders is what the
+Whatever ends at embeddings, biases, remainders and the linearization error is then the whole of the logits again, after
+any pruning: an edge that is cut goes to the remainder at its source's position. What ends at remainders is what the
 circuit leaves unexplained.
 """
 
@@ -14,6 +14,8 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 
+SCHEMA = 2
+"""Of these tables in files. 2: kinds `unselected` and `linearization_error`; `nodes` in the settings is a label."""
 NODE_COLUMNS = {
     "node": "str", "label": "str", "kind": "str", "layer": "int64", "unit": "int64", "position": "int64",
     "token": "str", "activation": "float64", "change": "float64", "sign": "int64", "gate_sign": "int64",
@@ -68,14 +70,21 @@ def unselected_name(position: int) -> str:
 
 
 def rows_of(nodes: pd.DataFrame, names: pd.Series) -> np.ndarray:
-    """The row of each named node, by plain strings: pandas' own kind is made anew at every look-up."""
+    """The row of each named node. Plain strings: pandas would convert its own kind at every lookup."""
     rows = pd.Index(nodes["node"], dtype=object).get_indexer(pd.Index(names, dtype=object))
     if (rows < 0).any():
         raise KeyError(sorted(set(names[rows < 0])))
     return rows
 
 
-def handed_down(nodes: pd.DataFrame, edges: pd.DataFrame, start: np.ndarray, column: np.ndarray) -> np.ndarray:
+def relative_weights(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
+    """Each edge's share of its target's score; on a single prompt that is its share of the activation too."""
+    score = nodes["score"].to_numpy()[rows_of(nodes, edges["target"])]
+    attribution = edges["attribution"].to_numpy()
+    return np.divide(attribution, score, out=np.zeros_like(attribution), where=score != 0)
+
+
+def hand_down(nodes: pd.DataFrame, edges: pd.DataFrame, start: np.ndarray, column: np.ndarray) -> np.ndarray:
     """x = start + sum over out-edges of column * x(target): exact, by as many steps as the graph is deep."""
     source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
     x = start.copy()
@@ -91,9 +100,9 @@ def handed_down(nodes: pd.DataFrame, edges: pd.DataFrame, start: np.ndarray, col
 def complete(nodes: pd.DataFrame, edges: pd.DataFrame, target_value: float) -> pd.DataFrame:
     """The nodes with flow, influence, shares and the remainders' scores computed from the edges."""
     nodes = nodes.copy()
-    goal = (nodes["kind"] == "logit").to_numpy()
-    start = np.where(goal, nodes["score"].fillna(0.0), 0.0)
-    nodes["flow"] = handed_down(nodes, edges, start, edges["relative"].to_numpy())
+    logit = (nodes["kind"] == "logit").to_numpy()
+    start = np.where(logit, nodes["score"].fillna(0.0), 0.0)
+    nodes["flow"] = hand_down(nodes, edges, start, edges["relative"].to_numpy())
     nodes["influence"] = influence(nodes, edges)
     left = nodes["kind"].isin(["unselected", "linearization_error"])
     nodes.loc[left, "score"] = nodes.loc[left, "flow"]
@@ -103,12 +112,12 @@ def complete(nodes: pd.DataFrame, edges: pd.DataFrame, target_value: float) -> p
 
 def logit_weights(nodes: pd.DataFrame) -> np.ndarray:
     """circuit-tracer's weights: the logits' probabilities; their shares of the score where they have none."""
-    goal = (nodes["kind"] == "logit").to_numpy()
+    logit = (nodes["kind"] == "logit").to_numpy()
     probability = nodes["probability"].to_numpy()
-    if not np.isfinite(probability[goal]).all():
-        size = np.where(goal, nodes["score"].abs().fillna(0.0), 0.0)
+    if not np.isfinite(probability[logit]).all():
+        size = np.where(logit, nodes["score"].abs().fillna(0.0), 0.0)
         return size / max(size.sum(), np.finfo(float).tiny)
-    return np.where(goal, probability, 0.0)
+    return np.where(logit, probability, 0.0)
 
 
 def normalized(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
@@ -126,7 +135,7 @@ def normalized(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
 def influence(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
     """w (N + N^2 + ...) with N the normalized edges and w the logits' weights. Source: circuit-tracer; METHODS 4.5."""
     weights = logit_weights(nodes)
-    return handed_down(nodes, edges, weights, normalized(nodes, edges)) - weights
+    return hand_down(nodes, edges, weights, normalized(nodes, edges)) - weights
 
 
 def restrict(
@@ -134,7 +143,8 @@ def restrict(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Only the kept nodes and edges; what flowed along the others comes from remainders instead.
 
-    Edges of biases, remainders and residuals always stay; embeddings, logits and the like stay as nodes, errors do not.
+    Edges of biases, remainders and the linearization error always stay; so do embeddings and logits as nodes, but not
+    errors.
     """
     stays = kept_nodes | ~nodes["kind"].isin((*CHOSEN, "error")).to_numpy()
     table = nodes.assign(stays=stays).set_index("node")

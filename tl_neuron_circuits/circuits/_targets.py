@@ -1,6 +1,15 @@
-"""What `trace` explains, from what its caller wrote: tokens, a difference of two, a direction, a metric."""
+"""What a circuit explains: targets, each one number read from a run and one logit node of the circuit.
+
+Tokens and directions are read from the logits before any soft cap, where relevance is conserved; a token's logit is
+taken minus the mean over the vocabulary, so that centering an unembedding changes nothing. A metric is read from the
+model's own logits, and what it is not linear in shows as a linearization error.
+
+A target is what `trace` explains, never the end of an edge: the nodes that edges lead to are *receivers* in this code,
+although the table of edges calls its columns `source` and `target`, as graphs do.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,44 +18,121 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from ..models._protocol import TransformerLensModel
+from ..tasks._metrics import Metric, measure, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
-from ..tasks._tokenized import TokenizedPairs
-from ._target import Goal, answer_goal, difference_goal, direction_goal, metric_goal, token_goal
+from ..tasks._tokenized import Batch, TokenizedPairs
+from ._prompt_graph import PromptRun
 
 Token = str | int
-Target = Token | list[str] | list[int] | tuple[Token, Token] | Float[Tensor, " d"] | Callable[..., Tensor] | None
+TargetLike = Token | list[str] | list[int] | tuple[Token, Token] | Float[Tensor, " d"] | Callable[..., Tensor] | None
 """A token; a list of tokens; a tuple of two tokens (their logit difference); a direction over the logits (`d_vocab`)
 or over what the unembedding reads (`d_model`); a metric."""
 
 
-def find_goals(
-    model: TransformerLensModel, pairs: TokenizedPairs, target: Target, prompt: str | None, top_k: int | None
-) -> list[Goal] | Callable[[Tensor], list[Goal]]:
-    """The goals that `target` names. For None the pairs' answers, or what finds the `top_k` likeliest tokens.
+@dataclass(frozen=True)
+class Target:
+    """One number that a run gives.
+
+    `linear` in the logits before any soft cap: then its incoming edges sum to it.
+    """
+
+    name: str
+    value: Callable[[PromptRun, Batch], Float[Tensor, ""]]
+    tokens: tuple[int, ...] = ()
+    """A token, or a token and the one it is compared with; none for anything else."""
+    linear: bool = True
+
+
+def token_target(token: int) -> Target:
+    """The logit of a token minus the mean logit."""
+
+    def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
+        logits = _logits(run, batch)
+        return logits[token] - logits.mean()
+
+    return Target(f"logit/{token}", value, (token,))
+
+
+def difference_target(token: int, other: int) -> Target:
+    """The logit of a token minus that of another."""
+
+    def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
+        logits = _logits(run, batch)
+        return logits[token] - logits[other]
+
+    return Target(f"logit/{token}-{other}", value, (token, other))
+
+
+def answer_target(*, against_wrong: bool) -> Target:
+    """Each pair's answer: its logit minus the wrong answer's, or minus the mean logit."""
+
+    def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
+        logits = _logits(run, batch)
+        wrong = batch.wrong_answer if against_wrong else None
+        return logits[int(batch.answer[0])] - (logits.mean() if wrong is None else logits[int(wrong[0])])
+
+    return Target("logit_difference" if against_wrong else "answer_logit", value)
+
+
+def direction_target(model: TransformerLensModel, direction: Tensor) -> Target:
+    """A direction over the logits, or over what the unembedding reads.
 
     Raises:
-        SettingsError: a token that is none, or a direction of another size.
+        SettingsError: a direction of another size.
     """
-    token = lambda found: _token_id(model, found, prompt)  # noqa: E731
+    d_model, d_vocab = int(model.cfg.d_model), int(model.cfg.d_vocab)
+    if direction.dim() != 1 or len(direction) not in (d_model, d_vocab) or not torch.isfinite(direction).all():
+        raise SettingsError(
+            f"expected a finite direction of {d_vocab} (over the logits) or {d_model} numbers (over what the "
+            f"unembedding reads); got shape {list(direction.shape)}."
+        )
+
+    def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
+        source = run.raw_logits if len(direction) == d_vocab else run.final
+        return source[0, int(batch.position[0])] @ direction.to(source)
+
+    return Target("direction", value)
+
+
+def metric_target(metric: Metric) -> Target:
+    """Any metric of this package, or a callable like one."""
+    return Target(metric_name(metric), lambda run, batch: measure(metric, run.logits, batch)[0], linear=False)
+
+
+def find_targets(
+    model: TransformerLensModel, pairs: TokenizedPairs, target: TargetLike, prompt: str | None, top_k: int | None
+) -> list[Target] | Callable[[Tensor], list[Target]]:
+    """The targets that a caller of `trace` named.
+
+    For None the pairs' answers, or a function that finds the `top_k` likeliest tokens from the logits.
+
+    Raises:
+        SettingsError: something that is not a token, or a direction of another size.
+    """
     if target is None:
         if top_k is not None:
-            return lambda logits: [token_goal(one, f"logit/{one}") for one in logits.topk(top_k).indices.tolist()]
-        return [answer_goal(against_wrong=pairs.wrong_answer is not None)]
+            return lambda logits: [token_target(token) for token in logits.topk(top_k).indices.tolist()]
+        return [answer_target(against_wrong=pairs.wrong_answer is not None)]
     if isinstance(target, Tensor):
-        return [_direction(model, target)]
+        return [direction_target(model, target)]
     if callable(target):
-        return [metric_goal(target)]
+        return [metric_target(target)]
     if isinstance(target, tuple):
-        first, second = (token(one) for one in target)
+        first, second = (_token_id(model, token, prompt) for token in target)
         if first == second:
             raise SettingsError(f"expected two different tokens in target={target!r}; both are token {first}.")
-        return [difference_goal(first, second, f"logit/{first}-{second}")]
-    several = list(target) if isinstance(target, list) else [target]
-    ids = list(dict.fromkeys(token(one) for one in several))
+        return [difference_target(first, second)]
+    tokens = list(target) if isinstance(target, list) else [target]
+    ids = list(dict.fromkeys(_token_id(model, token, prompt) for token in tokens))
     if not ids:
         raise SettingsError("expected at least one token in target; got an empty list.")
-    return [token_goal(one, f"logit/{one}") for one in ids]
+    return [token_target(token) for token in ids]
+
+
+def target_label(model: Any, target: Target) -> str:
+    """Its tokens as text, or its name."""
+    return " - ".join(repr(token_text(model, token))[1:-1] for token in target.tokens) or target.name
 
 
 def token_text(model: Any, token: int) -> str:
@@ -56,6 +142,10 @@ def token_text(model: Any, token: int) -> str:
         return str(token)
     text = tokenizer.convert_ids_to_tokens(token)
     return str(token) if text is None else str(text).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
+
+
+def _logits(run: PromptRun, batch: Batch) -> Float[Tensor, " d_vocab"]:
+    return run.raw_logits[0, int(batch.position[0])]
 
 
 def _token_id(model: TransformerLensModel, token: Token, prompt: str | None) -> int:
@@ -71,13 +161,3 @@ def _token_id(model: TransformerLensModel, token: Token, prompt: str | None) -> 
             "token's number (for example model.to_single_token(...)), or the prompt as text."
         )
     return int(tokenize(model, PromptPairs(clean=[prompt], answer=[token])).answer[0])
-
-
-def _direction(model: TransformerLensModel, direction: Tensor) -> Goal:
-    d_model, d_vocab = int(model.cfg.d_model), int(model.cfg.d_vocab)
-    if direction.dim() != 1 or len(direction) not in (d_model, d_vocab) or not torch.isfinite(direction).all():
-        raise SettingsError(
-            f"expected a finite direction of {d_vocab} (over the logits) or {d_model} numbers (over what the "
-            f"unembedding reads); got shape {list(direction.shape)}."
-        )
-    return direction_goal(direction, "direction", of_logits=len(direction) == d_vocab)

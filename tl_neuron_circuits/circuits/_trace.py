@@ -1,8 +1,14 @@
-"""`trace`: from a prompt, or pairs, to a circuit of neurons or dictionary features with all edges between them."""
+"""`trace`: from a prompt, or pairs, to a circuit of neurons or dictionary features with all edges between them.
+
+What is explained is read by `_targets.py`, the nodes' homes by `_slots.py`; `_choose.py` chooses nodes by their scores,
+and `_direct_effects.py` computes scores and edges. Here they meet, and numbers become the two tables of a circuit.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -15,20 +21,19 @@ from ..bases._runs import logits_of
 from ..bases._site import Basis, name_of
 from ..interventions._steering_prompts import text_pieces
 from ..models._protocol import TransformerLensModel
+from ..nodes._scores import label
 from ..propagation.rules import ALL_RULES
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
-from ._assemble import Places, assemble
-from ._choose import Choice, choose_nodes
+from ._choose import ByShare, Choice, choose_nodes
 from ._circuit import Circuit
-from ._direct_effects import direct_effects
-from ._slots import slots_of
-from ._target import Goal
-from ._targets import Target, find_goals, token_text
-from ._totals import Totals
+from ._direct_effects import DirectEffects, Totals, direct_effects
+from ._slots import Slot, find_slots
+from ._table import KIND_OF_LETTER, complete, edge_table, node_table, relative_weights, unselected_row
+from ._targets import TargetLike, find_targets, target_label, token_text
 
-_NEURONS = Neurons()
+_NEURONS, _BY_SHARE = Neurons(), ByShare()
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | PromptPairs | TokenizedPairs
 
 
@@ -36,12 +41,10 @@ Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | PromptPairs | Tokeni
 def trace(
     model: TransformerLensModel,
     prompt_or_pairs: Prompt,
-    target: Target = None,
+    target: TargetLike = None,
     *,
     basis: Basis | Sequence[Basis] = _NEURONS,
-    nodes: Choice = "share",
-    share: float = 0.005,
-    mass: float = 0.8,
+    nodes: Choice = _BY_SHARE,
     top_k: int = 5,
     baseline: Literal["auto", "corrupt", "zero"] = "auto",
     keep_bos: bool = False,
@@ -50,15 +53,16 @@ def trace(
     max_bytes: int = 2**30,
     verbose: bool = False,
 ) -> Circuit:
-    """The neurons, or features of dictionaries, that support a target most, and every edge between them.
+    """Find the neurons, or dictionary features, that support a target most, and every edge between them.
 
     A neuron's score is `(a - a_baseline) * dG/da` under all rules of relevance propagation, G the sum of the target's
-    logits: positive supports it. Edges are direct effects, attention and norms frozen and nodes in between stopped;
-    what comes into a node sums to its activation. Nodes that were not chosen stay visible as one remainder a position.
+    logits: positive supports it. Edges are direct effects, with attention and norms frozen and nodes in between
+    stopped; what comes into a node sums to its activation. Nodes that were not chosen stay visible as one remainder
+    per position.
 
-    With dictionaries the same holds of the local replacement model. Its forward pass is the model's own, bit for bit.
-    Its gradient takes what a dictionary writes for its features, each frozen as firing or not, its skip, and an error
-    node that keeps the difference: not the path through the MLP, which `attribute` follows. So a feature's activation,
+    With dictionaries the same holds for the local replacement model. Its forward pass is the model's own, bit for bit.
+    Its gradient replaces the MLP by the dictionary's features, each frozen as firing or not, its skip, and an error
+    node that keeps the difference; `attribute` instead follows the path through the MLP. So a feature's activation,
     its encoder's pre-activation, is the sum of what comes in, and embeddings, biases and errors share the whole target.
 
     Args:
@@ -70,10 +74,8 @@ def trace(
             taken before any soft cap and minus their mean over the vocabulary.
         basis: `Neurons()`, `Dictionaries(...)` (transcoders, or SAEs at any hook point), or several of them that have
             nodes in different layers. Layers without nodes are paths, under the rules of relevance propagation.
-        nodes: "share" takes nodes with |score| of at least `share` of the target; a number takes as many; "mass"
-            takes the fewest that make up `mass` of the sum of all |scores|.
-        share: see `nodes`.
-        mass: see `nodes`.
+        nodes: which nodes to choose by |score|: a number of nodes, `ByShare(0.005)` (of the target) or `ByMass(0.8)`
+            (of the sum of all |scores|).
         top_k: how many tokens the default target has.
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.
@@ -84,12 +86,12 @@ def trace(
         verbose: show progress.
 
     Returns:
-        A `Circuit`. Cost: a forward and a backward pass a prompt (twice for several, one forward more for pairs), and a
-        vector-Jacobian product a node, through attention alone and only below it.
+        A `Circuit`. Cost: a forward and a backward pass per prompt (twice for several, one forward more for pairs), and
+        a vector-Jacobian product per node, through attention alone and only below it.
 
     Raises:
         UnsupportedModelError: relevance propagation does not apply to this model; `check_model(model)` says why.
-        PairsError: prompts of several token lengths, no corrupt prompts, or a target that is not one token.
+        PairsError: prompts of different token lengths, no corrupt prompts, or a target that is not one token.
         SettingsError: arguments that contradict each other, no node that qualifies, two bases in one layer, or a
             dictionary with an encoder of its own.
         NumericalError: the target is zero, or incoming edges do not sum to a node's activation.
@@ -103,52 +105,136 @@ def trace(
         >>> len(circuit)
         50
         >>> transcoders = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
-        >>> of_features = tnc.trace(model, "The capital of the state containing Dallas is", basis=transcoders)
-        >>> sorted(of_features.nodes["kind"].unique())
+        >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", basis=transcoders)
+        >>> sorted(circuit.nodes["kind"].unique())
         ['bias', 'embedding', 'error', 'feature', 'logit', 'unselected']
     """
     text = prompt_or_pairs if isinstance(prompt_or_pairs, str) else None
     single = not isinstance(prompt_or_pairs, PromptPairs | TokenizedPairs)
     pairs = _as_pairs(model, prompt_or_pairs, prepend_bos, top_k, answered=callable(target))
     paired = _is_paired(pairs, baseline)
+    targets = find_targets(model, pairs, target, text, top_k if single else None)
+    slots = find_slots(model, basis)
+    skipped = [] if keep_bos else _bos_positions(model, pairs)
+
+    def choose(totals: Totals) -> Int[Tensor, "node 3"]:
+        layers = [slot.layer for slot in slots]
+        return choose_nodes(
+            totals.score, totals.target, layers, nodes, skipped_positions=skipped, excluded=list(exclude)
+        )
+
     batches = list(pairs.batches(1))
-    goals = find_goals(model, pairs, target, text, top_k if single else None)
-    slots = slots_of(model, basis)
-    bos = [] if keep_bos else _bos_positions(model, pairs)
-    layers = [slot.layer for slot in slots]
-
-    def choose(found: Totals) -> Int[Tensor, "node 3"]:
-        which = {"share": share, "mass": mass, "skipped_positions": bos, "excluded": list(exclude)}
-        return choose_nodes(found, layers, nodes, **which)
-
     effects = direct_effects(
-        model, batches, choose, goals, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
+        model, batches, choose, targets, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
     )
-    goals = effects.goals
     if single:  # its answer is the likeliest token, which is known now
         pairs = TokenizedPairs.from_tokens(pairs.clean, effects.totals.probabilities.topk(1).indices)
-    ids = _common_tokens(pairs)
-    tokens = ["…" if one < 0 else token_text(model, one) for one in ids]
+    columns = torch.stack(list(pairs.clean)).T
+    ids = [int(column[0]) if bool((column == column[0]).all()) else -1 for column in columns]  # -1: prompts differ
+    tokens = ["…" if token < 0 else token_text(model, token) for token in ids]
     position = int(pairs.position[0])
-    labels = _goal_labels(model, goals)
-    probabilities = _probabilities(effects.totals, goals)
-    places = Places(tokens, ids, position, int(model.cfg.n_layers), slots, labels, probabilities)
-    table, edges = assemble(effects, goals, places, paired=paired)
+    labels = [target_label(model, target) for target in effects.targets]
+
+    sources = _source_rows(effects, slots, tokens, ids, paired=paired)
+    outputs = _target_rows(effects, labels, int(model.cfg.n_layers), position)
+    edges = _edges(effects.edges, sources, [*sources[: len(effects.nodes)], *outputs])
+    used = set(edges["source"])
+    always = ("neuron", "feature", "embedding")
+    table = node_table([row for row in sources if row["kind"] in always or row["node"] in used] + outputs)
+    edges["relative"] = relative_weights(table, edges)
+    table = complete(table, edges, effects.totals.target)
     settings = {
         "model": str(getattr(model.cfg, "model_name", "unknown")), "n_layers": int(model.cfg.n_layers),
         "basis": name_of(basis), "n_prompts": len(pairs),
         "sites": [
-            {"hook": s.hook, "layer": s.layer, "letter": s.letter, "width": int(of.shape[-1]), "errors": s.has_error}
-            for s, of in zip(slots, effects.totals.score, strict=True)
+            {"hook": s.hook, "layer": s.layer, "letter": s.letter, "width": int(score.shape[-1]), "errors": s.has_error}
+            for s, score in zip(slots, effects.totals.score, strict=True)
         ],
         "prompt": text if text is not None else _common_text(model, pairs.clean[0], ids), "tokens": tokens,
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
-        "target": labels, "target_value": float(effects.totals.goals.sum()), "position": position,
-        "baseline": "corrupt" if paired else "zero", "nodes": nodes, "share": share, "mass": mass,
-        "skipped_positions": bos, "exclude": [list(one) for one in exclude], "rules": list(ALL_RULES),
+        "target": labels, "target_value": effects.totals.target, "position": position,
+        "baseline": "corrupt" if paired else "zero", "nodes": nodes if isinstance(nodes, int) else nodes.label,
+        "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude], "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
     }  # fmt: skip
-    return Circuit(table, edges, settings, basis=basis)
+    return Circuit(table, edge_table(edges), settings, basis=basis)
+
+
+def _source_rows(
+    effects: DirectEffects, slots: Sequence[Slot], tokens: Sequence[str], token_ids: Sequence[int], *, paired: bool
+) -> list[dict]:
+    """One row of the nodes per column of the edges, in the order of `Columns`."""
+    totals, rows = effects.totals, []
+    for index, position, unit in effects.nodes.tolist():
+        slot, place = slots[index], (position, unit)
+        activation = float(totals.activation[index][place])
+        gate, up = (
+            0 if values is None else int(torch.sign(values[place])) for values in (totals.gate[index], totals.up[index])
+        )
+        rows.append(
+            {
+                "node": label(slot.layer, slot.letter, unit, position, "node"), "kind": KIND_OF_LETTER[slot.letter],
+                "layer": slot.layer, "unit": unit, "position": position, "token": tokens[position],
+                "activation": activation, "change": float(totals.change[index][place]),
+                "sign": int(np.sign(activation)), "gate_sign": gate, "up_sign": up,
+                "score": float(totals.score[index][place]),
+            }
+        )  # fmt: skip
+    for position, (token, token_id) in enumerate(zip(tokens, token_ids, strict=True)):
+        rows.append(
+            {
+                "node": f"embed@{position}", "label": token, "kind": "embedding", "unit": token_id,
+                "position": position, "token": token, "score": float(totals.embedding[position]),
+            }
+        )  # fmt: skip
+    rows += [unselected_row(position, token) for position, token in enumerate(tokens)]
+    for name, text, score in (
+        ("positions", "positional embeddings", totals.positional),
+        ("bias", "biases", totals.bias),
+    ):
+        rows.append({"node": name, "label": text, "kind": "bias", "score": 0.0 if paired else score})
+    rows.append({"node": "linearization_error", "label": "not linear", "kind": "linearization_error"})
+    for index in effects.columns.slots_with_errors:
+        layer, scores = slots[index].layer, totals.errors[index]
+        assert scores is not None
+        rows += [
+            {
+                "node": label(layer, "F", -1, position, "error"), "label": f"error of layer {layer}", "kind": "error",
+                "layer": layer, "position": position, "token": token, "score": float(scores[position]),
+            }
+            for position, token in enumerate(tokens)
+        ]  # fmt: skip
+    return rows
+
+
+def _target_rows(effects: DirectEffects, labels: Sequence[str], n_layers: int, position: int) -> list[dict]:
+    """One row per logit node; a probability where it is a single token."""
+    totals, rows = effects.totals, []
+    for index, (target, text) in enumerate(zip(effects.targets, labels, strict=True)):
+        value, change = float(totals.target_values[index]), float(totals.target_changes[index])
+        rows.append(
+            {
+                "node": target.name, "label": text, "kind": "logit", "layer": n_layers,
+                "unit": target.tokens[0] if target.tokens else -1, "position": position, "token": text,
+                "activation": value, "change": change, "sign": int(np.sign(value)), "score": change,
+                "probability": float(totals.probabilities[target.tokens[0]]) if len(target.tokens) == 1 else None,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _edges(matrix: Tensor, sources: Sequence[dict], receivers: Sequence[dict]) -> pd.DataFrame:
+    (receiver, source), values = matrix.indices().numpy(), matrix.values().numpy()
+    live = (values != 0).any(1)
+    names = [np.array([row["node"] for row in rows], dtype=object) for rows in (sources, receivers)]
+    return pd.DataFrame(
+        {
+            "source": pd.Series(names[0][source[live]], dtype=object),  # plain strings: looked up by the ten thousands
+            "target": pd.Series(names[1][receiver[live]], dtype=object),
+            "weight": values[live, 0],
+            "attribution": values[live, 1],
+        }
+    )
 
 
 def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, *, answered: bool) -> TokenizedPairs:
@@ -159,7 +245,7 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, 
         if len(lengths) > 1:
             raise PairsError(
                 f"a circuit has positions, so all prompts need one token length; got {lengths}. Trace the prompts of "
-                "each length, sum_positions() each circuit, and join them with Circuit.merge([...])."
+                "each length separately, sum_positions() each circuit, and join them with Circuit.merge([...])."
             )
         return pairs
     if isinstance(prompt, str):
@@ -199,31 +285,8 @@ def _bos_positions(model: Any, pairs: TokenizedPairs) -> list[int]:
     return [0] if bos is not None and starts else []
 
 
-def _common_tokens(pairs: TokenizedPairs) -> list[int]:
-    """The token at each position, -1 where prompts differ."""
-    columns = torch.stack(list(pairs.clean)).T
-    return [int(column[0]) if bool((column == column[0]).all()) else -1 for column in columns]
-
-
 def _common_text(model: Any, tokens: Int[Tensor, " pos"], ids: Sequence[int]) -> str:
     """The prompt with its spaces; "…" for the tokens in which the prompts differ."""
     pieces = text_pieces(model, tokens)
     blank = [" …" if piece.startswith(" ") else "…" for piece in pieces]
-    return "".join(piece if one >= 0 else gap for piece, gap, one in zip(pieces, blank, ids, strict=True))
-
-
-def _goal_labels(model: Any, goals: Sequence[Goal]) -> list[str]:
-    labels = []
-    for goal in goals:
-        ids = [int(one) for one in goal.name.removeprefix("logit/").split("-")] if goal.token >= 0 else []
-        labels.append(" - ".join(repr(token_text(model, one))[1:-1] for one in ids) or goal.name)
-    return labels
-
-
-def _probabilities(totals: Totals, goals: Sequence[Goal]) -> list[float]:
-    """Mean probability of each goal that is one token; nan for the others."""
-    single = [goal.name == f"logit/{goal.token}" for goal in goals]
-    return [
-        float(totals.probabilities[goal.token]) if alone else float("nan")
-        for goal, alone in zip(goals, single, strict=True)
-    ]
+    return "".join(piece if token >= 0 else gap for piece, gap, token in zip(pieces, blank, ids, strict=True))

@@ -38,8 +38,8 @@ def steer(
 
     Give --node or --circuit, and one of --scale, --value and --add.
     """
+    from ..interventions._steer import steer as run
     from ..interventions._steering_prompts import read_prompts, text_pieces
-    from ..interventions._steering_runs import steer as run
 
     chosen = _nodes(node or [], circuit, group or [])
     places = _positions(positions)

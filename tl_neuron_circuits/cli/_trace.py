@@ -17,20 +17,22 @@ def trace(
     target: Annotated[
         str | None, typer.Option(help="A token as it follows the prompt; else the five likeliest.")
     ] = None,
-    nodes: Annotated[str, typer.Option(help="share, mass, or how many neurons.")] = "share",
-    share: Annotated[float, typer.Option(help="Least |score|, as a share of the target.")] = 0.005,
+    nodes: Annotated[
+        str, typer.Option(help="How many neurons; or 'share(0.005)', of the target; or 'mass(0.8)', of all |scores|.")
+    ] = "share(0.005)",
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Trace a prompt to a circuit; write it, an interactive page and Neuronpedia's attribution graph."""
+    from ..circuits._choose import parse_choice
     from ..circuits._trace import trace as run
     from ..explain._node_details import node_details
 
-    choice = int(nodes) if nodes.isdecimal() else nodes
+    choice = parse_choice(nodes)
     loaded = load_model(model, backend, device, dtype)
-    circuit = run(loaded, prompt, target, nodes=choice, share=share, verbose=progress())  # pyright: ignore[reportArgumentType]
+    circuit = run(loaded, prompt, target, nodes=choice, verbose=progress())
     files = [out / "circuit", out / "circuit.html", out / "neuronpedia.json"]
     circuit.save(files[0])
     circuit.to_html(files[1], details=node_details(loaded, circuit))

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .. import _html
+from .._auroc import auroc
 from .._errors import SettingsError
 from ._component_edges import EdgeScores
 
@@ -85,11 +87,7 @@ def edge_auroc(truth: GroundTruth, scores: Scores) -> float:
         1.0
     """
     size, true = _aligned(truth, scores)
-    n_true, n_false = int(true.sum()), int((~true).sum())
-    if n_true == 0 or n_false == 0:
-        return float("nan")
-    ranks = pd.Series(size).rank().to_numpy()
-    return float((ranks[true].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
+    return float(auroc(torch.from_numpy(size)[:, None], torch.from_numpy(true)[:, None]))
 
 
 def edge_precision_recall(truth: GroundTruth, scores: Scores) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What neurons are about: hypothesis scores, clusters, logit effects, strongest examples."""
+"""What neurons are about: hypothesis scores, clusters, maximally activating examples, details for a circuit's page."""
 
 from .._lazy import explain_old_names
 from ._cluster import Clusters as Clusters

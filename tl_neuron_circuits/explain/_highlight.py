@@ -7,7 +7,7 @@ _POSITIVE, _NEGATIVE = "42,157,143", "231,111,81"
 
 
 def highlight(tokens: Sequence[str], values: Sequence[float], largest: float) -> str:
-    """One span a token: green where its value is positive, red where negative, full at `largest`; values on hover."""
+    """One span per token: green where its value is positive, red where negative, full at `largest`; values on hover."""
     spans = []
     for token, value in zip(tokens, values, strict=True):
         strength = min(abs(value) / largest, 1.0) if largest > 0 else 0.0

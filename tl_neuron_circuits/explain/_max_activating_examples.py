@@ -1,6 +1,6 @@
 """The prompts and tokens that drive a neuron most, over a set of prompts that is read as a stream.
 
-One position a prompt: where the neuron is largest (or smallest, or largest in size). Only the best prompts of every
+One position per prompt: where the neuron is largest (or smallest, or largest in size). Only the best prompts of every
 neuron are kept, so memory does not grow with the number of prompts.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
-from ..interventions._steering_nodes import Nodes, find_nodes
+from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, run, text_pieces
 from ..models._protocol import TransformerLensModel
 from ._highlight import highlight
@@ -39,7 +39,7 @@ class Example:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MaxActivatingExamples:
-    """For every neuron its strongest examples, best first, and descriptions where a callable gave them.
+    """The strongest examples of every neuron, best first, and descriptions where a callable gave them.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -70,7 +70,7 @@ class MaxActivatingExamples:
         """One neuron's examples, tokens colored by activation and escaped.
 
         Raises:
-            SettingsError: no such neuron here.
+            SettingsError: no such neuron.
         """
         if label not in self.examples:
             raise SettingsError(f"expected one of the neurons {list(self.examples)[:8]}; got {label!r}.")
@@ -110,7 +110,7 @@ def max_activating_examples(
         model: a HookedTransformer or TransformerBridge.
         prompts: text or tokens.
         nodes: as in `steering_hooks`; positions do not matter.
-        k: examples a neuron, from different prompts.
+        k: examples per neuron, from different prompts.
         by: the largest activation, the smallest (for neurons with negative activations), or the largest in size.
         describe: gives a description from a neuron's label and its examples.
         skip_bos: leave the first token of every prompt out of the search where it is the tokenizer's BOS, on which many
@@ -119,7 +119,7 @@ def max_activating_examples(
         prepend_bos: None means the model's default.
 
     Raises:
-        SettingsError: k below 1, a unit out of range, or a description that is no string.
+        SettingsError: k below 1, a unit out of range, or a description that is not a string.
         PairsError: no prompts, or text without a tokenizer.
 
     Example:
@@ -143,7 +143,7 @@ def max_activating_examples(
             units = torch.as_tensor(part["unit"].to_numpy(dtype="int64", copy=True))
             if int(units.max()) >= flat.shape[2]:
                 raise SettingsError(f"expected units below {flat.shape[2]} at {hook}; got {int(units.max())}.")
-            _merge(best, list(part.index), rows, flat[:, :, units], _searched(tokens.cpu(), bos), k, by)
+            _merge(best, list(part.index), rows, flat[:, :, units], _may_be_chosen(tokens.cpu(), bos), k, by)
     examples = {}
     for label, found in zip(labels, best, strict=True):
         examples[label] = tuple(_example(model, row, read.tokens[row], values, by, bos) for _, row, values in found)
@@ -151,7 +151,7 @@ def max_activating_examples(
     return result if describe is None else _described(result, describe)
 
 
-def _searched(tokens: Int[Tensor, "batch pos"], bos: int | None) -> Tensor:
+def _may_be_chosen(tokens: Int[Tensor, "batch pos"], bos: int | None) -> Tensor:
     """Which positions are searched: all but a leading BOS (and that too where the prompt is nothing else)."""
     searched = torch.ones_like(tokens, dtype=torch.bool)
     if bos is not None and tokens.shape[1] > 1:
@@ -159,7 +159,7 @@ def _searched(tokens: Int[Tensor, "batch pos"], bos: int | None) -> Tensor:
     return searched
 
 
-def _key(values: Tensor, by: By) -> Tensor:
+def _strength(values: Tensor, by: By) -> Tensor:
     return {"largest": values, "smallest": -values, "absolute": values.abs()}[by]
 
 
@@ -173,7 +173,7 @@ def _merge(
     by: By,
 ) -> None:
     """Put this batch's best prompts of every node among the best so far."""
-    strength = _key(values, by).masked_fill(~searched[:, :, None], -torch.inf).amax(1)
+    strength = _strength(values, by).masked_fill(~searched[:, :, None], -torch.inf).amax(1)
     top = strength.topk(min(k, len(rows)), dim=0)
     for column, place in enumerate(places):
         found = zip(top.values[:, column].tolist(), top.indices[:, column].tolist(), strict=True)
@@ -182,7 +182,7 @@ def _merge(
 
 
 def _example(model: TransformerLensModel, row: int, tokens: Tensor, values: Tensor, by: By, bos: int | None) -> Example:
-    key = _key(values, by).masked_fill(~_searched(tokens.cpu()[None], bos)[0], -torch.inf)
+    key = _strength(values, by).masked_fill(~_may_be_chosen(tokens.cpu()[None], bos)[0], -torch.inf)
     return Example(row, tuple(text_pieces(model, tokens)), tuple(values.tolist()), int(key.argmax()))
 
 

@@ -1,4 +1,4 @@
-"""What a circuit's page tells about a node besides its numbers: strongest examples, logit effects, a description."""
+"""What a circuit's page says about a node besides its numbers: strongest examples, logit effects, a description."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,16 +31,16 @@ def node_details(
     Args:
         model: the model that was traced.
         circuit: any circuit with single neurons; its other nodes get no details.
-        prompts: texts (or tokens) among which each neuron's strongest examples are sought; without them there are none.
-        k: examples a neuron.
+        prompts: texts (or tokens) to search for each neuron's strongest examples; without them there are none.
+        k: examples per neuron.
         tokens: tokens that a neuron promotes most, and as many that it suppresses, by a positive activation.
         by: as in `max_activating_examples`.
         describe: as in `max_activating_examples`; needs prompts.
         batch_size: prompts in one pass.
 
     Returns:
-        By neuron at all positions ("L3/N45"): "direct_logit_effects", "examples" and "description", as far as they were asked
-        for. Effects are direct, through the residual stream, in logits up to the scale of the final norm.
+        By neuron at all positions ("L3/N45"): "direct_logit_effects", "examples" and "description", as far as
+        requested. Effects are direct, through the residual stream, in logits up to the scale of the final norm.
 
     Raises:
         SettingsError: no neurons, numbers below 1, or `describe` without prompts.
@@ -58,11 +58,11 @@ def node_details(
         2
     """
     if describe is not None and prompts is None:
-        raise SettingsError("describe= reads a neuron's examples: give prompts to seek them in.")
+        raise SettingsError("describe= reads a neuron's examples: give prompts to search for them.")
     names = circuit.nodes.loc[circuit.nodes["kind"] == "neuron", "node"]
     neurons = list(dict.fromkeys(name.partition("@")[0] for name in names))
     if not neurons:
-        raise SettingsError("expected a circuit with single neurons; it has none. Ask before collapse().")
+        raise SettingsError("expected a circuit with single neurons; it has none. Call this before collapse().")
     details: dict[str, dict[str, Any]] = {}
     effects = direct_logit_effects(model, neurons, k=tokens).to_dataframe()
     for name, rows in effects.groupby("label", sort=False):

@@ -1,9 +1,9 @@
-"""What drives a neuron and what it drives: its attribution to every input token, its contribution to every goal.
+"""What drives a neuron and what it drives: its attribution to every input token, its contribution to every target.
 
     attribution(n, s)   = e_s . d a_n / d e_s           how much of the neuron's activation comes from the token at s
-    contribution(n, g)  = a_n * d goal_g / d a_n        how much of goal g it supports
+    contribution(n, g)  = a_n * d target_g / d a_n      how much of target g it supports
 
-under RelP, at chosen prompts; goals are the logits of the most probable next tokens, minus the mean logit. A node
+under RelP, at chosen prompts; targets are the logits of the most probable next tokens, minus the mean logit. A node
 without a position stands for its sum over positions. Source: METHODS 1.6 and 1.7.
 """
 
@@ -19,7 +19,7 @@ from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ..bases._runs import Values, capture, fired
-from ..interventions._steering_nodes import Nodes, find_nodes
+from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, text_pieces, token_names
 from ..models._protocol import TransformerLensModel
 from ..propagation._relp import relp
@@ -30,28 +30,28 @@ _EMBEDDING = "hook_embed"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Profiles:
-    """One row a node; columns are, prompt by prompt, its tokens (`attribution`) and its goals (`contribution`).
+    """One row per node; columns are, prompt by prompt, its tokens (`attribution`) and its targets (`contribution`).
 
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> found = tnc.profiles(model, "The dogs near the cat", ["L1/N5@2", "L2/N7@5"], goals=3)
+        >>> found = tnc.profiles(model, "The dogs near the cat", ["L1/N5@2", "L2/N7@5"], targets=3)
         >>> found, tuple(found.contribution.shape)
-        (Profiles(2 nodes, 6 sources, 3 goals), (2, 3))
+        (Profiles(2 nodes, 6 sources, 3 targets), (2, 3))
     """
 
     nodes: tuple[str, ...]
     attribution: Float[Tensor, "node source"]
-    contribution: Float[Tensor, "node goal"]
+    contribution: Float[Tensor, "node target"]
     sources: tuple[str, ...]
-    goals: tuple[str, ...]
+    targets: tuple[str, ...]
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns label, view ("attribution" or "contribution"), place (column), name (token), value."""
         frames = []
         for view, values, names in (
             ("attribution", self.attribution, self.sources),
-            ("contribution", self.contribution, self.goals),
+            ("contribution", self.contribution, self.targets),
         ):
             wide = pd.DataFrame(values.numpy(), index=list(self.nodes)).rename_axis("label").reset_index()
             long = wide.melt("label", var_name="place", value_name="value")
@@ -59,7 +59,7 @@ class Profiles:
         return pd.concat(frames, ignore_index=True)[["label", "view", "place", "name", "value"]]
 
     def __repr__(self) -> str:
-        return f"Profiles({len(self.nodes)} nodes, {len(self.sources)} sources, {len(self.goals)} goals)"
+        return f"Profiles({len(self.nodes)} nodes, {len(self.sources)} sources, {len(self.targets)} targets)"
 
     def _repr_html_(self) -> str:
         table = self.to_dataframe()
@@ -73,7 +73,7 @@ def profiles(
     prompts: str | Sequence[str] | Int[Tensor, "batch pos"],
     nodes: Nodes,
     *,
-    goals: int = 5,
+    targets: int = 5,
     rules: Sequence[str] = ALL_RULES,
     chunk: int = 32,
     prepend_bos: bool | None = None,
@@ -84,13 +84,13 @@ def profiles(
         model: a HookedTransformer or TransformerBridge.
         prompts: their profiles stand side by side, so all nodes are compared over all prompts.
         nodes: as in `steering_hooks`; positions must fit every prompt.
-        goals: so many of each prompt's most probable next tokens.
+        targets: how many of each prompt's most probable next tokens.
         rules: of relevance propagation.
-        chunk: nodes in one backward pass (the prompt is repeated so often).
+        chunk: nodes in one backward pass (the prompt is repeated as often).
         prepend_bos: None means the model's default.
 
     Raises:
-        SettingsError: a position or unit out of range, or goals or chunk below 1.
+        SettingsError: a position or unit out of range, or targets or chunk below 1.
 
     Source: METHODS 1.6, 1.7.
 
@@ -100,14 +100,14 @@ def profiles(
         >>> found.contribution.shape
         torch.Size([2, 5])
     """
-    if goals < 1 or chunk < 1:
-        raise SettingsError(f"expected goals and chunk of at least 1; got {goals} and {chunk}.")
+    if targets < 1 or chunk < 1:
+        raise SettingsError(f"expected targets and chunk of at least 1; got {targets} and {chunk}.")
     frame = find_nodes(model, nodes)
     read = read_prompts(model, prompts, prepend_bos)
     attribution, contribution, sources, names = [], [], [], []
     for prompt in read.tokens:
         with relp(model, rules):
-            effects, tokens = _contributions(model, prompt, frame, goals)
+            effects, tokens = _contributions(model, prompt, frame, targets)
             parts = [_attributions(model, prompt, frame[i : i + chunk]) for i in range(0, len(frame), chunk)]
         contribution.append(effects)
         attribution.append(torch.cat(parts))
@@ -125,32 +125,32 @@ def _run(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"], hooks: l
 
 
 def _contributions(
-    model: TransformerLensModel, prompt: Int[Tensor, " pos"], frame: pd.DataFrame, goals: int
-) -> tuple[Float[Tensor, "node goal"], list[int]]:
+    model: TransformerLensModel, prompt: Int[Tensor, " pos"], frame: pd.DataFrame, targets: int
+) -> tuple[Float[Tensor, "node target"], list[int]]:
     hooks = list(frame["hook"].unique())
     logits, values = _run(model, prompt[None], hooks)
     last = logits[0, -1]
-    tokens = last.topk(min(goals, len(last))).indices.tolist()
+    tokens = last.topk(min(targets, len(last))).indices.tolist()
     columns = []
     for token in tokens:
         gradients = torch.autograd.grad(last[token] - last.mean(), [values[h] for h in hooks], retain_graph=True)
         products = {h: values[h].detach() * g for h, g in zip(hooks, gradients, strict=True)}
-        columns.append(_at_nodes(products, frame, 0))
+        columns.append(_gather(products, frame, 0))
     return torch.stack(columns, 1).float().cpu(), tokens
 
 
 def _attributions(
     model: TransformerLensModel, prompt: Int[Tensor, " pos"], frame: pd.DataFrame
 ) -> Float[Tensor, "node pos"]:
-    """One row of the batch a node, so that one backward pass serves them all."""
+    """The prompt is repeated, one row per node, so that one backward pass serves all nodes."""
     tokens = prompt[None].repeat(len(frame), 1)
     _, values = _run(model, tokens, [_EMBEDDING, *frame["hook"].unique()])
-    total = torch.stack([_at_nodes(values, frame[row : row + 1], row)[0] for row in range(len(frame))]).sum()
+    total = torch.stack([_gather(values, frame[row : row + 1], row)[0] for row in range(len(frame))]).sum()
     (gradient,) = torch.autograd.grad(total, values[_EMBEDDING])
     return (values[_EMBEDDING].detach() * gradient).sum(-1).float().cpu()
 
 
-def _at_nodes(values: Values, frame: pd.DataFrame, row: int) -> Float[Tensor, " node"]:
+def _gather(values: Values, frame: pd.DataFrame, row: int) -> Float[Tensor, " node"]:
     """The numbers of the frame's nodes in one row of the batch, gathered on one device.
 
     A node without a position is summed over positions.

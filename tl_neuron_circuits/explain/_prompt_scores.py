@@ -20,7 +20,8 @@ from .._errors import PairsError, SettingsError
 from .._typing import checked
 from ..bases._activations import ActivationSite, Neurons
 from ..bases._runs import Values, run_values
-from ..interventions._steering_nodes import Nodes, find_nodes
+from ..interventions._direct_logit_effects import output_weights
+from ..interventions._find_nodes import Nodes, find_nodes
 from ..models._protocol import TransformerLensModel
 from ..nodes._scope import gradients_at
 from ..propagation.rules import ALL_RULES
@@ -34,7 +35,7 @@ from ..tasks._tokenized import Batch, TokenizedPairs
 class PromptScores:
     """A number for every prompt and node, float32 on the CPU; 0 where the node is absent from a prompt's circuit.
 
-    `nodes` has one row a column of `values`: label, hook, unit, position (-1: summed over positions) and polarity (+1
+    `nodes` has one row per column of `values`: label, hook, unit, position (-1: summed over positions) and polarity (+1
     and -1 for positive and negative activations kept apart, else 0). Prompts with equal `keys` are equal.
 
     Example:
@@ -57,7 +58,7 @@ class PromptScores:
         return len(self.values)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a prompt, one column a node."""
+        """One row per prompt, one column per node."""
         return pd.DataFrame(self.values.numpy(), columns=list(self.nodes["label"]))
 
     def __repr__(self) -> str:
@@ -83,7 +84,7 @@ def prompt_scores(
     batch_size: int = 32,
     prepend_bos: bool | None = None,
 ) -> PromptScores:
-    """Score nodes on every prompt by itself.
+    """Score nodes on each prompt separately.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -111,9 +112,9 @@ def prompt_scores(
     """
     tokens = tokenize(model, pairs, prepend_bos=prepend_bos)
     frame = _all_neurons(model) if nodes is None else find_nodes(model, nodes)
+    features = _split_by_sign(frame) if polarity else frame.assign(polarity=0)
     sites = [ActivationSite(hook, -1, "N") for hook in frame["hook"].unique()]
-    features = _features(frame, polarity)
-    values = torch.zeros(len(tokens), len(features))
+    scores = torch.zeros(len(tokens), len(features))
     for batch in tokens.batches(batch_size):
         seen: list[Tensor] = []
 
@@ -121,36 +122,38 @@ def prompt_scores(
             seen.append(measure(metric, logits, batch))
             return seen[-1]
 
-        here, gradients = gradients_at(model, batch, sites, recorded, tuple(rules))
-        there = _there(model, batch, list(gradients)) if baseline == "corrupt" else None
+        clean, gradients = gradients_at(model, batch, sites, recorded, tuple(rules))
+        corrupt: Values | None = None
+        if baseline == "corrupt":
+            if batch.corrupt is None or batch.corrupt.shape != batch.clean.shape:
+                raise PairsError(
+                    "baseline='corrupt' needs corrupt prompts as long as the clean ones; use baseline='zero'."
+                )
+            corrupt = run_values(model, batch.on_corrupt(), list(gradients))
         least = share * seen[-1].detach().abs().float()
-        rows = batch.index.cpu()
         for hook, part in features.groupby("hook", sort=False):
-            scores = _products(str(hook), here, gradients, there, least)
-            values[rows[:, None], torch.as_tensor(part.index.to_numpy(copy=True))] = _pick(part, *scores).cpu()
+            value, gradient = (values[str(hook)].flatten(2).float() for values in (clean, gradients))
+            change = value if corrupt is None else value - corrupt[str(hook)].flatten(2).float()
+            product = change * gradient
+            product = torch.where(product.abs() >= least.to(product)[:, None, None], product, 0.0)
+            columns = torch.as_tensor(part.index.to_numpy(copy=True))
+            scores[batch.index.cpu()[:, None], columns] = _pick(part, product, value).cpu()
     keys = tuple(str(prompt.tolist()) for prompt in tokens.clean)
     labels = None if tokens.labels is None else tuple(tokens.labels)
-    return PromptScores(values, features, keys, labels, metric_name(metric))
+    return PromptScores(scores, features, keys, labels, metric_name(metric))
 
 
 def _all_neurons(model: TransformerLensModel) -> pd.DataFrame:
     parts = []
     for site in Neurons().sites(model):
-        width = _width(model, site.layer)
+        width = len(output_weights(model, site.layer))
         labels = [f"L{site.layer}/N{unit}" for unit in range(width)]
         parts.append(pd.DataFrame({"label": labels, "hook": site.hook, "unit": range(width), "position": -1}))
     return pd.concat(parts, ignore_index=True)
 
 
-def _width(model: TransformerLensModel, layer: int) -> int:
-    from ..interventions._direct_logit_effects import output_weights
-
-    return output_weights(model, layer).shape[0]
-
-
-def _features(frame: pd.DataFrame, polarity: bool) -> pd.DataFrame:
-    if not polarity:
-        return frame.assign(polarity=0)
+def _split_by_sign(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every node twice: for its positive and for its negative activations."""
     name, _, at = zip(*(label.partition("@") for label in frame["label"]), strict=True)
     parts = []
     for sign, mark in ((1, "+"), (-1, "-")):
@@ -159,23 +162,10 @@ def _features(frame: pd.DataFrame, polarity: bool) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _there(model: TransformerLensModel, batch: Batch, hooks: list[str]) -> Values:
-    if batch.corrupt is None or batch.corrupt.shape != batch.clean.shape:
-        raise PairsError("baseline='corrupt' needs corrupt prompts as long as the clean ones; use baseline='zero'.")
-    return run_values(model, batch.on_corrupt(), hooks)
-
-
-def _products(
-    hook: str, here: Values, gradients: Values, there: Values | None, least: Float[Tensor, " batch"]
-) -> tuple[Float[Tensor, "batch pos unit"], Float[Tensor, "batch pos unit"]]:
-    """Scores per position and unit, 0 where they count as absent, and the activations."""
-    value, gradient = here[hook].flatten(2).float(), gradients[hook].flatten(2).float()
-    change = value if there is None else value - there[hook].flatten(2).float()
-    product = change * gradient
-    return torch.where(product.abs() >= least.to(product)[:, None, None], product, 0.0), value
-
-
-def _pick(part: pd.DataFrame, product: Tensor, value: Tensor) -> Float[Tensor, "batch node"]:
+def _pick(
+    part: pd.DataFrame, product: Float[Tensor, "batch pos unit"], value: Float[Tensor, "batch pos unit"]
+) -> Float[Tensor, "batch node"]:
+    """The scores of the part's nodes, each at its position or summed, where the activation has its sign."""
     places: dict[str, Any] = {k: torch.as_tensor(part[k].to_numpy(copy=True)) for k in ("unit", "position", "polarity")}
     units, positions, signs = (places[key].to(product.device) for key in ("unit", "position", "polarity"))
     for name, index, size in (("units", units, product.shape[2]), ("positions", positions, product.shape[1])):

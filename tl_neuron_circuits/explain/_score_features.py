@@ -1,4 +1,4 @@
-"""Which neurons tell prompts of one label from the others: AUROC of their attribution, chosen and reported apart.
+"""Which neurons tell prompts of one label from the others: AUROC of their attribution, on held-out prompts.
 
 A neuron's attribution per prompt ranks the prompts; its AUROC for a label (one against the rest) says how well.
 Features are chosen on one part of the prompts and reported on the other: on the same prompts the best of thousands of
@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _html
+from .._auroc import auroc
 from .._errors import SettingsError
 from .._typing import checked
-from ._auroc import auroc
 from ._prompt_scores import PromptScores
 
 Labels = Sequence[Hashable]
@@ -27,7 +27,7 @@ Labels = Sequence[Hashable]
 class FeatureScores:
     """AUROC of every node for every label, on the prompts that choose and on held-out ones.
 
-    `table` has columns label (the node's), hypothesis, value (the label that is told from the rest), auroc_selection,
+    `table` has columns label (the node's), hypothesis, value (the label, against the rest), auroc_selection,
     auroc_heldout, mean_inside (mean attribution inside the label, selection prompts), selected.
 
     Example:
@@ -91,10 +91,10 @@ def score_features(
     """Score hypotheses about neurons: does a neuron's attribution tell the prompts of a label from the others?
 
     Args:
-        scores: from `prompt_scores`; or one table of nodes a prompt, such as circuits' `.nodes` or `NodeScores.top`
+        scores: from `prompt_scores`; or one table of nodes per prompt, such as circuits' `.nodes` or `NodeScores.top`
             (columns label or node, and score; positions are summed), where nodes that a prompt lacks count as 0.
-        labels: one label a prompt, or several hypotheses by name; by default the pairs' own labels. With more than two
-            labels each is told from the rest; of two, both are listed.
+        labels: one label per prompt, or several hypotheses by name; by default the pairs' own labels. Each label is
+            compared with the rest; of two, both are listed.
         fraction: of the prompts of each label that choose; the others report. Equal prompts never stand on both sides.
         seed: of the split.
         high: select a node for a label where the AUROC on the selection prompts is at least this.
@@ -120,7 +120,7 @@ def score_features(
     values, names, keys, own = _read(scores)
     labels = own if labels is None else labels
     if labels is None:
-        raise SettingsError("expected labels, one a prompt: these prompts have none of their own. Give labels=.")
+        raise SettingsError("expected one label per prompt: these prompts have none of their own. Give labels=.")
     hypotheses = dict(labels) if isinstance(labels, Mapping) else {"label": labels}
     frames = []
     for name, column in hypotheses.items():
@@ -154,7 +154,7 @@ def _read(
         kept = table[table["kind"].isin(("neuron", "node", "feature"))] if "kind" in table.columns else table
         rows.append(kept["score"].groupby([str(label).partition("@")[0] for label in kept[name]]).sum())
     if not rows:
-        raise SettingsError("expected one table a prompt; got none.")
+        raise SettingsError("expected one table per prompt; got none.")
     wide = pd.concat(rows, axis=1).T.fillna(0.0)
     values = torch.tensor(wide.to_numpy(dtype="float32", copy=True))
     return values, [str(name) for name in wide.columns], [str(n) for n in range(len(rows))], None
@@ -165,7 +165,7 @@ def _split(
 ) -> tuple[list[int], list[int], list[Hashable]]:
     """Rows that choose, rows that report, and the labels; within each label, equal prompts stay together."""
     if len(column) != len(keys):
-        raise SettingsError(f"expected {len(keys)} labels, one a prompt, for {name!r}; got {len(column)}.")
+        raise SettingsError(f"expected {len(keys)} labels, one per prompt, for {name!r}; got {len(column)}.")
     found = list(dict.fromkeys(column))
     if len(found) < 2:
         raise SettingsError(f"expected at least two different labels for {name!r}; got {found}.")

@@ -19,12 +19,6 @@ Ablation = Literal["mean", "zero", "resample", "corrupt"]
 Kept = Mapping[tuple[str, str], Bool[Tensor, "..."]]
 """Which nodes stay live, by (hook, kind): masks that broadcast to [pos, unit], or [pos] for vector nodes."""
 Hooks = list[tuple[str, Callable[..., Any]]]
-_BITS = {
-    torch.float32: torch.int32,
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float64: torch.int64,
-}
 
 
 def ablation_hooks(sites: Iterable[Site], kept: Kept, baselines: Mapping[str, Parts | None]) -> Hooks:
@@ -64,8 +58,8 @@ class AblationSwitch:
     stays whole returns nothing and computes nothing; one that loses all its nodes does not compute the live ones.
 
     Args:
-        sites: as of `ablation_hooks`.
-        baselines: as of `ablation_hooks`.
+        sites: as in `ablation_hooks`.
+        baselines: as in `ablation_hooks`.
 
     Raises:
         SettingsError: a site has no entry in `baselines`.
@@ -141,7 +135,8 @@ class _AblatedSite:
         rows, positions = like.shape[:2]
         parts = base.map(lambda part: part.to(value.device).expand(rows, positions, -1))
         same = self._site.put_together(parts, like).expand_as(value)
-        return same.clone(memory_format=torch.contiguous_format)  # what the model does in place reaches no baseline
+        # A copy: what the model edits in place must not reach the baseline.
+        return same.clone(memory_format=torch.contiguous_format)
 
 
 def _choose(mask: Tensor | None, live: Tensor, base: Tensor | None, *, vector: bool = False) -> Tensor:
@@ -149,17 +144,4 @@ def _choose(mask: Tensor | None, live: Tensor, base: Tensor | None, *, vector: b
         return live
     mask = mask.to(live.device)
     mask = mask[..., None] if vector else mask
-    base = None if base is None else base.to(live)
-    if live.device.type == "cpu" and live.dtype in _BITS and not live.requires_grad:
-        return _choose_bits(mask, live, base)
-    return torch.where(mask, live, live.new_zeros(()) if base is None else base)
-
-
-def _choose_bits(mask: Tensor, live: Tensor, base: Tensor | None) -> Tensor:
-    """`torch.where`, bit for bit: its CPU kernel is not vectorized, and those of integers are (154 against 57 us)."""
-    kind = _BITS[live.dtype]
-    ones = mask.to(kind).neg()  # all bits, or none
-    chosen = live.view(kind) & ones
-    if base is not None:
-        chosen = chosen.bitwise_or_(base.view(kind) & ~ones)
-    return chosen.view(live.dtype)
+    return torch.where(mask, live, live.new_zeros(()) if base is None else base.to(live))

@@ -5,8 +5,8 @@
 N_post is the norm after the MLP where there is one (Gemma), N_final the final norm, each as the linear map that it is
 once its scale is frozen: subtract the mean (LayerNorm only), multiply by the weight. The scales themselves depend on
 the prompt; without them the effect is in logits times (scale of the norms), per unit of activation: the order of tokens
-and the sign are right, sizes compare within a neuron and within a layer. Centring over the vocabulary takes out what no
-probability can see. A soft cap on the logits is left out. Source: METHODS 1.7, 4.3; ECOSYSTEM (Gemma's post norm).
+and the sign are right, sizes compare within a neuron and within a layer. Centering over the vocabulary takes out what
+no probability can see. A soft cap on the logits is left out. Source: METHODS 1.7, 4.3; ECOSYSTEM (Gemma's post norm).
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .._errors import SettingsError, UnsupportedModelError
 from .._typing import checked
 from ..models._protocol import TransformerLensModel, submodule
 from ..propagation._norms import read_norm
-from ._steering_nodes import Nodes, find_nodes
+from ._find_nodes import Nodes, find_nodes
 from ._steering_prompts import token_names
 
 
@@ -35,19 +35,19 @@ class DirectLogitEffects:
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> found = tnc.direct_logit_effects(model, ["L3/N5", "L3/N6"], k=4)
-        >>> found, len(found.to_dataframe()) == 2 * 2 * 4
+        >>> effects = tnc.direct_logit_effects(model, ["L3/N5", "L3/N6"], k=4)
+        >>> effects, len(effects.to_dataframe()) == 2 * 2 * 4
         (DirectLogitEffects(2 neurons, 4 tokens each way), True)
     """
 
     table: pd.DataFrame
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a neuron, direction and rank."""
+        """One row per neuron, direction and rank."""
         return self.table.copy()
 
     def summary(self) -> pd.DataFrame:
-        """One row a neuron: its promoted and its suppressed tokens, strongest first."""
+        """One row per neuron: its promoted and its suppressed tokens, strongest first."""
         joined = self.table.groupby(["label", "direction"], sort=False)["token"].agg(lambda t: " ".join(map(repr, t)))
         return joined.unstack("direction").reset_index()
 
@@ -72,7 +72,7 @@ def direct_logit_effects(
         batch_size: neurons at a time; memory is this times the vocabulary.
 
     Raises:
-        SettingsError: a node that is no neuron, or a unit out of range; k below 1.
+        SettingsError: a node that is not a neuron, or a unit out of range; k below 1.
         UnsupportedModelError: the model has no output weights or unembedding of the expected shape.
 
     Example:
@@ -92,14 +92,14 @@ def direct_logit_effects(
     for layer, part in frame.groupby("layer", sort=False):
         weights = _picked(model, int(layer), part)
         for start in range(0, len(part), batch_size):
-            effects = effects_of(model, int(layer), weights[start : start + batch_size])
+            effects = effects_on_logits(model, int(layer), weights[start : start + batch_size])
             labels = part["label"].str.partition("@")[0].iloc[start : start + batch_size]
             rows += _rows(model, list(labels), effects, min(k, effects.shape[1]))
     table = pd.DataFrame(rows, columns=["label", "direction", "rank", "token", "token_id", "effect"])
     return DirectLogitEffects(table)
 
 
-def effects_of(
+def effects_on_logits(
     model: TransformerLensModel, layer: int, written: Float[Tensor, "node d_model"]
 ) -> Float[Tensor, "node d_vocab"]:
     """The effect on every logit of vectors that the MLP of a layer writes."""

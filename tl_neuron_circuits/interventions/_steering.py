@@ -4,8 +4,12 @@
     value:  a <- value          (a number; or what the nodes were in another run: an interchange intervention)
     add:    a <- a + add
 
-A feature of a dictionary is read by its encoder and written by its decoder: the activation at the hook point that it
-writes changes by (new - old) * W_dec[f], and everything that the dictionary misses stays.
+A feature of a dictionary is read by its encoder and written by its decoder, and what the dictionary misses stays:
+
+    value at hook_out  <-  value + sum_f (new_f - old_f) * W_dec[f]
+
+The old feature is what this run computes, so that steering upstream is seen. Where nothing changes the value stays, bit
+for bit.
 
 Positions count the tokens of the prompt from 0, BOS and padding included. In `generate` they belong to the prompt: a
 pass that continues a key-value cache is not touched by them (the cached keys and values keep what the prompt's pass
@@ -17,7 +21,7 @@ Source: METHODS 1.7.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import pandas as pd
@@ -27,10 +31,10 @@ from torch import Tensor
 
 from .._errors import SettingsError, UnsupportedModelError
 from .._typing import checked
+from ..bases._dictionaries import DictionarySite
 from ..models._protocol import TransformerLensModel, hook_points
 from ._ablation import Hooks
-from ._steering_features import FeatureEdit
-from ._steering_nodes import Dictionaries, Nodes, find_nodes
+from ._find_nodes import Dictionaries, Nodes, find_nodes
 
 Amount = int | float | Float[Tensor, "..."]
 """One number for all nodes, or a tensor [node], or [batch, node]: nodes in the order given."""
@@ -118,14 +122,14 @@ def hooks_for(model: TransformerLensModel, frame: pd.DataFrame, how: How, amount
         edit = _edit(rows["hook"].iloc[0], rows, how, amount)
         site = rows["site"].iloc[0]
         edits.append(edit)
-        hooks += [(edit.hook, edit)] if site is None else FeatureEdit(site, edit, edit.units_steered).hooks()
+        hooks += [(edit.hook, edit)] if site is None else _FeatureEdit(site, edit, edit.units_steered).hooks()
     with_positions = [edit for edit in edits if len(edit.positions)]
     return [(_pattern(model), _Passes(with_positions)), *hooks] if with_positions else hooks
 
 
 @dataclass(eq=False, repr=False)
 class _Edit:
-    """The hook at one hook point. `continues` is told by `_Passes` in every pass: None until then."""
+    """The hook at one hook point. `_Passes` sets `continues` in every pass; until then it is None."""
 
     hook: str
     how: How
@@ -180,7 +184,7 @@ class _Edit:
 
 @dataclass(eq=False, repr=False)
 class _Passes:
-    """Tells the edits with positions, in every pass, whether it continues a key-value cache: more keys than queries."""
+    """Tell the edits with positions whether this pass continues a key-value cache: more keys than queries."""
 
     edits: list[_Edit]
 
@@ -188,6 +192,33 @@ class _Passes:
         for edit in self.edits:
             edit.continues = pattern.shape[-1] > pattern.shape[-2]
         return pattern
+
+
+@dataclass(eq=False, repr=False)
+class _FeatureEdit:
+    """The hooks that steer features of one dictionary; `edit` changes features `[batch, pos, unit]`."""
+
+    site: DictionarySite
+    edit: Callable[..., Tensor]
+    units: Int[Tensor, " unit"]
+    _seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def hooks(self) -> Hooks:
+        """One hook that writes, and one that reads where that is elsewhere."""
+        reads = [] if self.site.hook_in == self.site.hook else [(self.site.hook_in, self._read)]
+        return [*reads, (self.site.hook, self._write)]
+
+    def _read(self, value: Tensor, hook: Any) -> None:
+        self._seen[self.site.hook_in] = value
+
+    def _write(self, value: Tensor, hook: Any) -> Tensor:
+        nodes = self.site.take_apart({**self._seen, self.site.hook: value}).nodes
+        self._seen.clear()
+        steered = self.edit(nodes, hook)
+        units = self.units.to(nodes.device)
+        change = steered[..., units] - nodes[..., units]
+        written = (change @ self.site.dictionary.W_dec.to(change)[units]).reshape(value.shape)
+        return torch.where(written == 0, value, (value + written).to(value.dtype))
 
 
 def _edit(hook: Any, rows: pd.DataFrame, how: How, amount: Amount) -> _Edit:

@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .._auroc import auroc
 from .._errors import SettingsError
-from ..explain._auroc import auroc
 from ._feature_ranking import PooledFeatures, rank_features
 from ._labeled_texts import LabeledTexts
 

@@ -4,7 +4,7 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from ..interventions._steering_sweep import SteeringSweep
+from ..interventions._steer import SteeringSweep
 
 
 def plot_sweep(sweep: SteeringSweep, prompt: int = 0) -> go.Figure:

@@ -5,11 +5,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def auroc(scores: Float[Tensor, "prompt node"], members: Bool[Tensor, "prompt label"]) -> Float[Tensor, "label node"]:
-    """The probability that a prompt of the label has a higher score than one without, ties one half.
+def auroc(scores: Float[Tensor, "row column"], members: Bool[Tensor, "row label"]) -> Float[Tensor, "label column"]:
+    """For every label and column of scores, the probability that a member's score is above a non-member's, ties half.
 
-    By ranks: AUROC = (sum of the members' mean ranks - n (n + 1) / 2) / (n m); nan where a label has all prompts or
-    none. Cost: one sort a node. Float64.
+    By ranks: AUROC = (sum of the members' mean ranks - n (n + 1) / 2) / (n m) with n members and m others; nan where a
+    label has all rows or none. Cost: one sort per column. Float64.
     """
     columns = scores.double().T.contiguous()
     ordered = columns.sort(dim=1).values

@@ -54,18 +54,18 @@ class LinearEncoder:
         """All features, as a linear function of the reading."""
         return (reading @ self.weight.to(reading) + self.bias.to(reading)) * factor
 
-    def check(self, found: Tensor, expected: Tensor) -> None:
+    def check(self, features: Tensor, expected: Tensor) -> None:
         """Raise unless the linear map gives the features that the encoder gave.
 
         Raises:
             NumericalError: it does not.
         """
-        off = float((found - expected).abs().max() / (expected.abs().max() + torch.finfo(torch.float32).tiny))
+        off = float((features - expected).abs().max() / (expected.abs().max() + torch.finfo(torch.float32).tiny))
         if not off <= _ALLOWED[torch.float32]:
             raise NumericalError(
                 f"{self.dictionary.name}: its features are not the linear function of its input that its kind "
-                f"({self.dictionary.kind}) says; off by {off:.1e} of the largest feature. Look for values that are not "
-                "finite, or an encoder of its own."
+                f"({self.dictionary.kind}) implies; they are off by {off:.1e} of the largest feature. Look for values "
+                "that are not finite, or for an encoder of its own."
             )
 
 
@@ -73,12 +73,12 @@ def linear_encoder(dictionary: Dictionary) -> LinearEncoder:
     """The encoder's linear map.
 
     Raises:
-        SettingsError: the dictionary has an encoder of its own, of which nothing is known.
+        SettingsError: the dictionary has an encoder of its own, which may compute anything.
     """
     if dictionary.own_encode is not None:
         raise SettingsError(
-            f"{dictionary.name} has an encoder of its own, so its features are no known function of its input and have "
-            "no incoming edges. Circuits need a dictionary whose weights are known: load_dictionary, or SAELens' kinds."
+            f"{dictionary.name} has an encoder of its own, so its features are not a known function of its input and "
+            "have no incoming edges. Circuits need a dictionary with known weights: load_dictionary, or SAELens' kinds."
         )
     weight, bias = dictionary.W_enc, dictionary.b_enc
     if dictionary.r_mag is not None:  # gated: the magnitude's encoder
@@ -96,7 +96,7 @@ class PlainReader:
         return []
 
     def input(self, seen: dict[str, Tensor]) -> Tensor:
-        """The value read, with its past."""
+        """What the dictionary reads, with its past."""
         return seen["x"]
 
 
@@ -118,7 +118,7 @@ class NormReader:
         return [(self.point, before)]
 
     def input(self, seen: dict[str, Tensor]) -> Tensor:
-        """The value read, rebuilt from what enters the norm.
+        """What the dictionary reads, rebuilt from what enters the norm.
 
         Raises:
             PropagationError: it is not the value that the hook point had.
@@ -137,7 +137,7 @@ def find_reader(model: TransformerLensModel, site: DictionarySite) -> PlainReade
     """How the dictionary's input is read from the graph.
 
     Raises:
-        SettingsError: it writes where TransformerBridge reads a norm's input only, so that the residual stream goes by.
+        SettingsError: it writes where TransformerBridge only reads a norm's input, so the residual stream goes past it.
     """
     points = hook_points(model)
     reads, writes = points[site.hook_in].name, points[site.hook].name
@@ -146,22 +146,19 @@ def find_reader(model: TransformerLensModel, site: DictionarySite) -> PlainReade
             continue
         if writes == norm.input:
             raise SettingsError(
-                f"{site.dictionary.name} writes at {site.hook}, which on TransformerBridge is only what the norm "
-                "reads: the residual stream goes past it. Use a dictionary at hook_resid_pre or hook_resid_post."
+                f"{site.dictionary.name} writes at {site.hook}, which on TransformerBridge only feeds the norm: the "
+                "residual stream goes past it. Use a dictionary at hook_resid_pre or hook_resid_post."
             )
         if reads not in (norm.input, norm.normalized) or not is_opaque(model, norm.path):
             continue
         frozen = read_norm(model, norm.path) if reads == norm.normalized else None
-        return NormReader(norm.input, (lambda x: x) if frozen is None else _norm(frozen), site.hook_in)
+
+        def rebuild(x: Tensor, frozen: Any = frozen) -> Tensor:
+            if frozen is None:
+                return x
+            scale = frozen.scale(x.detach())
+            x = x.to(scale.dtype)
+            return (x - x.mean(-1, keepdim=True) if frozen.centered else x) / scale
+
+        return NormReader(norm.input, rebuild, site.hook_in)
     return PlainReader()
-
-
-def _norm(frozen: Any) -> Callable[[Tensor], Tensor]:
-    """center(x) / scale, the scale of this prompt."""
-
-    def rebuild(x: Tensor) -> Tensor:
-        scale = frozen.scale(x.detach())
-        x = x.to(scale.dtype)
-        return (x - x.mean(-1, keepdim=True) if frozen.centered else x) / scale
-
-    return rebuild

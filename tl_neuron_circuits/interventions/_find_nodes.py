@@ -1,4 +1,4 @@
-"""Which activations to steer: nodes as labels, as a DataFrame, or as a circuit, turned into (hook, unit, position).
+"""Which activations are meant: nodes as labels, as a DataFrame, or as a circuit, turned into (hook, unit, position).
 
 Position -1 means every position, as in `NodeScores.top` where positions were summed. Features of a dictionary are found
 by its basis; their hook point is the one the dictionary writes.
@@ -82,14 +82,14 @@ def find_nodes(
             f"expected units of activations; {label} is a dictionary feature, which this does not read."
         )
     _check_hooks(model, frame)
-    frame = frame if positions is None else _at(frame, positions)
+    frame = frame if positions is None else _place(frame, positions)
     _check_rows(frame)
     frame = frame.reset_index(drop=True)
     return frame if features else frame.drop(columns=["site", "key"])
 
 
 class _Features:
-    """The dictionaries of a basis, looked up when the first feature asks for its own."""
+    """The dictionaries of a basis, resolved when the first feature needs its own."""
 
     def __init__(self, model: TransformerLensModel, basis: Dictionaries) -> None:
         self._model, self._basis = model, basis
@@ -135,7 +135,7 @@ def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _from_circuit(circuit: HasNodes, features: _Features) -> pd.DataFrame:
-    """Its neurons and features: tokens, logits, errors, biases and remainders are nothing to steer."""
+    """Its neurons and features: tokens, logits, errors, biases and remainders cannot be steered."""
     nodes = circuit.nodes
     if not isinstance(nodes, pd.DataFrame) or not {"kind", "layer", "unit", "position"} <= set(nodes.columns):
         raise SettingsError("expected .nodes to be a DataFrame with columns kind, layer, unit and position.")
@@ -177,8 +177,8 @@ def _from_rows(nodes: pd.DataFrame, features: _Features) -> pd.DataFrame:
             and (read[2] not in _BASES or _BASES[read[2]].hook.format(layer=read[1]) != hook)
         ):
             raise SettingsError(
-                f"expected units of activations; {label} at {hook} is a node of another basis, whose number is no unit "
-                "there. Give it by its own hook point."
+                f"expected units of activations; {label} at {hook} is a node of another basis, whose number is not a "
+                "unit there. Give it by its own hook point."
             )
     columns = {key: list(nodes[key]) for key in ("hook", "unit", "position")}
     return _keyed(pd.DataFrame({"label": list(labels), **columns, "site": pd.Series(sites, dtype=object)}))
@@ -224,7 +224,7 @@ def _check_hooks(model: TransformerLensModel, frame: pd.DataFrame) -> None:
         hook_point(model, hook)
 
 
-def _at(frame: pd.DataFrame, positions: int | Sequence[int]) -> pd.DataFrame:
+def _place(frame: pd.DataFrame, positions: int | Sequence[int]) -> pd.DataFrame:
     if (frame["position"] >= 0).any():
         label = frame["label"][frame["position"] >= 0].iloc[0]
         raise SettingsError(
