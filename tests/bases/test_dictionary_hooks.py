@@ -18,7 +18,7 @@ from tests.families import (
 )
 from tl_neuron_circuits._errors import DictionaryError, NumericalError, UnsupportedModelError
 from tl_neuron_circuits.bases import Dictionary, fraction_variance_unexplained
-from tl_neuron_circuits.bases._dictionary_hooks import check_fires, resolve_hooks
+from tl_neuron_circuits.bases._dictionary_basis import check_fires, resolve_hooks
 from tl_neuron_circuits.bases._dictionary_variance import VarianceSums
 from tl_neuron_circuits.models._protocol import submodule
 

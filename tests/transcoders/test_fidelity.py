@@ -176,7 +176,7 @@ def test_errors(one_tiny: Any, tokens: Tensor) -> None:
     dictionaries = train(one_tiny, tokens, SMALL.replace(steps=1), verbose=False).dictionaries
     with pytest.raises(SettingsError, match="at least one dictionary"):
         fidelity(one_tiny, [], tokens)
-    with pytest.raises(SettingsError, match="one dictionary a hook point"):
+    with pytest.raises(SettingsError, match="one dictionary per hook point"):
         fidelity(one_tiny, [dictionaries[0], dictionaries[0]], tokens)
     with pytest.raises(SettingsError, match="at least one prompt"):
         fidelity(one_tiny, dictionaries, [])

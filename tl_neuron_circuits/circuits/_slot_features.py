@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases._dictionaries import DictionarySite
+from ..bases._dictionary_basis import DictionarySite
 from ._slot import Arrivals, Hooks, Reading, Seen, SlotChange, SlotRun, keep, seeds_at, summed, through, wide
 from ._slot_dictionary import LinearEncoder
 

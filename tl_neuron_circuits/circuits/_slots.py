@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .._errors import SettingsError
 from ..bases._activations import ActivationSite, Neurons
-from ..bases._dictionaries import DictionarySite
+from ..bases._dictionary_basis import DictionarySite
 from ..bases._site import Basis, name_of, sites_of
 from ..models._protocol import TransformerLensModel
 from ..models._sites import find_sites

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..bases._dictionaries import DictionarySite
+from ..bases._dictionary_basis import DictionarySite
 from ._ablation import Hooks
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
-from ..bases._dictionaries import Dictionaries
 from ..bases._dictionary import Dictionary
+from ..bases._dictionary_basis import Dictionaries
 from ..bases._dictionary_variance import VarianceSums
 from ..models._protocol import TransformerLensModel
 from ._linear_maps import LinearMap, Moments, fit_maps

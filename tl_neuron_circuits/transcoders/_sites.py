@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._errors import DictionaryError, SettingsError, UnsupportedModelError
 from ..bases._dictionary import Dictionary
-from ..bases._dictionary_hooks import check_fires, resolve_hooks
+from ..bases._dictionary_basis import check_fires, resolve_hooks
 from ..bases._runs import values_at
 from ..models._protocol import TransformerLensModel, hook_points
 from ._config import TrainingConfig
