@@ -14,8 +14,8 @@ from tests.transcoders.conftest import SMALL
 from tl_neuron_circuits._errors import NumericalError, SettingsError
 from tl_neuron_circuits.bases import Dictionary
 from tl_neuron_circuits.transcoders import fidelity, pareto, train
+from tl_neuron_circuits.transcoders._buffer import flat_values
 from tl_neuron_circuits.transcoders._linear_maps import Moments, fit_maps
-from tl_neuron_circuits.transcoders._sites import flat_values
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 

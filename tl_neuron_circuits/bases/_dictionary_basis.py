@@ -101,7 +101,7 @@ class DictionarySite:
 
     def variance(self, values: Mapping[str, Tensor]) -> VarianceSums:
         """Sums for the fraction of variance that the dictionary leaves unexplained on a run."""
-        return VarianceSums.of(_flat(values[self.hook]), _flat(self.dictionary(values[self.hook_in])))
+        return VarianceSums.measure(_flat(values[self.hook]), _flat(self.dictionary(values[self.hook_in])))
 
     def _decode(self, nodes: Tensor) -> Tensor:
         return nodes @ self.dictionary.W_dec.to(nodes) + self.dictionary.b_dec.to(nodes)

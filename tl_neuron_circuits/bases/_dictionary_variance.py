@@ -29,7 +29,9 @@ class VarianceSums:
     """Sum of squared differences between target and reconstruction."""
 
     @classmethod
-    def of(cls, target: Float[Tensor, "*batch d_out"], reconstruction: Float[Tensor, "*batch d_out"]) -> "VarianceSums":
+    def measure(
+        cls, target: Float[Tensor, "*batch d_out"], reconstruction: Float[Tensor, "*batch d_out"]
+    ) -> "VarianceSums":
         """The sums of one batch; pass only positions that count (`target[mask]`)."""
         wide = torch.promote_types(target.dtype, torch.float32)
         target, reconstruction = (x.detach().to(wide).reshape(-1, x.shape[-1]) for x in (target, reconstruction))
@@ -90,4 +92,4 @@ def fraction_variance_unexplained(
         >>> tnc.bases.fraction_variance_unexplained(x, torch.ones(2, 1))
         1.0
     """
-    return VarianceSums.of(target, reconstruction).unexplained
+    return VarianceSums.measure(target, reconstruction).unexplained

@@ -26,8 +26,8 @@ from ..bases._dictionary import Dictionary
 from ..bases._dictionary_basis import Dictionaries
 from ..bases._dictionary_variance import VarianceSums
 from ..models._protocol import TransformerLensModel
+from ._buffer import flat_values
 from ._linear_maps import LinearMap, Moments, fit_maps
-from ._sites import flat_values
 from ._token_loss import LossSums, Replacement, batches_of, replaced_logits
 
 ALL = "all"
@@ -232,7 +232,7 @@ def _measures(
             x, y = values[site.hook_in], values[site.hook_out]
             active[site.layer] += (site.dictionary.encode(x) != 0).sum(0).double().cpu()
             for name, function in functions[site.hook_out].items():
-                sums = VarianceSums.of(y, function(x))
+                sums = VarianceSums.measure(y, function(x))
                 key = site.layer, name
                 variance[key] = variance[key] + sums if key in variance else sums
     measured: dict[tuple[Any, str], dict[str, Any]] = {}
