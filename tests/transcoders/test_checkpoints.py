@@ -143,7 +143,7 @@ def test_other_settings_are_refused(one_tiny: Any, tokens: Tensor, tmp_path: Pat
     train(one_tiny, tokens, SMALL.replace(steps=2), directory=tmp_path, verbose=False)
     with pytest.raises(SettingsError, match=r"other settings: \{'steps': 2\}"):
         train(one_tiny, tokens, SMALL.replace(steps=3), directory=tmp_path, resume=True, verbose=False)
-    with pytest.raises(SettingsError, match="holds checkpoints already"):
+    with pytest.raises(SettingsError, match="already holds checkpoints"):
         train(one_tiny, tokens, SMALL.replace(steps=2), directory=tmp_path, verbose=False)
 
 
