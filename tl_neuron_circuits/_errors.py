@@ -87,7 +87,7 @@ class DictionaryError(NeuronCircuitsError):
         >>> import tl_neuron_circuits as tnc
         >>> tnc.as_dictionary("a text")
         Traceback (most recent call last):
-        tl_neuron_circuits._errors.DictionaryError: A str is no dictionary: it has no decode, ...
+        tl_neuron_circuits._errors.DictionaryError: str is not a dictionary: it lacks decode, ...
     """
 
 

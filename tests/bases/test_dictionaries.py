@@ -185,7 +185,7 @@ DAMAGE = {
     ),
     "finetuned": (lambda f: _change_tensor(f, "scaling_factor", torch.ones(20) * 2), DictionaryError, "scaling_factor"),
     "wrong width": (lambda f: _change(f, d_sae=21), DictionaryError, r"cfg.json says \[8, 21\]"),
-    "no width": (lambda f: _change(f, d_in=None), DictionaryError, "needs the whole number 'd_in'"),
+    "no width": (lambda f: _change(f, d_in=None), DictionaryError, "needs the integer 'd_in'"),
     "temporal": (lambda f: _change(f, architecture="temporal"), DictionaryError, "earlier positions"),
     "matching pursuit": (lambda f: _change(f, architecture="matching_pursuit"), DictionaryError, "as_dictionary"),
     "checkpoint": (lambda f: _change(f, architecture="batchtopk"), DictionaryError, "save_inference_model"),
@@ -196,7 +196,7 @@ DAMAGE = {
         "normalize_activations is 'l2'",
     ),
     "unknown dtype": (lambda f: _change(f, dtype="int8"), DictionaryError, "dtype 'int8'"),
-    "no version": (lambda f: _change(f, sae_lens_version="new"), DictionaryError, "no version number"),
+    "no version": (lambda f: _change(f, sae_lens_version="new"), DictionaryError, "not a version number"),
 }
 
 

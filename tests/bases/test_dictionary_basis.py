@@ -221,7 +221,7 @@ def test_wrong_places_are_refused(case: ModelCase, tmp_path: Path) -> None:
         attribute(model, tokens, basis=Dictionaries([as_dictionary(made, hook_in="blocks.0.mlp.hook_post")]))
     with pytest.raises(DictionaryError, match=r"has 2 layers and nothing under blocks\.5"):
         attribute(model, tokens, basis=Dictionaries([dictionary("sae_mlp_out", 5)]))
-    with pytest.raises(SettingsError, match=r"one dictionary a hook point.*blocks\.0\.hook_mlp_out"):
+    with pytest.raises(SettingsError, match=r"one dictionary per hook point.*blocks\.0\.hook_mlp_out"):
         attribute(model, tokens, basis=Dictionaries([made, dictionary("transcoder", 0)]))
     with pytest.raises(SettingsError, match="more than once"):
         attribute(model, tokens, basis=[MLPOutputs(), Dictionaries([made])])

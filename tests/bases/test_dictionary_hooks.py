@@ -18,7 +18,7 @@ from tests.families import (
 )
 from tl_neuron_circuits._errors import DictionaryError, NumericalError, UnsupportedModelError
 from tl_neuron_circuits.bases import Dictionary, fraction_variance_unexplained
-from tl_neuron_circuits.bases._dictionary_hooks import check_fires, resolve_hooks
+from tl_neuron_circuits.bases._dictionary_basis import check_fires, resolve_hooks
 from tl_neuron_circuits.bases._dictionary_variance import VarianceSums
 from tl_neuron_circuits.models._protocol import submodule
 
@@ -201,8 +201,8 @@ def test_variance_unexplained_adds_up_over_batches() -> None:
     wide, wide_guess = target.double(), guess.double()
     expected = float((wide - wide_guess).square().sum() / (wide - wide.mean(0)).square().sum())
     assert fraction_variance_unexplained(target.view(8, 5, 5), guess.view(8, 5, 5)) == pytest.approx(expected, rel=1e-3)
-    empty = VarianceSums.of(target[:0], guess[:0])
-    parts = [VarianceSums.of(target[a:b], guess[a:b]) for a, b in ((0, 1), (1, 17), (17, 40))]
+    empty = VarianceSums.measure(target[:0], guess[:0])
+    parts = [VarianceSums.measure(target[a:b], guess[a:b]) for a, b in ((0, 1), (1, 17), (17, 40))]
     assert (empty + parts[0] + parts[1] + parts[2] + empty).unexplained == pytest.approx(expected, rel=1e-3)
     assert fraction_variance_unexplained(target, target) == 0
     assert fraction_variance_unexplained(target, target.mean(0).expand(40, 5)) == pytest.approx(1, rel=1e-3)

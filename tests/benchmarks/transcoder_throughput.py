@@ -12,7 +12,7 @@ import torch
 from tl_neuron_circuits.demo import load_demo_model
 from tl_neuron_circuits.demo.train_dictionaries import CONFIG, demo_documents
 from tl_neuron_circuits.transcoders import train
-from tl_neuron_circuits.transcoders._sites import flat_values
+from tl_neuron_circuits.transcoders._buffer import flat_values
 
 ROUNDS, STEPS = 5, 40
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.transcoders.conftest import SMALL
 from tests.transcoders.test_train import assert_equal
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
-from tl_neuron_circuits.transcoders import _checkpoint, train
-from tl_neuron_circuits.transcoders._checkpoint import checkpoints, newest_checkpoint, read_checkpoint
+from tl_neuron_circuits.transcoders import train
+from tl_neuron_circuits.transcoders._train import checkpoints, newest_checkpoint, read_checkpoint, write_checkpoint
 from tl_neuron_circuits.transcoders._trainee import Trainee
 
 VARIANTS = [
@@ -130,7 +130,7 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
         with pytest.raises(FileFormatError, match=r"could not be written.*checkpoint-00000009 is whole"):
-            _checkpoint.write_checkpoint(tmp_path, 18, tensors, notes, keep=2)
+            write_checkpoint(tmp_path, 18, tensors, notes, keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -143,34 +143,35 @@ def test_other_settings_are_refused(one_tiny: Any, tokens: Tensor, tmp_path: Pat
     train(one_tiny, tokens, SMALL.replace(steps=2), directory=tmp_path, verbose=False)
     with pytest.raises(SettingsError, match=r"other settings: \{'steps': 2\}"):
         train(one_tiny, tokens, SMALL.replace(steps=3), directory=tmp_path, resume=True, verbose=False)
-    with pytest.raises(SettingsError, match="holds checkpoints already"):
+    with pytest.raises(SettingsError, match="already holds checkpoints"):
         train(one_tiny, tokens, SMALL.replace(steps=2), directory=tmp_path, verbose=False)
 
 
 def test_another_model_or_other_tokens_are_refused(one_tiny: Any, tokens: Tensor, tmp_path: Path) -> None:
     config = SMALL.replace(steps=2)
     train(one_tiny, tokens, config, directory=tmp_path, verbose=False)
-    with pytest.raises(SettingsError, match=r"written with another tokens \("):
+    with pytest.raises(SettingsError, match=r"written with different tokens \("):
         train(one_tiny, tokens.flip(0), config, directory=tmp_path, resume=True, verbose=False)
     with torch.no_grad():
         next(iter(one_tiny.parameters())).add_(1)
-    with pytest.raises(SettingsError, match=r"written with another model \("):
+    with pytest.raises(SettingsError, match=r"written with different model \("):
         train(one_tiny, tokens, config, directory=tmp_path, resume=True, verbose=False)
 
 
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(one_tiny: Any, tokens: Tensor, tmp_path: Path) -> None:
     """The loss of a step is finite and its update overflows: what is on disk is from before it."""
     config = SMALL.replace(checkpoint_every=1)
-    original = Trainee._update
+    original = Trainee.step
 
-    def overflowing(self: Trainee, loss: Tensor, step: int) -> None:
-        original(self, loss, step)
+    def overflowing(self: Trainee, x: Tensor, y: Tensor, step: int) -> dict[str, float]:
+        measured = original(self, x, y, step)
         if step == 2:
             self.weights["W_enc"].detach().mul_(1e38).mul_(10)
+        return measured
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainee, "_update", overflowing)
-        with pytest.raises(NumericalError, match=r"not finite after step 3.*checkpoint-00000002 is as it was"):
+        patch.setattr(Trainee, "step", overflowing)
+        with pytest.raises(NumericalError, match=r"not finite after step 3.*checkpoint-00000002 is unchanged"):
             train(one_tiny, tokens, config, directory=tmp_path, verbose=False)
     tensors, _ = read_checkpoint(newest_checkpoint(tmp_path), config, {})
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -193,6 +194,6 @@ def test_an_iterator_that_ends_early_leaves_the_checkpoints(one_tiny: Any, token
     def some() -> Iterator[Tensor]:
         yield from tokens.split(4)[:8]
 
-    with pytest.raises(SettingsError, match=r"8 batches, then no more.*checkpoint-00000009 is as it was"):
+    with pytest.raises(SettingsError, match=r"8 batches, then no more.*checkpoint-00000009 is unchanged"):
         train(one_tiny, some(), SMALL, directory=tmp_path, verbose=False)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000009"]

@@ -14,8 +14,8 @@ from tests.transcoders.conftest import SMALL
 from tl_neuron_circuits._errors import NumericalError, SettingsError
 from tl_neuron_circuits.bases import Dictionary
 from tl_neuron_circuits.transcoders import fidelity, pareto, train
-from tl_neuron_circuits.transcoders._linear_maps import Moments, fit_maps
-from tl_neuron_circuits.transcoders._sites import flat_values
+from tl_neuron_circuits.transcoders._buffer import flat_values
+from tl_neuron_circuits.transcoders._fidelity import Moments, fit_maps
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 
@@ -79,7 +79,7 @@ def test_a_skip_is_part_of_what_is_written(tiny: Any) -> None:
     tokens = random_tokens(tiny, batch=40, pos=9)
     names = ("blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out")
     values = flat_values(tiny, tokens, names, (), torch.float32)
-    affine = fit_maps(Moments.of(*(values[name] for name in names)), 4)["affine"]
+    affine = fit_maps(Moments.measure(*(values[name] for name in names)), 4)["affine"]
     nothing = torch.zeros(16, 1)
     skip = Dictionary(
         "skip_transcoder", nothing, nothing.mT, affine.bias, b_enc=torch.zeros(1), W_skip=affine.weight.mT.contiguous(),
@@ -120,7 +120,7 @@ def test_linear_maps_are_the_best_of_their_rank() -> None:
         + 1
     )
     y = x.relu() @ torch.randn(7, 6, generator=generator).double() - 2
-    maps = fit_maps(Moments.of(x[:50], y[:50]) + Moments.of(x[50:], y[50:]), 3)
+    maps = fit_maps(Moments.measure(x[:50], y[:50]) + Moments.measure(x[50:], y[50:]), 3)
     ones = torch.cat([x, torch.ones(200, 1)], 1)
     best = torch.linalg.lstsq(ones, y).solution
     torch.testing.assert_close(maps["affine"].weight.double(), best[:-1], atol=1e-4, rtol=1e-4)
@@ -176,7 +176,7 @@ def test_errors(one_tiny: Any, tokens: Tensor) -> None:
     dictionaries = train(one_tiny, tokens, SMALL.replace(steps=1), verbose=False).dictionaries
     with pytest.raises(SettingsError, match="at least one dictionary"):
         fidelity(one_tiny, [], tokens)
-    with pytest.raises(SettingsError, match="one dictionary a hook point"):
+    with pytest.raises(SettingsError, match="one dictionary per hook point"):
         fidelity(one_tiny, [dictionaries[0], dictionaries[0]], tokens)
     with pytest.raises(SettingsError, match="at least one prompt"):
         fidelity(one_tiny, dictionaries, [])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.transcoders.conftest import SMALL
 from tl_neuron_circuits.bases import load_dictionary
-from tl_neuron_circuits.bases._dictionary_kinds import KINDS as SAELENS_KINDS
+from tl_neuron_circuits.bases._dictionary import KINDS as SAELENS_KINDS
 from tl_neuron_circuits.transcoders import train
 from tl_neuron_circuits.transcoders._config import KINDS
 

@@ -15,10 +15,9 @@ from tl_neuron_circuits._errors import DictionaryError
 from tl_neuron_circuits.bases import Dictionaries
 from tl_neuron_circuits.bases._dictionary_variance import VarianceSums
 from tl_neuron_circuits.transcoders import TrainingReport, fidelity, train
+from tl_neuron_circuits.transcoders._buffer import ActivationBuffer, TokenStream, TrainingSite, flat_values
 from tl_neuron_circuits.transcoders._config import KINDS
-from tl_neuron_circuits.transcoders._scaling import Scaling
-from tl_neuron_circuits.transcoders._sites import TrainingSite, flat_values
-from tl_neuron_circuits.transcoders._trainee import MEASURES, Trainee
+from tl_neuron_circuits.transcoders._trainee import MEASURES, Scaling, Trainee
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 
@@ -77,14 +76,14 @@ def test_folding_the_units_changes_no_number(activation: str, skip: bool) -> Non
     x, y = 3 * torch.randn(64, 6, generator=generator) + 2, 0.2 * torch.randn(64, 5, generator=generator) - 1
     site = TrainingSite(0, "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out", "", "", 6, 5)
     config = SMALL.replace(activation=activation, skip=skip)
-    trainee = Trainee(site, config, Scaling.of(x, y, site), generator, torch.device("cpu"))
+    trainee = Trainee(site, config, Scaling.measure(x, y, site), generator)
     for step in range(5):
         trainee.step(x, y, step)
     measured = trainee.step(x, y, 5)
     x_n, y_n = trainee.scaling.apply(x, y)
     assert abs(float(x_n.square().mean()) - 1) < 1e-4 and float(y_n.mean(0).abs().max()) < 1e-5
     dictionary = trainee.dictionary({})
-    fvu = VarianceSums.of(y, dictionary(x)).unexplained
+    fvu = VarianceSums.measure(y, dictionary(x)).unexplained
     last = trainee.step(x, y, 6)  # measured before its update, so on the weights of `dictionary`
     assert fvu == pytest.approx(1 - last["variance_explained"], abs=1e-4)
     assert float((dictionary.encode(x) > 0).sum(-1).float().mean()) == pytest.approx(last["l0"], abs=0.05)
@@ -114,7 +113,7 @@ def test_dead_features_come_back(dead_features: str) -> None:
     site = TrainingSite(0, "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out", "", "", 12, 12)
     config = SMALL.replace(activation="topk", d_dict=64, k=8, steps=200, dead_after=1000, auxiliary_k=32)
     config = config.replace(dead_features=dead_features, resample_every=20, learning_rate=5e-3)
-    trainee = Trainee(site, config, Scaling.of(x, y, site), generator, torch.device("cpu"))
+    trainee = Trainee(site, config, Scaling.measure(x, y, site), generator)
     with torch.no_grad():
         trainee.weights["W_enc"][:, 32:] *= 1e-3
     shares = [trainee.step(x, y, step)["dead_share"] for step in range(200)]
@@ -153,7 +152,7 @@ def test_warm_ups_grow_from_nothing_and_the_rate_decays_to_nothing() -> None:
     site = TrainingSite(0, "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out", "", "", 6, 6)
     shares = {"learning_rate_warmup": 0.2, "learning_rate_decay": 0.1, "penalty_warmup": 0.2}
     config = SMALL.replace(activation="relu", steps=20, learning_rate=0.1, penalty=1e3, **shares)
-    trainee = Trainee(site, config, Scaling.of(x, y, site), generator, torch.device("cpu"))
+    trainee = Trainee(site, config, Scaling.measure(x, y, site), generator)
     rates, penalties = [], []
     for step in range(20):
         weights = {name: value.detach().clone() for name, value in trainee.weights.items()}
@@ -170,9 +169,6 @@ def test_warm_ups_grow_from_nothing_and_the_rate_decays_to_nothing() -> None:
 
 def test_the_buffer_bounds_what_is_held(one_tiny: Any, tokens: Tensor) -> None:
     """`capacity` positions and at most one forward pass more, ever."""
-    from tl_neuron_circuits.transcoders._buffer import ActivationBuffer
-    from tl_neuron_circuits.transcoders._token_stream import TokenStream
-
     name = "blocks.0.hook_mlp_out"
     buffer = ActivationBuffer(
         one_tiny, TokenStream(tokens, 4, 0), (name,), capacity=128, batch_size=32, ignore=(), dtype=torch.float32,
@@ -217,8 +213,6 @@ def test_ignored_tokens_are_left_out(one_tiny: Any, tokens: Tensor) -> None:
 def test_the_buffer_serves_every_position_once_an_epoch(one_tiny: Any, buffer_size: int) -> None:
     """Inputs and outputs stay aligned, and before any repeats all of the first positions are served."""
     from tests.families import random_tokens
-    from tl_neuron_circuits.transcoders._buffer import ActivationBuffer
-    from tl_neuron_circuits.transcoders._token_stream import TokenStream
 
     prompts = random_tokens(one_tiny, batch=32, pos=16)
     prompts[:, 0] = torch.arange(2, 34)  # so that no two positions are alike

@@ -1,4 +1,4 @@
-"""Bases made of the model's own activations: every component of a hook point is a node, and nothing is left over."""
+"""Bases of the model's own activations: every component of a hook point is a node, and nothing is left over."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ActivationSite:
 
     @property
     def identity(self) -> str:
-        """The hook point says it all."""
+        """The hook point alone."""
         return self.hook
 
     def take_apart(self, values: Mapping[str, Tensor]) -> Parts:
@@ -49,7 +49,7 @@ class ActivationSite:
         return _flat(gradient)
 
     def variance(self, values: Mapping[str, Tensor]) -> None:
-        """None: components leave nothing over."""
+        """None: components leave nothing unexplained."""
 
 
 def _flat(value: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def _flat(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Activations:
-    """One hook point a layer. `layers` restricts the basis; None is all of them."""
+    """One hook point per layer. `layers` restricts the basis; None means all of them."""
 
     layers: Sequence[int] | None = None
     hook: ClassVar[str]
@@ -71,11 +71,11 @@ class _Activations:
         return self.title
 
     def sites(self, model: TransformerLensModel) -> tuple[Site, ...]:
-        """One site a layer.
+        """One site per layer.
 
         Raises:
             UnsupportedModelError: a hook point is missing, or is not what its name says.
-            SettingsError: a layer that the model does not have.
+            SettingsError: the model does not have one of the layers.
         """
         n_layers = int(model.cfg.n_layers)
         layers = range(n_layers) if self.layers is None else self.layers
@@ -108,15 +108,15 @@ class Neurons(_Activations):
     title: ClassVar[str] = "neurons"
 
     def sites(self, model: TransformerLensModel) -> tuple[Site, ...]:
-        """One site a layer.
+        """One site per layer.
 
         Raises:
             UnsupportedModelError: a layer's MLP has no neurons to read (a mixture of experts).
         """
-        found = find_sites(model)
-        known = {mlp.layer for mlp in found.mlps}
-        wanted = range(found.n_layers) if self.layers is None else self.layers
-        problems = [p.message for p in found.problems if ".mlp" in p.message]
+        model_sites = find_sites(model)
+        known = {mlp.layer for mlp in model_sites.mlps}
+        wanted = range(model_sites.n_layers) if self.layers is None else self.layers
+        problems = [problem.message for problem in model_sites.problems if ".mlp" in problem.message]
         if problems and any(layer not in known for layer in wanted):
             raise UnsupportedModelError("\n".join(problems))
         return super().sites(model)
@@ -172,7 +172,7 @@ class ResidualStream(_Activations):
 
 @dataclass(frozen=True)
 class AttentionBlockOutputs(_Activations):
-    """What each attention layer writes to the residual stream (`hook_attn_out`); for RelP's layer-by-position maps.
+    """What each attention layer writes to the residual stream (`hook_attn_out`), as in RelP's layer-by-position maps.
 
     Example:
         >>> import tl_neuron_circuits as tnc

@@ -1,9 +1,16 @@
-"""Dictionaries on disk in SAELens' format, a folder with `cfg.json` and `sae_weights.safetensors`; without sae-lens."""
+"""Dictionaries on disk: SAELens folders of `cfg.json` and `sae_weights.safetensors`, read and written without sae-lens.
+
+`cfg.json` comes in two layouts. Since SAELens 6.0 the settings of an architecture are at the top and everything about
+model and hooks is under `metadata`. Before (no `sae_lens_version`, or a lower one) all of it is at the top, under older
+names, with defaults, and top-k is an activation function. Both are read with SAELens 6.54's defaults, except where
+those would change the numbers silently: that is an error.
+"""
 
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +21,38 @@ from torch import Tensor
 
 from .._errors import DictionaryError, FileFormatError
 from .._typing import checked
-from ._dictionary import Dictionary
-from ._dictionary_build import build_dictionary
-from ._dictionary_config import FORMAT_VERSION, DictionaryConfig, parse_config
-from ._dictionary_kinds import kind_of
+from ._dictionary import Dictionary, build_dictionary, kind_of
 
-CONFIG_FILE = "cfg.json"
-WEIGHTS_FILE = "sae_weights.safetensors"
-OWN_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, "sparsity.safetensors"})
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FORMAT_VERSION = "6.54.12"
+"""The sae-lens release whose layout `save_dictionary` follows; readers choose their parser by it."""
+
+_CONFIG_FILE = "cfg.json"
+_WEIGHTS_FILE = "sae_weights.safetensors"
+_OWN_FILES = frozenset({_CONFIG_FILE, _WEIGHTS_FILE, "sparsity.safetensors"})
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_METADATA_KEYS = (
+    "model_name",
+    "hook_name",
+    "hook_name_out",
+    "hook_head_index",
+    "hook_head_index_out",
+    "hf_hook_name",
+    "hf_hook_name_out",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "neuronpedia_id",
+    "context_size",
+    "seqpos_slice",
+    "dataset_path",
+)
+"""What an old config has at the top and a new one under `metadata`."""
+_OLD_NAMES = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
 
 
 @checked
@@ -34,34 +64,134 @@ def load_dictionary(path: str | Path) -> Dictionary:
     hooks; `as_dictionary(load_dictionary(path), hook_in=..., hook_out=...)` names them.
 
     Raises:
-        FileFormatError: the folder or a file is missing, truncated, or no JSON or safetensors.
+        FileFormatError: the folder or a file is missing, truncated, or not JSON or safetensors.
         DictionaryError: the architecture is not known, or tensors are missing, of the wrong shape, or not finite.
 
     Example:
         >>> import tl_neuron_circuits as tnc
-        >>> folder = tnc.bases.demo_dictionaries_path("sae") / "layer-03"
+        >>> folder = tnc.save_dictionary(tnc.load_demo_dictionaries("sae")[3], "saes/layer-03")
         >>> tnc.load_dictionary(folder)
         Dictionary(jumprelu, 768 features, 128 -> 128, blocks.3.hook_mlp_out, torch.float32)
     """
     folder = Path(path)
     config = _read_config(folder)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    tensors = _read_tensors(folder / _WEIGHTS_FILE)
     try:
         parsed = parse_config(config)
-        tensors = _prepared(tensors, parsed)
+        tensors = _converted(tensors, parsed)
         name = str(parsed.metadata.get("neuronpedia_id") or folder.name)
         return build_dictionary(parsed.kind, tensors, metadata=parsed.metadata, name=name, **parsed.settings)
     except DictionaryError as error:
         raise DictionaryError(f"{folder}: {error}") from error
 
 
+def load_dictionaries(paths: Iterable[str | Path]) -> list[Dictionary]:
+    """The dictionaries of several folders, each a SAELens folder or a folder of such folders.
+
+    Raises:
+        FileFormatError: a folder is missing or holds no dictionary, or one is damaged.
+        DictionaryError: as in `load_dictionary`.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> for sae in tnc.load_demo_dictionaries("sae"):
+        ...     folder = tnc.save_dictionary(sae, f"saes/layer-{sae.layer:02d}")
+        >>> [sae.hook_out for sae in tnc.bases.load_dictionaries(["saes"])][:2]
+        ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
+    """
+    dictionaries: list[Dictionary] = []
+    for path in map(Path, paths):
+        inside = sorted(file.parent for file in path.glob(f"*/{_CONFIG_FILE}"))
+        if not (path / _CONFIG_FILE).exists() and path.is_dir() and not inside:
+            raise FileFormatError(f"expected {_CONFIG_FILE} in {path} or in the folders in it; found none.")
+        dictionaries += [load_dictionary(folder) for folder in (inside or [path])]
+    return dictionaries
+
+
+@dataclass(frozen=True)
+class DictionaryConfig:
+    """What a `cfg.json` says that the numbers depend on, and its metadata."""
+
+    kind: str
+    d_in: int
+    d_dict: int
+    d_out: int
+    dtype: str | None
+    settings: Mapping[str, Any]
+    """Keyword arguments of `build_dictionary`."""
+    metadata: Mapping[str, Any]
+
+
+def parse_config(config: Mapping[str, Any]) -> DictionaryConfig:
+    """Read a `cfg.json` of any SAELens version, or the settings of a live object in the same form.
+
+    Raises:
+        DictionaryError: an unknown architecture, or a setting that is missing or would change the numbers silently.
+    """
+    if _is_old(config):
+        config = _modernized(config)
+    kind_name = str(config.get("architecture", "standard"))
+    kind = kind_of(kind_name)
+    for name in ("d_in", "d_sae", *(("d_out",) if kind.is_transcoder else ()), *(("k",) if kind.needs_k else ())):
+        if not isinstance(config.get(name), int):
+            raise DictionaryError(f"cfg.json of a {kind_name} needs the integer {name!r}, has {config.get(name)!r}.")
+    metadata = dict(config.get("metadata") or {})
+    return DictionaryConfig(
+        kind=kind_name,
+        d_in=config["d_in"],
+        d_dict=config["d_sae"],
+        d_out=config["d_out"] if kind.is_transcoder else config["d_in"],
+        dtype=config.get("dtype"),
+        settings={
+            "k": config["k"] if kind.needs_k else None,
+            "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm")) and kind.needs_k,
+            "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", not kind.is_transcoder)),
+            "normalize_activations": config.get("normalize_activations") or "none",
+            "reshape_activations": config.get("reshape_activations") or "none",
+            "hook_in": metadata.get("hook_name"),
+            "hook_out": metadata.get("hook_name_out") or (None if kind.is_transcoder else metadata.get("hook_name")),
+        },
+        metadata=metadata,
+    )
+
+
+def _is_old(config: Mapping[str, Any]) -> bool:
+    version = config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version")
+    if not version:
+        return True
+    major = str(version).split(".")[0]
+    if not major.isdigit():
+        raise DictionaryError(f"cfg.json has sae_lens_version {version!r}, which is not a version number.")
+    return int(major) < 6
+
+
+def _modernized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An old config in the new layout."""
+    new = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
+    activation = new.get("activation_fn") or "relu"
+    if activation == "topk":
+        new |= {"architecture": "topk", "k": (new.get("activation_fn_kwargs") or {}).get("k", new.get("k"))}
+    elif activation != "relu":
+        raise DictionaryError(
+            f"cfg.json has activation_fn {activation!r}; expected 'relu' or 'topk'. SAELens 6 would load it as relu, "
+            "with other features than it was trained with."
+        )
+    if isinstance(new.get("normalize_activations"), bool):
+        new["normalize_activations"] = "expected_average_only_in" if new["normalize_activations"] else "none"
+    new.setdefault("reshape_activations", "hook_z" if "hook_z" in (new.get("hook_name") or "") else "none")
+    new.setdefault("prepend_bos", True)
+    top = {key: new[key] for key in _METADATA_KEYS if key in new}
+    return new | {"metadata": top | dict(new.get("metadata") or {})}
+
+
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    file = folder / CONFIG_FILE
+    file = folder / _CONFIG_FILE
     if not file.is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else ""
+        what = f"found {inside or 'an empty folder'}" if folder.is_dir() else "no such folder"
         raise FileFormatError(
-            f"{file} is missing (found: {found or 'an empty folder'}). Expected a SAELens folder with {CONFIG_FILE} "
-            f"and {WEIGHTS_FILE}, as SAE.save_model writes it."
+            f"{file} is missing ({what}). Expected a SAELens folder with {_CONFIG_FILE} and {_WEIGHTS_FILE}, as "
+            "SAE.save_model writes it."
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -82,15 +212,17 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise FileFormatError(
-            f"{file} is truncated or no safetensors file: {error}. Fetch or save it again."
+            f"{file} is truncated or not a safetensors file: {error}. Download or save the dictionary again."
         ) from error
 
 
-def _prepared(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str, Tensor]:
-    """The tensors in the config's dtype and today's names, their widths checked against the config."""
+def _converted(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str, Tensor]:
+    """The tensors in the config's dtype and under today's names, their widths checked against the config."""
     scaling = tensors.pop("scaling_factor", None)
     if scaling is not None and not torch.allclose(scaling, torch.ones_like(scaling)):
-        raise DictionaryError("scaling_factor is not all ones: fold it into W_dec's rows, SAELens 6 does not apply it.")
+        raise DictionaryError(
+            "scaling_factor is not all ones, and SAELens 6 does not apply it: fold it into W_dec's rows."
+        )
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     widths = {"W_enc": (config.d_in, config.d_dict), "W_dec": (config.d_dict, config.d_out), "b_dec": (config.d_out,)}
@@ -99,9 +231,9 @@ def _prepared(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str,
             raise DictionaryError(f"{name} has shape {list(tensors[name].shape)}, but cfg.json says {list(shape)}.")
     if config.dtype is None:
         return tensors
-    dtype = DTYPES.get(str(config.dtype).removeprefix("torch."))
+    dtype = _DTYPES.get(str(config.dtype).removeprefix("torch."))
     if dtype is None:
-        raise DictionaryError(f"cfg.json has dtype {config.dtype!r}, expected one of {', '.join(DTYPES)}.")
+        raise DictionaryError(f"cfg.json has dtype {config.dtype!r}, expected one of {', '.join(_DTYPES)}.")
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
@@ -113,7 +245,7 @@ def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool
     sae-lens does not have, are read by `load_dictionary` only.
 
     Raises:
-        FileFormatError: the path exists and `overwrite` is not given, or it holds other things than a dictionary.
+        FileFormatError: the path exists and `overwrite` is not given, or it holds something other than a dictionary.
         DictionaryError: it has an encoder of its own (kind "custom"), metadata that JSON cannot hold, or a form that no
             SAELens architecture has.
 
@@ -127,38 +259,37 @@ def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool
     """
     target = Path(path)
     _check_savable(dictionary)
-    _check_target(target, overwrite)
+    if target.exists():
+        if not target.is_dir() or {entry.name for entry in target.iterdir()} - _OWN_FILES:
+            raise FileFormatError(f"{target} exists and is not a dictionary's folder: choose another path.")
+        if any(target.iterdir()) and not overwrite:
+            raise FileFormatError(f"{target} holds a dictionary already: choose another path or pass overwrite=True.")
     text = _config_text(dictionary)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        fresh = temporary / "new"
+        fresh, old = temporary / "new", temporary / "old"
         fresh.mkdir()
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dictionary.tensors().items()}
-        save_file(weights, fresh / WEIGHTS_FILE)
-        (fresh / CONFIG_FILE).write_text(text, encoding="utf-8")
-        _swap(fresh, target, temporary / "old")
+        save_file(weights, fresh / _WEIGHTS_FILE)
+        (fresh / _CONFIG_FILE).write_text(text, encoding="utf-8")
+        if target.exists():
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
-def _swap(fresh: Path, target: Path, old: Path) -> None:
-    """Put `fresh` where `target` is, and `target` back if that fails."""
-    if target.exists():
-        target.rename(old)
-    try:
-        fresh.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-
-
 def _check_savable(dictionary: Dictionary) -> None:
     kind, name = kind_of(dictionary.kind), dictionary.name
     if dictionary.own_encode is not None:
-        raise DictionaryError(f"{name} has an encoder of its own, which no file holds; save it where it came from.")
+        raise DictionaryError(f"{name} has an encoder of its own, which no file can hold; save it where it came from.")
     if not kind.is_transcoder and dictionary.d_in != dictionary.d_out:
         raise DictionaryError(
             f"{name} is a {dictionary.kind} from width {dictionary.d_in} to {dictionary.d_out}, but SAELens' "
@@ -166,15 +297,6 @@ def _check_savable(dictionary: Dictionary) -> None:
         )
     if dictionary.has_skip and not kind.has_skip:
         raise DictionaryError(f"{name} has a W_skip, which a {dictionary.kind} cannot keep: make it a skip transcoder.")
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir() or {entry.name for entry in target.iterdir()} - OWN_FILES:
-        raise FileFormatError(f"{target} exists and is not a dictionary's folder: choose another path.")
-    if any(target.iterdir()) and not overwrite:
-        raise FileFormatError(f"{target} holds a dictionary already: choose another path or pass overwrite=True.")
 
 
 def _config_text(dictionary: Dictionary) -> str:

@@ -1,9 +1,9 @@
-"""Live objects as dictionaries, told by their structure: no library is imported to recognize them.
+"""Live objects as dictionaries, recognized by their structure: no library is imported for it.
 
 1. A SAELens object (`cfg.architecture()` and the tensors of that architecture) is read like its file.
 2. Anything with `encode`, `decode`, `W_enc` and `W_dec`, circuit-tracer's transcoders (`W_enc [d_dict, d_in]`) among
    them, keeps its own `encode`. Its `decode` is replaced by `features @ W_dec + decode(0)`, because scores are read off
-   the rows of `W_dec`; that both agree, and that a call adds no more than `W_skip`, is measured on random numbers.
+   the rows of `W_dec`. Random numbers check that the two agree, and that a call adds nothing but `W_skip`.
 """
 
 import inspect
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from .._errors import DictionaryError
 from .._typing import checked
-from ._dictionary import Dictionary
-from ._dictionary_build import build_dictionary
-from ._dictionary_checks import check_finite
-from ._dictionary_config import FORMAT_VERSION, parse_config
-from ._dictionary_kinds import kind_of
+from ._dictionary import Dictionary, build_dictionary, check_finite, kind_of
+from ._dictionary_files import FORMAT_VERSION, parse_config
 
 _PROBES = 4
+"""How many random inputs and feature vectors an object is checked on."""
 _ACTIVE = 8
+"""How many features are active in each."""
 _NEEDED = ("encode", "decode", "W_enc", "W_dec")
 
 
@@ -34,8 +33,8 @@ def as_dictionary(source: Any, *, hook_in: str | None = None, hook_out: str | No
 
     Args:
         source: a `Dictionary`, a SAELens object, or anything with `encode`, `decode`, `W_enc` and `W_dec`.
-        hook_in: the hook point it reads, where its metadata does not say or says it wrongly.
-        hook_out: the hook point it writes; an SAE's is its `hook_in`.
+        hook_in: the hook point it reads, where its metadata does not name it or names the wrong one.
+        hook_out: the hook point it writes; by default an SAE's `hook_in`.
 
     Raises:
         DictionaryError: the object lacks what a dictionary needs, does not decode by its `W_dec`, or names no hooks.
@@ -72,7 +71,7 @@ def _with_hooks(dictionary: Dictionary, hook_in: str | None, hook_out: str | Non
         )
     if (new_in, new_out) == (dictionary.hook_in, dictionary.hook_out):
         return dictionary
-    # The maker's Hugging Face names describe the hooks just overridden.
+    # The author's Hugging Face names describe the hooks just overridden.
     stale = ("hf_hook_name", "hf_hook_name_out", "hook_name", "hook_name_out")
     metadata = {key: value for key, value in dictionary.metadata.items() if key not in stale}
     name = dictionary.name.replace("no hook", new_in)
@@ -87,11 +86,11 @@ def _saelens_kind(source: Any) -> str | None:
 
 
 def _metadata(source: Any) -> dict[str, Any]:
-    return _plain(getattr(getattr(source, "cfg", None), "metadata", None))
+    return _as_dict(getattr(getattr(source, "cfg", None), "metadata", None))
 
 
-def _plain(settings: Any) -> dict[str, Any]:
-    """Settings as a dict, whether they are one or an object with `to_dict` or with attributes."""
+def _as_dict(settings: Any) -> dict[str, Any]:
+    """Settings that are a mapping, or an object with `to_dict` or with attributes."""
     if settings is None or isinstance(settings, Mapping):
         return dict(settings or {})
     return dict(settings.to_dict() if hasattr(settings, "to_dict") else vars(settings))
@@ -102,11 +101,11 @@ def _from_saelens(source: Any, kind: str) -> Dictionary:
     missing = [name for name in names if not isinstance(getattr(source, name, None), Tensor)]
     if missing:
         raise DictionaryError(
-            f"The {type(source).__name__} says it is a {kind} and has no {', '.join(missing)}. "
-            "Give an object of that kind, or a Dictionary made from its tensors."
+            f"The {type(source).__name__} says it is a {kind} but lacks {', '.join(missing)}. "
+            "Pass an object of that kind, or a Dictionary made from its tensors."
         )
     form = {"architecture": kind, "sae_lens_version": FORMAT_VERSION, "metadata": _metadata(source)}
-    config = parse_config(_plain(source.cfg) | form)
+    config = parse_config(_as_dict(source.cfg) | form)
     tensors = {name: getattr(source, name) for name in names}
     dtype = tensors["W_enc"].dtype
     for tensor in tensors.values():  # a training SAE keeps its threshold in float32
@@ -121,7 +120,7 @@ def _from_protocol(source: Any) -> Dictionary:
     missing = [name for name in _NEEDED if not hasattr(source, name)]
     if missing:
         raise DictionaryError(
-            f"A {label} is no dictionary: it has no {', '.join(missing)}. Expected a SAELens object, or one with "
+            f"{label} is not a dictionary: it lacks {', '.join(missing)}. Expected a SAELens object, or one with "
             "encode, decode, W_enc and W_dec."
         )
     raw: dict[str, Any] = {name: getattr(source, name, None) for name in ("W_enc", "W_dec", "b_enc", "W_skip")}
@@ -129,8 +128,8 @@ def _from_protocol(source: Any) -> Dictionary:
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if any(len(shapes.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
         raise DictionaryError(
-            f"The {label} has tensors {shapes}; expected matrices W_enc and W_dec. A cross-layer transcoder writes "
-            "into several layers and is not supported."
+            f"The {label} has tensors {shapes}; expected matrices W_enc and W_dec. Cross-layer transcoders, which "
+            "write to several layers, are not supported."
         )
     dtype = tensors["W_dec"].dtype
     tensors = {name: tensor.to(tensors["W_dec"].device, dtype) for name, tensor in tensors.items()}
@@ -156,7 +155,7 @@ def _from_protocol(source: Any) -> Dictionary:
 
 
 def _own_encode(source: Any) -> Callable[[Tensor], Tensor]:
-    """The object's own encoder, fed on its device and in its dtype; no graph where the input has none."""
+    """The object's own encoder, called on its device and in its dtype; no graph where the input has none."""
 
     def encode(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         features = source.encode(x.to(source.W_enc.device, source.W_enc.dtype))
@@ -167,7 +166,7 @@ def _own_encode(source: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _decode(source: Any, features: Float[Tensor, "probe d_dict"], d_in: int) -> Float[Tensor, "probe d_out"]:
-    """The object's own decoder; circuit-tracer's takes the input too, for the skip, which zeros leave out."""
+    """The object's own decoder; circuit-tracer's also takes the input, for the skip: zeros leave it out."""
     with torch.no_grad():
         if "input_acts" in inspect.signature(source.decode).parameters:
             return source.decode(features, features.new_zeros(len(features), d_in)).detach()
@@ -177,7 +176,7 @@ def _decode(source: Any, features: Float[Tensor, "probe d_dict"], d_in: int) -> 
 def _oriented(
     tensors: Mapping[str, Tensor], encode: Callable[[Tensor], Tensor], label: str
 ) -> Float[Tensor, "d_in d_dict"]:
-    """`W_enc` as `[d_in, d_dict]`: by its shape, or where it is square by which way predicts the object's features."""
+    """`W_enc` as `[d_in, d_dict]`: by its shape, or where it is square by the orientation that predicts features."""
     weight, d_dict = tensors["W_enc"], len(tensors["W_dec"])
     if d_dict not in weight.shape:
         raise DictionaryError(
@@ -193,10 +192,10 @@ def _oriented(
     features, moved = encode(x), encode(1.01 * x)
     active = (features != 0) & (moved != 0)
     slope = ((moved - features) / 0.01)[active]
-    errors = [float((slope - (x @ way)[active]).abs().sum()) for way in (weight, weight.mT)]
+    errors = [float((slope - (x @ candidate)[active]).abs().sum()) for candidate in (weight, weight.mT)]
     if not active.any() or errors[0] == errors[1]:
         raise DictionaryError(
-            f"The {label} has a square W_enc and no active feature to tell rows from columns by. "
+            f"The {label} has a square W_enc and no active feature by which to tell rows from columns. "
             "Make a Dictionary from its tensors, W_enc [d_in, d_dict] and W_dec [d_dict, d_out]."
         )
     return weight if errors[0] < errors[1] else weight.mT
@@ -210,7 +209,7 @@ def _check_agreement(source: Any, dictionary: Dictionary, label: str) -> None:
     if not _close(own, features @ dictionary.W_dec + dictionary.b_dec):
         raise DictionaryError(
             f"The {label}'s decode is not features @ W_dec + a constant, but scores of features are read off W_dec. "
-            "Fold what decode does besides (norms of rows, run-time scales) into W_dec, or save it with SAELens."
+            "Fold whatever else decode does (row norms, run-time scales) into W_dec, or save it with SAELens."
         )
     if callable(source):
         x = _random(_PROBES, dictionary.d_in, like=dictionary.W_dec)
@@ -220,7 +219,7 @@ def _check_agreement(source: Any, dictionary: Dictionary, label: str) -> None:
         if isinstance(whole, Tensor) and not _close(whole, ours):
             raise DictionaryError(
                 f"Calling the {label} does not give encode(x) @ W_dec + a constant + x @ W_skip.T: it writes something "
-                "that belongs to no feature. Pass an object whose W_skip is that part."
+                "that belongs to no feature. Pass an object that has that part as its W_skip."
             )
 
 

@@ -1,9 +1,9 @@
-"""How much of an activation a dictionary fails to rebuild.
+"""How much of an activation a dictionary fails to rebuild: the fraction of variance unexplained.
 
     FVU = sum |target - reconstruction|^2 / sum |target - mean(target)|^2
 
-over positions, the mean per unit over the same positions. 0 is perfect, 1 is as bad as writing the mean, more is worse.
-Attention sinks such as BOS carry most of the variance of many models: leave them out where the circuit leaves them out.
+over positions, with the mean of each unit over the same positions. 0 is perfect, 1 is as bad as writing the mean, more
+is worse. Attention sinks such as BOS carry most of the variance of many models: leave them out where the circuit does.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .._typing import checked
 
 @dataclass(frozen=True, eq=False)
 class VarianceSums:
-    """Sums over the positions seen so far; adding two is as if their positions had come together."""
+    """Sums over positions; adding two is as if their positions had come in one batch."""
 
     count: int
     mean: Float[Tensor, " d_out"]
@@ -29,8 +29,10 @@ class VarianceSums:
     """Sum of squared differences between target and reconstruction."""
 
     @classmethod
-    def of(cls, target: Float[Tensor, "*batch d_out"], reconstruction: Float[Tensor, "*batch d_out"]) -> "VarianceSums":
-        """The sums of one batch; give positions that count only (`target[mask]`)."""
+    def measure(
+        cls, target: Float[Tensor, "*batch d_out"], reconstruction: Float[Tensor, "*batch d_out"]
+    ) -> "VarianceSums":
+        """The sums of one batch; pass only positions that count (`target[mask]`)."""
         wide = torch.promote_types(target.dtype, torch.float32)
         target, reconstruction = (x.detach().to(wide).reshape(-1, x.shape[-1]) for x in (target, reconstruction))
         if not len(target):
@@ -63,7 +65,7 @@ class VarianceSums:
         if not self.variation > 0:
             raise NumericalError(
                 f"The target is constant over {self.count} positions, so its fraction of variance unexplained is "
-                "undefined: give more positions."
+                "undefined: pass more positions."
             )
         fraction = self.error / self.variation
         if fraction != fraction or fraction == float("inf"):
@@ -80,8 +82,6 @@ def fraction_variance_unexplained(
 ) -> float:
     """Squared error over squared deviation from the mean: 0 is perfect, 1 is no better than the mean.
 
-    For several batches add up `VarianceSums.of(...)` and ask for `.unexplained`.
-
     Raises:
         NumericalError: the target does not vary over the positions, or a number is not finite.
 
@@ -92,4 +92,4 @@ def fraction_variance_unexplained(
         >>> tnc.bases.fraction_variance_unexplained(x, torch.ones(2, 1))
         1.0
     """
-    return VarianceSums.of(target, reconstruction).unexplained
+    return VarianceSums.measure(target, reconstruction).unexplained

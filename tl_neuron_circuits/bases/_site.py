@@ -3,8 +3,20 @@
     value = decode(nodes) + sum of vector nodes
 
 `nodes` are scalars (neurons, components, dictionary features); vector nodes are what is left (a dictionary's error, a
-transcoder's skip connection), each one node a position. Attribution, evaluation and interventions use only what stands
-here and never ask which basis they work in.
+transcoder's skip connection), each one node per position. Attribution, evaluation and interventions use only this
+protocol and never ask which basis they work in.
+
+Each site writes to one hook point today. A cross-layer transcoder's features write to the MLP outputs of their own and
+all later layers, so `features + error = this layer's output` no longer holds layer by layer; what holds is, per output,
+
+    value_m = sum over sites l <= m of decode_{l -> m}(nodes_l) + b_m + error_m
+
+The protocol would carry it so: `writes` lists the hook points a site writes to, `hook` stays the first of them and the
+key of its scores; `node_gradient` takes the gradients at all of `writes` and sums W_dec_{l -> m}[f] . g_m; the error
+stays a vector node of the output it completes, so `take_apart` of site m needs the inputs of the sites before it, which
+`reads` can already name; and `put_together` of output m takes the parts of all sites that write there, not one site's.
+Until then nothing outside the sites should assume that a layer's features and error are the layer's output: ask
+`put_together`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +53,7 @@ class Site(Protocol):
 
     @property
     def hook(self) -> str:
-        """Where nodes write, where gradients are taken; also the key of its scores."""
+        """Where its nodes write and gradients are taken; also the key of its scores."""
         ...
 
     @property
@@ -72,11 +84,11 @@ class Site(Protocol):
         ...
 
     def put_together(self, parts: Parts, like: Tensor) -> Tensor:
-        """The value at `hook` that these parts give, in the shape and dtype of `like`."""
+        """The value at `hook` given by these parts, in the shape and dtype of `like`."""
         ...
 
     def node_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos unit"]:
-        """From the gradient at `hook` to the gradient at each node; `put_together` is linear, so this is exact."""
+        """The gradient at each node from the gradient at `hook`; exact, because `put_together` is linear."""
         ...
 
     def vector_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos d"]:
@@ -84,7 +96,7 @@ class Site(Protocol):
         ...
 
     def variance(self, values: Mapping[str, Tensor]) -> VarianceSums | None:
-        """Sums for the fraction of variance that the nodes leave unexplained; None where nothing is left over."""
+        """Sums for the fraction of variance that the nodes leave unexplained; None where nothing is left."""
         ...
 
 
@@ -107,15 +119,15 @@ def sites_of(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tup
         SettingsError: two bases claim the same hook point, whose nodes would count twice.
     """
     bases = [basis] if isinstance(basis, Basis) else list(basis)
-    sites = tuple(site for one in bases for site in one.sites(model))
+    sites = tuple(site for each in bases for site in each.sites(model))
     hooks = [site.hook for site in sites]
     twice = sorted({hook for hook in hooks if hooks.count(hook) > 1})
     if twice or not sites:
-        found = f"{twice} more than once" if twice else "no site at all"
-        raise SettingsError(f"expected every hook point once over the bases {[b.name for b in bases]}; got {found}.")
+        problem = f"{twice} more than once" if twice else "no site at all"
+        raise SettingsError(f"expected every hook point once over the bases {[b.name for b in bases]}; got {problem}.")
     return sites
 
 
 def name_of(basis: Basis | Sequence[Basis]) -> str:
     """One name for one basis or several."""
-    return basis.name if isinstance(basis, Basis) else "+".join(one.name for one in basis)
+    return basis.name if isinstance(basis, Basis) else "+".join(each.name for each in basis)

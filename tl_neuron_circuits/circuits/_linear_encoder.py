@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import NumericalError, PropagationError, SettingsError
-from ..bases._dictionaries import DictionarySite
 from ..bases._dictionary import Dictionary
+from ..bases._dictionary_basis import DictionarySite
 from ..models._protocol import TransformerLensModel, hook_points
 from ..models._sites import find_sites
 from ..propagation._norms import is_opaque, read_norm

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .._errors import FileFormatError, SettingsError
 from .._files import versions
-from ..bases._dictionaries import Dictionaries
+from ..bases._dictionary_basis import Dictionaries
 from ..bases._site import Basis
 from ._table import EDGE_COLUMNS, NODE_COLUMNS, SCHEMA, complete, edge_table, node_table, normalized, typed
 

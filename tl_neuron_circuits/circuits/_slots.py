@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._errors import SettingsError
 from ..bases._activations import ActivationSite, Neurons
-from ..bases._dictionaries import DictionarySite
+from ..bases._dictionary_basis import DictionarySite
 from ..bases._site import Basis, name_of, sites_of
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._sites import MLPSites, bias_after_product, find_sites

@@ -72,8 +72,8 @@ def _bases(names: list[str], sae: list[Path], transcoder: list[Path]) -> list[An
     """Bases of the layers that the dictionaries have, so that all compete for the same layers."""
     from .._errors import SettingsError
     from ..bases._activations import ACTIVATION_BASES
-    from ..bases._dictionaries import Dictionaries
-    from ..bases._dictionary_folders import load_dictionaries
+    from ..bases._dictionary_basis import Dictionaries
+    from ..bases._dictionary_files import load_dictionaries
 
     if wrong := [name for name in names if name not in ACTIVATION_BASES]:
         raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {', '.join(wrong)}.")

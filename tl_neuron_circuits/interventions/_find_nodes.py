@@ -13,7 +13,7 @@ import pandas as pd
 
 from .._errors import SettingsError, UnsupportedModelError
 from ..bases._activations import ACTIVATION_BASES, Neurons
-from ..bases._dictionaries import DictionarySite
+from ..bases._dictionary_basis import DictionarySite
 from ..bases._runs import Values
 from ..bases._site import Basis, sites_of
 from ..models._protocol import TransformerLensModel, hook_point

@@ -13,6 +13,6 @@ from ._fidelity import Fidelity as Fidelity
 from ._fidelity import fidelity as fidelity
 from ._pareto import ParetoFront as ParetoFront
 from ._pareto import pareto as pareto
-from ._report import TrainingReport as TrainingReport
 from ._trace_feature import trace_feature as trace_feature
+from ._train import TrainingReport as TrainingReport
 from ._train import train as train

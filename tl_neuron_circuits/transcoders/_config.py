@@ -1,22 +1,17 @@
-"""What a training run is asked to do; a run is determined by it, the model, the tokens and the machine."""
+"""Settings of training; with the model, the tokens and the machine they determine the result."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from .._errors import SettingsError
 
-Target = Literal["transcoder", "sae"]
-Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
-DeadFeatures = Literal["auxiliary", "resample", "none"]
-Precision = Literal["float32", "bfloat16"]
-
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "target": get_args(Target),
-    "activation": get_args(Activation),
-    "dead_features": get_args(DeadFeatures),
-    "precision": get_args(Precision),
+    "target": ("transcoder", "sae"),
+    "activation": ("relu", "topk", "batchtopk", "jumprelu"),
+    "dead_features": ("auxiliary", "resample", "none"),
+    "precision": ("float32", "bfloat16"),
 }
 _POSITIVE = (
     *("d_dict", "k", "steps", "batch_size", "forward_rows", "learning_rate", "bandwidth", "dead_after"),
@@ -58,32 +53,32 @@ class TrainingConfig:
         activation: "relu" with an L1 penalty, "topk", "batchtopk", or "jumprelu" with an L0 penalty.
         skip: an affine path beside the features, from zero (transcoders only).
         d_dict: number of features.
-        k: features a position (topk), or on average (batchtopk).
-        penalty: weight of sum|f| / sqrt(d_out) (relu, about 0.1) or of L0 (jumprelu, about 0.003) beside the fraction
-            of variance unexplained.
+        k: features per position, exactly (topk) or on average (batchtopk).
+        penalty: weight of sum|f| / sqrt(d_out) (relu, about 0.1) or of L0 (jumprelu, about 0.003) relative to the
+            fraction of variance unexplained.
         penalty_warmup: share of the steps over which the penalty grows from 0.
         bandwidth: width of the kernel that gives jumprelu's threshold a gradient.
         steps: updates of the weights.
-        batch_size: positions an update, of all processes together.
+        batch_size: positions per update, of all processes together.
         learning_rate: Adam's.
         learning_rate_warmup: share of the steps over which it grows from 0.
         learning_rate_decay: share of the steps at the end over which it falls to 0.
-        buffer_size: positions in the shuffle buffer, of all processes together; it bounds memory: `buffer_size` and one
-            forward pass of positions of every hook point, in `precision`, and that once more while a checkpoint is
-            written. 0: no shuffling, positions come as the forward passes give them.
-        forward_rows: prompts a forward pass, where tokens are one tensor.
+        buffer_size: positions in the shuffle buffer, of all processes together. It bounds memory: the buffer and one
+            forward pass, for every hook point, in `precision`, and as much again while a checkpoint is written.
+            0: no shuffling, positions come in the order of the forward passes.
+        forward_rows: prompts per forward pass, where tokens are one tensor.
         ignore_tokens: positions with these tokens are left out (padding).
-        precision: of the buffer and of matrix products; weights and sums stay float32.
-        dead_features: "auxiliary" (Gao et al. 2024: they rebuild what is left), "resample" (Bricken et al. 2023: they
-            restart at badly rebuilt positions), "none".
+        precision: dtype of the buffer and of matrix products; weights and sums stay float32.
+        dead_features: "auxiliary" (they rebuild what the others leave; Gao et al. 2024), "resample" (they restart at
+            badly rebuilt positions; Bricken et al. 2023), "none".
         dead_after: positions without firing after which a feature counts as dead.
-        auxiliary_k: dead features that join in rebuilding what is left.
+        auxiliary_k: dead features that join in rebuilding what the others leave.
         auxiliary_coefficient: weight of that loss.
-        resample_every: steps between resamplings, which stop at half of the steps.
-        log_every: steps between rows of the report; numbers are means over them.
+        resample_every: steps between resamplings, which end halfway through the training.
+        log_every: steps between rows of the report, which are means over these steps.
         checkpoint_every: steps between checkpoints, where there is a directory.
         keep_checkpoints: how many are kept, 0 for all.
-        seed: of weights, order of prompts and shuffling.
+        seed: for weights, order of prompts and shuffling.
 
     Raises:
         SettingsError: a value is impossible.
@@ -94,11 +89,11 @@ class TrainingConfig:
         'jumprelu_transcoder'
     """
 
-    target: Target = "transcoder"
+    target: Literal["transcoder", "sae"] = "transcoder"
     layers: tuple[int, ...] | None = None
     hook_in: str | None = None
     hook_out: str = "blocks.{layer}.hook_mlp_out"
-    activation: Activation = "batchtopk"
+    activation: Literal["relu", "topk", "batchtopk", "jumprelu"] = "batchtopk"
     skip: bool = False
     d_dict: int = 1024
     k: int = 16
@@ -113,8 +108,8 @@ class TrainingConfig:
     buffer_size: int = 32768
     forward_rows: int = 32
     ignore_tokens: tuple[int, ...] = ()
-    precision: Precision = "float32"
-    dead_features: DeadFeatures = "auxiliary"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    dead_features: Literal["auxiliary", "resample", "none"] = "auxiliary"
     dead_after: int = 50_000
     auxiliary_k: int = 64
     auxiliary_coefficient: float = 1 / 32
@@ -129,9 +124,9 @@ class TrainingConfig:
             if getattr(self, name) not in choices:
                 raise SettingsError(f"expected {name} to be one of {choices}; got {getattr(self, name)!r}.")
         for name in (*_POSITIVE, *_NOT_NEGATIVE):
-            value, least = getattr(self, name), 0 if name in _NOT_NEGATIVE else None
-            if not (value > 0 if least is None else value >= 0):
-                raise SettingsError(f"expected {name} {'>= 0' if least == 0 else '> 0'}; got {value}.")
+            value, may_be_zero = getattr(self, name), name in _NOT_NEGATIVE
+            if not (value >= 0 if may_be_zero else value > 0):
+                raise SettingsError(f"expected {name} {'>=' if may_be_zero else '>'} 0; got {value}.")
         if self.skip and self.target == "sae":
             raise SettingsError("an SAE with a skip would rebuild its input by the skip alone: pass skip=False.")
         if self.k > self.d_dict:
@@ -155,16 +150,16 @@ class TrainingConfig:
 
     @property
     def dictionary_kind(self) -> str:
-        """SAELens' architecture of what comes out."""
+        """SAELens' name for the architecture that is trained."""
         return KINDS[self.target, self.activation, self.skip]
 
     @property
     def sparsity_setting(self) -> Literal["k", "penalty"]:
-        """The setting that decides how many features fire."""
+        """The setting that controls how many features fire."""
         return "k" if self.activation in ("topk", "batchtopk") else "penalty"
 
     def replace(self, **changes: Any) -> "TrainingConfig":
-        """The same settings but for some.
+        """A copy with some settings changed.
 
         Example:
             >>> from tl_neuron_circuits.transcoders import TrainingConfig
@@ -174,22 +169,20 @@ class TrainingConfig:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON holds them."""
+        """The settings as JSON values."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainingConfig":
-        """What `to_json` gave.
+        """The settings that `to_json` gave.
 
         Raises:
             SettingsError: a setting is unknown or impossible.
         """
         unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
-            raise SettingsError(
-                f"expected settings of training out of {sorted(field.name for field in dataclasses.fields(cls))}; got "
-                f"{sorted(unknown)}."
-            )
+            known = sorted(field.name for field in dataclasses.fields(cls))
+            raise SettingsError(f"expected training settings out of {known}; got {sorted(unknown)}.")
         settings: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         return cls(**settings)

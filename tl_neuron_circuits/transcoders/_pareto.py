@@ -14,9 +14,10 @@ from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..models._protocol import TransformerLensModel
 from ._config import TrainingConfig
-from ._fidelity import OWN, References, measure_fidelity
-from ._token_loss import batches_of
+from ._fidelity import OWN, References, batches_of, measure_fidelity
 from ._train import train
+
+_RANK = 16
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -24,8 +25,8 @@ class ParetoFront:
     """What `pareto` returns.
 
     Columns of the table: those of `Fidelity`, the setting that was varied (`k` or `penalty`), and `on_front`: no other
-    dictionary of the same sort and layer has both a lower L0 and a higher `recovered_zero`. Rows of the linear maps and
-    ablations, which have no L0, come once.
+    dictionary of the same target and layer has both a lower L0 and a higher `recovered_zero`. Rows of the linear maps
+    and ablations, which have no L0, come once.
 
     Example:
         >>> import torch
@@ -56,15 +57,12 @@ class ParetoFront:
         return plot_pareto(self.table, measure, self.model)
 
     def __repr__(self) -> str:
-        sorts = sorted({target for target, _ in self.dictionaries})
+        targets = sorted({target for target, _ in self.dictionaries})
         values = sorted({value for _, value in self.dictionaries})
-        return f"ParetoFront({self.model}, {' and '.join(sorts)}, {self.setting} of {values})"
+        return f"ParetoFront({self.model}, {' and '.join(targets)}, {self.setting} of {values})"
 
     def _repr_html_(self) -> str:
         return _html.block(repr(self), _html.table(self.table, bars=("recovered_zero",), rows=60))
-
-
-_RANK = 16
 
 
 @checked
@@ -78,16 +76,16 @@ def pareto(
     targets: Sequence[str] = ("transcoder", "sae"),
     verbose: bool = True,
 ) -> ParetoFront:
-    """Train a dictionary a value, target and layer, and measure each as `fidelity` does.
+    """Train a dictionary per value, target and layer, and measure each as `fidelity` does.
 
     Args:
         model: a TransformerLens model.
         tokens: prompts to train on; every dictionary sees the same ones in the same order, and linear maps are
             fitted on them.
-        config: settings; `target` is set here, and `skip` is left out of SAEs.
+        config: settings; `target` is set here, and `skip` does not apply to SAEs.
         values: of `k` (topk, batchtopk) or of the penalty (relu, jumprelu).
         evaluation_tokens: held-out prompts.
-        targets: which sorts of dictionaries.
+        targets: "transcoder", "sae" or both.
 
     Raises:
         SettingsError: no values, or settings that `TrainingConfig` refuses.
@@ -114,19 +112,13 @@ def pareto(
             measured, known = measure_fidelity(model, trained, batches, fit, True, _RANK, config.ignore_tokens, known)
             dictionaries[target, float(value)] = trained
             frames.append(measured.to_dataframe().assign(target=target, **{setting: number}))
-    table = _once(pd.concat(frames, ignore_index=True), setting)
-    return ParetoFront(table, dictionaries, setting, str(getattr(model.cfg, "model_name", "model")))
-
-
-def _once(table: pd.DataFrame, setting: str) -> pd.DataFrame:
-    """The table with each baseline once, and `on_front`."""
-    own = table["replacement"].isin(OWN)
-    table.loc[~own, setting] = float("nan")
-    # Ablations are the same whatever is compared with them; SAEs' principal components are not the transcoders' map.
-    shared = table["replacement"].isin(("mean", "zero"))
-    table.loc[shared, "target"] = ""
+    table = pd.concat(frames, ignore_index=True)
+    # Each baseline once. Ablations are the same for all; SAEs' principal components are not the transcoders' map.
+    table.loc[~table["replacement"].isin(OWN), setting] = float("nan")
+    table.loc[table["replacement"].isin(("mean", "zero")), "target"] = ""
     table = table.drop_duplicates(["layer", "replacement", "target", setting], ignore_index=True)
-    return table.assign(on_front=[_on_front(table, row) for row in table.itertuples()])
+    table = table.assign(on_front=[_on_front(table, row) for row in table.itertuples()])
+    return ParetoFront(table, dictionaries, setting, str(getattr(model.cfg, "model_name", "model")))
 
 
 def _on_front(table: pd.DataFrame, row: Any) -> bool:

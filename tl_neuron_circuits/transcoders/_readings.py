@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import DictionaryError
-from ..bases._dictionaries import Dictionaries
 from ..bases._dictionary import Dictionary
+from ..bases._dictionary_basis import Dictionaries
 from ..bases._site import Site
 from ..models._protocol import TransformerLensModel, hook_points
 from ._norm_maps import NO_NORM, NormMap, norm_map

@@ -7,8 +7,8 @@ from typing import Any
 from .._errors import DictionaryError, SettingsError
 from .._files import versions
 from .._typing import checked
-from ..bases._dictionaries import Dictionaries
 from ..bases._dictionary import Dictionary
+from ..bases._dictionary_basis import Dictionaries
 from ..circuits._circuit import Circuit
 from ..circuits._from_tables import from_tables
 from ..models._protocol import TransformerLensModel

@@ -1,36 +1,112 @@
 """Training of transcoders and SAEs: stream activations, step every layer's dictionary, report, keep checkpoints.
 
-All layers learn from the same forward passes. Everything drawn comes from generators seeded by `config.seed`, and all
+    repeat `steps` times:
+        batch = the next positions from the shuffle buffer of activations                               (`_buffer`)
+        for every layer: one step on unexplained variance + sparsity cost + what dead features leave    (`_trainee`)
+        every `log_every` steps a row of the report, every `checkpoint_every` steps a checkpoint
+
+All layers learn from the same forward passes. All randomness comes from generators seeded by `config.seed`, and all
 state is in the checkpoints, the shuffle buffer included: a resumed run equals an uninterrupted one bit for bit on the
 same machine. Started as several processes (`accelerate launch`, `torchrun`), each reads its share of the token batches
 into its share of the buffer, gradients are averaged, all have the same weights, and the first one writes.
-Source: METHODS.md 4.1, 4.5; `_features`, `_dead_features` and `_scaling` give the formulas.
+
+A checkpoint is `checkpoint-00000500/`, with one safetensors file and one JSON file. It is written next to its place and
+moved there whole, and older ones are removed only after that: a process that is killed while writing leaves the earlier
+ones as they were, and a folder `.checkpoint-...` that the next write clears. Source: METHODS.md 4.1, 4.5.
 """
 
+import re
+import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._errors import NeuronCircuitsError, SettingsError
-from .._files import fingerprint, versions
+from .. import _html
+from .._errors import FileFormatError, NeuronCircuitsError, SettingsError
+from .._files import fingerprint, read_directory, versions, write_directory
 from .._processes import Processes, here
 from .._typing import checked
+from ..bases._dictionary import Dictionary
+from ..bases._dictionary_files import save_dictionary
 from ..models._protocol import TransformerLensModel
-from ._buffer import ActivationBuffer
-from ._checkpoint import check_fresh, checkpoints, newest_checkpoint, read_checkpoint, write_checkpoint
+from ._buffer import ActivationBuffer, TokenStream, flat_values, training_sites
 from ._config import TrainingConfig
-from ._report import TrainingReport
-from ._scaling import Scaling
-from ._sites import TrainingSite, devices_of, training_sites
-from ._token_stream import TokenStream
-from ._trainee import MEASURES, Trainee
+from ._trainee import MEASURES, Scaling, Trainee
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainingReport:
+    """The dictionaries that `train` made, and how the training went.
+
+    Attributes:
+        dictionaries: one per layer, by layer.
+        config: the settings.
+        history: a row per layer every `log_every` steps: step, layer, loss, l0 (features that fire),
+            variance_explained, dead_share; means over the steps since the previous row, on the batches trained on.
+        positions: activations trained on; a position of a prompt counts each time it was in a batch.
+        seconds: where the time went: "collect" (forward passes with hooks), "update" (weights), "total".
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> model = tnc.load_demo_model()
+        >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=64)
+        >>> tokens = torch.stack(list(tnc.tasks.tokenize(model, pairs).clean))
+        >>> config = tnc.transcoders.TrainingConfig(layers=(0,), d_dict=64, steps=20, batch_size=64, buffer_size=256)
+        >>> report = tnc.transcoders.train(model, tokens, config, verbose=False)
+        >>> [folder.name for folder in report.save("mine")]
+        ['layer-00']
+    """
+
+    dictionaries: tuple[Dictionary, ...]
+    config: TrainingConfig
+    history: Sequence[Mapping[str, Any]]
+    positions: int
+    seconds: Mapping[str, float]
+
+    def __getitem__(self, layer: int) -> Dictionary:
+        """The dictionary of a layer."""
+        by_layer = {dictionary.layer: dictionary for dictionary in self.dictionaries}
+        if layer not in by_layer:
+            raise KeyError(f"no dictionary of layer {layer} was trained; there are those of {sorted(by_layer)}.")
+        return by_layer[layer]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The history as a table."""
+        return pd.DataFrame(list(self.history))
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write every dictionary as a SAELens folder, `path/layer-00` and so on; `load_dictionary` reads them.
+
+        Raises:
+            FileFormatError: a folder exists and `overwrite` is not given.
+        """
+        return [
+            save_dictionary(dictionary, Path(path) / f"layer-{dictionary.layer:02d}", overwrite=overwrite)
+            for dictionary in self.dictionaries
+        ]
+
+    def __repr__(self) -> str:
+        last = self.to_dataframe().groupby("layer").last()
+        return (
+            f"TrainingReport({len(self.dictionaries)} x {self.config.dictionary_kind}, {self.config.d_dict} features, "
+            f"{self.positions:,} positions, L0 {last['l0'].mean():.1f}, "
+            f"variance explained {last['variance_explained'].mean():.3f}, {self.seconds['total']:.0f} s)"
+        )
+
+    def _repr_html_(self) -> str:
+        last = self.to_dataframe().groupby("layer").last().reset_index()
+        return _html.block(repr(self), _html.table(last, bars=("variance_explained",), rows=60))
 
 
 @checked
@@ -43,7 +119,7 @@ def train(
     resume: bool = False,
     verbose: bool = True,
 ) -> TrainingReport:
-    """Train one dictionary a layer on the model's own activations.
+    """Train one dictionary per layer on the model's own activations.
 
     Args:
         model: a TransformerLens model; it is only run forward.
@@ -51,8 +127,8 @@ def train(
             again and again; an iterator must last for the whole training.
         config: settings.
         directory: where checkpoints go; None for none.
-        resume: go on from the newest checkpoint there, with the same settings, model, tokens and number of processes;
-            a tensor or a list of tokens is recognized, any other iterable must give the same batches again.
+        resume: continue from the newest checkpoint there, with the same settings, model, tokens and number of
+            processes; a tensor or a list of tokens is checked, any other iterable must give the same batches again.
         verbose: show a progress bar with loss, L0, variance explained and share of dead features.
 
     Raises:
@@ -60,7 +136,7 @@ def train(
             of other settings, another model or other tokens.
         DictionaryError: the model has no such hook point.
         UnsupportedModelError: a hook point did not fire.
-        NumericalError: a layer is dead, or the loss or weights are not finite; earlier checkpoints are as they were.
+        NumericalError: a layer is dead, or the loss or weights are not finite; earlier checkpoints are unchanged.
         FileFormatError: a checkpoint could not be read or written.
         ProcessesError: another process raised or died.
 
@@ -75,216 +151,280 @@ def train(
         ('jumprelu_transcoder', 64, 1280)
     """
     config = TrainingConfig() if config is None else config
+    folder = None if directory is None else Path(directory)
+    if resume and folder is None:
+        raise SettingsError("resume=True needs the directory with the checkpoints: train(..., directory=...).")
     processes = here()
     with processes.together("train", config.to_json()):
-        run = _Run(model, tokens, config, Path(directory) if directory is not None else None, processes)
-        run.start(resume)
-        return run.finish(verbose and processes.first)
+        training = _Training(model, tokens, config, processes)
+        if resume and folder is not None:
+            training.restore(folder)
+        else:
+            training.begin(folder)
+        quiet = not (verbose and processes.first)
+        with tqdm(total=config.steps, initial=training.step, disable=quiet, desc=config.dictionary_kind) as bar:
+            while training.step < config.steps:
+                try:
+                    training.advance()
+                except NeuronCircuitsError as error:
+                    kept = [] if folder is None else checkpoints(folder)
+                    if kept:
+                        error.args = (f"{error} The checkpoint {kept[-1]} is unchanged.",)
+                    raise
+                bar.update()
+                if training.history and training.step % config.log_every == 0:
+                    bar.set_postfix(training.newest(), refresh=False)
+                if folder is not None and training.checkpoint_is_due:
+                    training.write(folder)
+        return training.report()
 
 
-class _Run:
-    """The state of one call of `train`."""
+class _Training:
+    """Everything that changes during one call of `train`."""
 
-    def __init__(
-        self,
-        model: TransformerLensModel,
-        tokens: Any,
-        config: TrainingConfig,
-        directory: Path | None,
-        processes: Processes,
-    ) -> None:
-        self._model, self._config, self._directory, self._processes = model, config, directory, processes
+    def __init__(self, model: TransformerLensModel, tokens: Any, config: TrainingConfig, processes: Processes) -> None:
         count = processes.count
         if config.batch_size % count or 0 < config.buffer_size // count < 2 * config.batch_size // count:
             raise SettingsError(
                 f"expected batch_size to be a multiple of the {count} processes, and buffer_size at least two batches; "
                 f"got {config.batch_size} and {config.buffer_size}."
             )
-        self._material = {"model": _model_identity(model), "tokens": _tokens_identity(tokens), "processes": count}
-        first, source = _peek(tokens, config)
-        self._first = first
-        self._sites: tuple[TrainingSite, ...] = training_sites(model, first, config)
+        self._model, self._config, self._processes = model, config, processes
+        self._material = {
+            "model": f"{getattr(model.cfg, 'model_name', '')} {fingerprint(model.parameters())}",
+            "tokens": _tokens_identity(tokens),
+            "processes": count,
+        }
+        # The first batch shows that the sites fire; an iterator gets it back.
+        first = TokenStream(tokens, config.forward_rows, config.seed).take()
+        source = chain([first], tokens) if isinstance(tokens, Iterator) else tokens
+        self._first = first[:1]
+        self._sites = training_sites(model, self._first, config)
+        self._hooks = tuple(dict.fromkeys(name for site in self._sites for name in (site.hook_in, site.hook_out)))
         self._generator = torch.Generator().manual_seed(config.seed)
         self._buffer = ActivationBuffer(
             model,
             TokenStream(source, config.forward_rows, config.seed, processes),
-            tuple(dict.fromkeys(name for site in self._sites for name in site.hooks)),
+            self._hooks,
             capacity=config.buffer_size // count,
             batch_size=config.batch_size // count,
             ignore=config.ignore_tokens,
             dtype=torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
             generator=self._generator,
         )
-        self._step = 0
         self._trainees: list[Trainee] = []
-        self._history: list[dict[str, Any]] = []
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
         self._sums = {site.layer: dict.fromkeys(MEASURES, 0.0) for site in self._sites}
         self._seconds = {"collect": 0.0, "update": 0.0, "total": 0.0}
 
-    def start(self, resume: bool) -> None:
-        """Fresh weights and statistics, or those of the newest checkpoint."""
-        if resume and self._directory is None:
-            raise SettingsError("resume=True needs the directory with the checkpoints: train(..., directory=...).")
-        if resume and self._directory is not None:
-            tensors, notes = self._read(self._directory)
-            devices = devices_of(self._model, self._first, [name for site in self._sites for name in site.hooks])
-            for site in self._sites:
-                own = _part(tensors, f"{site.layer}.scaling.").items()
-                scaling = Scaling(**{name: value.to(devices[site.hook_in]) for name, value in own})
-                self._trainees.append(self._trainee(site, scaling))
-            self._restore(tensors, notes, devices)
-            return
-        if self._directory is not None:
-            self._processes.from_first(lambda: _begin(self._directory))
-        begin = time.perf_counter()
+    def begin(self, folder: Path | None) -> None:
+        """Fresh weights, and units measured on the first fill of the buffer."""
+        if folder is not None:
+            self._processes.from_first(lambda: _make_fresh(folder))
+        start = time.perf_counter()
         sample = self._buffer.held()
         scalings = [
-            Scaling.of(sample[site.hook_in], sample[site.hook_out], site, self._processes) for site in self._sites
+            Scaling.measure(sample[site.hook_in], sample[site.hook_out], site, self._processes) for site in self._sites
         ]
-        self._trainees = [self._trainee(*pair) for pair in zip(self._sites, scalings, strict=True)]
-        self._seconds["total"] += time.perf_counter() - begin
+        self._make_trainees(scalings)
+        self._seconds["total"] += time.perf_counter() - start
 
-    def finish(self, verbose: bool) -> TrainingReport:
-        """All steps that are left."""
-        config = self._config
-        with tqdm(total=config.steps, initial=self._step, disable=not verbose, desc=config.dictionary_kind) as bar:
-            while self._step < config.steps:
-                begin, collected = time.perf_counter(), self._buffer.collect_seconds
-                self._advance()
-                self._seconds["total"] += time.perf_counter() - begin
-                self._seconds["collect"] += self._buffer.collect_seconds - collected
-                bar.update()
-                if self._history and self._step % config.log_every == 0:
-                    bar.set_postfix(self._newest(), refresh=False)
-                if self._directory is not None and self._due():
-                    self._write(self._directory)
-        dictionaries = tuple(trainee.dictionary(self._metadata()) for trainee in self._trainees)
-        dictionaries = tuple(sorted(dictionaries, key=lambda dictionary: dictionary.layer))
-        positions = self._step * config.batch_size
-        return TrainingReport(dictionaries, config, tuple(self._history), positions, dict(self._seconds))
+    def _make_trainees(self, scalings: Sequence[Scaling]) -> None:
+        for site, scaling in zip(self._sites, scalings, strict=True):
+            self._trainees.append(Trainee(site, self._config, scaling, self._generator, self._processes))
 
-    def _advance(self) -> None:
-        config = self._config
-        try:
-            batch = self._buffer.take()
-            begin = time.perf_counter()
-            for site, trainee in zip(self._sites, self._trainees, strict=True):
-                measured = trainee.step(batch[site.hook_in], batch[site.hook_out], self._step)
-                for name, value in measured.items():
-                    self._sums[site.layer][name] += value
-            self._seconds["update"] += time.perf_counter() - begin
-            self._step += 1
-            for trainee in self._trainees if self._due() else ():
-                trainee.check_weights(self._step)
-        except NeuronCircuitsError as error:
-            kept = checkpoints(self._directory) if self._directory is not None else []
-            if kept:
-                error.args = (f"{error} The checkpoint {kept[-1]} is as it was.",)
-            raise
-        if self._step % config.log_every == 0 or self._step == config.steps:
-            since = (self._step - 1) % config.log_every + 1
-            for layer, own in self._sums.items():
-                sums = self._processes_mean(own)
-                self._history.append({"step": self._step, "layer": layer} | {n: s / since for n, s in sums.items()})
+    def advance(self) -> None:
+        """One batch, one step of every dictionary, and a row of history where one is due."""
+        config, start, collected = self._config, time.perf_counter(), self._buffer.collect_seconds
+        batch = self._buffer.take()
+        start_update = time.perf_counter()
+        for site, trainee in zip(self._sites, self._trainees, strict=True):
+            measured = trainee.step(batch[site.hook_in], batch[site.hook_out], self.step)
+            for name, value in measured.items():
+                self._sums[site.layer][name] += value
+        self._seconds["update"] += time.perf_counter() - start_update
+        self.step += 1
+        for trainee in self._trainees if self.checkpoint_is_due else ():
+            trainee.check_weights(self.step)
+        if self.step % config.log_every == 0 or self.step == config.steps:
+            since = (self.step - 1) % config.log_every + 1
+            everywhere = self._processes.gather(self._sums)
+            for layer in self._sums:
+                means = {n: sum(sums[layer][n] for sums in everywhere) / len(everywhere) / since for n in MEASURES}
+                self.history.append({"step": self.step, "layer": layer} | means)
                 self._sums[layer] = dict.fromkeys(MEASURES, 0.0)
+        self._seconds["total"] += time.perf_counter() - start
+        self._seconds["collect"] += self._buffer.collect_seconds - collected
 
-    def _newest(self) -> dict[str, str]:
-        rows = self._history[-len(self._sites) :]
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether the weights are worth keeping now."""
+        return self.step % self._config.checkpoint_every == 0 or self.step == self._config.steps
+
+    def newest(self) -> dict[str, str]:
+        """The last measures, means over layers, for the progress bar."""
+        rows = self.history[-len(self._sites) :]
         return {name: f"{sum(row[name] for row in rows) / len(rows):.3g}" for name in MEASURES}
 
-    def _trainee(self, site: TrainingSite, scaling: Scaling) -> Trainee:
-        device = scaling.mean_in.device
-        return Trainee(site, self._config, scaling, self._generator, device, self._processes)
+    def report(self) -> TrainingReport:
+        """The dictionaries as they are now, in the model's units."""
+        positions = self.step * self._config.batch_size
+        metadata = {
+            "model_name": str(getattr(self._model.cfg, "model_name", "")),
+            "training": self._config.to_json(),
+            "training_positions": positions,
+            "versions": versions(),
+        }
+        made = sorted((trainee.dictionary(metadata) for trainee in self._trainees), key=lambda d: d.layer)
+        return TrainingReport(tuple(made), self._config, tuple(self.history), positions, dict(self._seconds))
 
-    def _due(self) -> bool:
-        return self._step % self._config.checkpoint_every == 0 or self._step == self._config.steps
-
-    def _processes_mean(self, sums: dict[str, float]) -> dict[str, float]:
-        if self._processes.count == 1:
-            return sums
-        everywhere = self._processes.gather(sums)
-        return {name: sum(each[name] for each in everywhere) / len(everywhere) for name in sums}
-
-    def _write(self, directory: Path) -> None:
-        """The weights by the first process, after every other one has written its own buffer."""
+    def write(self, folder: Path) -> None:
+        """A checkpoint: the weights by the first process, after every other one has written its own buffer."""
         first, keep = self._processes.first, self._config.keep_checkpoints
         buffer_tensors, buffer_notes = self._buffer.state()
         tensors = {f"buffer.{name}": value for name, value in buffer_tensors.items()}
         for site, trainee in zip(self._sites, self._trainees, strict=True) if first else ():
             tensors |= {f"{site.layer}.{name}": value for name, value in trainee.state().items()}
+        tensors["generator"] = self._generator.get_state()
         notes = {
             "config": self._config.to_json(),
             "material": self._material,
             "buffer": buffer_notes,
-            "history": self._history,
+            "history": self.history,
             "sums": {str(layer): sums for layer, sums in self._sums.items()},
             "sites": [[site.named_in, site.named_out] for site in self._sites],
             "seconds": self._seconds,
-            "positions": self._step * self._config.batch_size,
+            "positions": self.step * self._config.batch_size,
         }
-        tensors["generator"] = self._generator.get_state()
         if not first:
             # One more than the first process keeps, which may be killed before it writes its own.
-            folder = directory / f"process-{self._processes.rank}"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(folder, self._step, tensors, notes, keep + 1 if keep else 0)
+            own = _process_folder(folder, self._processes.rank)
+            own.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(own, self.step, tensors, notes, keep + 1 if keep else 0)
         self._processes.gather("written")
         if first:
-            write_checkpoint(directory, self._step, tensors, notes, keep)
+            write_checkpoint(folder, self.step, tensors, notes, keep)
         self._processes.gather("written")
 
-    def _read(self, directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The newest checkpoint: the first process' weights, and this one's buffer and sums."""
-        path = self._processes.from_first(lambda: newest_checkpoint(directory))
+    def restore(self, folder: Path) -> None:
+        """Return to the newest checkpoint: the first process' weights, and this one's buffer and sums."""
+        path = self._processes.from_first(lambda: newest_checkpoint(folder))
         tensors, notes = read_checkpoint(path, self._config, self._material)
-        if self._processes.first:
-            return tensors, notes
-        path = directory / f"process-{self._processes.rank}" / path.name
-        own, own_notes = read_checkpoint(path, self._config, self._material)
-        return {n: v for n, v in tensors.items() if not n.startswith("buffer.")} | own, own_notes
-
-    def _restore(self, tensors: dict[str, Tensor], notes: dict[str, Any], devices: dict[str, torch.device]) -> None:
+        if not self._processes.first:
+            path = _process_folder(folder, self._processes.rank) / path.name
+            own, notes = read_checkpoint(path, self._config, self._material)
+            tensors = {name: value for name, value in tensors.items() if not name.startswith("buffer.")} | own
+        values = flat_values(self._model, self._first, self._hooks, (), torch.float32)
+        devices = {name: value.device for name, value in values.items()}
+        scalings = []
+        for site in self._sites:
+            own = _part(tensors, f"{site.layer}.scaling.")
+            scalings.append(Scaling(**{name: value.to(devices[site.hook_in]) for name, value in own.items()}))
+        self._make_trainees(scalings)
         for site, trainee in zip(self._sites, self._trainees, strict=True):
             trainee.restore(_part(tensors, f"{site.layer}."))
         self._buffer.restore(_part(tensors, "buffer."), notes["buffer"], devices)
         self._generator.set_state(tensors["generator"])
-        self._step, self._history = int(notes["step"]), list(notes["history"])
+        self.step, self.history = int(notes["step"]), list(notes["history"])
         self._sums = {int(layer): dict(sums) for layer, sums in notes["sums"].items()}
         self._seconds = dict(notes["seconds"])
 
-    def _metadata(self) -> dict[str, Any]:
-        return {
-            "model_name": str(getattr(self._model.cfg, "model_name", "")),
-            "training": self._config.to_json(),
-            "training_positions": self._step * self._config.batch_size,
-            "versions": versions(),
-        }
-
-
-def _begin(directory: Path | None) -> None:
-    if directory is not None:
-        check_fresh(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-
-
-def _model_identity(model: TransformerLensModel) -> str:
-    return f"{getattr(model.cfg, 'model_name', '')} {fingerprint(model.parameters())}"
-
 
 def _tokens_identity(tokens: Any) -> str | None:
-    """Of tokens that can be looked at without using them up."""
+    """A fingerprint of tokens that can be read without using them up."""
     if isinstance(tokens, Tensor):
         return fingerprint([tokens])
     every = tokens if isinstance(tokens, list | tuple) else []
     return fingerprint(every) if every and all(isinstance(each, Tensor) for each in every) else None
 
 
-def _peek(tokens: Any, config: TrainingConfig) -> tuple[Tensor, Any]:
-    """The first batch, to see that the sites fire, and a source that still has it."""
-    stream = TokenStream(tokens, config.forward_rows, config.seed)
-    first = stream.take()
-    return first[:1], chain([first], tokens) if isinstance(tokens, Iterator) else tokens
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+def _process_folder(folder: Path, rank: int) -> Path:
+    return folder / f"process-{rank}"
+
+
+def _make_fresh(folder: Path) -> None:
+    found = checkpoints(folder)
+    if found:
+        raise SettingsError(f"{folder} already holds checkpoints ({found[-1].name}): pass resume=True to continue.")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+SCHEMA = 2
+_NAME = re.compile(r"checkpoint-(\d{8})")
+_REQUIRED = ("config", "step", "buffer", "history", "sums", "sites", "seconds", "positions", "material")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint in a folder.
+
+    Raises:
+        FileFormatError: there is none.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise FileFormatError(
+            f"expected checkpoints in {folder} to resume from; there is none. Pass resume=False to start."
+        )
+    return found[-1]
+
+
+def write_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], keep: int
+) -> Path:
+    """Write the state after `step` steps.
+
+    Raises:
+        FileFormatError: it could not be written (a full disk, no permission); the earlier checkpoints are unchanged.
+    """
+    path = folder / f"checkpoint-{step:08d}"
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        for leftover in folder.glob(".checkpoint-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        write_directory(path, "checkpoint", SCHEMA, whole, dict(notes) | {"step": step})
+    except (OSError, SafetensorError) as error:
+        earlier = checkpoints(folder)
+        remedy = f"{earlier[-1]} is whole: make room and pass resume=True" if earlier else "make room and start again"
+        raise FileFormatError(f"the checkpoint {path} could not be written ({error}); {remedy}.") from error
+    for old in checkpoints(folder)[:-keep] if keep else ():
+        shutil.rmtree(old)
+    return path
+
+
+def read_checkpoint(
+    path: Path, config: TrainingConfig, material: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint of a run with these settings, on this model and these tokens.
+
+    Args:
+        material: what else must be as it was, by name: the model, the tokens, the number of processes.
+
+    Raises:
+        SettingsError: it belongs to other settings, another model or other tokens.
+        FileFormatError: it is damaged.
+    """
+    tensors, notes = read_directory(path, "checkpoint", SCHEMA, required=_REQUIRED)
+    for name, value in material.items():
+        if notes["material"].get(name) != value:
+            raise SettingsError(
+                f"{path} was written with different {name} ({notes['material'].get(name)} there, {value} now). Resume "
+                "with what it was trained on, or choose another directory."
+            )
+    now = config.to_json()
+    other = {name: value for name, value in notes["config"].items() if now.get(name) != value}
+    if other or set(notes["config"]) != set(now):
+        raise SettingsError(
+            f"{path} was written with other settings: {other} there, "
+            f"{ {name: now.get(name) for name in other} } now. Resume with its settings, or choose another directory."
+        )
+    return tensors, notes
