@@ -33,8 +33,18 @@ from .tasks._tokenized import TokenizedPairs as TokenizedPairs
 # Scores of nodes.
 from .nodes._attribute import attribute as attribute
 from .nodes._memory import MemoryEstimate as MemoryEstimate
-from .nodes._memory import estimate_memory as estimate_memory
+from .nodes._attribute import estimate_memory as estimate_memory
 from .nodes._scores import NodeScores as NodeScores
+
+# Methods with options, and the form in which a command line writes them.
+from .nodes._relp import RelP as RelP
+from .nodes._relp import Gradient as Gradient
+from .nodes._integrated_gradients import IntegratedGradients as IntegratedGradients
+from .nodes._integrated_gradients import IntegratedGradientsInputs as IntegratedGradientsInputs
+from .nodes._patching import Patching as Patching
+from .nodes._controls import ActivationDifference as ActivationDifference
+from .nodes._controls import Random as Random
+from .nodes._methods import parse_method as parse_method
 
 # Dictionaries: SAEs and transcoders.
 from .bases._dictionary import Dictionary as Dictionary
@@ -42,9 +52,11 @@ from .bases._dictionary_files import load_dictionary as load_dictionary
 from .bases._dictionary_files import save_dictionary as save_dictionary
 from .bases._dictionary_objects import as_dictionary as as_dictionary
 
-# Circuits.
+# Circuits, and how many nodes they have.
 from .circuits._circuit import Circuit as Circuit
 from .circuits._trace import trace as trace
+from .circuits._choose import ByMass as ByMass
+from .circuits._choose import ByShare as ByShare
 
 # How good scores and circuits are.
 from .evaluation._compare import compare as compare
@@ -57,12 +69,12 @@ from .evaluation._evaluate import evaluate as evaluate
 # What nodes do, and what they are about.
 from .interventions._direct_logit_effects import direct_logit_effects as direct_logit_effects
 from .interventions._steering import steering_hooks as steering_hooks
-from .interventions._steering_result import SteeringResult as SteeringResult
-from .interventions._steering_runs import interchange as interchange
-from .interventions._steering_runs import steer as steer
-from .interventions._steering_runs import sweep as sweep
-from .interventions._steering_sweep import SteeringSweep as SteeringSweep
-from .interventions._steering_values import node_values as node_values
+from .interventions._steer import SteeringResult as SteeringResult
+from .interventions._steer import interchange as interchange
+from .interventions._steer import steer as steer
+from .interventions._steer import sweep as sweep
+from .interventions._steer import SteeringSweep as SteeringSweep
+from .interventions._steer import node_values as node_values
 from .explain._cluster import cluster as cluster
 from .explain._max_activating_examples import max_activating_examples as max_activating_examples
 from .explain._node_details import node_details as node_details

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .._errors import SettingsError, UnsupportedModelError
 from .._typing import checked
-from ..bases._dictionaries import DictionarySite
+from ..bases._dictionary_basis import DictionarySite
 from ..models._protocol import TransformerLensModel, hook_points
 from ._ablation import Hooks
 from ._find_nodes import Dictionaries, Nodes, find_nodes
