@@ -33,6 +33,12 @@ RENAMED: dict[str, str] = {
     "lasso.LabelledTexts": "tnc.lasso.LabeledTexts",
     "lasso.generalise": "tnc.lasso.generalize",
     "models.load_demo_model": "tnc.load_demo_model",
+    "plots.plot_circuit": "the method tnc.Circuit.plot",
+    "plots.plot_comparison": "the method tnc.Comparison.plot",
+    "plots.plot_pareto": "the method tnc.transcoders.ParetoFront.plot",
+    "plots.plot_sweep": "the method tnc.SteeringSweep.plot",
+    "plots.plot_trust": "the method tnc.Comparison.plot_trust",
+    "plots.write_page": "the method tnc.Circuit.to_html",
     "tasks.TokenisedPairs": "tnc.tasks.TokenizedPairs",
     "tasks.tokenise": "tnc.tasks.tokenize",
 }

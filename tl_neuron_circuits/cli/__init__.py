@@ -5,4 +5,4 @@ Exit codes: 0 done; 1 the model, or a computation, failed a check; 2 bad input; 
 
 from ._app import app as app
 from ._app import main as main
-from ._load import load_model as load_model
+from ._inputs import load_model as load_model
