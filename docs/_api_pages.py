@@ -24,7 +24,8 @@ def re_exports(room: str) -> list[str]:
 
     In a room these are all public names; in the package itself those that belong to no room.
     """
-    source = ROOT.joinpath(*room.split("."), "__init__.py").read_text(encoding="utf-8")
+    file = ROOT.joinpath(*room.split("."), "__init__.pyi")  # the package's; rooms have none
+    source = (file if file.exists() else file.with_suffix(".py")).read_text(encoding="utf-8")
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
     own = [node for node in imports if (node.module or "").startswith("_")]
     return [alias.name for node in own for alias in node.names if alias.name == alias.asname]

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from tl_neuron_circuits import Circuit, NodeScores
 from tl_neuron_circuits.cli._app import app
-from tl_neuron_circuits.cli._load import load_model
+from tl_neuron_circuits.cli._inputs import load_model
 from tl_neuron_circuits.tasks import subject_verb_agreement
 
 runner = CliRunner()
@@ -67,6 +67,14 @@ def test_attribute_shows_the_best_and_saves_all(agreement_file: Path, tmp_path: 
     assert code == 0, err
     assert NodeScores.load(where).settings["n_pairs"] == 8
     assert out.count("│ L") == 5
+
+
+def test_a_method_takes_options_in_parentheses(agreement_file: Path, tmp_path: Path) -> None:
+    call = ["attribute", "demo-gelu", "--pairs", agreement_file, "--out", tmp_path / "scores", "--json"]
+    code, _, err = run(*call, "--method", "integrated_gradients(steps=2)")
+    assert code == 0 and NodeScores.load(tmp_path / "scores").settings["method"] == "integrated_gradients(steps=2)", err
+    code, _, err = run(*call, "--method", "integrated_gradients(step=2)")
+    assert code == 2 and "expected options of integrated_gradients" in " ".join(err.split())
 
 
 def test_attribute_prints_json_alone(agreement_file: Path) -> None:

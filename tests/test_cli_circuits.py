@@ -10,7 +10,7 @@ import torch
 import tl_neuron_circuits as tnc
 from tests.test_cli import run
 from tl_neuron_circuits import Circuit
-from tl_neuron_circuits.cli._lasso import read_inputs
+from tl_neuron_circuits.cli._inputs import read_inputs
 from tl_neuron_circuits.tasks import subject_verb_agreement
 
 PROMPT = "The capital of the state containing Dallas is"
@@ -105,7 +105,7 @@ def test_a_mistake_in_lasso_is_one_message_and_exit_code_2(tmp_path: Path) -> No
     for options, message in (
         ((), "either --pairs or --prompts"),
         (("--prompts", empty), "it is empty"),
-        (("--prompts", latin), "text in UTF-8"),
+        (("--prompts", latin), "UTF-8 text"),
         (("--prompts", tmp_path / "missing.txt"), "missing.txt"),
         (("--prompts", empty, "--n-edges", "0"), "--n-edges"),
         (("--prompts", latin.with_name("ok.txt"), "--n-edges", "3", "--share", "0.5"), "share"),

@@ -68,7 +68,7 @@ def test_a_layer_without_a_dictionary_is_left_out_of_every_basis(pairs_file: Pat
         (("--basis", "nothing"), "expected --basis out of"),
         (("--sae", "no-such-folder"), "no-such-folder"),
         (("--method", "nothing"), "nothing"),
-        (("--error", "nothing"), "nothing"),
+        (("--error-nodes", "nothing"), "nothing"),
         (("--size", "-3"), "-3"),
     ],
 )

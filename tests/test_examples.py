@@ -34,7 +34,6 @@ def public() -> dict[str, object]:
 PUBLIC = public()
 MAJOR = int(version("transformer-lens").split(".")[0])
 NEWER = ("TransformerBridge", 'load_demo_dictionaries("transcoder")')
-RUN_ELSEWHERE = {"demo.DemoResult", "demo.run_demo"}  # 20 seconds; tests/test_cli.py runs the demo
 
 
 def docstrings(name: str, value: object) -> Iterator[tuple[str, str]]:
@@ -75,7 +74,7 @@ def test_every_public_name_has_an_example() -> None:
 
 
 @pytest.mark.usefixtures("cheap_loads")
-@pytest.mark.parametrize("name", sorted(PUBLIC.keys() - RUN_ELSEWHERE))
+@pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_the_example_runs(name: str) -> None:
     runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
     report: list[str] = []

@@ -62,9 +62,9 @@ def test_the_wheel_holds_every_module_and_every_data_file(wheel_names: set[str])
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in PACKAGE.rglob("*")
-        if path.is_file() and (path.suffix in DATA | {".py"}) and "__pycache__" not in path.parts
+        if path.is_file() and (path.suffix in DATA | {".py", ".pyi"}) and "__pycache__" not in path.parts
     }
-    assert "tl_neuron_circuits/py.typed" in expected
+    assert {"tl_neuron_circuits/py.typed", "tl_neuron_circuits/__init__.pyi"} <= expected
     assert expected - wheel_names == set()
 
 

@@ -1,66 +1,9 @@
-"""Neuron circuits with RelP on any TransformerLens model."""
+"""Neuron circuits with RelP on any TransformerLens model.
 
-from . import bases as bases
-from . import components as components
-from . import demo as demo
-from . import lasso as lasso
-from . import tasks as tasks
-from . import transcoders as transcoders
-from ._errors import DictionaryError as DictionaryError
-from ._errors import FileFormatError as FileFormatError
-from ._errors import NeuronCircuitsError as NeuronCircuitsError
-from ._errors import NumericalError as NumericalError
-from ._errors import PairsError as PairsError
-from ._errors import ProcessesError as ProcessesError
-from ._errors import PropagationError as PropagationError
-from ._errors import SettingsError as SettingsError
-from ._errors import UnsupportedModelError as UnsupportedModelError
-from ._processes import single_process as single_process
+`__init__.pyi` beside this file is the table of contents: every name it lists is imported when it is first used.
+"""
+
+from ._lazy import lazy_names
 from ._version import __version__ as __version__
-from .bases._dictionary import Dictionary as Dictionary
-from .bases._dictionary_files import load_dictionary as load_dictionary
-from .bases._dictionary_files import save_dictionary as save_dictionary
-from .bases._dictionary_objects import as_dictionary as as_dictionary
-from .circuits._choose import ByMass as ByMass
-from .circuits._choose import ByShare as ByShare
-from .circuits._circuit import Circuit as Circuit
-from .circuits._trace import trace as trace
-from .demo._dictionaries import load_demo_dictionaries as load_demo_dictionaries
-from .demo._models import load_demo_model as load_demo_model
-from .evaluation._compare import compare as compare
-from .evaluation._compare_with_patching import PatchingAgreement as PatchingAgreement
-from .evaluation._compare_with_patching import compare_with_patching as compare_with_patching
-from .evaluation._comparison import Comparison as Comparison
-from .evaluation._curve import SparsityCurve as SparsityCurve
-from .evaluation._evaluate import evaluate as evaluate
-from .explain._cluster import cluster as cluster
-from .explain._max_activating_examples import max_activating_examples as max_activating_examples
-from .explain._node_details import node_details as node_details
-from .explain._profiles import profiles as profiles
-from .explain._prompt_scores import prompt_scores as prompt_scores
-from .explain._score_features import score_features as score_features
-from .interventions._direct_logit_effects import direct_logit_effects as direct_logit_effects
-from .interventions._steer import SteeringResult as SteeringResult
-from .interventions._steer import SteeringSweep as SteeringSweep
-from .interventions._steer import interchange as interchange
-from .interventions._steer import node_values as node_values
-from .interventions._steer import steer as steer
-from .interventions._steer import sweep as sweep
-from .interventions._steering import steering_hooks as steering_hooks
-from .nodes._attribute import attribute as attribute
-from .nodes._attribute import estimate_memory as estimate_memory
-from .nodes._controls import ActivationDifference as ActivationDifference
-from .nodes._controls import Random as Random
-from .nodes._integrated_gradients import IntegratedGradients as IntegratedGradients
-from .nodes._integrated_gradients import IntegratedGradientsInputs as IntegratedGradientsInputs
-from .nodes._memory import MemoryEstimate as MemoryEstimate
-from .nodes._methods import parse_method as parse_method
-from .nodes._patching import Patching as Patching
-from .nodes._relp import Gradient as Gradient
-from .nodes._relp import RelP as RelP
-from .nodes._scores import NodeScores as NodeScores
-from .propagation._check_model import ModelReport as ModelReport
-from .propagation._check_model import check_model as check_model
-from .propagation._relp import relp as relp
-from .tasks._pairs import PromptPairs as PromptPairs
-from .tasks._tokenized import TokenizedPairs as TokenizedPairs
+
+__getattr__, __dir__ = lazy_names(__name__, __file__)

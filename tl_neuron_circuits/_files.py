@@ -8,7 +8,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ._errors import FileFormatError
-from ._version import __version__
+from ._version import versions
 
 _GENERATOR = "tl_neuron_circuits"
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    found = {"tl-neuron-circuits": __version__}
-    for name in ("transformer-lens", "torch"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -1,11 +1,8 @@
 """`checked`: public functions verify types and tensor shapes at the call (jaxtyping with beartype)."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
-
-from beartype import beartype
-from jaxtyping import TypeCheckError, jaxtyped
 
 F = TypeVar("F", bound=Callable)
 _EVERY_ARGUMENT_IN_FULL = "\n----------------------\n"
@@ -17,12 +14,21 @@ def checked(function: F) -> F:
     The error names the argument and both types; jaxtyping's list of all arguments, a whole model among them, is left
     out.
     """
-    typed = jaxtyped(typechecker=beartype)(function)  # pyright: ignore[reportCallIssue]
+
+    # Building one takes beartype milliseconds, so none is built before its function is called: there are a hundred.
+    @cache
+    def typed() -> Callable:
+        from beartype import beartype
+        from jaxtyping import jaxtyped
+
+        return jaxtyped(typechecker=beartype)(function)  # pyright: ignore[reportCallIssue]
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        from jaxtyping import TypeCheckError
+
         try:
-            return typed(*args, **kwargs)
+            return typed()(*args, **kwargs)
         except TypeCheckError as error:
             raise TypeCheckError(str(error).split(_EVERY_ARGUMENT_IN_FULL)[0]) from None
 

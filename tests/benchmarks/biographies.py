@@ -20,6 +20,7 @@ import tl_neuron_circuits as tnc
 from tl_neuron_circuits.demo import _text
 from tl_neuron_circuits.lasso import Generalization, LabeledTexts, bias_in_bios, contrast_judge, generalize
 from tl_neuron_circuits.tasks import _english as english
+from tl_neuron_circuits.tasks._agreement import agreement_prompt
 
 PROFESSIONS = ("farmer", "doctor")
 OTHERS = ("boy", "girl", "child", "parent", "friend", "brother", "sister", "king", "dog", "cat", "horse", "guard")
@@ -34,11 +35,11 @@ def biographies(n: int, seed: int, concept: bool = False) -> LabeledTexts:
         label, several = chance.below(2), chance.below(2)
         subject = nouns[chance.pick(OTHERS) if concept else PROFESSIONS[label]]
         other, verb = chance.pick(english.NOUNS), chance.pick(english.FINITE_VERBS)
-        start = english.agreement_prompt(
+        start = agreement_prompt(
             chance.pick(("simple", "nounpp")), subject, bool(several), other, bool(chance.below(2)),
             verb=chance.pick(english.TRANSITIVE_VERBS), preposition=chance.pick(english.PREPOSITIONS),
         )  # fmt: skip
-        text = f"{start} {verb.form(bool(several))} {chance.pick(english.COMPLEMENTS[verb.singular])}."
+        text = f"{start} {verb.form(bool(several))} {chance.pick(_text.COMPLEMENTS[verb.singular])}."
         texts.append(f"{text} {_text.city_sentence(chance)}" if chance.below(2) else text)
         labels.append(label)
         spurious.append(several)

@@ -11,9 +11,9 @@ from tests.real_models import BACKENDS
 from tl_neuron_circuits import NeuronCircuitsError, load_demo_model
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.demo import _evaluation as evaluation
-from tl_neuron_circuits.demo import _files as files
 from tl_neuron_circuits.demo import _states as states
 from tl_neuron_circuits.demo._models import DEMO_MODELS, demo_model_path
+from tl_neuron_circuits.demo.train_models import load
 
 PROMPTS = [
     "The capital of the state containing Dallas is",
@@ -31,7 +31,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def plain(name: str) -> tuple[Any, Any]:
     """Return the Hugging Face model and tokenizer."""
-    return files.load(demo_model_path(name))
+    return load(demo_model_path(name))
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -122,7 +122,7 @@ def test_a_model_class_that_is_not_installed_is_an_error(name: str) -> None:
 
 def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="train it first"):
-        files.load(tmp_path)
+        load(tmp_path)
 
 
 def test_a_demo_model_is_under_four_megabytes(name: str) -> None:

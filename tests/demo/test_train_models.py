@@ -7,16 +7,13 @@ import pytest
 import torch
 
 from tl_neuron_circuits.demo import _evaluation as evaluation
-from tl_neuron_circuits.demo import _files as files
-from tl_neuron_circuits.demo import _report as _demo_report
 from tl_neuron_circuits.demo import _states as states
 from tl_neuron_circuits.demo import _text as text
-from tl_neuron_circuits.demo import _tokenizer as tokens
 from tl_neuron_circuits.demo._models import DEMO_MODELS, demo_model_path
-from tl_neuron_circuits.demo.train_models import Recipe, main, train
+from tl_neuron_circuits.demo.train_models import Recipe, load, main, round_to_half, save, train
 from tl_neuron_circuits.tasks import _english as english
 
-TOKENIZER = tokens.build_tokenizer()
+TOKENIZER = text.build_tokenizer()
 SENTENCES = [text.sentence(chance) for chance in [text.Chance(3)] for _ in range(4000)]
 
 
@@ -125,15 +122,15 @@ def test_training_is_seeded_and_leaves_the_random_state_alone(name: str) -> None
 @pytest.mark.parametrize("name", DEMO_MODELS)
 def test_what_is_saved_is_what_was_trained(name: str, tmp_path: Path) -> None:
     model = train(name, Recipe(steps=2, rows=2), progress=False)
-    files.round_to_half(model)
-    files.save(model, TOKENIZER, tmp_path)
-    loaded, _ = files.load(tmp_path)
+    round_to_half(model)
+    save(model, TOKENIZER, tmp_path)
+    loaded, _ = load(tmp_path)
     for key, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[key]), key
 
 
 def test_the_command_writes_a_model_its_card_and_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_demo_report, "SWAPS", 4)
+    monkeypatch.setattr(evaluation, "SWAPS", 4)
     monkeypatch.setattr(evaluation, "TASKS", {"IOI": evaluation.TASKS["IOI"]})
     page = tmp_path / "page.md"
     main(["--name", "demo-gelu", "--steps", "2", "--out", str(tmp_path), "--documentation", str(page)])

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from tl_neuron_circuits import tasks
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.demo import _states as states
 from tl_neuron_circuits.demo import capitals
 from tl_neuron_circuits.tasks import PromptPairs, greater_than, ioi, subject_verb_agreement
 from tl_neuron_circuits.tasks import _english as english
+from tl_neuron_circuits.tasks._agreement import STRUCTURES
+from tl_neuron_circuits.tasks._capitals import MOST_SHOTS, PHRASINGS, STATES
 
 TASKS: dict[str, tuple[Callable[..., PromptPairs], dict[str, Any], int, list[str]]] = {
     # name: (task, options, distinct pairs with all words, words enough for a few pairs)
@@ -20,7 +23,10 @@ TASKS: dict[str, tuple[Callable[..., PromptPairs], dict[str, Any], int, list[str
     "within_rc": (subject_verb_agreement, {"structure": "within_rc"}, 50_688, ["boy", "dog"]),
     "capitals": (capitals, {}, 1800, ["Texas", "Utah"]),
     "capitals-all-phrasings": (capitals, {"phrasing": None}, 5400, ["Texas", "Utah"]),
-    "capitals-english": (capitals, {"vocabulary": "english", "phrasing": None}, 150, ["Texas", "Utah"]),
+    "real capitals": (tasks.capitals, {}, 450, ["Texas", "Utah"]),
+    "real capitals, examples": (tasks.capitals, {"phrasing": None, "shots": 4}, 1350, ["Texas", "Utah"]),
+    "real one_hop": (tasks.capitals, {"question": "one_hop", "phrasing": None}, 150, ["Texas", "Utah"]),
+    "real state": (tasks.capitals, {"question": "state", "phrasing": 2}, 450, ["Texas", "Utah"]),
     "one_hop": (capitals, {"question": "one_hop", "phrasing": None}, 150, ["Texas", "Utah"]),
     "state": (capitals, {"question": "state"}, 1800, ["Texas", "Utah"]),
     "region": (capitals, {"attribute": "region"}, 1800, ["Texas", "Utah"]),
@@ -89,7 +95,8 @@ def test_only_the_words_asked_for_are_used(name: str) -> None:
         *(s.name for s in states.STATES),
     }
     for pair in pairs:
-        text = f" {pair.clean}{pair.answer} {pair.corrupt}{pair.wrong_answer} ".replace(",", " ")
+        questions = [prompt.split("\n")[-1] for prompt in (pair.clean, pair.corrupt)]  # solved examples are of others
+        text = f" {questions[0]}{pair.answer} {questions[1]}{pair.wrong_answer} ".replace(",", " ")
         assert not [word for word in known - set(words) if f" {word} " in text]
 
 
@@ -123,7 +130,7 @@ def test_agreement_changes_one_noun_and_asks_for_its_verb() -> None:
 
 
 def test_agreement_labels_name_the_noun_that_is_asked_about() -> None:
-    for structure in english.STRUCTURES:
+    for structure in STRUCTURES:
         for pair in subject_verb_agreement(structure, 32):
             (changed,) = (a for a, b in zip(pair.clean.split(), pair.corrupt.split(), strict=True) if a != b)
             noun = next(noun for noun in english.NOUNS if changed in (noun.singular, noun.plural))
@@ -131,9 +138,10 @@ def test_agreement_labels_name_the_noun_that_is_asked_about() -> None:
 
 
 def test_capitals_answer_with_the_state_of_the_town() -> None:
-    home = {city.name: city.state for city in states.CITIES} | {state.real_city: state for state in states.STATES}
-    for vocabulary in ("demo", "english"):
-        for pair in capitals(50, vocabulary=vocabulary):
+    invented = {city.name: city.state for city in states.CITIES}
+    real = {city: state for state in STATES for city in state.cities}
+    for pairs, home in ((capitals(50), invented), (tasks.capitals(50), real)):
+        for pair in pairs:
             town = pair.clean.removeprefix("The capital of the state containing ").removesuffix(" is")
             other = pair.corrupt.removeprefix("The capital of the state containing ").removesuffix(" is")
             assert pair.answer == f" {home[town].capital}" and pair.wrong_answer == f" {home[other].capital}"
@@ -154,12 +162,45 @@ def test_clean_and_corrupt_of_capitals_have_the_same_phrasing() -> None:
 def test_capitals_refuse_what_they_do_not_have() -> None:
     with pytest.raises(SettingsError, match="expected one of"):
         capitals(attribute="mayor")
-    with pytest.raises(PairsError, match="phrasing must be 0 to 2, or None for all, got 3"):
-        capitals(phrasing=3)
+    for task in (capitals, tasks.capitals):
+        with pytest.raises(PairsError, match="phrasing must be 0 to 2, or None for all, got 3"):
+            task(phrasing=3)
+    for shots in (-1, MOST_SHOTS + 1):
+        with pytest.raises(PairsError, match=f"shots must be 0 to 4, got {shots}"):
+            tasks.capitals(shots=shots)
     with pytest.raises(PairsError, match="number must be even, got 3 states"):
         capitals(2, words=["Texas", "Ohio", "Utah"])
     with pytest.raises(PairsError, match="no way to couple these states so that the answers differ: Texas, Oklahoma"):
         capitals(2, words=["Texas", "Oklahoma"], attribute="region")
+
+
+def test_real_cities_tell_their_state_and_do_not_say_it() -> None:
+    cities = [city for state in STATES for city in state.cities]
+    capital_names = {state.capital for state in STATES}
+    assert len(STATES) == 50 and len(set(cities)) == len(cities) == 150 and not set(cities) & capital_names
+    assert {state.name: state.capital for state in STATES} == {state.name: state.capital for state in states.STATES}
+    for state in STATES:
+        assert not [city for city in state.cities if set(state.name.split()) & set(city.split())]
+
+
+def test_solved_examples_are_right_and_about_other_states() -> None:
+    facts = {state.name: state for state in STATES}
+    for question in PHRASINGS:
+        for shots in (1, MOST_SHOTS):
+            for pair in tasks.capitals(100, question=question, phrasing=None, shots=shots):
+                (*shown, asked), (*same, _) = pair.clean.split("\n"), pair.corrupt.split("\n")
+                assert shown == same and len(shown) == shots
+                frame = next(text for text in PHRASINGS[question] if re.fullmatch(_pattern(text), asked))
+                for example in shown:
+                    name = re.fullmatch(_pattern(frame) + r" (.+)\.", example)
+                    state = next(s for s in STATES if name and name[1] in (s.name, *s.cities))
+                    assert name and name[2] == (state.name if question == "state" else state.capital)
+                    assert state.name != pair.label and state.capital not in (pair.answer[1:], pair.wrong_answer[1:])
+                    assert facts[state.name] is state
+
+
+def _pattern(phrasing: str) -> str:
+    return re.escape(phrasing).replace(r"\{city\}", "(.+)").replace(r"\{state\}", "(.+)")
 
 
 def test_ioi_answers_with_the_name_that_does_not_give() -> None:

@@ -1,5 +1,6 @@
 """Where nodes live: neurons, MLP outputs, attention outputs, the residual stream, dictionaries."""
 
+from .._lazy import explain_old_names
 from ._activations import AttentionBlockOutputs as AttentionBlockOutputs
 from ._activations import HeadOutputs as HeadOutputs
 from ._activations import MLPOutputs as MLPOutputs
@@ -12,3 +13,5 @@ from ._dictionary_files import load_dictionary as load_dictionary
 from ._dictionary_files import save_dictionary as save_dictionary
 from ._dictionary_objects import as_dictionary as as_dictionary
 from ._dictionary_variance import fraction_variance_unexplained as fraction_variance_unexplained
+
+explain_old_names(__name__)

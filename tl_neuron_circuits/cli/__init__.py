@@ -3,6 +3,5 @@
 Exit codes: 0 done; 1 the model, or a computation, failed a check; 2 bad input; 130 interrupted.
 """
 
-from ._app import app as app
 from ._app import main as main
-from ._load import load_model as load_model
+from ._inputs import load_model as load_model

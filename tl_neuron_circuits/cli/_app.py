@@ -1,4 +1,4 @@
-"""The application: which commands there are, in the order of the help, and the entry point."""
+"""The application: its commands, in the order of the help, and the entry point. Heavy imports wait for a command."""
 
 import logging
 import warnings
@@ -7,16 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .._files import versions
-from ._attribute import attribute
-from ._check import check
-from ._compare import compare
+from .._version import versions
+from ._circuits import export, lasso, steer, trace
 from ._demo import demo
-from ._export import export
-from ._lasso import lasso
-from ._steer import steer
-from ._terminal import complain, guarded
-from ._trace import trace
+from ._scores import attribute, check, compare
+from ._terminal import errors, guarded
 
 COMMANDS: tuple[Callable[..., None], ...] = (demo, check, attribute, compare, trace, steer, lasso, export)
 
@@ -32,38 +27,38 @@ for _command in COMMANDS:
     app.command()(guarded(_command))
 
 
-def _version(asked: bool) -> bool:
-    if asked:
+def _version(requested: bool) -> bool:
+    if requested:
         typer.echo(", ".join(f"{name} {version}" for name, version in versions().items()))
         raise typer.Exit
-    return asked
+    return requested
 
 
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
     """Neuron circuits with RelP on any TransformerLens model.
 
-    Begin with [bold]demo[/], which needs nothing; then [bold]check[/] your model. MODEL is demo-gelu, demo-swiglu, a
-    name that TransformerLens can load, or a local Hugging Face folder.
+    Start with [bold]demo[/], which needs nothing else; then [bold]check[/] your model. MODEL is demo-gelu, demo-swiglu,
+    a name that TransformerLens can load, or a local Hugging Face folder.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `tl-neuron-circuits`: it ends the process with the exit code of the command.
+    """Entry point of `tl-neuron-circuits`: it exits with the code of the command.
 
     Args:
         arguments: the command and its options; those of the process unless given.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.showwarning = _say_warning
+    warnings.showwarning = _print_warning
     app(arguments)
 
 
-def _say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning as one message on stderr, without the line of code that gave it."""
-    complain.print("[yellow]warning[/]: ", end="")
-    complain.print(str(message), markup=False, highlight=False, soft_wrap=True)
+    errors.print("[yellow]warning[/]: ", end="")
+    errors.print(str(message), markup=False, highlight=False, soft_wrap=True)

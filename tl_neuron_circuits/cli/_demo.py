@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ._options import AsJson, Backend, Seed
+from ._inputs import AsJson, Backend, Seed
 from ._terminal import console, print_json, progress, say, show, show_written
 
 

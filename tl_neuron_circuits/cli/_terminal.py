@@ -1,4 +1,4 @@
-"""What the commands say and how they end: tables and JSON on stdout, progress and complaints on stderr, exit codes."""
+"""What commands print and how they end: tables and JSON on stdout, progress and errors on stderr, exit codes."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 console = Console()
-complain = Console(stderr=True)
+errors = Console(stderr=True)
 F = TypeVar("F", bound=Callable[..., Any])
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -31,32 +31,32 @@ def guarded(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except (NumericalError, PropagationError, ProcessesError) as error:
-            code, said = FAILED, error
+            code, message = FAILED, error
         except OutOfMemoryError as error:
-            code, said = FAILED, f"{error}\nGive a smaller --batch-size, or another --device."
+            code, message = FAILED, f"{error}\nGive a smaller --batch-size, or another --device."
             error.__traceback__ = None
         except (NeuronCircuitsError, TypeCheckError, OSError) as error:
-            code, said = BAD_INPUT, error
+            code, message = BAD_INPUT, error
         except KeyboardInterrupt:
-            complain.print("\ninterrupted")
+            errors.print("\ninterrupted")
             raise typer.Exit(INTERRUPTED) from None
-        kind = "OutOfMemoryError" if isinstance(said, str) else type(said).__name__
-        complain.print(f"[bold red]{kind}[/]: ", end="")
-        complain.print(str(said), markup=False, highlight=False, soft_wrap=True)
+        kind = "OutOfMemoryError" if isinstance(message, str) else type(message).__name__
+        errors.print(f"[bold red]{kind}[/]: ", end="")
+        errors.print(str(message), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(code)
 
     return run  # pyright: ignore[reportReturnType]
 
 
 def progress() -> bool:
-    """Whether somebody watches: bars go to stderr, and only to a terminal."""
-    return complain.is_terminal
+    """Whether to show progress bars: only where stderr is a terminal."""
+    return errors.is_terminal
 
 
 def say(text: str) -> None:
-    """A step that begins, in a terminal."""
+    """Announce a step, in a terminal only."""
     if progress():
-        complain.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+        errors.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def show(frame: Any, title: str) -> None:
@@ -72,17 +72,17 @@ def show(frame: Any, title: str) -> None:
 
 
 def show_written(files: Sequence[Path]) -> None:
-    """Name the files that were written, each whole, so that it can be copied."""
+    """List the files that were written, without breaking a path across lines."""
     console.print("written: " + ", ".join(map(str, files)), soft_wrap=True, markup=False, highlight=False)
 
 
 def print_json(content: Any) -> None:
-    """Print JSON and nothing else; what is not a number is null."""
+    """Print JSON and nothing else; NaN and infinity become null."""
     typer.echo(json.dumps(plain(content), allow_nan=False))
 
 
 def plain(content: Any) -> Any:
-    """The same in lists, dictionaries, texts and numbers, None where a number is missing."""
+    """Convert tables, paths and tensors' numbers to what JSON has; NaN and infinity become None."""
     if hasattr(content, "to_dict"):
         return plain(content.to_dict("records"))
     if isinstance(content, Mapping):

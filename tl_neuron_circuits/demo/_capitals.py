@@ -1,20 +1,18 @@
-"""Capitals (and other attributes) of the 50 US states, asked through a town: the two-hop Dallas prompt.
+"""The demo models' world: capitals and other attributes of the 50 US states, asked through invented towns.
 
-    The capital of the state containing Dallas | <a town elsewhere> is      Austin | <that state's capital>
+    The capital of the state containing Dallas | Cormouth is      Austin | Tallahassee
 
-Each state is contrasted with one other, its partner under `seed`: so the couples share no state, and parts made by
-`split(..., by="label")` share none either. METHODS.md 1.8 describes the original case study.
+Each state is contrasted with one other, its partner under `seed`, so couples share no state, and neither do the parts
+made by `split(..., by="label")`. `tasks.capitals` is the same task about real cities.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from .._typing import checked
+from ..tasks._capitals import Question
 from ..tasks._contrasts import both, choose, choose_phrasing, couple, draw
 from ..tasks._pairs import PromptPair, PromptPairs
 from . import _states as states
-
-Question = Literal["two_hop", "one_hop", "state"]
 
 
 @checked
@@ -25,7 +23,6 @@ def capitals(
     question: Question = "two_hop",
     attribute: str = "capital",
     phrasing: int | None = 0,
-    vocabulary: Literal["demo", "english"] = "demo",
     words: Sequence[str] | None = None,
 ) -> PromptPairs:
     """`n` pairs about US states, both directions of n/2 contrasts, with the same phrasing in clean and corrupt.
@@ -37,9 +34,6 @@ def capitals(
             which state a town is in.
         attribute: "capital", or another one of the demo models' world (abbreviation, region, nickname, ...).
         phrasing: which wording, from 0; None draws from all.
-        vocabulary: "demo" has the six towns a state of the demo models' world, invented but for Dallas, each of two
-            tokens; "english" has one real town a state, for models of real text. Names differ in length there: filter
-            with `keep_fitting(model, pairs, multi_token="first_difference")`.
         words: names of the states to use, an even number; two calls with different states share none.
 
     Labels are the clean prompt's state.
@@ -57,14 +51,20 @@ def capitals(
     """
     by_name = {state.name: state for state in states.STATES}
     names = choose(words, list(by_name), "states", at_least=2)
-    phrasings = _phrasings(question, phrasing)
+    phrasings = {
+        "two_hop": states.TWO_HOP_PHRASINGS,
+        "one_hop": states.ONE_HOP_PHRASINGS,
+        "state": states.CITY_PHRASINGS,
+    }[question]
+    if phrasing is not None:
+        phrasings = (choose_phrasing(phrasings, phrasing),)
 
     def answer(name: str) -> str:
         return " " + (name if question == "state" else by_name[name].attribute(attribute))
 
     couples = couple(names, seed, "states", lambda a, b: answer(a) != answer(b))
-    towns = {name: _towns(by_name[name], vocabulary, question) for name in names}
-    n_towns = len(towns[names[0]])
+    towns = {name: [city.name for city in states.CITIES if city.state.name == name] for name in names}
+    n_towns = 1 if question == "one_hop" else states.CITIES_PER_STATE
 
     def contrast(which: int, town: int, other_town: int, wording: int) -> tuple[PromptPair, PromptPair]:
         clean, corrupt = couples[which]
@@ -76,20 +76,3 @@ def capitals(
         return both(sides[0], sides[1], (clean, corrupt))
 
     return draw(n, seed, (len(couples), n_towns, n_towns, len(phrasings)), contrast)
-
-
-def _phrasings(question: Question, phrasing: int | None) -> list[str]:
-    every = {
-        "two_hop": states.TWO_HOP_PHRASINGS,
-        "one_hop": states.ONE_HOP_PHRASINGS,
-        "state": states.CITY_PHRASINGS,
-    }[question]
-    return list(every) if phrasing is None else [choose_phrasing(every, phrasing)]
-
-
-def _towns(state: states.State, vocabulary: Literal["demo", "english"], question: Question) -> list[str]:
-    if question == "one_hop":
-        return [state.name]
-    if vocabulary == "english":
-        return [state.real_city]
-    return [city.name for city in states.CITIES if city.state is state]

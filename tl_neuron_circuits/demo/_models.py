@@ -1,4 +1,4 @@
-"""The demo models: two small transformers inside the package, trained by `train_demo` on synthetic English.
+"""The demo models: two small transformers inside the package, trained by `train_models` on synthetic English.
 
 `demo-gelu` is GPT-2-like (LayerNorm, GELU), `demo-swiglu` Llama-like (RMSNorm, rotary positions, grouped-query
 attention, SwiGLU). Both are ordinary Hugging Face directories; nothing is downloaded.

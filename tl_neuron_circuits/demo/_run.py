@@ -24,15 +24,7 @@ _MOST = 1800  # pairs of one phrasing: all of them, so that Dallas is among them
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found, and where it was written.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tl_neuron_circuits.demo import run_demo
-        >>> result = run_demo(Path("demo"))  # doctest: +SKIP
-        >>> result.table().columns.tolist()  # doctest: +SKIP
-        ['task', 'method', 'size', 'faithfulness', 'completeness']
-    """
+    """What the demo computed, and where it was written."""
 
     report: ModelReport
     agreement: NodeScores
@@ -70,12 +62,6 @@ def run_demo(
 
     Raises:
         SettingsError: an unknown demo model or backend.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from tl_neuron_circuits.demo import run_demo
-        >>> run_demo(Path("demo"), verbose=True, say=print).report.ok  # doctest: +SKIP
-        True
     """
     say(f"loading {name}")
     model = load_demo_model(name, backend)

@@ -1,22 +1,42 @@
-"""The synthetic English that the demo models are trained on: short documents of one to four sentences.
+"""The synthetic English that the demo models are trained on, and their tokenizer: documents of one to four sentences.
 
 Held out of all text: (town, attribute) combinations of two-hop sentences, ordered pairs of subject and attractor nouns,
 unordered pairs of names in IOI sentences, and (event, century, year) triples of greater-than sentences.
+
+The tokenizer has whole words, names of several words as one token, and town names and years in two pieces:
+"The capital of the state containing Dallas is" becomes `The capital of the state containing Dal ##las is`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Int
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..tasks import _english as english
+from ..tasks._agreement import agreement_prompt
+from ..tasks._greater_than import greater_than_prompt
+from ..tasks._ioi import IOI_PHRASINGS, ioi_prompt
 from . import _states as states
 
 T = TypeVar("T")
+
+COMPLEMENTS: dict[str, tuple[str, ...]] = {
+    "is": ("happy", "here", "old", "tall", "late"),
+    "has": ("money", "time", "food"),
+    "does": ("work", "nothing", "sports"),
+    "goes": ("home", "away", "out"),
+    "was": ("sad", "there", "young", "quiet", "early"),
+}
+"""Words that end a sentence after a finite verb, by its singular."""
+
+START_YEARS = english.YEARS[2:99]
+"""Years a war may start in, so that some year is earlier and some later."""
 
 CITY_SENTENCES = (
     "She lives in {city} {state}.",
@@ -70,9 +90,9 @@ def agreement_sentence(chance: Chance) -> str:
     plural, other = bool(chance.below(2)), bool(chance.below(2))
     verb, preposition = chance.pick(english.TRANSITIVE_VERBS), chance.pick(english.PREPOSITIONS)
     structure = chance.pick(("simple", "nounpp", "rc", "rc"))  # an rc sentence also asks for the inner verb
-    start = english.agreement_prompt(structure, subject, plural, attractor, other, verb=verb, preposition=preposition)
+    start = agreement_prompt(structure, subject, plural, attractor, other, verb=verb, preposition=preposition)
     finite = chance.pick(english.FINITE_VERBS)
-    return f"{start} {finite.form(plural)} {chance.pick(english.COMPLEMENTS[finite.singular])}."
+    return f"{start} {finite.form(plural)} {chance.pick(COMPLEMENTS[finite.singular])}."
 
 
 def city_sentence(chance: Chance) -> str:
@@ -126,17 +146,17 @@ def ioi_sentence(chance: Chance) -> str:
             break
     giver, receiver = (a, b) if chance.below(2) else (b, a)
     place, thing = chance.pick(english.PLACES), chance.pick(english.OBJECTS)
-    return f"{english.ioi_prompt(a, b, giver, place, thing, chance.below(len(english.IOI_PHRASINGS)))} {receiver}."
+    return f"{ioi_prompt(a, b, giver, place, thing, chance.below(len(IOI_PHRASINGS)))} {receiver}."
 
 
 def greater_than_sentence(chance: Chance) -> str:
     """A start year and a later end year."""
     while True:
         event, century = chance.below(len(english.EVENTS)), chance.below(len(english.CENTURIES))
-        year = 2 + chance.below(len(english.START_YEARS))
+        year = 2 + chance.below(len(START_YEARS))
         if not held_out("years", event, century, year):
             break
-    prompt = english.greater_than_prompt(english.CENTURIES[century], english.YEARS[year], english.EVENTS[event])
+    prompt = greater_than_prompt(english.CENTURIES[century], english.YEARS[year], english.EVENTS[event])
     return f"{prompt}{chance.pick(english.YEARS[year + 1 :])}."
 
 
@@ -229,3 +249,53 @@ def batch(tokenizer: PreTrainedTokenizerFast, chance: Chance, rows: int, length:
             start = end
     same = (owner[:, None, :, None] == owner[:, None, None, :]).tril()
     return Packed(tokens, places, same, targets)
+
+
+BOS, EOS, PAD, UNK = "<bos>", "<eos>", "<pad>", "<unk>"
+CONTEXT_LENGTH = 64
+_FRAME_WORDS = (
+    "The the of state containing with in it is In Then When After and went to gave handed a was from year lasted that "
+    "city , . lives She He drove trip lies has"
+)
+
+
+def _plain_words() -> list[str]:
+    words = [*_FRAME_WORDS.split(), *states.ATTRIBUTES, *english.PREPOSITIONS]
+    for inflected in (*english.NOUNS, *english.FINITE_VERBS, *english.TRANSITIVE_VERBS):
+        words += [inflected.singular, inflected.plural]
+    for complements in COMPLEMENTS.values():
+        words += complements
+    return [*words, *english.NAMES, *english.PLACES, *english.OBJECTS, *english.EVENTS, *english.CENTURIES]
+
+
+def _state_words() -> list[str]:
+    return [word for state in states.STATES for word in (state.name, *map(state.attribute, states.ATTRIBUTES))]
+
+
+def vocabulary() -> list[str]:
+    """Every token, in the order of the ids."""
+    pieces = [*states.FIRST_PIECES, *(f"##{piece}" for piece in states.SECOND_PIECES)]
+    years = [f"##{year}" for year in english.YEARS]
+    return list(dict.fromkeys([BOS, EOS, PAD, UNK, *_plain_words(), *_state_words(), *pieces, *years]))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of both demo models, made from the word lists; it puts `<bos>` first unless told otherwise."""
+    vocab = {token: i for i, token in enumerate(vocabulary())}
+    compound = sorted((w for w in _state_words() if re.search(r"\W", w)), key=len, reverse=True)
+    words = "|".join([*map(re.escape, compound), r"\w+", r"[^\w\s]"])
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=UNK))  # pyright: ignore[reportCallIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), behavior="removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    bos = (BOS, vocab[BOS])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        padding_side="right",
+        model_max_length=CONTEXT_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )

@@ -9,6 +9,7 @@ that they are the same numbers in float32, and measured after that.
 """
 
 import argparse
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,19 +18,51 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from .._errors import SettingsError
-from ._evaluation import down_projections, edited_neurons
-from ._files import load, round_to_half, save
+from .._errors import FileFormatError, SettingsError
+from ._evaluation import documentation, down_projections, edited_neurons, measure, write_card
 from ._models import DEMO_MODELS, demo_model_path
-from ._report import documentation, measure, write_card
-from ._text import Chance, Interchange, Packed, batch, interchange
-from ._tokenizer import BOS, CONTEXT_LENGTH, EOS, PAD, build_tokenizer, vocabulary
+from ._text import (
+    BOS,
+    CONTEXT_LENGTH,
+    EOS,
+    PAD,
+    Chance,
+    Interchange,
+    Packed,
+    batch,
+    build_tokenizer,
+    interchange,
+    vocabulary,
+)
 
 _log = logging.getLogger(__name__)
+
+# Written out field by field: the same files whatever the version of transformers.
+_CONFIG_FIELDS = {
+    "gpt2": (
+        "vocab_size n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon resid_pdrop "
+        "embd_pdrop attn_pdrop tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+    ),
+    "llama": (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+        "rms_norm_eps max_position_embeddings tie_word_embeddings attention_bias mlp_bias bos_token_id eos_token_id "
+        "pad_token_id"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -91,8 +124,8 @@ def train(
             f"training the demo models needs torch>=2.9 for its Muon optimizer, got {torch.__version__}"
         )
     tokenizer, model, chance = build_tokenizer(), untrained(name, recipe), Chance(recipe.seed)
-    for name_of, module in model.named_modules():
-        if name == "demo-gelu" and name_of.endswith(".mlp"):
+    for path, module in model.named_modules():
+        if name == "demo-gelu" and path.endswith(".mlp"):
             module.act = nn.GELU(approximate="tanh")  # GPT-2's own formula, in one fused operation
     optimizers, schedules = _optimizers(model, recipe)
     with tqdm(range(recipe.steps), desc=f"training {name}", disable=not progress) as bar:
@@ -170,6 +203,53 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Any], list
         return min(1.0, (step + 1) / 50, (recipe.steps - step) / (0.7 * recipe.steps))
 
     return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@torch.no_grad()
+def round_to_half(model: PreTrainedModel) -> None:
+    """Round every weight to a float16 number, in place, so that saving in float16 loses nothing."""
+    for weight in model.parameters():
+        weight.copy_(weight.half().float())
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write `config.json`, `model.safetensors` (float16), `tokenizer.json` and `tokenizer_config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = model.config.model_type
+    fields = {name: getattr(model.config, name) for name in _CONFIG_FIELDS[kind].split()}
+    extra = {"rope_theta": 10000.0} if kind == "llama" else {}
+    head = {"architectures": [type(model).__name__], "model_type": kind, "dtype": "float32", "torch_dtype": "float32"}
+    _write_json(folder / "config.json", {**head, **fields, **extra})
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    weights.pop("lm_head.weight")  # tied to the embedding
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {f"{role}_token": getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
+    settings: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **tokens,
+        "add_bos_token": True,
+        "padding_side": "right",
+        "model_max_length": CONTEXT_LENGTH,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The plain Hugging Face model, in float32 and ready to evaluate, and its tokenizer.
+
+    Raises:
+        FileFormatError: there is no saved model in the folder.
+    """
+    if not (folder / "model.safetensors").is_file():
+        raise FileFormatError(f"expected a saved demo model in {folder}, found none: train it first")
+    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """How good a set of nodes is: faithfulness, completeness, their curves, and bases compared by them."""
 
+from .._lazy import explain_old_names
 from ._compare import compare as compare
 from ._compare_with_patching import PatchingAgreement as PatchingAgreement
 from ._compare_with_patching import compare_with_patching as compare_with_patching
@@ -8,3 +9,5 @@ from ._curve import EdgeCurve as EdgeCurve
 from ._curve import SparsityCurve as SparsityCurve
 from ._edge_curve import evaluate_edges as evaluate_edges
 from ._evaluate import evaluate as evaluate
+
+explain_old_names(__name__)

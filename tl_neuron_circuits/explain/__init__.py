@@ -1,5 +1,6 @@
 """What neurons are about: hypothesis scores, clusters, maximally activating examples, details for a circuit's page."""
 
+from .._lazy import explain_old_names
 from ._cluster import Clusters as Clusters
 from ._cluster import cluster as cluster
 from ._max_activating_examples import MaxActivatingExamples as MaxActivatingExamples
@@ -11,3 +12,5 @@ from ._prompt_scores import PromptScores as PromptScores
 from ._prompt_scores import prompt_scores as prompt_scores
 from ._score_features import FeatureScores as FeatureScores
 from ._score_features import score_features as score_features
+
+explain_old_names(__name__)

@@ -1,5 +1,6 @@
 """Interventions as TransformerLens hooks."""
 
+from .._lazy import explain_old_names
 from ._ablation import ablation_hooks as ablation_hooks
 from ._direct_logit_effects import DirectLogitEffects as DirectLogitEffects
 from ._direct_logit_effects import direct_logit_effects as direct_logit_effects
@@ -10,3 +11,5 @@ from ._steer import node_values as node_values
 from ._steer import steer as steer
 from ._steer import sweep as sweep
 from ._steering import steering_hooks as steering_hooks
+
+explain_old_names(__name__)

@@ -1,5 +1,6 @@
 """CircuitLasso: circuits by sparse regression of every component on those before it."""
 
+from .._lazy import explain_old_names
 from ._circuit_lasso import CircuitLasso as CircuitLasso
 from ._circuit_lasso import Components as Components
 from ._circuit_lasso import HeldOut as HeldOut
@@ -19,3 +20,5 @@ from ._solver import LassoSolution as LassoSolution
 from ._solver import largest_penalty as largest_penalty
 from ._solver import lasso_path as lasso_path
 from ._solver import solve_lasso as solve_lasso
+
+explain_old_names(__name__)

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from ..circuits._circuit import Circuit
 from ._style import PALETTE, finish, say, translucent
+
+if TYPE_CHECKING:
+    from ..circuits._circuit import Circuit
 
 _ENDS = ("bias", "unselected", "linearization_error", "error")
 _SYMBOLS = {"logit": "square", "embedding": "square", "group": "hexagon", "head": "diamond"}
@@ -16,22 +18,13 @@ _WIDTHS = (0.5, 1.0, 2.0, 3.5)
 """Plotly has one width a line, so edges are drawn in as many strengths."""
 
 
-def plot_circuit(circuit: Circuit, *, max_edges: int = 200, height: int = 640) -> go.Figure:
+def plot_circuit(circuit: "Circuit", *, max_edges: int = 200, height: int = 640) -> go.Figure:
     """Nodes sized by |share| and colored by sign; edges colored by their support for the target.
 
     Args:
         circuit: any circuit.
         max_edges: how many of the strongest edges are drawn.
         height: of the figure, in pixels.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import plots
-        >>> model = tnc.load_demo_model()
-        >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=20)
-        >>> figure = plots.plot_circuit(circuit, max_edges=50)
-        >>> figure.layout.yaxis.title.text
-        'layer'
     """
     places, columns = _places(circuit)
     figure = go.Figure()
@@ -62,7 +55,7 @@ def plot_circuit(circuit: Circuit, *, max_edges: int = 200, height: int = 640) -
     return figure
 
 
-def _places(circuit: Circuit) -> tuple[dict[str, tuple[float, float]], dict[int, float]]:
+def _places(circuit: "Circuit") -> tuple[dict[str, tuple[float, float]], dict[int, float]]:
     """Each node's x and y, and each position's x: a cell a layer and position, in it lines, the largest node first."""
     nodes = circuit.nodes.assign(
         row=[_row(*pair) for pair in zip(circuit.nodes["kind"], circuit.nodes["layer"], strict=True)],
@@ -93,13 +86,13 @@ def _row(kind: str, layer: int) -> int:
     return -2 if kind == "embedding" else layer
 
 
-def _sizes(circuit: Circuit) -> np.ndarray:
+def _sizes(circuit: "Circuit") -> np.ndarray:
     """|share|; influence where there are no scores."""
     share = circuit.nodes["share"].abs()
     return share.where(share.notna(), circuit.nodes["influence"]).fillna(0.0).to_numpy()
 
 
-def _draw_nodes(figure: go.Figure, circuit: Circuit, places: dict[str, tuple[float, float]]) -> None:
+def _draw_nodes(figure: go.Figure, circuit: "Circuit", places: dict[str, tuple[float, float]]) -> None:
     nodes = circuit.nodes.assign(size=_sizes(circuit))
     largest = max(float(nodes.loc[~nodes["kind"].isin((*_ENDS, "embedding", "logit")), "size"].max()), 1e-12)
     for name, sign in (("supports the target", 1), ("works against it", -1)):
@@ -131,7 +124,7 @@ def _symbol(kind: str) -> str:
     return "square-open" if kind in _ENDS else _SYMBOLS.get(kind, "circle")
 
 
-def _draw_edges(figure: go.Figure, circuit: Circuit, places: dict[str, tuple[float, float]], most: int) -> None:
+def _draw_edges(figure: go.Figure, circuit: "Circuit", places: dict[str, tuple[float, float]], most: int) -> None:
     edges = circuit.edges.head(most)
     strongest = max(float(edges["attribution"].abs().max()), 1e-12) if len(edges) else 1.0
     strength = np.sqrt(edges["attribution"].abs().to_numpy() / strongest)
@@ -169,7 +162,7 @@ def _hover(row: Any) -> str:
     return "<br>".join(lines)
 
 
-def _column(circuit: Circuit, position: int) -> str:
+def _column(circuit: "Circuit", position: int) -> str:
     if position < 0:
         return "everywhere"
     tokens = circuit.settings.get("tokens") or []

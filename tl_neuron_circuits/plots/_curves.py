@@ -5,7 +5,7 @@ thickest, controls thinnest.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,15 +13,17 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from .._errors import SettingsError
-from ..evaluation._comparison import Comparison
-from ..evaluation._curve import Curve
 from ._style import CONTROLS, NAMES, colors, dash, finish, say, shown, translucent
+
+if TYPE_CHECKING:
+    from ..evaluation._comparison import Comparison
+    from ..evaluation._curve import Curve
 
 _MEASURES = ("faithfulness", "completeness")
 _GRAY = "#888888"
 
 
-def plot_curves(curves: Sequence[Curve]) -> go.Figure:
+def plot_curves(curves: Sequence["Curve"]) -> go.Figure:
     """Curves side by side: faithfulness left (1 is ideal), completeness right (0 is ideal).
 
     Example:
@@ -44,21 +46,11 @@ def plot_curves(curves: Sequence[Curve]) -> go.Figure:
     return finish(figure, "Sparsity", _subtitle(curves, []))
 
 
-def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figure:
+def plot_comparison(comparison: "Comparison", task: str | None = None) -> go.Figure:
     """One color a basis, one dash a method; one task with bands, or several averaged over a grid of sizes.
 
     Raises:
         SettingsError: there is no such task.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import plots
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> bases = [tnc.bases.Neurons()]
-        >>> comparison = tnc.compare(model, pairs, pairs, bases=bases, methods=["relp"], sizes=[10, 300])
-        >>> plots.plot_comparison(comparison).layout.xaxis.type
-        'log'
     """
     tasks = comparison.tasks if task is None else [_known(comparison, task)]
     keys = [key for key in comparison.curves if key.task in tasks]
@@ -77,7 +69,7 @@ def plot_comparison(comparison: Comparison, task: str | None = None) -> go.Figur
     return finish(figure, "Sparsity of bases", _subtitle([comparison.curves[key] for key in keys], tasks, notes))
 
 
-def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
+def plot_trust(comparison: "Comparison", task: str | None = None) -> go.Figure:
     """Summed scores of the best nodes against the measured drop without them; on the diagonal they can be trusted.
 
     Scores are against the corrupt prompt; under another ablation the two may differ by a factor (mean ablation goes
@@ -85,16 +77,6 @@ def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
 
     Raises:
         SettingsError: there is no such task, or it has controls alone.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import plots
-        >>> model = tnc.load_demo_model()
-        >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> bases = [tnc.bases.Neurons()]
-        >>> comparison = tnc.compare(model, pairs, pairs, bases=bases, methods=["relp"], sizes=[10, 300])
-        >>> plots.plot_trust(comparison).data[-1].name
-        'as promised'
     """
     task = comparison.tasks[0] if task is None else _known(comparison, task)
     keys = [key for key in comparison.curves if key.task == task and key.method not in CONTROLS]
@@ -126,7 +108,7 @@ def plot_trust(comparison: Comparison, task: str | None = None) -> go.Figure:
     return finish(figure, "Do scores add up?", _subtitle([first], [task]))
 
 
-def _known(comparison: Comparison, task: str) -> str:
+def _known(comparison: "Comparison", task: str) -> str:
     if task not in comparison.tasks:
         raise SettingsError(f"expected one of the tasks {comparison.tasks}; got {task!r}.")
     return task
@@ -195,7 +177,7 @@ def _averaged(rows: Any, measure: str) -> pd.DataFrame:
     return pd.DataFrame({"size": sizes, measure: np.mean(each, axis=0)})
 
 
-def _subtitle(curves: Sequence[Curve], tasks: Sequence[str], notes: Sequence[str] = ()) -> str:
+def _subtitle(curves: Sequence["Curve"], tasks: Sequence[str], notes: Sequence[str] = ()) -> str:
     first = curves[0].settings
     counts = sorted({len(curve.full) for curve in curves})
     named = ", ".join(task for task in tasks if task != "task")

@@ -7,19 +7,21 @@ them as text, never as markup; a content security policy forbids everything that
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from .._files import versions
-from ..circuits._circuit import Circuit
-from ._page_details import checked_details
+from .._errors import SettingsError
+from .._version import versions
 from ._style import PALETTE
+
+if TYPE_CHECKING:
+    from ..circuits._circuit import Circuit
 
 _SCRIPTS = ("data.js", "layout.js", "graph.js", "panel.js", "controls.js")
 _DARK = {
@@ -28,9 +30,13 @@ _DARK = {
 }  # fmt: skip
 """Against a dark background the palette's light pair stands out: sky blue and orange."""
 _GROUPS = (PALETTE[2], PALETTE[3], "#8C6BB1", "#999933", "#882255", "#44AA99")
+_FORM = (
+    '{"description": "...", "direct_logit_effects": [(token, number), ...], '
+    '"examples": ["...", {"tokens": [...], "values": [...], "note": "..."}], "any heading": "any text"}'
+)
 
 
-def write_page(circuit: Circuit, path: str | Path, details: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+def write_page(circuit: "Circuit", path: str | Path, details: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Write the page of a circuit; an existing file is replaced.
 
     Args:
@@ -40,18 +46,11 @@ def write_page(circuit: Circuit, path: str | Path, details: Mapping[str, Mapping
 
     Raises:
         SettingsError: details of a node that is not there, or of another form.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import plots
-        >>> model = tnc.load_demo_model()
-        >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=20)
-        >>> plots.write_page(circuit, "dallas.html")
     """
     Path(path).write_text(page(circuit, details), encoding="utf-8")
 
 
-def page(circuit: Circuit, details: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+def page(circuit: "Circuit", details: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """The page as text."""
     parts = {
         "title": _ascii(escape(_title(circuit))),
@@ -76,7 +75,7 @@ def embedded_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def page_data(circuit: Circuit, details: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+def page_data(circuit: "Circuit", details: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
     """Everything that the page knows: columns of nodes and edges, numbers to five digits, None where there is none."""
     nodes, edges, settings = circuit.nodes, circuit.edges, circuit.settings
     index = {name: place for place, name in enumerate(nodes["node"])}
@@ -107,12 +106,12 @@ def _ascii(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8").encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
-def _title(circuit: Circuit) -> str:
+def _title(circuit: "Circuit") -> str:
     target = ", ".join(str(one).strip() for one in circuit.settings.get("target", []))
     return f"Circuit for “{target}” on {circuit.settings.get('model', 'unknown')}"
 
 
-def _facts(circuit: Circuit) -> list[tuple[str, str, str]]:
+def _facts(circuit: "Circuit") -> list[tuple[str, str, str]]:
     """What the head of the page says beside the prompt: names, texts, and what they mean."""
     settings = circuit.settings
     target, prompts = (
@@ -157,3 +156,73 @@ def _column(values: pd.Series) -> list[Any]:
 
 def _number(value: float) -> float | None:
     return float(f"{value:.5g}") if np.isfinite(value) else None
+
+
+def checked_details(nodes: pd.DataFrame, details: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Details by node: a list of (heading, text), logit effects and examples, as plain JSON.
+
+    Raises:
+        SettingsError: a name that neither a node nor a group has, or details of another form.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, given in details.items():
+        if not isinstance(given, Mapping):
+            raise SettingsError(f"expected details such as {_FORM}; got {type(given).__name__} for {name!r}.")
+        form = {
+            "texts": [
+                (str(key), str(text)) for key, text in given.items() if key not in ("direct_logit_effects", "examples")
+            ],
+            "direct_logit_effects": [_effect(name, pair) for pair in given.get("direct_logit_effects", ())],
+            "examples": [_example(name, example) for example in given.get("examples", ())],
+        }
+        for node in _named(nodes, name):
+            found[node] = form
+    return found
+
+
+def _named(nodes: pd.DataFrame, name: str) -> Sequence[str]:
+    """The node, the nodes of a neuron at all positions, those with a label, or a group."""
+    for same in (
+        nodes["node"] == name,
+        nodes["node"].str.rpartition("@")[0] == name,
+        nodes["label"] == name,
+    ):
+        if same.any():
+            return list(nodes.loc[same, "node"])
+    if (nodes["group"] == name).any():
+        return [name]
+    near = nodes["node"].head(3).tolist()
+    raise SettingsError(f"expected details of nodes of this circuit, such as {near}, or of a group; got {name!r}.")
+
+
+def _effect(name: str, pair: Any) -> tuple[str, float]:
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        raise SettingsError(
+            f"expected direct_logit_effects as pairs of a token and a number; got {pair!r} for {name!r}."
+        )
+    return str(pair[0]), _finite(name, [pair[1]])[0]
+
+
+def _example(name: str, example: Any) -> dict[str, Any]:
+    if isinstance(example, str):
+        return {"tokens": [example], "values": [0.0], "note": ""}
+    if hasattr(example, "tokens") and hasattr(example, "activations"):  # of `max_activating_examples`
+        example = {"tokens": example.tokens, "values": example.activations}
+    if not isinstance(example, Mapping) or not {"tokens", "values"} <= set(example):
+        raise SettingsError(f"expected an example as text, or with tokens and values; got {example!r} for {name!r}.")
+    tokens, values = [str(token) for token in example["tokens"]], _finite(name, example["values"])
+    if len(tokens) != len(values):
+        raise SettingsError(
+            f"expected one value per token; got {len(tokens)} tokens and {len(values)} values for {name!r}."
+        )
+    return {"tokens": tokens, "values": values, "note": str(example.get("note", ""))}
+
+
+def _finite(name: str, values: Iterable[Any]) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"expected numbers in the details of {name!r}; got {error}.") from error
+    if not np.isfinite(numbers).all():
+        raise SettingsError(f"expected finite numbers in the details of {name!r}; got {numbers}.")
+    return [float(f"{number:.5g}") for number in numbers]

@@ -27,14 +27,6 @@ def plot_pareto(table: "pd.DataFrame", measure: str = "recovered_zero", model: s
 
     Raises:
         SettingsError: the measure is not one of the table's.
-
-    Example:
-        >>> import pandas as pd
-        >>> from tl_neuron_circuits import plots
-        >>> rows = {"layer": 0, "target": "sae", "replacement": "sae", "d_dict": 512, "on_front": True}
-        >>> table = pd.DataFrame({"l0": [4, 16], "recovered_zero": [0.7, 0.9], **rows})
-        >>> plots.plot_pareto(table).layout.xaxis.type
-        'log'
     """
     if measure not in MEASURES:
         raise SettingsError(f"expected measure to be one of {list(MEASURES)}; got {measure!r}.")

@@ -1,22 +1,16 @@
 """The figure of a steering sweep."""
 
 from html import escape
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from ..interventions._steer import SteeringSweep
+if TYPE_CHECKING:
+    from ..interventions._steer import SteeringSweep
 
 
-def plot_sweep(sweep: SteeringSweep, prompt: int = 0) -> go.Figure:
-    """Probability of every top token of one prompt against the multiplier.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import plots
-        >>> model = tnc.load_demo_model()
-        >>> swept = tnc.sweep(model, "The dog near the cats", ["L2/N5"], scales=(0, 1, 2))
-        >>> figure = plots.plot_sweep(swept, prompt=0)
-    """
+def plot_sweep(sweep: "SteeringSweep", prompt: int = 0) -> go.Figure:
+    """Probability of every top token of one prompt against the multiplier."""
     table = sweep.to_dataframe()
     figure = go.Figure()
     for _, rows in table[table["prompt"] == prompt].groupby("token_id", sort=False):

@@ -1,6 +1,8 @@
 """Prompts, clean and corrupt pairs, their tokens, and metrics; one file a task."""
 
+from .._lazy import explain_old_names
 from ._agreement import subject_verb_agreement as subject_verb_agreement
+from ._capitals import capitals as capitals
 from ._greater_than import greater_than as greater_than
 from ._ioi import ioi as ioi
 from ._metrics import Metric as Metric
@@ -13,3 +15,5 @@ from ._pairs import PromptPairs as PromptPairs
 from ._tokenize import keep_fitting as keep_fitting
 from ._tokenize import tokenize as tokenize
 from ._tokenized import TokenizedPairs as TokenizedPairs
+
+explain_old_names(__name__)

@@ -10,8 +10,8 @@ then a model that finds all end years alike scores zero on the two directions to
 from collections.abc import Sequence
 
 from .._typing import checked
-from . import _english as english
 from ._contrasts import choose, draw
+from ._english import CENTURIES, EVENTS, YEARS
 from ._pairs import PromptPair, PromptPairs
 
 _LOWER_YEARS = range(2, 49)
@@ -38,18 +38,23 @@ def greater_than(n: int = 32, seed: int = 0, *, words: Sequence[str] | None = No
         PromptPairs(n=2, first='The war lasted from the year 1236 to the year 12' → '37' | 'The war lasted from the year
         1262 to the year 12' → '36')
     """
-    events = choose(words, english.EVENTS, "events")
+    events = choose(words, EVENTS, "events")
 
     def contrast(event: int, century: int, lower: int) -> tuple[PromptPair, PromptPair]:
         year = _LOWER_YEARS[lower]
         prompts = {
-            start: english.greater_than_prompt(english.CENTURIES[century], english.YEARS[start], events[event])
+            start: greater_than_prompt(CENTURIES[century], YEARS[start], events[event])
             for start in (year, _MIRROR - year)
         }
         sides = [
-            PromptPair(prompt, english.YEARS[start + 1], prompts[_MIRROR - start], english.YEARS[start], events[event])
+            PromptPair(prompt, YEARS[start + 1], prompts[_MIRROR - start], YEARS[start], events[event])
             for start, prompt in prompts.items()
         ]
         return sides[0], sides[1]
 
-    return draw(n, seed, (len(events), len(english.CENTURIES), len(_LOWER_YEARS)), contrast)
+    return draw(n, seed, (len(events), len(CENTURIES), len(_LOWER_YEARS)), contrast)
+
+
+def greater_than_prompt(century: str, year: str, event: str = EVENTS[0]) -> str:
+    """A start year and the century of the end; any later two digits answer it (without a space between)."""
+    return f"The {event} lasted from the year {century}{year} to the year {century}"

@@ -9,9 +9,15 @@ contrasted with one other, its partner under `seed`: parts made by `split(..., b
 from collections.abc import Sequence
 
 from .._typing import checked
-from . import _english as english
 from ._contrasts import both, choose, choose_phrasing, couple, draw
+from ._english import NAMES, OBJECTS, PLACES
 from ._pairs import PromptPair, PromptPairs
+
+IOI_PHRASINGS = (
+    "When {a} and {b} went to the {place}, {giver} gave a {object} to",
+    "Then, {a} and {b} went to the {place}. {giver} gave a {object} to",
+    "After {a} and {b} went to the {place}, {giver} handed a {object} to",
+)
 
 
 @checked
@@ -36,20 +42,25 @@ def ioi(n: int = 32, seed: int = 0, *, phrasing: int | None = 0, words: Sequence
         PromptPairs(n=2, first='When John and Mary went to the station, John gave a kiss to' → ' Mary' | 'When John and
         Mary went to the station, Mary gave a kiss to' → ' John')
     """
-    phrasings = range(len(english.IOI_PHRASINGS))
+    phrasings = range(len(IOI_PHRASINGS))
     if phrasing is not None:
-        choose_phrasing(english.IOI_PHRASINGS, phrasing)
+        choose_phrasing(IOI_PHRASINGS, phrasing)
         phrasings = range(phrasing, phrasing + 1)
-    couples = couple(choose(words, english.NAMES, "names", at_least=2), seed, "names")
+    couples = couple(choose(words, NAMES, "names", at_least=2), seed, "names")
 
     def contrast(which: int, swap: int, place: int, thing: int, wording: int) -> tuple[PromptPair, PromptPair]:
         a, b = couples[which][:: -1 if swap else 1]
         sides = [
-            (english.ioi_prompt(a, b, giver, english.PLACES[place], english.OBJECTS[thing], phrasings[wording]), answer)
+            (ioi_prompt(a, b, giver, PLACES[place], OBJECTS[thing], phrasings[wording]), answer)
             for giver, answer in ((a, f" {b}"), (b, f" {a}"))
         ]
         label = " and ".join(couples[which])
         return both(sides[0], sides[1], (label, label))
 
-    sizes = (len(couples), 2, len(english.PLACES), len(english.OBJECTS), len(phrasings))
+    sizes = (len(couples), 2, len(PLACES), len(OBJECTS), len(phrasings))
     return draw(n, seed, sizes, contrast)
+
+
+def ioi_prompt(a: str, b: str, giver: str, place: str = PLACES[0], thing: str = OBJECTS[0], phrasing: int = 0) -> str:
+    """Two names and a giver, who is one of them; the other one is the answer."""
+    return IOI_PHRASINGS[phrasing].format(a=a, b=b, giver=giver, place=place, object=thing)

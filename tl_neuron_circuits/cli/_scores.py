@@ -1,13 +1,85 @@
-"""`tl-neuron-circuits compare`."""
+"""`tl-neuron-circuits check`, `attribute` and `compare`: is a model supported, and which nodes matter."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ._load import load_model
-from ._options import AsJson, Backend, BatchSize, Device, Dtype, Model, PairsFile, Seed
-from ._terminal import console, print_json, progress, show, show_written
+from .._errors import SettingsError
+from ._inputs import AsJson, Backend, BatchSize, Device, Dtype, Model, PairsFile, Seed, load_model
+from ._terminal import FAILED, console, print_json, progress, say, show, show_written
+
+
+def check(
+    model: Model, backend: Backend = "auto", device: Device = None, dtype: Dtype = "float32", as_json: AsJson = False
+) -> None:
+    """Check whether relevance propagation holds on a model: sites, rules, conservation, memory.
+
+    Exit code 1 where it does not.
+    """
+    from ..propagation._check_model import check_model
+
+    loaded = load_model(model, backend, device, dtype)
+    say("checking which sites fire, and that relevance is conserved")
+    report = check_model(loaded)
+    if as_json:
+        content = {"ok": report.ok, "conservation": report.conservation, "problems": list(report.problems)}
+        print_json({**content, "sites": list(report.sites)})
+    else:
+        console.print(repr(report), soft_wrap=True, markup=False)
+        show(report.to_dataframe(), "sites")
+        for problem in report.problems:
+            console.print(f"problem: {problem}", soft_wrap=True, markup=False, style="red")
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
+def attribute(
+    model: Model,
+    pairs: PairsFile,
+    method: Annotated[str, typer.Option(help="relp, gradient, 'integrated_gradients(steps=20)', ...")] = "relp",
+    basis: Annotated[str, typer.Option(help="neurons, mlp_outputs, head_outputs or residual_stream.")] = "neurons",
+    positions: Annotated[str, typer.Option(help="keep or sum.")] = "keep",
+    multi_token: Annotated[str, typer.Option(help="error or first_difference.")] = "error",
+    batch_size: BatchSize = 32,
+    top: Annotated[int, typer.Option(help="How many nodes to show.", min=1)] = 20,
+    out: Annotated[Path | None, typer.Option(help="Save all scores to this folder.")] = None,
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Score every node of a basis by its effect on the logit difference, on pairs from a file."""
+    from .._processes import here
+    from ..bases._activations import ACTIVATION_BASES
+    from ..nodes._attribute import attribute as score
+    from ..tasks._pairs import PromptPairs
+    from ..tasks._tokenize import tokenize
+
+    if basis not in ACTIVATION_BASES:
+        raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {basis!r}.")
+    read = PromptPairs.from_jsonl(pairs)
+    processes = here()  # under `accelerate launch` before the model is loaded: it chooses this process' GPU
+    loaded = load_model(model, backend, device, dtype)
+    scores = score(
+        loaded,
+        tokenize(loaded, read, multi_token=multi_token),  # pyright: ignore[reportArgumentType]
+        method=method,
+        basis=ACTIVATION_BASES[basis](),
+        positions=positions,  # pyright: ignore[reportArgumentType]
+        batch_size=batch_size,
+        verbose=progress(),
+    )
+    if not processes.first:
+        return
+    if out is not None:
+        scores.save(out)
+    if as_json:
+        print_json(scores.top(top))
+        return
+    show(scores.top(top).drop(columns="hook"), repr(scores))
+    if out is not None:
+        show_written([out])
 
 
 def compare(
@@ -18,8 +90,8 @@ def compare(
     basis: Annotated[list[str] | None, typer.Option(help="neurons, mlp_outputs, ...; these two by default.")] = None,
     sae: Annotated[list[Path] | None, typer.Option(help="Folder of an SAE, or of folders of them.")] = None,
     transcoder: Annotated[list[Path] | None, typer.Option(help="Likewise for transcoders.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="relp, gradient, integrated_gradients, random, ...")] = None,
-    size: Annotated[list[int] | None, typer.Option(help="Numbers of nodes; 20 log-spaced ones.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="As in attribute, with options in parentheses.")] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Number of nodes; 20 log-spaced ones by default.")] = None,
     ablation: Annotated[str, typer.Option(help="mean, zero, resample or corrupt.")] = "mean",
     error_nodes: Annotated[str, typer.Option(help="Errors of dictionaries: rank, keep or ablate.")] = "rank",
     mib: Annotated[bool, typer.Option("--mib", help="Also CPR and CMD on MIB's grid.")] = False,
@@ -70,7 +142,6 @@ def compare(
 
 def _bases(names: list[str], sae: list[Path], transcoder: list[Path]) -> list[Any]:
     """Bases of the layers that the dictionaries have, so that all compete for the same layers."""
-    from .._errors import SettingsError
     from ..bases._activations import ACTIVATION_BASES
     from ..bases._dictionary_basis import Dictionaries
     from ..bases._dictionary_files import load_dictionaries

@@ -1,0 +1,257 @@
+"""`tl-neuron-circuits trace`, `steer`, `lasso` and `export`: find a circuit, steer its neurons, convert it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .._errors import SettingsError
+from ._inputs import (
+    AsJson,
+    Backend,
+    BatchSize,
+    Device,
+    Dtype,
+    Model,
+    Seed,
+    load_circuit,
+    load_model,
+    load_saved,
+    read_inputs,
+)
+from ._terminal import console, print_json, progress, show, show_written
+
+FORMATS = {".html": "html", ".json": "neuronpedia", ".csv": "csv"}
+
+
+def trace(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text whose next token is explained.")],
+    out: Annotated[Path, typer.Option(help="Folder for the circuit, its page and its JSON.")],
+    target: Annotated[
+        str | None, typer.Option(help="A token as it follows the prompt; else the five likeliest.")
+    ] = None,
+    nodes: Annotated[
+        str,
+        typer.Option(help="How many neurons, 'share(0.005)' of the target each, or 'mass(0.8)' of all |scores|."),
+    ] = "share(0.005)",
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Trace a prompt to a circuit; write it, an interactive page and Neuronpedia's attribution graph."""
+    from ..circuits._choose import parse_choice
+    from ..circuits._trace import trace as run
+    from ..explain._node_details import node_details
+
+    choice = parse_choice(nodes)
+    loaded = load_model(model, backend, device, dtype)
+    circuit = run(loaded, prompt, target, nodes=choice, verbose=progress())
+    files = [out / "circuit", out / "circuit.html", out / "neuronpedia.json"]
+    circuit.save(files[0])
+    circuit.to_html(files[1], details=node_details(loaded, circuit))
+    circuit.to_neuronpedia(files[2])
+    best = circuit.to_dataframe().head(20)
+    if as_json:
+        print_json({"circuit": repr(circuit), "files": files, "nodes": best})
+        return
+    show(best[["node", "kind", "token", "activation", "score", "share"]], repr(circuit))
+    show_written(files)
+
+
+def steer(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text whose next token is predicted.")],
+    node: Annotated[
+        list[str] | None, typer.Option(help="L0/N92 at every position, L0/N92@7 at one; repeat for more.")
+    ] = None,
+    circuit: Annotated[
+        Path | None, typer.Option(help="Steer the neurons of a circuit saved by trace or lasso.")
+    ] = None,
+    group: Annotated[list[str] | None, typer.Option(help="Only those of this group of the circuit.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Multiply by it: 0 ablates, 2 doubles, -1 flips signs.")] = None,
+    value: Annotated[float | None, typer.Option(help="Set to it.")] = None,
+    add: Annotated[float | None, typer.Option(help="Add it.")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Tokens at which to steer, such as 3,7; BOS counts, from 0.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Tokens listed before and after.", min=1)] = 10,
+    generate: Annotated[int, typer.Option(help="Also continue the prompt by this many tokens.", min=0)] = 0,
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Multiply, set or add to neurons and show the next token before and after.
+
+    Give --node or --circuit, and one of --scale, --value and --add.
+    """
+    from ..interventions._steer import steer as run
+    from ..interventions._steering_prompts import read_prompts, text_pieces
+
+    chosen = _nodes(node or [], circuit, group or [])
+    places = _positions(positions)
+    loaded = load_model(model, backend, device, dtype)
+    result = run(
+        loaded, prompt, chosen, scale=scale, value=value, add=add, positions=places, top_k=top, generate=generate
+    )
+    tokens = text_pieces(loaded, read_prompts(loaded, prompt).tokens[0])
+    table = result.to_dataframe().drop(columns=["prompt", "token_id"])
+    kl, continuations = float(result.kl[0]), (result.continuations or [None])[0]
+    if as_json:
+        content = {"kl": kl, "top_before": result.top_before[0], "top_after": result.top_after[0], "tokens": tokens}
+        content |= {"nodes": result.nodes["label"].tolist(), "table": result.to_dataframe().drop(columns="prompt")}
+        print_json(content | {"continuations": continuations})
+        return
+    console.print("  ".join(f"{place}:{token!r}" for place, token in enumerate(tokens)), markup=False, highlight=False)
+    title = f"{result.top_before[0]!r} -> {result.top_after[0]!r}, KL {kl:.4g} nats, {len(result.nodes)} nodes steered"
+    shown = table[["token", "probability_before", "probability_after", "logit_change"]]
+    show(
+        shown.assign(token=shown["token"].map(repr)).set_axis(["token", "before", "after", "change of logit"], axis=1),
+        title,
+    )
+    for name, text in zip(("before", "after"), continuations or (), strict=False):
+        console.print(f"continued {name}: {text!r}", markup=False, highlight=False)
+
+
+def _nodes(labels: list[str], folder: Path | None, groups: list[str]) -> Any:
+    """Labels as given, or a circuit's neurons."""
+    if bool(labels) == (folder is not None):
+        raise SettingsError(
+            f"expected either --node (repeat it for several) or --circuit; got {'both' if labels else 'neither'}. "
+            "Labels are like L0/N92 (every position) or L0/N92@7 (one)."
+        )
+    if groups and folder is None:
+        raise SettingsError("expected --circuit beside --group: groups are those of a saved circuit. Add it.")
+    if folder is None:
+        return labels
+    circuit = load_circuit(folder)
+    return _members(circuit, groups) if groups else circuit
+
+
+def _members(circuit: Any, groups: list[str]) -> list[str]:
+    """The neurons in these groups, also where `collapse` has made supernodes of them."""
+    nodes, collapsed = circuit.nodes, dict(circuit.settings.get("groups") or {})
+    alone = nodes[nodes["kind"] != "group"]
+    there = sorted({*alone["group"], *collapsed} - {""})
+    if missing := [name for name in groups if name not in there]:
+        raise SettingsError(f"expected a group out of {there or 'none: this circuit has no groups'}; got {missing}.")
+    members = [label for name in groups for label in collapsed.get(name, [])]
+    return list(dict.fromkeys([*members, *alone.loc[alone["group"].isin(groups), "node"]]))
+
+
+def _positions(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise SettingsError(f"expected --positions as numbers from 0 with commas, such as 3,7; got {text!r}.")
+    return [int(part) for part in parts]
+
+
+def lasso(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for edges.csv, the circuit and its page.")],
+    pairs: Annotated[Path | None, typer.Option(help="JSON lines as in attribute; clean prompts are observed.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Or a text file, one prompt per line.")] = None,
+    n_edges: Annotated[int | None, typer.Option(help="Maximum number of edges; 40 unless --share.", min=1)] = None,
+    share: Annotated[float | None, typer.Option(help="Penalty as a share of the one that leaves no edge.")] = None,
+    attention: Annotated[str, typer.Option(help="Components: heads or layers.")] = "heads",
+    mlp: Annotated[str, typer.Option(help="Components: outputs of MLPs, or their neurons.")] = "outputs",
+    regressors: Annotated[str, typer.Option(help="same, pooled or earlier positions.")] = "pooled",
+    bootstrap: Annotated[int, typer.Option(help="Resamples for the stability of edges.", min=0)] = 0,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Find a circuit by regressing each component on those before it: CircuitLasso, one forward pass per prompt.
+
+    Give --pairs or --prompts. An edge says what predicts what; it is not a causal effect.
+    """
+    from .._errors import SettingsError
+    from ..lasso._circuit_lasso import CircuitLasso, Components, MostEdges, Share
+
+    inputs = read_inputs(pairs, prompts)
+    if n_edges is not None and share is not None:
+        raise SettingsError("expected at most one of --n-edges and --share; got both.")
+    method = CircuitLasso(
+        penalty=MostEdges(n_edges or 40) if share is None else Share(share),
+        nodes=Components(attention, mlp),  # pyright: ignore[reportArgumentType]
+        regressors=regressors,  # pyright: ignore[reportArgumentType]
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+    loaded = load_model(model, backend, device, dtype)
+    found = method.fit(loaded, inputs, batch_size=batch_size, verbose=progress())
+    files = [out / "edges.csv", out / "circuit", out / "circuit.html"]
+    circuit = found.to_circuit()
+    circuit.save(files[1])
+    circuit.to_html(files[2])
+    found.edges.to_csv(files[0], index=False)
+    if as_json:
+        print_json({"circuit": repr(found), "files": files, "edges": found.edges})
+        return
+    show(found.edges.head(20).dropna(axis="columns", how="all"), repr(found))
+    show_written(files)
+
+
+def export(
+    saved: Annotated[Path, typer.Argument(help="Folder that trace, lasso or attribute wrote.", metavar="SAVED")],
+    out: Annotated[Path, typer.Option(help="File to write: .html, .json (Neuronpedia) or .csv.")],
+    form: Annotated[str | None, typer.Option("--format", help="html, neuronpedia or csv; else by the name.")] = None,
+    top: Annotated[int | None, typer.Option(help="Scores: only this many, the best.", min=1)] = None,
+    slug: Annotated[str | None, typer.Option(help="Neuronpedia: name of the graph; else from the prompt.")] = None,
+    scan: Annotated[str | None, typer.Option(help="Neuronpedia: name of the model there; else its own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a saved circuit or saved scores as a page, as Neuronpedia's attribution graph or as CSV.
+
+    A circuit's CSV is its nodes; its edges go to a second file, NAME_edges.csv.
+    """
+    from ..circuits._circuit import Circuit
+
+    chosen = form or FORMATS.get(out.suffix.lower(), f"the name {out.name!r}")
+    if chosen not in FORMATS.values():
+        endings = ", ".join(FORMATS)
+        raise SettingsError(
+            f"expected --format html, neuronpedia or csv, or a name that ends in {endings}; got {chosen}."
+        )
+    result = load_saved(saved)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(result, Circuit):
+        files = _circuit(result, out, chosen, slug, scan)
+    else:
+        files = _scores(result, out, chosen, top)
+    if as_json:
+        print_json({"saved": repr(result), "format": chosen, "files": files})
+        return
+    show_written(files)
+
+
+def _circuit(circuit: Any, out: Path, form: str, slug: str | None, scan: str | None) -> list[Path]:
+    if form == "html":
+        circuit.to_html(out)
+    elif form == "neuronpedia":
+        circuit.to_neuronpedia(out, slug=slug, scan=scan)
+    else:
+        edges = out.with_name(f"{out.stem}_edges{out.suffix}")
+        circuit.to_dataframe().to_csv(out, index=False)
+        circuit.edges.to_csv(edges, index=False)
+        return [out, edges]
+    return [out]
+
+
+def _scores(scores: Any, out: Path, form: str, top: int | None) -> list[Path]:
+    from .._html import document
+
+    if form == "neuronpedia":
+        raise SettingsError(f"expected a circuit for an attribution graph; got {scores!r}. Run trace for edges.")
+    if form == "csv":
+        (scores.to_dataframe() if top is None else scores.top(top)).to_csv(out, index=False)
+    else:
+        out.write_text(document(repr(scores), scores.to_html(top or 200)), encoding="utf-8")
+    return [out]

@@ -1,0 +1,151 @@
+"""What several commands take: their common options, and reading what MODEL, pairs, prompts and saved results name."""
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .._errors import FileFormatError, PairsError, SettingsError
+from ._terminal import say
+
+Model = Annotated[
+    str,
+    typer.Argument(help="demo-gelu, demo-swiglu, a name TransformerLens loads, or a local folder.", metavar="MODEL"),
+]
+Backend = Annotated[str, typer.Option(help="auto, HookedTransformer or TransformerBridge.", rich_help_panel="Model")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, ...; else cuda where there is one.", rich_help_panel="Model")
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel="Model")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables; progress goes to stderr.")]
+PairsFile = Annotated[
+    Path, typer.Option("--pairs", help="JSON lines: clean_prefix, patch_prefix, clean_answer, patch_answer, case.")
+]
+BatchSize = Annotated[int, typer.Option(help="Prompts per pass.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of all random draws.")]
+
+BACKENDS = ("auto", "HookedTransformer", "TransformerBridge")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(name: str, backend: str = "auto", device: str | None = None, dtype: str = "float32") -> Any:
+    """A demo model, a local Hugging Face folder (TransformerBridge), or a name that TransformerLens can load.
+
+    Args:
+        name: what to load.
+        backend: "HookedTransformer", "TransformerBridge", or "auto": the first of them that can.
+        device: None is cuda where there is one, else the CPU; demo models stay on the CPU.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        SettingsError: nothing of that name, an unknown setting, or the installed TransformerLens lacks the class.
+    """
+    import torch
+
+    if backend not in BACKENDS:
+        raise SettingsError(f"expected --backend out of {', '.join(BACKENDS)}; got {backend!r}.")
+    if dtype not in DTYPES:
+        raise SettingsError(f"expected --dtype out of {', '.join(DTYPES)}; got {dtype!r}.")
+    _check_device(device)
+    say(f"loading {name}")
+    options = {"device": device or ("cuda" if torch.cuda.is_available() else "cpu"), "dtype": getattr(torch, dtype)}
+    if name.startswith("demo-"):
+        from ..demo._models import load_demo_model
+
+        return load_demo_model(name, backend, device=device or "cpu", dtype=options["dtype"])
+    loaders = {"HookedTransformer": [_hooked], "TransformerBridge": [_bridge], "auto": [_hooked, _bridge]}[backend]
+    reasons = []
+    for load in loaders:
+        try:
+            return load(name, options)
+        except ImportError:
+            reasons.append(f"{load.__name__.strip('_')}: not in the installed TransformerLens")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reasons.append(f"{load.__name__.strip('_')}: {(str(error).strip() or repr(error)).splitlines()[0][:200]}")
+    raise SettingsError(
+        f"cannot load {name!r}. Give demo-gelu, demo-swiglu, a name that TransformerLens knows or a local Hugging Face "
+        "folder (with TransformerLens 3.9 or later).\n" + "\n".join(reasons)
+    )
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"expected a --device that this torch can use, such as cpu or cuda; {device!r} gives: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _hooked(name: str, options: dict[str, Any]) -> Any:
+    from transformer_lens import HookedTransformer
+
+    if Path(name).is_dir():
+        raise ValueError("a local folder loads as TransformerBridge")
+    with warnings.catch_warnings():  # leaving TransformerLens, and what most users of versions below 4 still hold
+        warnings.filterwarnings("ignore", "HookedTransformer", DeprecationWarning)
+        return HookedTransformer.from_pretrained(name, **options)
+
+
+def _bridge(name: str, options: dict[str, Any]) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(name, **options)
+
+
+def read_inputs(pairs: Path | None, prompts: Path | None) -> Any:
+    """Pairs, or the lines of a text file that are not blank."""
+    from ..tasks._pairs import PromptPairs
+
+    if (pairs is None) == (prompts is None):
+        raise SettingsError(f"expected either --pairs or --prompts; got {'neither' if pairs is None else 'both'}.")
+    if pairs is not None:
+        return PromptPairs.from_jsonl(pairs)
+    assert prompts is not None
+    try:
+        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise PairsError(f"expected UTF-8 text, one prompt per line, in {prompts}; got {error}.") from error
+    if not lines:
+        raise PairsError(f"expected text, one prompt per line, in {prompts}; it is empty.")
+    return lines
+
+
+def load_saved(path: Path) -> Any:
+    """The `Circuit` or the `NodeScores` in a folder.
+
+    Raises:
+        FileFormatError: there is neither, or it is damaged.
+    """
+    from ..circuits._circuit import Circuit
+    from ..nodes._scores import NodeScores
+
+    for folder in (path, path / "circuit"):
+        if (folder / "circuit.json").is_file():
+            return Circuit.load(folder)
+    if (path / "scores.json").is_file():
+        return NodeScores.load(path)
+    found = "no such folder" if not path.is_dir() else ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
+    raise FileFormatError(
+        f"expected a saved circuit (circuit.json) or saved scores (scores.json) in {path}; found: {found}. "
+        "Give a folder that trace, lasso or attribute wrote."
+    )
+
+
+def load_circuit(path: Path) -> Any:
+    """The `Circuit` in a folder.
+
+    Raises:
+        FileFormatError: there is none, or it is damaged.
+        SettingsError: scores were saved there, not a circuit.
+    """
+    from ..circuits._circuit import Circuit
+
+    saved = load_saved(path)
+    if not isinstance(saved, Circuit):
+        raise SettingsError(f"expected a circuit in {path}; got {saved!r}. Give a folder that trace or lasso wrote.")
+    return saved

@@ -1,0 +1,169 @@
+"""Capitals of the 50 US states, asked through a city: the two-hop prompt of Lindsey et al. 2025 (METHODS.md 1.8).
+
+    The capital of the state containing Dallas | Miami is      Austin | Tallahassee
+
+Each state is contrasted with one other, its partner under `seed`, so couples share no state, and neither do the parts
+made by `split(..., by="label")`. The cities are real: three well-known ones per state that are not its capital, do not
+contain its name, and are not also well-known in another state. `tnc.demo.capitals` asks the same of invented towns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .._errors import PairsError
+from .._typing import checked
+from ._contrasts import both, choose, choose_phrasing, couple, draw
+from ._pairs import PromptPair, PromptPairs
+
+Question = Literal["two_hop", "one_hop", "state"]
+
+
+@dataclass(frozen=True)
+class State:
+    """A state, its capital, and cities that tell which state is meant."""
+
+    name: str
+    capital: str
+    cities: tuple[str, ...]
+
+
+_TABLE = """
+Alabama|Montgomery|Birmingham, Mobile, Tuscaloosa
+Alaska|Juneau|Anchorage, Fairbanks, Ketchikan
+Arizona|Phoenix|Tucson, Flagstaff, Scottsdale
+Arkansas|Little Rock|Fort Smith, Bentonville, Pine Bluff
+California|Sacramento|Los Angeles, San Francisco, San Diego
+Colorado|Denver|Boulder, Fort Collins, Pueblo
+Connecticut|Hartford|Bridgeport, New Haven, Stamford
+Delaware|Dover|Rehoboth Beach, Bethany Beach, Lewes
+Florida|Tallahassee|Miami, Orlando, Tampa
+Georgia|Atlanta|Savannah, Macon, Valdosta
+Hawaii|Honolulu|Hilo, Lahaina, Kahului
+Idaho|Boise|Pocatello, Coeur d'Alene, Twin Falls
+Illinois|Springfield|Chicago, Rockford, Naperville
+Indiana|Indianapolis|Fort Wayne, Evansville, South Bend
+Iowa|Des Moines|Cedar Rapids, Dubuque, Sioux City
+Kansas|Topeka|Wichita, Dodge City, Overland Park
+Kentucky|Frankfort|Louisville, Owensboro, Paducah
+Louisiana|Baton Rouge|New Orleans, Shreveport, Lake Charles
+Maine|Augusta|Bangor, Bar Harbor, Kennebunkport
+Maryland|Annapolis|Baltimore, Bethesda, Hagerstown
+Massachusetts|Boston|Worcester, Lowell, New Bedford
+Michigan|Lansing|Detroit, Ann Arbor, Kalamazoo
+Minnesota|Saint Paul|Minneapolis, Duluth, Bemidji
+Mississippi|Jackson|Biloxi, Hattiesburg, Tupelo
+Missouri|Jefferson City|St. Louis, Branson, Joplin
+Montana|Helena|Billings, Bozeman, Missoula
+Nebraska|Lincoln|Omaha, Grand Island, North Platte
+Nevada|Carson City|Las Vegas, Reno, Elko
+New Hampshire|Concord|Nashua, Keene, Laconia
+New Jersey|Trenton|Atlantic City, Hoboken, Princeton
+New Mexico|Santa Fe|Albuquerque, Las Cruces, Taos
+New York|Albany|Buffalo, Syracuse, Ithaca
+North Carolina|Raleigh|Charlotte, Asheville, Greensboro
+North Dakota|Bismarck|Fargo, Grand Forks, Minot
+Ohio|Columbus|Cleveland, Cincinnati, Akron
+Oklahoma|Oklahoma City|Tulsa, Norman, Broken Arrow
+Oregon|Salem|Eugene, Corvallis, Klamath Falls
+Pennsylvania|Harrisburg|Philadelphia, Pittsburgh, Allentown
+Rhode Island|Providence|Cranston, Newport, Pawtucket
+South Carolina|Columbia|Myrtle Beach, Rock Hill, Spartanburg
+South Dakota|Pierre|Sioux Falls, Rapid City, Deadwood
+Tennessee|Nashville|Memphis, Knoxville, Chattanooga
+Texas|Austin|Dallas, Houston, San Antonio
+Utah|Salt Lake City|Provo, Ogden, Moab
+Vermont|Montpelier|Brattleboro, Rutland, Stowe
+Virginia|Richmond|Norfolk, Roanoke, Charlottesville
+Washington|Olympia|Seattle, Spokane, Tacoma
+West Virginia|Charleston|Wheeling, Morgantown, Parkersburg
+Wisconsin|Madison|Milwaukee, Green Bay, Eau Claire
+Wyoming|Cheyenne|Casper, Laramie, Rock Springs
+"""
+
+STATES: tuple[State, ...] = tuple(
+    State(name, capital, tuple(cities.split(", ")))
+    for name, capital, cities in (row.split("|") for row in _TABLE.strip().splitlines())
+)
+_BY_NAME = {state.name: state for state in STATES}
+
+PHRASINGS: dict[Question, tuple[str, ...]] = {
+    "two_hop": (
+        "The capital of the state containing {city} is",
+        "Fact: the capital of the state containing {city} is",
+        "The capital of the US state in which {city} lies is",
+    ),
+    "one_hop": (
+        "The capital of the state of {state} is",
+        "Fact: the capital of the state of {state} is",
+        "The capital of the US state of {state} is",
+    ),
+    "state": (
+        "The state containing {city} is",
+        "Fact: the state containing {city} is",
+        "{city} is a city in the US state of",
+    ),
+}
+
+MOST_SHOTS = 4
+_EXAMPLES = ("Washington", "Illinois", "Tennessee", "Florida", "Pennsylvania", "Louisiana")
+"""States for solved examples: two more than are shown at most, since the two that a pair asks about are passed over."""
+
+
+@checked
+def capitals(
+    n: int = 32,
+    seed: int = 0,
+    *,
+    question: Question = "two_hop",
+    phrasing: int | None = 0,
+    shots: int = 0,
+    words: Sequence[str] | None = None,
+) -> PromptPairs:
+    """`n` pairs about US states for models of real English, both directions of n/2 contrasts.
+
+    Clean and corrupt differ in the city (or state) alone. Names differ in token length, and capitals often have several
+    tokens: filter with `keep_fitting(model, pairs, multi_token="first_difference")`.
+
+    Args:
+        n: number of pairs, even.
+        seed: which state is contrasted with which, and which contrasts are drawn.
+        question: "two_hop" asks for the capital of the state containing a city, "one_hop" for the capital of a named
+            state, "state" which state a city is in.
+        phrasing: which wording, from 0; None draws from all.
+        shots: solved examples before the question, one per line, at most four; never about a state of the pair.
+        words: names of the states to ask about, an even number; two calls with different states share none.
+
+    Labels are the clean prompt's state.
+
+    Raises:
+        PairsError: `n` is odd or larger than the number of pairs, `words` has unknown states or an odd number of them,
+            there is no such phrasing, or `shots` is not from 0 to 4.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.tasks.capitals(2, words=["Texas", "California"])
+        PromptPairs(n=2, first='The capital of the state containing San Antonio is' → ' Austin' | ...)
+    """
+    names = choose(words, list(_BY_NAME), "states", at_least=2)
+    phrasings = PHRASINGS[question]
+    if phrasing is not None:
+        phrasings = (choose_phrasing(phrasings, phrasing),)
+    if not 0 <= shots <= MOST_SHOTS:
+        raise PairsError(f"shots must be 0 to {MOST_SHOTS}, got {shots}.")
+    couples = couple(names, seed, "states")
+
+    def ask(name: str, city: int, text: str) -> tuple[str, str]:
+        state = _BY_NAME[name]
+        prompt = text.format(city=state.cities[city], state=name)
+        return prompt, f" {name if question == 'state' else state.capital}"
+
+    def contrast(which: int, city: int, other_city: int, wording: int) -> tuple[PromptPair, PromptPair]:
+        text, (name, other) = phrasings[wording], couples[which]
+        examples = [ask(example, 0, text) for example in _EXAMPLES if example not in (name, other)][:shots]
+        before = "".join(f"{prompt}{answer}.\n" for prompt, answer in examples)
+        (clean, answer), (corrupt, other_answer) = ask(name, city, text), ask(other, other_city, text)
+        return both((before + clean, answer), (before + corrupt, other_answer), (name, other))
+
+    n_cities = 1 if question == "one_hop" else len(STATES[0].cities)
+    return draw(n, seed, (len(couples), n_cities, n_cities, len(phrasings)), contrast)
