@@ -139,7 +139,7 @@ def test_what_is_written_before_a_post_norm_goes_through_it(case: ModelCase) -> 
     assert found.by("kind")["feature"] != pytest.approx(after.by("kind")["feature"], rel=0.01)
 
 
-def test_saes_are_sources_but_no_targets(demo: tuple[Any, Any]) -> None:
+def test_saes_are_sources_but_not_targets(demo: tuple[Any, Any]) -> None:
     model, saes = demo[0], load_demo_dictionaries("sae")
     found = contributions(model, saes, TEXT, " Austin")
     assert abs(found.residual) < 1e-4
@@ -199,7 +199,7 @@ def test_dictionaries_elsewhere_and_encoders_of_their_own_are_refused() -> None:
         contributions(model, [own], tokens, "L1/F3@2")
 
 
-def test_a_write_that_is_not_known_is_an_error_and_no_number() -> None:
+def test_a_write_that_is_not_known_is_an_error_not_a_number() -> None:
     model = model_cases("gpt2")[-1].build(torch.float32)
     push = ("blocks.0.hook_resid_post", lambda value, hook: value + 1.0 + 0.1 * torch.arange(16.0))
     with model.hooks(fwd_hooks=[push]), pytest.raises(NumericalError, match="need gradients only"):

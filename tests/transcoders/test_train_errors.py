@@ -24,7 +24,7 @@ def test_an_empty_tensor(one_tiny: Any, tokens: Tensor) -> None:
         train(one_tiny, tokens[:0], SMALL, verbose=False)
 
 
-def test_strings_are_no_tokens(one_tiny: Any) -> None:
+def test_strings_are_not_tokens(one_tiny: Any) -> None:
     with pytest.raises(SettingsError, match=r"got 'a text'\. model\.to_tokens"):
         train(one_tiny, ["a text"], SMALL, verbose=False)
 
