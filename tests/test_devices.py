@@ -251,7 +251,7 @@ def test_component_edges(both: TwoDevices, path: Any, tmp_path: Path) -> None:
     method, attention = path
 
     def run(model: Any, pairs: TokenizedPairs) -> Any:
-        edges = component_edges(model, pairs, method=method, attention=attention, steps=2)
+        edges = component_edges(model, pairs, method=method, attention=attention)
         edges.save(tmp_path / "edges")
         return EdgeScores.load(tmp_path / "edges"), edges.to_dataframe()
 
@@ -259,18 +259,18 @@ def test_component_edges(both: TwoDevices, path: Any, tmp_path: Path) -> None:
 
 
 LASSOS: dict[str, dict[str, Any]] = {
-    "components": {"noise": 0.1, "attention": "heads"},
-    "earlier": {"regressors": "earlier", "readout": "metric", "attention": "layers"},
-    "neurons": {"mlp": "neurons", "attention": "layers", "readout": "logits", "regressors": "same"},
-    "features": {"basis": dictionaries("transcoder"), "readout": "answers"},
-    "no readout": {"basis": dictionaries("sae_mlp_out"), "readout": "none"},
+    "components": {"noise": 0.1},
+    "earlier": {"regressors": "earlier", "readout": "metric", "nodes": lasso.Components(attention="layers")},
+    "neurons": {"nodes": lasso.Components("layers", "neurons"), "readout": "logits", "regressors": "same"},
+    "features": {"nodes": dictionaries("transcoder"), "readout": "answers"},
+    "no readout": {"nodes": dictionaries("sae_mlp_out"), "readout": "none"},
 }
 
 
 @in_turn(LASSOS)
 def test_circuit_lasso(both: TwoDevices, path: Any, tmp_path: Path) -> None:
     def run(model: Any, pairs: TokenizedPairs) -> Any:
-        method = lasso.CircuitLasso(share=0.5, blocks=2, skip_positions=1, tolerance=1e-3, **path)
+        method = lasso.CircuitLasso(penalty=lasso.Share(0.5), blocks=2, skip_positions=1, tolerance=1e-3, **path)
         return method.fit(model, pairs, resume=tmp_path / f"{len(list(tmp_path.iterdir()))}")
 
     both.agree(run, n=8)

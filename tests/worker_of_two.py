@@ -18,7 +18,7 @@ from tests.transcoders.two_processes import train_and_save
 from tl_neuron_circuits import NeuronCircuitsError, Random, attribute, compare, evaluate
 from tl_neuron_circuits._processes import here, single_process
 from tl_neuron_circuits.bases import MLPOutputs, Neurons
-from tl_neuron_circuits.lasso import CircuitLasso
+from tl_neuron_circuits.lasso import CircuitLasso, Share
 from tl_neuron_circuits.tasks import logit_difference
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ PAIRS = {
     "auto": random_pairs(5, 5, 5),
 }
 ABLATIONS = ("mean", "resample")
-LASSO = CircuitLasso(share=0.3, shares=(0.5,), readout="logits", blocks=3, noise=0.1, skip_positions=0)
+LASSO = CircuitLasso(penalty=Share(0.3), shares=(0.5,), readout="logits", blocks=3, noise=0.1, skip_positions=0)
 
 
 def model() -> Any:

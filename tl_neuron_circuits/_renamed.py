@@ -13,7 +13,6 @@ RENAMED: dict[str, str] = {
     # The old name meant attn.hook_z, which is not what "attention output" means in TransformerLens.
     "bases.AttentionOutputs": "tnc.bases.HeadOutputs (attn.hook_z), not tnc.bases.AttentionBlockOutputs (hook_attn_out)",
     "bases.AttentionWrites": "tnc.bases.AttentionBlockOutputs (hook_attn_out)",
-    "bases.demo_dictionaries_path": "tnc.demo.demo_dictionaries_path",
     "bases.load_demo_dictionaries": "tnc.load_demo_dictionaries",
     "evaluation.Agreement": "tnc.evaluation.PatchingAgreement",
     "evaluation.GroundTruth": "tnc.components.GroundTruth",

@@ -24,7 +24,8 @@ from torch import Tensor
 from tests.planted.load import load_planted, planted_seeds
 from tests.real_models import TRACR_PROGRAMS, load_hooked_form
 from tl_neuron_circuits.components import component_edges, judge_edges, tracr_ground_truth
-from tl_neuron_circuits.lasso import CircuitLasso
+from tl_neuron_circuits.components._method import EdgeMethod
+from tl_neuron_circuits.lasso import CircuitLasso, Share
 from tl_neuron_circuits.tasks import TokenizedPairs
 from tl_neuron_circuits.tasks._tokenized import Batch
 
@@ -35,10 +36,10 @@ SHARE = 0.05  # of the smallest penalty that leaves no edge; chosen on four plan
 Case = tuple[Any, Any, Callable[[int, int], tuple[TokenizedPairs, Any]]]
 
 
-def lasso(prompts: int = 256, **settings: Any) -> Callable[..., Any]:
+def lasso(prompts: int = 256, share: float = SHARE, **settings: Any) -> Callable[..., Any]:
     def run(model: Any, draw: Callable[..., Any], seed: int, options: argparse.Namespace, compiled: bool) -> Any:
         pairs, metric = draw(prompts, seed)
-        given = {"blocks": 4, "seed": seed, "skip_positions": 0, "shares": (0.3,), "share": SHARE, **settings}
+        given = {"blocks": 4, "seed": seed, "skip_positions": 0, "shares": (0.3,), "penalty": Share(share), **settings}
         fit = CircuitLasso(**given, readout="logits" if compiled else None).fit
         start = time.process_time()
         edges = fit(model, pairs, metric=metric, batch_size=256).edges
@@ -49,11 +50,11 @@ def lasso(prompts: int = 256, **settings: Any) -> Callable[..., Any]:
     return run
 
 
-def scored(method: str, **settings: Any) -> Callable[..., Any]:
+def scored(method: str | EdgeMethod) -> Callable[..., Any]:
     def run(model: Any, draw: Callable[..., Any], seed: int, options: argparse.Namespace, compiled: bool) -> Any:
         pairs, metric = draw(options.pairs, seed)
         start = time.process_time()
-        found = component_edges(model, pairs, method=method, metric=metric, seed=seed, batch_size=64, **settings)
+        found = component_edges(model, pairs, method=method, metric=metric, batch_size=64)
         return time.process_time() - start, {"": found}
 
     return run
@@ -67,11 +68,11 @@ METHODS: dict[str, Callable[..., Any]] = {
     "CircuitLasso (pooled, noise .3, 1024 prompts, share .02)": lasso(1024, regressors="pooled", share=0.02, noise=0.3),
     "CircuitLasso (earlier)": lasso(regressors="earlier"),
     "EAP": scored("eap"),
-    "EAP-IG (5 steps)": scored("eap_ig_inputs", steps=5),
+    "EAP-IG (5 steps)": scored("eap_ig_inputs"),
     "RelP": scored("relp"),
-    "RelP without attention": scored("relp", rules=["ln", "identity", "half"]),
+    "RelP without attention": scored("relp(rules=ln+identity+half)"),
     "exact patching": scored("patching"),
-    "ACDC": scored("acdc", divergence="metric"),
+    "ACDC": scored("acdc(divergence=metric)"),
     "random": scored("random"),
 }
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from tests.planted.circuits import PlantedCase
 from tests.planted.load import Planted, load_planted, planted_seeds
 from tl_neuron_circuits.components import component_edges, judge_edges
-from tl_neuron_circuits.lasso import CircuitLasso
+from tl_neuron_circuits.lasso import CircuitLasso, Share
 from tl_neuron_circuits.lasso._observations import Observations
 from tl_neuron_circuits.lasso._statistics import standardize
 
@@ -61,7 +61,9 @@ def by_lasso(
     p: Planted, prompts: int, noise: float, share: float, regressors: Any = "pooled"
 ) -> tuple[dict[Edge, float], Observations]:
     pairs = p.pairs(prompts, 0)
-    lasso = CircuitLasso(regressors=regressors, share=share, shares=(0.3,), blocks=4, skip_positions=0, noise=noise)
+    lasso = CircuitLasso(
+        regressors=regressors, penalty=Share(share), shares=(0.3,), blocks=4, skip_positions=0, noise=noise
+    )
     seen = lasso.observe(p.model, pairs, metric=p.metric(pairs), batch_size=256)
     edges = lasso.solve(seen).edges
     return dict(zip(zip(edges["source"], edges["target"], strict=True), edges["reach"], strict=True)), seen

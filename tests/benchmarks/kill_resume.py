@@ -42,7 +42,12 @@ def compare(model: Any, directory: Path | None, out: Path) -> None:
 
 def lasso(model: Any, directory: Path | None, out: Path) -> None:
     pairs = tnc.tasks.subject_verb_agreement("nounpp", n=96)
-    settings = {"basis": tnc.bases.MLPOutputs(layers=[0]), "blocks": 12, "share": 0.3, "bootstrap": 0}
+    settings = {
+        "nodes": tnc.bases.MLPOutputs(layers=[0]),
+        "blocks": 12,
+        "penalty": tnc.lasso.Share(0.3),
+        "bootstrap": 0,
+    }
     fitted = tnc.lasso.CircuitLasso(**settings).fit(model, pairs, batch_size=2, resume=directory)
     out.mkdir(parents=True)
     fitted.edges.to_json(out / "edges.json", double_precision=15)

@@ -261,7 +261,7 @@ def test_evaluate_keeps_exactly_the_circuits_features(whole: tuple) -> None:
 
         return hook
 
-    for error in ("nodes", "keep"):
+    for error in ("rank", "keep"):
         found = evaluate(model, given, circuit, ablation="zero", error_nodes=error)
         reads = [(d.hook_in, lambda v, hook: seen.update({hook.name: v})) for d in basis.dictionaries]
         writes = [(d.hook_out, replace(d, error == "keep")) for d in basis.dictionaries]

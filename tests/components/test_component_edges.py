@@ -10,11 +10,17 @@ from torch import Tensor
 from tests.families import ModelCase, all_models, model_cases, random_tokens
 from tests.propagation.readings import settled
 from tl_neuron_circuits._errors import PairsError, UnsupportedModelError
-from tl_neuron_circuits.components import EdgeScores, component_edges, component_graph
-from tl_neuron_circuits.components._component_edges import metric_of_edges
-from tl_neuron_circuits.components._gradients import read_gradients
-from tl_neuron_circuits.components._runs import Streams, output_weights, run_with_edges, streams
-from tl_neuron_circuits.nodes import Random
+from tl_neuron_circuits.components import (
+    ACDC,
+    EdgeScores,
+    Random,
+    RelP,
+    component_edges,
+    component_graph,
+    metric_of_edges,
+)
+from tl_neuron_circuits.components._eap import read_gradients
+from tl_neuron_circuits.components._streams import Streams, output_weights, run_with_edges, streams
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
@@ -151,8 +157,8 @@ def test_relp_without_rules_and_ig_of_one_step_are_eap(case: ModelCase) -> None:
     model = case.build()
     pairs = some_pairs(model)
     eap = component_edges(model, pairs, method="eap").scores
-    ig = component_edges(model, pairs, method="eap_ig_inputs", steps=1).scores
-    plain = component_edges(model, pairs, method="relp", rules=[]).scores
+    ig = component_edges(model, pairs, method="eap_ig_inputs(steps=1)").scores
+    plain = component_edges(model, pairs, method=RelP(rules=())).scores
     ruled = component_edges(model, pairs, method="relp").scores
     assert torch.equal(eap.nan_to_num(), ig.nan_to_num()) and torch.equal(eap.nan_to_num(), plain.nan_to_num())
     assert not torch.allclose(eap.nan_to_num(), ruled.nan_to_num(), atol=1e-3)
@@ -174,7 +180,7 @@ def test_ig_is_the_mean_of_gradients_along_the_path(case: ModelCase) -> None:
             total = total + read_gradients(model, graph, batch, logit_difference, [hook]) / 3
     change = streams(model, graph, batch, weights).writes - streams(model, graph, batch.on_corrupt(), weights).writes
     expected = torch.einsum("sbtd,rbtd->sr", change, total.to(change)) / 4
-    found = component_edges(model, pairs, method="eap_ig_inputs", steps=3).scores
+    found = component_edges(model, pairs, method="eap_ig_inputs(steps=3)").scores
     assert torch.allclose(found[:-1][graph.edges[:-1]], expected[graph.edges[:-1]], atol=1e-9)
 
 
@@ -194,7 +200,7 @@ def test_acdc_keeps_what_moves_the_output_by_more_than_its_threshold() -> None:
     graph = component_graph(model)
     kept = {}
     for threshold in (-1e9, 0.01, 0.1, 1e9):
-        found = component_edges(model, pairs, method="acdc", threshold=threshold)
+        found = component_edges(model, pairs, method=ACDC(threshold))
         assert found.kept is not None
         kept[threshold] = int(found.kept.sum())
         assert torch.equal(found.kept[graph.edges], (found.scores >= threshold)[graph.edges])
@@ -205,7 +211,7 @@ def test_acdcs_first_cut_is_exact_patching() -> None:
     model = model_cases("gpt2")[0].build()
     pairs = some_pairs(model, n=1)
     graph = component_graph(model)
-    acdc = component_edges(model, pairs, method="acdc", threshold=-1e9, divergence="metric").scores
+    acdc = component_edges(model, pairs, method=ACDC(-1e9, "metric")).scores
     exact = component_edges(model, pairs, method="patching").scores
     assert torch.allclose(acdc[graph.edges].double(), exact[graph.edges].abs(), atol=1e-5)
 
@@ -224,13 +230,13 @@ def test_the_order_of_components_and_the_edges_that_it_allows() -> None:
 
 def test_scores_are_saved_named_and_ranked(tmp_path: Path) -> None:
     model = model_cases("gpt2")[0].build()
-    found = component_edges(model, some_pairs(model), method="acdc", threshold=0.01)
+    found = component_edges(model, some_pairs(model), method=ACDC(0.01))
     table = found.to_dataframe()
     assert list(table.columns) == ["source", "target", "score", "kept"] and len(table) == len(found)
     assert table["score"].abs().is_monotonic_decreasing and not table["score"].isna().any()
     found.save(tmp_path / "edges")
     again = EdgeScores.load(tmp_path / "edges")
-    assert again.to_dataframe().equals(table) and again.settings["method"] == "acdc"
+    assert again.to_dataframe().equals(table) and again.settings["method_options"]["name"] == "acdc"
 
 
 def test_random_scores_follow_their_seed() -> None:

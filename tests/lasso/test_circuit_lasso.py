@@ -19,8 +19,8 @@ from tl_neuron_circuits._errors import FileFormatError, NumericalError, Settings
 from tl_neuron_circuits.bases import Neurons
 from tl_neuron_circuits.circuits import Circuit
 from tl_neuron_circuits.components import edge_average_precision
-from tl_neuron_circuits.lasso import CircuitLasso, LassoCircuit
-from tl_neuron_circuits.lasso._sites import Noise, observer
+from tl_neuron_circuits.lasso import CircuitLasso, Components, HeldOut, LassoCircuit, MostEdges, Share
+from tl_neuron_circuits.lasso._observations import Noise, observer
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
 CASES = [pytest.param(case, id=case.id) for case in model_cases("gpt2", "pythia")]
@@ -74,7 +74,7 @@ def columns(values: dict[str, Tensor], names: list[str]) -> list[str]:
 def test_weights_are_those_of_a_regression_on_cached_activations(case: ModelCase, target: str) -> None:
     model = case.build()
     tokens = random_tokens(model, batch=30, pos=5)
-    circuit = CircuitLasso(regressors="same", share=0.2, tolerance=1e-9, **SMALL).fit(model, tokens)
+    circuit = CircuitLasso(regressors="same", penalty=Share(0.2), tolerance=1e-9, **SMALL).fit(model, tokens)
     values = cached(model, tokens)
     before = [n for n in values if n == "embedding" or (n[1] < target[1])]
     if target == "L0/MLP" and case.family == "gpt2":  # in parallel blocks the MLP does not see its layer's heads
@@ -87,7 +87,7 @@ def test_weights_are_those_of_a_regression_on_cached_activations(case: ModelCase
 
 def test_pooled_lets_attention_alone_see_the_mean_of_what_it_can_see(gpt2) -> None:
     tokens = random_tokens(gpt2, batch=30, pos=5)
-    circuit = CircuitLasso(regressors="pooled", share=0.2, tolerance=1e-9, **SMALL).fit(gpt2, tokens)
+    circuit = CircuitLasso(regressors="pooled", penalty=Share(0.2), tolerance=1e-9, **SMALL).fit(gpt2, tokens)
     values = cached(gpt2, tokens)
     now = values["embedding"]
     mean = torch.stack([now[:, : t + 1].mean(1) for t in range(5)], 1)
@@ -102,7 +102,7 @@ def test_pooled_lets_attention_alone_see_the_mean_of_what_it_can_see(gpt2) -> No
 
 def test_earlier_positions_are_columns_of_their_own(gpt2) -> None:
     tokens = random_tokens(gpt2, batch=60, pos=3)
-    circuit = CircuitLasso(regressors="earlier", share=0.3, tolerance=1e-9, **SMALL).fit(gpt2, tokens)
+    circuit = CircuitLasso(regressors="earlier", penalty=Share(0.3), tolerance=1e-9, **SMALL).fit(gpt2, tokens)
     values = cached(gpt2, tokens)
     alpha = circuit.settings["penalty"] / 120
     total = 0.0
@@ -116,7 +116,7 @@ def test_earlier_positions_are_columns_of_their_own(gpt2) -> None:
 @pytest.mark.parametrize("regressors", ["same", "pooled", "earlier"])
 def test_batches_do_not_matter_and_neither_does_a_second_run(gpt2, regressors: str) -> None:
     tokens = random_tokens(gpt2, batch=20, pos=4)
-    lasso = CircuitLasso(regressors=regressors, share=0.3, **SMALL)
+    lasso = CircuitLasso(regressors=regressors, penalty=Share(0.3), **SMALL)
     one, other, again = (lasso.fit(gpt2, tokens, batch_size=size) for size in (3, 20, 3))
     pd.testing.assert_frame_equal(one.edges, again.edges)
     pd.testing.assert_frame_equal(
@@ -128,7 +128,7 @@ def test_batches_do_not_matter_and_neither_does_a_second_run(gpt2, regressors: s
 
 def test_the_model_is_left_as_it_was(gpt2, untouched) -> None:
     with untouched(gpt2):
-        CircuitLasso(share=0.5, **SMALL).fit(gpt2, random_tokens(gpt2, batch=8, pos=4))
+        CircuitLasso(penalty=Share(0.5), **SMALL).fit(gpt2, random_tokens(gpt2, batch=8, pos=4))
 
 
 def pairs(model, n: int = 40) -> TokenizedPairs:
@@ -139,7 +139,7 @@ def pairs(model, n: int = 40) -> TokenizedPairs:
 
 def test_the_readout_of_pairs_is_the_logits_of_their_answers(gpt2) -> None:
     data = pairs(gpt2)
-    circuit = CircuitLasso(share=0.2, regressors="same", blocks=2, tolerance=1e-9).fit(gpt2, data)
+    circuit = CircuitLasso(penalty=Share(0.2), regressors="same", blocks=2, tolerance=1e-9).fit(gpt2, data)
     tokens = torch.stack(list(data.clean))
     values = {name: value[:, -1] for name, value in cached(gpt2, tokens).items()}
     x = torch.cat(list(values.values()), -1)
@@ -150,7 +150,14 @@ def test_the_readout_of_pairs_is_the_logits_of_their_answers(gpt2) -> None:
 
 
 def test_everything_earlier_explains_the_logits_of_every_position(gpt2) -> None:
-    lasso = CircuitLasso(readout="logits", share=0.01, shares=(0.2,), blocks=2, regressors="same", attention="layers")
+    lasso = CircuitLasso(
+        readout="logits",
+        penalty=Share(0.01),
+        shares=(0.2,),
+        blocks=2,
+        regressors="same",
+        nodes=Components(attention="layers"),
+    )
     circuit = lasso.fit(gpt2, random_tokens(gpt2, batch=60, pos=5))
     nodes = circuit.nodes.set_index("node")
     assert list(nodes.index) == ["embedding", "L0/attention", "L0/MLP", "L1/attention", "L1/MLP", "logits"]
@@ -159,7 +166,7 @@ def test_everything_earlier_explains_the_logits_of_every_position(gpt2) -> None:
 
 
 def test_as_many_edges_as_asked_for_and_no_more(gpt2) -> None:
-    circuit = CircuitLasso(n_edges=12, **SMALL).fit(gpt2, random_tokens(gpt2, batch=30, pos=5))
+    circuit = CircuitLasso(penalty=MostEdges(12), **SMALL).fit(gpt2, random_tokens(gpt2, batch=30, pos=5))
     assert 8 <= len(circuit.edges) <= 12
     assert circuit.edges["weight"].abs().is_monotonic_decreasing
     assert circuit.path["n_edges"].is_monotonic_increasing and circuit.path["n_edges"][0] == 0
@@ -167,7 +174,9 @@ def test_as_many_edges_as_asked_for_and_no_more(gpt2) -> None:
 
 def test_held_out_error_takes_the_sparsest_within_one_standard_error(gpt2) -> None:
     shares = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02)
-    lasso = CircuitLasso(shares=shares, readout="none", attention="layers", bootstrap=4, regressors="same")
+    lasso = CircuitLasso(
+        shares=shares, readout="none", nodes=Components(attention="layers"), bootstrap=4, regressors="same"
+    )
     circuit = lasso.fit(gpt2, random_tokens(gpt2, batch=48, pos=5))
     path = circuit.path
     best = path["held_out_error"].idxmin()
@@ -180,7 +189,9 @@ def test_held_out_error_takes_the_sparsest_within_one_standard_error(gpt2) -> No
 
 
 def test_neurons_are_nodes_of_their_own_with_signed_edges(gpt2) -> None:
-    circuit = CircuitLasso(mlp="neurons", share=0.3, **SMALL).fit(gpt2, random_tokens(gpt2, batch=30, pos=5))
+    circuit = CircuitLasso(nodes=Components(mlp="neurons"), penalty=Share(0.3), **SMALL).fit(
+        gpt2, random_tokens(gpt2, batch=30, pos=5)
+    )
     nodes = circuit.nodes.set_index("node")
     assert (nodes["kind"] == "neuron").sum() == 2 * gpt2.cfg.d_mlp
     single = circuit.edges[circuit.edges["source"].str.contains("/N") & circuit.edges["target"].str.contains("/N")]
@@ -190,7 +201,7 @@ def test_neurons_are_nodes_of_their_own_with_signed_edges(gpt2) -> None:
 
 def test_a_basis_gives_its_nodes_and_pairs_regress_site_by_site(gpt2) -> None:
     tokens = random_tokens(gpt2, batch=40, pos=5)
-    settings = {**SMALL, "basis": Neurons(), "regressors": "same", "share": 0.4}
+    settings = {**SMALL, "nodes": Neurons(), "regressors": "same", "penalty": Share(0.4)}
     joint, adjacent, every = (
         CircuitLasso(joint=j, **settings).fit(gpt2, tokens) for j in ("joint", "adjacent", "pairs")
     )
@@ -200,7 +211,9 @@ def test_a_basis_gives_its_nodes_and_pairs_regress_site_by_site(gpt2) -> None:
 
 
 def test_groups_come_and_go_as_wholes(gpt2) -> None:
-    lasso = CircuitLasso(groups=True, share=0.3, regressors="same", attention="layers", **SMALL)
+    lasso = CircuitLasso(
+        groups=True, penalty=Share(0.3), regressors="same", nodes=Components(attention="layers"), **SMALL
+    )
     circuit = lasso.fit(gpt2, random_tokens(gpt2, batch=40, pos=5))
     widths = {"embedding": 16, "L0/attention": 16, "L0/MLP": 16, "L1/attention": 16, "L1/MLP": 16}
     assert 0 < len(circuit.edges) < 10
@@ -210,7 +223,7 @@ def test_groups_come_and_go_as_wholes(gpt2) -> None:
 
 def test_finished_blocks_are_taken_from_the_directory(gpt2, tmp_path: Path, monkeypatch) -> None:
     tokens = random_tokens(gpt2, batch=20, pos=4)
-    lasso = CircuitLasso(share=0.3, **SMALL)
+    lasso = CircuitLasso(penalty=Share(0.3), **SMALL)
     whole = lasso.fit(gpt2, tokens)
     first = lasso.observe(gpt2, tokens, resume=tmp_path / "kept")
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["block0", "block1"]
@@ -225,14 +238,14 @@ def test_finished_blocks_are_taken_from_the_directory(gpt2, tmp_path: Path, monk
 _KILLED = """
 import os, signal, sys
 from tests.families import model_cases, random_tokens
-from tl_neuron_circuits.lasso import CircuitLasso, _observations
+from tl_neuron_circuits.lasso import CircuitLasso, Share, _observations
 original = _observations._write_block
 def dying(path, block, parts, settings):
     original(path, block, parts, settings)
     os.kill(os.getpid(), signal.SIGKILL)
 _observations._write_block = dying
 model = model_cases("gpt2")[0].build()
-CircuitLasso(share=0.3, noise=0.2, readout="none", blocks=3, skip_positions=0).observe(
+CircuitLasso(penalty=Share(0.3), noise=0.2, readout="none", blocks=3, skip_positions=0).observe(
     model, random_tokens(model, batch=20, pos=4), resume=sys.argv[1])
 """
 
@@ -244,7 +257,7 @@ def test_a_killed_process_goes_on_where_it_was_with_the_same_result(gpt2, tmp_pa
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert [path.name for path in tmp_path.iterdir()] == ["block0"]
     tokens = random_tokens(gpt2, batch=20, pos=4)
-    lasso = CircuitLasso(share=0.3, noise=0.2, **{**SMALL, "blocks": 3})
+    lasso = CircuitLasso(penalty=Share(0.3), noise=0.2, **{**SMALL, "blocks": 3})
     whole, resumed = lasso.observe(gpt2, tokens), lasso.observe(gpt2, tokens, resume=tmp_path)
     assert torch.equal(whole.total()[0].products, resumed.total()[0].products)
     pd.testing.assert_frame_equal(lasso.solve(whole).edges, lasso.solve(resumed).edges)
@@ -264,7 +277,7 @@ def test_noise_is_that_of_its_generator_and_later_components_see_it(gpt2) -> Non
     later = (noisy[-1] - plain[-1]).flatten(0, 1).std(0) / plain[-1].flatten(0, 1).std(0)
     assert float(later.mean()) > 0.55  # its own noise, and what earlier noise did to it
     with pytest.raises(SettingsError, match="none with a basis"):
-        CircuitLasso(basis=Neurons(), noise=0.1)
+        CircuitLasso(nodes=Neurons(), noise=0.1)
 
 
 def test_noise_tells_apart_what_observation_cannot() -> None:
@@ -273,7 +286,9 @@ def test_noise_tells_apart_what_observation_cannot() -> None:
     planted = load_planted(9)
     data = planted.pairs(384, seed=1)
     for noise in (0.0, 0.3):
-        lasso = CircuitLasso(share=0.03, shares=(0.3,), blocks=1, noise=noise, skip_positions=0, tolerance=1e-4)
+        lasso = CircuitLasso(
+            penalty=Share(0.03), shares=(0.3,), blocks=1, noise=noise, skip_positions=0, tolerance=1e-4
+        )
         edges = lasso.fit(planted.model, data, metric=planted.metric(data), batch_size=256).edges
         reach = edges[["source", "target", "reach"]].rename(columns={"reach": "score"})
         precision.append(edge_average_precision(planted.truth, reach))
@@ -282,7 +297,7 @@ def test_noise_tells_apart_what_observation_cannot() -> None:
 
 def test_what_two_processes_saw_adds_up(gpt2) -> None:
     tokens = random_tokens(gpt2, batch=24, pos=4)
-    lasso = CircuitLasso(share=0.3, **SMALL)
+    lasso = CircuitLasso(penalty=Share(0.3), **SMALL)
     parts = [lasso.observe(gpt2, part) for part in (tokens[:10], tokens[10:])]
     both, whole = (parts[0] + parts[1]).total()[0], lasso.observe(gpt2, tokens).total()[0]
     assert both.n == whole.n
@@ -293,21 +308,22 @@ def test_what_two_processes_saw_adds_up(gpt2) -> None:
 
 def test_what_cannot_be_done_is_refused(gpt2) -> None:
     tokens = random_tokens(gpt2, batch=8, pos=4)
-    with pytest.raises(SettingsError, match="one of penalty, share and n_edges"):
-        CircuitLasso(penalty=1.0, share=0.5)
+    for penalty in (0.0, Share(-1.0), float("inf")):
+        with pytest.raises(SettingsError, match="positive, finite penalty"):
+            CircuitLasso(penalty=penalty)
     with pytest.raises(SettingsError, match="held-out error"):
-        CircuitLasso(folds=0)
+        CircuitLasso(penalty=HeldOut(0))
     with pytest.raises(SettingsError, match="one prompt a block"):
-        CircuitLasso(share=0.5).fit(gpt2, tokens[:1])
+        CircuitLasso(penalty=Share(0.5)).fit(gpt2, tokens[:1])
     with pytest.raises(SettingsError, match="needs pairs"):
-        CircuitLasso(readout="metric", share=0.5).fit(gpt2, tokens)
+        CircuitLasso(readout="metric", penalty=Share(0.5)).fit(gpt2, tokens)
     with pytest.raises(SettingsError, match="one length"):
         lengths = TokenizedPairs.from_tokens([tokens[0], tokens[1, :3]], torch.zeros(2, dtype=torch.long))
-        CircuitLasso(regressors="earlier", share=0.5, **SMALL).fit(gpt2, lengths)
+        CircuitLasso(regressors="earlier", penalty=Share(0.5), **SMALL).fit(gpt2, lengths)
     with pytest.raises(SettingsError, match="skip_positions=4 leaves nothing"):
-        CircuitLasso(share=0.5, **{**SMALL, "skip_positions": 4}).fit(gpt2, tokens)
+        CircuitLasso(penalty=Share(0.5), **{**SMALL, "skip_positions": 4}).fit(gpt2, tokens)
     with pytest.raises(SettingsError, match="nothing varies together"):
-        CircuitLasso(share=0.5, regressors="earlier", **SMALL).fit(gpt2, tokens[:1].expand(8, -1))
+        CircuitLasso(penalty=Share(0.5), regressors="earlier", **SMALL).fit(gpt2, tokens[:1].expand(8, -1))
 
 
 def test_activations_that_are_not_finite_are_refused() -> None:
@@ -320,11 +336,18 @@ def test_activations_that_are_not_finite_are_refused() -> None:
         ]
         biases[0].fill_(torch.nan)
     with pytest.raises(NumericalError, match="finite sources"):
-        CircuitLasso(share=0.5, **SMALL).fit(model, random_tokens(model, batch=8, pos=4))
+        CircuitLasso(penalty=Share(0.5), **SMALL).fit(model, random_tokens(model, batch=8, pos=4))
 
 
 def test_reach_is_the_weight_times_the_best_path_to_the_readout(gpt2) -> None:
-    lasso = CircuitLasso(readout="logits", attention="layers", share=0.1, shares=(0.3,), blocks=1, regressors="same")
+    lasso = CircuitLasso(
+        readout="logits",
+        nodes=Components(attention="layers"),
+        penalty=Share(0.1),
+        shares=(0.3,),
+        blocks=1,
+        regressors="same",
+    )
     edges = lasso.fit(gpt2, random_tokens(gpt2, batch=30, pos=5)).edges
 
     def best(node: str) -> float:  # every path, one by one
@@ -336,12 +359,19 @@ def test_reach_is_the_weight_times_the_best_path_to_the_readout(gpt2) -> None:
     for row in edges.itertuples():
         assert row.reach == pytest.approx(abs(row.weight) * best(row.target))
     assert (edges.loc[edges["target"] == "logits", "reach"] == edges.loc[edges["target"] == "logits", "weight"]).all()
-    silent = CircuitLasso(share=0.3, **SMALL).fit(gpt2, random_tokens(gpt2, batch=10, pos=5))
+    silent = CircuitLasso(penalty=Share(0.3), **SMALL).fit(gpt2, random_tokens(gpt2, batch=10, pos=5))
     assert silent.edges["reach"].isna().all()
 
 
 def test_as_a_circuit_it_is_saved_and_is_a_graph(gpt2, tmp_path: Path) -> None:
-    lasso = CircuitLasso(readout="logits", mlp="neurons", share=0.2, shares=(0.4,), blocks=1, regressors="same")
+    lasso = CircuitLasso(
+        readout="logits",
+        nodes=Components(mlp="neurons"),
+        penalty=Share(0.2),
+        shares=(0.4,),
+        blocks=1,
+        regressors="same",
+    )
     found = lasso.fit(gpt2, random_tokens(gpt2, batch=20, pos=5))
     circuit = found.to_circuit()
     assert isinstance(found, Circuit) and type(circuit) is Circuit
@@ -363,7 +393,7 @@ def test_as_a_circuit_it_is_saved_and_is_a_graph(gpt2, tmp_path: Path) -> None:
 
 
 def test_pruning_keeps_weights_and_the_way_to_the_readout(gpt2) -> None:
-    lasso = CircuitLasso(readout="logits", share=0.05, shares=(0.4,), blocks=1, regressors="same")
+    lasso = CircuitLasso(readout="logits", penalty=Share(0.05), shares=(0.4,), blocks=1, regressors="same")
     whole = lasso.fit(gpt2, random_tokens(gpt2, batch=20, pos=5))
     few = whole.prune(edges=12)
     assert 0 < len(few.edges) <= 12 and isinstance(few, LassoCircuit)
@@ -383,7 +413,7 @@ def test_compiled_models_have_no_edges_of_unused_parts(tracr) -> None:
     model, _ = tracr
     tokens = torch.randint(1, model.cfg.d_vocab, (60, model.cfg.n_ctx), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 0
-    circuit = CircuitLasso(share=0.05, shares=(0.3,), blocks=1).fit(model, tokens)
+    circuit = CircuitLasso(penalty=Share(0.05), shares=(0.3,), blocks=1).fit(model, tokens)
     silent = circuit.nodes.loc[circuit.nodes["r2"].isna() & (circuit.nodes["node"] != "embedding"), "node"]
     ends = set(circuit.edges["source"]) | set(circuit.edges["target"])
     assert not ends & set(silent)

@@ -12,12 +12,13 @@ from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.lasso import (
     CircuitLasso,
     PooledFeatures,
+    Share,
     largest_penalty,
     pooled_features,
     rank_features,
     solve_lasso,
 )
-from tl_neuron_circuits.lasso._labels import solve_labels
+from tl_neuron_circuits.lasso._feature_ranking import solve_labels
 from tl_neuron_circuits.lasso._statistics import Statistics, standardize
 
 TEXTS = ["The dogs near the girl are old.", "The dog is here.", "She lives in Dallas Texas.", "The cats have time."]
@@ -110,14 +111,14 @@ def test_features_that_never_fire_are_refused_with_a_reason(model, saes) -> None
     with pytest.raises(SettingsError, match="same for all"):
         rank_features(pooled, [1] * 120)
     dead = [replace(sae, b_enc=torch.full((768,), -1e6)) for sae in saes[:2]]
-    lasso = CircuitLasso(basis=tnc.bases.Dictionaries(dead), readout="none", share=0.5, blocks=1)
+    lasso = CircuitLasso(nodes=tnc.bases.Dictionaries(dead), readout="none", penalty=Share(0.5), blocks=1)
     with pytest.raises(SettingsError, match="nothing varies"):
         lasso.fit(model, TEXTS)
 
 
 def test_a_dictionary_of_which_some_never_fire_is_fitted_on_the_rest(model, saes) -> None:
     basis = tnc.bases.Dictionaries(saes[:2])
-    lasso = CircuitLasso(basis=basis, readout="none", share=0.3, shares=(0.6,), blocks=1, joint="adjacent")
+    lasso = CircuitLasso(nodes=basis, readout="none", penalty=Share(0.3), shares=(0.6,), blocks=1, joint="adjacent")
     circuit = lasso.fit(model, tnc.tasks.subject_verb_agreement("simple", n=24))
     silent = set(circuit.nodes.loc[circuit.nodes["r2"].isna() & (circuit.nodes["layer"] == 1), "node"])
     assert 0 < len(silent) < 768 and len(circuit.edges) > 0

@@ -12,9 +12,8 @@ import tl_neuron_circuits as tnc
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.bases._site import sites_of
 from tl_neuron_circuits.lasso import LabeledTexts, bias_in_bios, contrast_judge, generalize, pooled_features
-from tl_neuron_circuits.lasso._ablated import Ablation, pooled_activations, probe_support
-from tl_neuron_circuits.lasso._inputs import to_tokens
-from tl_neuron_circuits.lasso._probe import eraser, fit_probe
+from tl_neuron_circuits.lasso._generalization import Ablation, eraser, fit_probe, pooled_activations, probe_support
+from tl_neuron_circuits.lasso._observations import to_tokens
 
 HOOK = "blocks.1.hook_mlp_out"
 

@@ -22,6 +22,7 @@ CASES = {
     "relp": RelP(),
     "relp(rules=gim)": RelP(rules="gim"),
     "relp(rules=ln+half, stabilizer=1e-06)": RelP(rules=("ln", "half"), stabilizer=1e-6),
+    "relp(rules=ln+)": RelP(rules=("ln",)),
     "gradient": Gradient(),
     "integrated_gradients": IntegratedGradients(),
     "integrated_gradients(steps=20)": IntegratedGradients(steps=20),

@@ -6,8 +6,7 @@ import torch
 from tests.planted.circuits import N_CASES, N_TOKENS, planted_case, prompts
 from tests.planted.load import FOLDER, RightAnswers, load_planted, planted_seeds
 from tests.planted.train import Model, mask_of, train
-from tl_neuron_circuits.components import component_edges, component_graph, edge_auroc
-from tl_neuron_circuits.components._component_edges import metric_of_edges
+from tl_neuron_circuits.components import component_edges, component_graph, edge_auroc, metric_of_edges
 from tl_neuron_circuits.tasks._tokenized import Batch
 
 

@@ -189,7 +189,7 @@ def test_dictionaries_elsewhere_and_encoders_of_their_own_are_refused() -> None:
         contributions(model, [dictionary("sae_residual", 0, torch.float32)], tokens, 3)
     transcoder = transcoders(model, "transcoder")[1]
     other = transcoders(model, "transcoder", hook_in="blocks.1.hook_resid_post")[1]
-    with pytest.raises(DictionaryError, match="no frozen norm"):
+    with pytest.raises(DictionaryError, match="not a norm of the residual stream"):
         contributions(model, [other], tokens, "L1/F3@2")
     own = Dictionary(
         "custom", transcoder.W_enc, transcoder.W_dec, transcoder.b_dec, hook_in=transcoder.hook_in,

@@ -14,9 +14,9 @@ from tl_neuron_circuits import Circuit, PromptPairs, evaluate, load_demo_diction
 from tl_neuron_circuits._errors import DictionaryError, SettingsError
 from tl_neuron_circuits.bases import Dictionaries
 from tl_neuron_circuits.transcoders import contributions, trace_feature
-from tl_neuron_circuits.transcoders._explained import explained
-from tl_neuron_circuits.transcoders._one_step import Read, head_read, one_step, skip_read
+from tl_neuron_circuits.transcoders._contributions import Read, find_target, one_step
 from tl_neuron_circuits.transcoders._residual_run import residual_run
+from tl_neuron_circuits.transcoders._trace_feature import head_read, skip_read
 
 TEXT = "The capital of the state containing Dallas is"
 ENDS = ["embedding", "bias", "error", "unselected"]
@@ -130,7 +130,7 @@ def test_summed_over_all_heads_edges_are_those_that_gradients_give(case: ModelCa
             if layer > 0:  # no features before the first layer's heads
                 follow(head_read(run, layer, head, source, read.position, read.vector))
 
-    follow(explained(run, 7, None).read)
+    follow(find_target(run, 7, None).read)
     edges = circuit.edges[(circuit.edges["target"] == "logit/7") & circuit.edges["source"].str.contains("/F")]
     assert len(edges) > 5
     for edge in edges.itertuples():

@@ -12,8 +12,8 @@ from tl_neuron_circuits import direct_logit_effects
 from tl_neuron_circuits._errors import SettingsError, UnsupportedModelError
 from tl_neuron_circuits.bases import Dictionary
 from tl_neuron_circuits.transcoders import connections, contributions, deembed, logit_weights, pull_back
-from tl_neuron_circuits.transcoders._feature_means import encoded, feature_means
-from tl_neuron_circuits.transcoders._pulled_back import probed
+from tl_neuron_circuits.transcoders._connections import probe_run
+from tl_neuron_circuits.transcoders._pull_back import encode_in_chunks, feature_means
 
 
 @pytest.mark.parametrize("case", model_cases("gpt2", "llama", "gemma2"), ids=lambda case: case.id)
@@ -100,12 +100,13 @@ def test_chunks_of_features_and_prompts_change_nothing(demo: tuple[Any, Any], mo
     labels = ["L3/F1", "L3/F2", "L3/F3"]
     tokens = torch.randint(5, 500, (5, 7), generator=torch.Generator().manual_seed(0))
     whole = deembed(model, dictionaries, labels), pull_back(model, dictionaries, labels)
-    run = probed(model, dictionaries)
+    run = probe_run(model, dictionaries)
     means = feature_means(model, run, tokens, (), 32)
     rooms = "tl_neuron_circuits.transcoders."
-    for name, size in (("_feature_tokens", 1000), ("_connections", 5000), ("_feature_means", 2000)):
-        monkeypatch.setattr(f"{rooms}{name}._CHUNK", size)
-    assert len(list(encoded(dictionaries[0], torch.zeros(7, 128)))) == 4
+    monkeypatch.setattr(f"{rooms}_deembed._PRODUCTS_AT_ONCE", 1000)
+    monkeypatch.setattr(f"{rooms}_pull_back._WEIGHTS_AT_ONCE", 5000)
+    monkeypatch.setattr(f"{rooms}_pull_back._ACTIVATIONS_AT_ONCE", 2000)
+    assert len(list(encode_in_chunks(dictionaries[0], torch.zeros(7, 128)))) == 4
     for before, after in zip(whole, (deembed(*demo, labels), pull_back(*demo, labels)), strict=True):
         assert after[["label", "direction", "rank"]].equals(before[["label", "direction", "rank"]])
         assert (after["value"] - before["value"]).abs().max() < 1e-6

@@ -3,53 +3,52 @@
 One sign for all methods but ACDC: (clean - corrupt) times the effect, so positive supports the answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import _html
 from .._errors import NumericalError, PairsError, SettingsError
 from .._files import read_directory, versions, write_directory
+from .._options import parse_options
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
-from ..propagation.rules import ALL_RULES
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
-from ._gradients import gradient_scores
-from ._graph import AttentionUnit, ComponentGraph, component_graph
-from ._patching import Divergence, acdc, metric_with_edges, patch_edges
-from ._runs import output_weights, streams
+from ._acdc import ACDC
+from ._eap import EAP, EAPIGInputs, RelP
+from ._graph import AttentionUnit, component_graph
+from ._method import EdgeMethod, EdgeQuestion, Random
+from ._patching import Patching, metric_with_edges
+from ._streams import output_weights, streams
 
-EdgeMethod = Literal["eap", "eap_ig_inputs", "relp", "patching", "acdc", "random"]
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeScores:
-    """One number an edge: `scores[i, j]` from component i to j, nan where there is no edge.
+    """One number per edge: `scores[i, j]` from component i to j, nan where there is no edge.
 
     `kept` is the circuit of a method that chooses one (ACDC), else None.
 
     Example:
         >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import attribution
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> edges = attribution.component_edges(model, pairs, method="eap", attention="layers")
+        >>> edges = tnc.components.component_edges(model, pairs, method="eap", attention="layers")
         >>> edges.top(3)["target"].tolist()
         ['L0/attention', 'logits', 'L2/attention']
         >>> edges.save("edges")
-        >>> len(attribution.EdgeScores.load("edges")) == len(edges)
+        >>> len(tnc.components.EdgeScores.load("edges")) == len(edges)
         True
     """
 
@@ -110,21 +109,20 @@ class EdgeScores:
         return _html.block(repr(self), _html.table(self.to_dataframe(), bars=("score",)))
 
 
+METHODS: dict[str, type[EdgeMethod]] = {
+    method.name: method for method in (EAP, EAPIGInputs, RelP, Patching, ACDC, Random)
+}
+
+
 @checked
 def component_edges(
     model: TransformerLensModel,
     pairs: PromptPairs | TokenizedPairs,
     *,
-    method: EdgeMethod = "relp",
+    method: str | EdgeMethod = "relp",
     metric: Metric = logit_difference,
     attention: AttentionUnit = "heads",
-    rules: Sequence[str] | None = None,
-    steps: int = 5,
-    threshold: float = 0.01,
-    divergence: Divergence = "kl",
     batch_size: int = 32,
-    prepend_bos: bool | None = None,
-    seed: int = 0,
     verbose: bool = False,
 ) -> EdgeScores:
     """Score every edge between components by its support for `metric`, averaged over pairs.
@@ -133,64 +131,45 @@ def component_edges(
         model: a HookedTransformer or TransformerBridge.
         pairs: prompts with corrupt prompts of the same length.
         method: "eap", "eap_ig_inputs", "relp" (gradients); "patching" (exact, one edge at a time); "acdc" (greedy; its
-            scores are divergences and `kept` its circuit); "random".
-        metric: from logits and batch to one number a prompt.
+            scores are divergences and `kept` its circuit); "random". Or one of these with options, as an object or as
+            its label: `ACDC(threshold=0.1)`, "eap_ig_inputs(steps=10)".
+        metric: from logits and batch to one number per prompt.
         attention: heads as single components, or attention layers.
-        rules: for "relp"; all four unless given.
-        steps: for "eap_ig_inputs".
-        threshold: for "acdc": edges whose cut moves the output by less are cut.
-        divergence: for "acdc": KL of the next-token distribution, or |change of the metric|.
         batch_size: prompts in one pass. "patching" and "acdc" multiply the rows by edges and heads.
-        prepend_bos: None means the model's default.
-        seed: for "random".
         verbose: show progress.
 
     Returns:
         Scores on the CPU, in float32 (float64 for float64 models).
 
     Raises:
-        UnsupportedModelError: hook points are missing, or the residual stream is no sum of these components.
+        UnsupportedModelError: hook points are missing, or the residual stream is not a sum of these components.
         PairsError: no corrupt prompts, or of another length.
         NumericalError: scores that are not finite.
+        SettingsError: an unknown method or option.
 
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=8)
-        >>> edges = tnc.attribution.component_edges(model, pairs, method="eap")
+        >>> edges = tnc.components.component_edges(model, pairs, method="eap")
         >>> len(edges.top(3))
         3
     """
-    if steps < 1 or batch_size < 1:
-        raise SettingsError(f"expected steps and batch_size of at least 1; got {steps} and {batch_size}.")
-    tokens = _paired(model, pairs, prepend_bos)
+    if batch_size < 1:
+        raise SettingsError(f"expected batch_size to be at least 1; got {batch_size}.")
+    chosen = parse_options(method, METHODS, what="a method") if isinstance(method, str) else method
+    tokens = _paired(model, pairs)
     graph = component_graph(model, attention)
-    weights = output_weights(model, graph)
-    kept, used = None, ()
-    if method == "random":
-        generator = torch.Generator().manual_seed(seed)
-        scores = torch.randn(len(graph), len(graph), generator=generator) * len(tokens)
-    elif method == "acdc":
-        batches = list(tokens.batches(batch_size))
-        kept, scores = acdc(model, graph, batches, metric, weights, threshold, divergence, verbose)
-        scores = scores * len(tokens)
-    else:
-        used = tuple((ALL_RULES if rules is None else rules) if method == "relp" else ())
-        count = steps if method == "eap_ig_inputs" else 1
-        scores = torch.zeros(len(graph), len(graph))
-        with tqdm(total=len(tokens), desc=method, disable=not verbose, unit="pair") as bar:
-            for batch in tokens.batches(batch_size):
-                if method == "patching":
-                    part = patch_edges(model, graph, batch, metric, weights, rows=32 * batch_size, verbose=verbose)
-                else:
-                    part = gradient_scores(model, graph, batch, metric, weights, used, count)
-                scores = scores.to(torch.promote_types(scores.dtype, part.dtype)) + part.cpu()
-                bar.update(len(batch))
+    question = EdgeQuestion(model, graph, tokens, metric, output_weights(model, graph), batch_size, verbose)
+    sums = chosen.score(question)
+    scores = sums.scores / len(tokens)
+    if not bool(torch.isfinite(scores[graph.edges]).all()):
+        raise NumericalError("edge scores contain NaN or inf. Run the model in float32 or float64.")
     settings = {
-        "method": method, "metric": metric_name(metric), "attention": attention, "rules": list(used), "steps": steps,
-        "threshold": threshold, "divergence": divergence, "seed": seed, "n_pairs": len(tokens),
-        "model": str(getattr(model.cfg, "model_name", "unknown")), "pairs_hash": tokens.hash, "versions": versions(),
+        "method": chosen.label, "method_options": chosen.to_json(), "metric": metric_name(metric),
+        "attention": attention, "n_pairs": len(tokens), "model": str(getattr(model.cfg, "model_name", "unknown")),
+        "pairs_hash": tokens.hash, "versions": versions(),
     }  # fmt: skip
-    return _result(graph, scores / len(tokens), kept, settings)
+    return EdgeScores(tuple(graph.names), torch.where(graph.edges, scores, torch.nan), settings, sums.kept)
 
 
 @checked
@@ -202,7 +181,6 @@ def metric_of_edges(
     metric: Metric = logit_difference,
     attention: AttentionUnit = "heads",
     batch_size: int = 32,
-    prepend_bos: bool | None = None,
 ) -> Float[Tensor, "mask pair"]:
     """The metric of every pair with only the kept edges live, the others carrying the corrupt run's writes.
 
@@ -210,10 +188,18 @@ def metric_of_edges(
     close to the corrupt run.
 
     Raises:
-        UnsupportedModelError: the residual stream is no sum of these components.
+        UnsupportedModelError: the residual stream is not a sum of these components.
         PairsError: no corrupt prompts, or of another length.
+
+    Example:
+        >>> import torch
+        >>> import tl_neuron_circuits as tnc
+        >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
+        >>> whole = tnc.components.component_graph(model, "layers").edges
+        >>> tnc.components.metric_of_edges(model, pairs, whole[None], attention="layers").shape
+        torch.Size([1, 4])
     """
-    tokens = _paired(model, pairs, prepend_bos)
+    tokens = _paired(model, pairs)
     graph = component_graph(model, attention)
     weights = output_weights(model, graph)
     out = torch.zeros(len(kept), len(tokens), dtype=torch.float64)
@@ -225,8 +211,8 @@ def metric_of_edges(
     return out
 
 
-def _paired(model: Any, pairs: PromptPairs | TokenizedPairs, prepend_bos: bool | None) -> TokenizedPairs:
-    tokens = tokenize(model, pairs, prepend_bos=prepend_bos)
+def _paired(model: Any, pairs: PromptPairs | TokenizedPairs) -> TokenizedPairs:
+    tokens = tokenize(model, pairs)
     if tokens.corrupt is None:
         raise PairsError("edges compare clean with corrupt prompts, and these pairs have none. Give corrupt=.")
     for index, (clean, corrupt) in enumerate(zip(tokens.clean, tokens.corrupt, strict=True)):
@@ -236,10 +222,3 @@ def _paired(model: Any, pairs: PromptPairs | TokenizedPairs, prepend_bos: bool |
                 "by position. Choose prompts of equal token length."
             )
     return tokens
-
-
-def _result(graph: ComponentGraph, scores: Tensor, kept: Tensor | None, settings: Mapping[str, Any]) -> EdgeScores:
-    if not bool(torch.isfinite(scores[graph.edges]).all()):
-        raise NumericalError("expected finite scores of edges; got others. Run the model in float32 or float64.")
-    scores = torch.where(graph.edges, scores, torch.nan)
-    return EdgeScores(tuple(graph.names), scores, settings, kept)

@@ -44,9 +44,8 @@ class ComponentGraph:
 
     Example:
         >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import attribution
         >>> model = tnc.load_demo_model()
-        >>> graph = attribution.component_graph(model, "layers")
+        >>> graph = tnc.components.component_graph(model, "layers")
         >>> len(graph), int(graph.edges.sum())
         (10, 45)
     """
@@ -79,9 +78,8 @@ def component_graph(model: TransformerLensModel, attention: AttentionUnit = "hea
 
     Example:
         >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import attribution
         >>> model = tnc.load_demo_model()
-        >>> attribution.component_graph(model, "layers").names
+        >>> tnc.components.component_graph(model, "layers").names
         ['embedding', 'L0/attention', 'L0/MLP', 'L1/attention', 'L1/MLP', 'L2/attention', 'L2/MLP', 'L3/attention',
         'L3/MLP', 'logits']
     """

@@ -23,11 +23,6 @@ def demo_dictionaries_path(kind: str = "transcoder") -> Path:
 
     Raises:
         SettingsError: there are no demo dictionaries of that kind.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> tnc.load_dictionary(tnc.demo.demo_dictionaries_path("sae") / "layer-00").layer
-        0
     """
     if kind not in DEMO_DICTIONARIES:
         raise SettingsError(f"expected one of {', '.join(DEMO_DICTIONARIES)}; got {kind!r}.")

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from .._errors import SettingsError
 from .._files import versions
@@ -26,11 +25,74 @@ from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenized import TokenizedPairs
 from ._edges import Nodes, edge_keys, edge_table, node_table, nodes_of
-from ._inputs import Inputs, same_start, to_tokens
 from ._lasso_circuit import LassoCircuit, lasso_circuit
-from ._observations import Observations, Regressors, observe
-from ._selection import Fitted, Joint, Solving, fit_path, held_out_errors, one_standard_error, smallest_empty
-from ._sites import Readout, observer
+from ._observations import (
+    Inputs,
+    Observations,
+    Readout,
+    Regressors,
+    observe,
+    observer,
+    same_start,
+    to_tokens,
+)
+from ._path import Fitted, Joint, Solving, fit_path, held_out_errors, one_standard_error, smallest_empty
+
+
+@dataclass(frozen=True)
+class Share:
+    """The penalty as a share of the smallest one that leaves no edge.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.lasso.CircuitLasso(penalty=tnc.lasso.Share(0.8)).penalty
+        Share(share=0.8)
+    """
+
+    share: float
+
+
+@dataclass(frozen=True)
+class MostEdges:
+    """The smallest penalty with at most so many edges.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.lasso.CircuitLasso(penalty=tnc.lasso.MostEdges(50)).penalty
+        MostEdges(count=50)
+    """
+
+    count: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out error over `folds` folds of the blocks: the sparsest circuit within one standard error of the best.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.lasso.CircuitLasso().penalty
+        HeldOut(folds=4)
+    """
+
+    folds: int = 4
+
+
+@dataclass(frozen=True)
+class Components:
+    """Nodes are the model's components: single heads or whole attention layers, whole MLPs or neurons in their place.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> tnc.lasso.CircuitLasso(nodes=tnc.lasso.Components(attention="layers")).nodes.mlp
+        'outputs'
+    """
+
+    attention: Literal["heads", "layers"] = "heads"
+    mlp: Literal["outputs", "neurons"] = "outputs"
+
+
+Penalty = float | Share | MostEdges | HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +100,9 @@ class CircuitLasso:
     """Circuits by sparse regression.
 
     Args:
-        penalty: the paper's lambda, for ||y - X b||^2 + lambda ||b||_1 over all observations.
-        share: the penalty as a share of the smallest one that leaves no edge.
-        n_edges: the smallest penalty with at most so many edges. At most one of the three; without any, the held-out
-            error chooses: the sparsest circuit within one standard error of the best.
-        basis: nodes of a basis (dictionary features, neurons) instead of the model's components.
-        attention: components: single heads, or whole attention layers.
-        mlp: components: whole MLPs, or single neurons in their place.
+        penalty: the paper's lambda, for ||y - X b||^2 + lambda ||b||_1 over all observations; or `Share(.8)`,
+            `MostEdges(50)`, `HeldOut()`.
+        nodes: `Components()` of the model, or a basis (dictionary features, neurons).
         readout: the last node: logits of the pairs' answers ("answers"), the metric, all logits at all positions, none;
             by default "answers" for pairs and "logits" for prompts.
         regressors: positions at which sources are read, for a target at position t. "same": t alone, blind to what
@@ -54,11 +112,10 @@ class CircuitLasso:
         groups: penalize blocks from site to site as wholes (group lasso), where sites are vectors.
         shares: the path of penalties.
         blocks: prompts are dealt into so many blocks, for held-out error and bootstrap.
-        folds: of the held-out error, where it chooses the penalty.
         bootstrap: resamples of the blocks for the stability of edges; 0 leaves it out.
         skip_positions: positions at the start that are not observed; None skips the first where all prompts begin with
             the same token (BOS), whose activations dwarf all others.
-        noise: components: disturb every unit of every component, as the model runs, by independent noise of so many of
+        noise: for components: disturb every unit of every component, as the model runs, by independent noise of so many of
             its standard deviations. Ours, not the paper's: components that are functions of one token predict each
             other exactly, so without noise nothing tells which of them the next one reads. 0 observes alone.
         floor: standard deviations below this share of the largest count as this share.
@@ -68,25 +125,22 @@ class CircuitLasso:
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> method = tnc.lasso.CircuitLasso(share=0.8, attention="layers", regressors="same")
+        >>> lasso = tnc.lasso
+        >>> layers = lasso.Components(attention="layers")
+        >>> method = lasso.CircuitLasso(penalty=lasso.Share(0.8), nodes=layers, regressors="same")
         >>> found = method.fit(model, tnc.tasks.subject_verb_agreement("simple", n=16))
         >>> sorted(set(found.nodes["kind"])), len(found.edges) > 10
         (['component', 'embedding', 'logit'], True)
     """
 
-    penalty: float | None = None
-    share: float | None = None
-    n_edges: int | None = None
-    basis: Any = None
-    attention: Literal["heads", "layers"] = "heads"
-    mlp: Literal["outputs", "neurons"] = "outputs"
+    penalty: Penalty = HeldOut()
+    nodes: Any = Components()
     readout: Readout | None = None
     regressors: Regressors = "pooled"
     joint: Joint = "joint"
     groups: bool = False
     shares: Sequence[float] = tuple(10 ** (-k / 5) for k in range(16))
     blocks: int = 8
-    folds: int = 4
     bootstrap: int = 0
     skip_positions: int | None = None
     noise: float = 0.0
@@ -96,22 +150,22 @@ class CircuitLasso:
 
     def __post_init__(self) -> None:
         """Check that the settings do not contradict each other."""
-        chosen = [name for name in ("penalty", "share", "n_edges") if getattr(self, name) is not None]
-        if len(chosen) > 1:
-            raise SettingsError(f"expected one of penalty, share and n_edges at most; got {chosen}.")
-        if not chosen and not 2 <= self.folds <= self.blocks:
+        value = self.penalty.share if isinstance(self.penalty, Share) else self.penalty
+        if isinstance(value, float | int) and not 0 < value < float("inf"):
+            raise SettingsError(f"expected a positive, finite penalty; got {self.penalty!r}.")
+        if isinstance(self.penalty, HeldOut) and not 2 <= self.penalty.folds <= self.blocks:
             raise SettingsError(
-                f"the held-out error chooses the penalty: expected 2 folds at least and as many blocks; got folds="
-                f"{self.folds}, blocks={self.blocks}. Or give n_edges=."
+                "the held-out error chooses the penalty: expected 2 folds at least and as many blocks; got "
+                f"{self.penalty!r}, blocks={self.blocks}. Or give penalty=MostEdges(50)."
             )
         if self.blocks < (2 if self.bootstrap else 1):
             raise SettingsError(f"expected at least one block, and two for a bootstrap; got blocks={self.blocks}.")
         if self.groups and self.joint != "joint":
             raise SettingsError("groups=True penalizes all earlier sites jointly; leave joint='joint'.")
-        if self.noise < 0 or (self.noise and self.basis is not None):
+        if self.noise < 0 or (self.noise and not isinstance(self.nodes, Components)):
             raise SettingsError(
-                f"expected noise of 0 or more, and none with a basis, whose nodes the model does not compute; got "
-                f"noise={self.noise}, basis={self.basis!r}."
+                "expected noise of 0 or more, and none with a basis, whose nodes the model does not compute; got "
+                f"noise={self.noise}, nodes={self.nodes!r}."
             )
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise SettingsError(f"expected shares between 0 and 1; got {list(self.shares)}.")
@@ -163,12 +217,13 @@ class CircuitLasso:
         readout = self.readout or ("answers" if isinstance(inputs, PromptPairs | TokenizedPairs) else "logits")
         if readout in ("answers", "metric") and not isinstance(inputs, PromptPairs | TokenizedPairs):
             raise SettingsError(f"readout={readout!r} needs pairs with answers; got prompts. Use 'logits' or 'none'.")
+        parts = self.nodes if isinstance(self.nodes, Components) else Components()
         watch = observer(
             model,
             tokens,
-            basis=self.basis,
-            attention=self.attention,
-            mlp=self.mlp,
+            basis=None if isinstance(self.nodes, Components) else self.nodes,
+            attention=parts.attention,
+            mlp=parts.mlp,
             readout=readout,
             metric=metric,
         )
@@ -176,7 +231,7 @@ class CircuitLasso:
         settings = {
             "method": "circuit_lasso",
             "model": str(getattr(model.cfg, "model_name", "unknown")),
-            "basis": "components" if self.basis is None else name_of(self.basis),
+            "basis": "components" if isinstance(self.nodes, Components) else name_of(self.nodes),
             "readout": readout,
             "metric": metric_name(metric),
             "answers": list(watch.answers),
@@ -185,7 +240,9 @@ class CircuitLasso:
             "skip_positions": skip,
             "pairs_hash": tokens.hash,
             "versions": versions(),
-            **{name: getattr(self, name) for name in ("regressors", "attention", "mlp", "blocks", "seed", "noise")},
+            "attention": parts.attention,
+            "mlp": parts.mlp,
+            **{name: getattr(self, name) for name in ("regressors", "blocks", "seed", "noise")},
         }
         return observe(
             watch,
@@ -209,21 +266,26 @@ class CircuitLasso:
             raise SettingsError("nothing varies together: every site is constant on these prompts. Give more prompts.")
         scale = 2.0 * observations.total()[0].n
         alphas = self._alphas(most, scale)
-        free = self.penalty is None and self.share is None and self.n_edges is None
-        errors = held_out_errors(observations, alphas, solving, self.folds, verbose) if free else None
-        wanted = self._wanted(alphas, most, scale, errors)
+        errors, wanted, count = None, None, None
+        if isinstance(self.penalty, HeldOut):
+            errors = held_out_errors(observations, alphas, solving, self.penalty.folds, verbose)
+            wanted = alphas[one_standard_error(errors)]
+        elif isinstance(self.penalty, MostEdges):
+            count = self.penalty.count
+        else:
+            wanted = self._asked(most, scale)
         rows, chosen, nodes = [], None, None
         for alpha, fits in zip(alphas, fit_path(observations, alphas, solving, verbose=verbose), strict=False):
             nodes = nodes or nodes_of(observations.sites, fits)
             n_edges = len(edge_keys(observations.sites, fits, nodes))
             rows.append(_path_row(alpha, most, scale, fits, n_edges))
-            if alpha == wanted or (self.n_edges is not None and n_edges <= self.n_edges):
+            if alpha == wanted or (count is not None and n_edges <= count):
                 chosen = (alpha, fits)
-            elif self.n_edges is not None:
+            elif count is not None:
                 break
         assert chosen is not None and nodes is not None  # the first penalty of a path leaves no edge
-        if self.n_edges is not None:
-            chosen = _nearest(observations, chosen, alphas, self.n_edges, solving, nodes)
+        if count is not None:
+            chosen = _nearest(observations, chosen, alphas, count, solving, nodes)
         path = pd.DataFrame(rows)
         if errors is not None:
             path["held_out_error"] = errors.mean(0).numpy()
@@ -233,21 +295,17 @@ class CircuitLasso:
         settings = {**observations.settings, **self._plain(), "penalty": scale * chosen[0], "share": chosen[0] / most}
         return lasso_circuit(node_table(observations.sites, nodes, chosen[1]), edges, path, settings)
 
+    def _asked(self, most: float, scale: float) -> float | None:
+        """The penalty that is asked for by its value, on the solver's scale."""
+        if isinstance(self.penalty, Share):
+            return self.penalty.share * most
+        return None if isinstance(self.penalty, MostEdges | HeldOut) else self.penalty / scale
+
     def _alphas(self, most: float, scale: float) -> list[float]:
         """The path, from nothing on to the penalty that is asked for, or to the end."""
-        asked = {"penalty": (self.penalty or 0) / scale, "share": (self.share or 0) * most}
-        given = [value for name, value in asked.items() if getattr(self, name) is not None]
-        if any(not 0 < value < float("inf") for value in given):
-            raise SettingsError(f"expected a positive penalty; got penalty={self.penalty}, share={self.share}.")
-        path = {most, *(share * most for share in self.shares), *given}
-        return sorted((alpha for alpha in path if alpha >= max(given, default=0.0)), reverse=True)
-
-    def _wanted(self, alphas: list[float], most: float, scale: float, errors: Tensor | None) -> float | None:
-        if self.penalty is not None:
-            return self.penalty / scale
-        if self.share is not None:
-            return self.share * most
-        return None if self.n_edges is not None or errors is None else alphas[one_standard_error(errors)]
+        asked = self._asked(most, scale)
+        path = {most, *(share * most for share in self.shares), *([] if asked is None else [asked])}
+        return sorted((alpha for alpha in path if alpha >= (asked or 0.0)), reverse=True)
 
     def _stability(
         self, observations: Observations, alpha: float, solving: Solving, nodes: Nodes, edges: pd.DataFrame
@@ -269,8 +327,13 @@ class CircuitLasso:
         return pd.Series((seen / self.bootstrap).numpy(), index=edges.index)
 
     def _plain(self) -> dict[str, Any]:
-        names = ("n_edges", "joint", "folds", "bootstrap", "floor", "tolerance")
-        return {"group_lasso": self.groups, **{name: getattr(self, name) for name in names}}
+        chosen_by = self.penalty if isinstance(self.penalty, Share | MostEdges | HeldOut) else "penalty"
+        names = ("joint", "bootstrap", "floor", "tolerance")
+        return {
+            "chosen_by": repr(chosen_by),
+            "group_lasso": self.groups,
+            **{name: getattr(self, name) for name in names},
+        }
 
 
 def _path_row(alpha: float, most: float, scale: float, fits: Sequence[Fitted], n_edges: int) -> dict[str, float]:

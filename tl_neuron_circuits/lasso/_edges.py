@@ -22,7 +22,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from ._observations import Columns, Site
-from ._selection import Fitted
+from ._path import Fitted
 
 _EDGE_COLUMNS = ("source", "target", "weight", "norm", "n_weights")
 _READOUT = "logits"

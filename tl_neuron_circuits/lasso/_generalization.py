@@ -18,26 +18,309 @@ Source: Marks et al. 2025, arXiv 2403.19647 (SHIFT); Yin et al. 2026; Belrose et
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from .. import _html
+from .._auroc import auroc
+from .._errors import NumericalError, SettingsError
 from .._files import versions
 from .._typing import checked
-from ..bases._site import Basis, name_of, sites_of
+from ..bases._runs import Values, capture, fired, logits_of, reads_of, values_at
+from ..bases._site import Basis, Parts, Site, name_of, sites_of
 from ..models._protocol import TransformerLensModel
+from ..propagation._relp import relp
 from ..tasks._tokenized import TokenizedPairs
-from ._ablated import Ablation, pooled_activations, probe_support
-from ._feature_ranking import pooled_features
-from ._inputs import same_start, to_tokens
-from ._judging import Judge, Jury, by_label_node, by_support, contrast_judge, contrasts, drawn
+from ._feature_ranking import PooledFeatures, pooled_features, rank_features
 from ._labeled_texts import LabeledTexts
-from ._probe import Probe, eraser, fit_probe
+from ._observations import same_start, to_tokens
+from ._statistics import Statistics, standardize
+
+# --- A linear probe: logistic regression with a small ridge on standardized activations, solved by Newton's method ---
+#     minimize over w, b:  mean of log(1 + exp(z)) - y z  +  ridge / 2 * ||w||^2,   z = standardized(x) w + b
+#
+# Standardization is of the data it is fitted to and goes into the weights, so that a probe can be applied, and its
+# gradient taken, on activations themselves.
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Probe:
+    """`log_odds(x) = x @ weights + bias` of the label being 1; made by `fit_probe`."""
+
+    weights: Float64[Tensor, " d"]
+    bias: float
+
+    def log_odds(self, x: Float[Tensor, "... d"]) -> Float64[Tensor, "..."]:
+        """Of activations as they are."""
+        return x.double() @ self.weights.to(x.device) + self.bias
+
+    def predictions(self, x: Float[Tensor, "n d"]) -> Tensor:
+        """0 or 1."""
+        return (self.log_odds(x) > 0).long()
+
+    def __repr__(self) -> str:
+        return f"Probe({len(self.weights)} activations)"
+
+
+def fit_probe(x: Float[Tensor, "n d"], y: Tensor, ridge: float = 1e-2, steps: int = 50) -> Probe:
+    """Fit a probe; constant columns get no weight.
+
+    Raises:
+        SettingsError: labels are not zeros and ones, or all the same.
+        NumericalError: an activation is not finite, or the fit did not converge.
+    """
+    y = y.double()
+    if not bool(((y == 0) | (y == 1)).all()) or len(y.unique()) < 2:
+        raise SettingsError("expected labels of both 0 and 1 for a probe, and no others.")
+    statistics = Statistics.of(x)
+    problem = standardize(statistics)
+    keep = (~problem.constant).double() / problem.scale
+    standard = torch.cat([(x.double() - statistics.mean) * keep, torch.ones(len(y), 1).double()], 1)
+    penalty = torch.full((standard.shape[1],), ridge, dtype=torch.float64)
+    penalty[-1] = 1e-9
+    weights = torch.zeros_like(penalty)
+
+    def loss(w: Tensor) -> Tensor:
+        z = standard @ w
+        return (torch.nn.functional.softplus(z) - y * z).mean() + 0.5 * (penalty * w.square()).sum()
+
+    for _ in range(steps):
+        p = torch.sigmoid(standard @ weights)
+        gradient = standard.T @ (p - y) / len(y) + penalty * weights
+        if float(gradient.abs().max()) < 1e-8:
+            break
+        hessian = (standard.T * (p * (1 - p))) @ standard / len(y) + penalty.diag()
+        step = torch.linalg.solve(hessian, gradient)
+        length = 1.0
+        while length > 1e-6 and loss(weights - length * step) > loss(weights) - 1e-4 * length * (gradient @ step):
+            length /= 2
+        weights = weights - length * step
+    else:
+        raise NumericalError("the probe did not converge. Give a larger ridge.")
+    scaled = weights[:-1] * keep
+    return Probe(scaled, float(weights[-1] - scaled @ statistics.mean))
+
+
+def eraser(x: Tensor, attribute: Tensor) -> Callable[[Tensor], Tensor]:
+    """A projection after which no linear probe tells the attribute on `x` better than its intercept: LEACE's, rank one.
+
+    x - d (v . (x - mean)) / (v . d),   d the difference of class means, v = covariance^-1 d
+
+    Raises:
+        SettingsError: the attribute is the same everywhere.
+
+    Source: Belrose et al. 2023, arXiv 2306.03819.
+    """
+    x = x.double()
+    mean = x.mean(0)
+    centered = x - mean
+    covariance = centered.T @ centered / len(x)
+    covariance.diagonal().add_(1e-6 * covariance.diagonal().mean())
+    difference = x[attribute == 1].mean(0) - x[attribute == 0].mean(0)
+    if not bool(torch.isfinite(difference).all()):
+        raise SettingsError("the concept texts all have one value of the attribute: nothing to contrast.")
+    v = torch.linalg.solve(covariance, difference)
+    scale = (v @ difference).clamp(min=torch.finfo(torch.float64).tiny)
+    return lambda values: values.double() - ((values.double() - mean) @ v / scale)[:, None] * difference
+
+
+# --- Activations pooled over positions while features are zero, and the features' support for a probe of them ---
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """Which units of which sites are zero, and where activations are read: their mean from position `skip` on.
+
+    Without `errors` a site's value is what its dictionary makes of it.
+    """
+
+    sites: Sequence[Site]
+    units: Mapping[str, Sequence[int]]
+    hook: str
+    skip: int
+    batch_size: int
+    errors: bool = True
+
+    def of(self, features: pd.DataFrame) -> "Ablation":
+        """The same with these features (columns hook and unit) at zero."""
+        units = {str(hook): rows["unit"].tolist() for hook, rows in features.groupby("hook")}
+        return replace(self, units=units)
+
+    def hooks(self, store: Values) -> list[tuple[str, Any]]:
+        """What a site reads is kept on the way; where it writes, its units are taken out of the value."""
+        ablated = [site for site in self.sites if self.units.get(site.hook) or not self.errors]
+        reads = [name for name in reads_of(ablated) if name not in {site.hook for site in ablated}]
+        return [*(capture(store, name) for name in reads), *(self._take_out(site, store) for site in ablated)]
+
+    def _take_out(self, site: Site, store: Values) -> tuple[str, Any]:
+        units = list(self.units.get(site.hook, ()))
+
+        def without(value: Tensor, hook: Any) -> Tensor:
+            parts = site.take_apart({name: value if name == site.hook else store[name] for name in site.reads})
+            nodes = parts.nodes.clone()
+            nodes[..., units] = 0
+            vectors = {name: v for name, v in parts.vectors.items() if self.errors or name != "error"}
+            return site.put_together(Parts(nodes, vectors), value)
+
+        return site.hook, without
+
+
+def pooled_activations(
+    model: TransformerLensModel, tokens: TokenizedPairs, ablation: Ablation
+) -> Float[Tensor, "text d"]:
+    """Mean over positions at `ablation.hook`, float32 on the CPU."""
+    rows: list[Tensor] = [torch.empty(0)] * len(tokens)
+    for batch in tokens.batches(ablation.batch_size):
+        hooks, mask = ablation.hooks({}), batch.attention_mask
+        value = values_at(model, batch.clean, [ablation.hook], attention_mask=mask, hooks=hooks)[ablation.hook]
+        value = value.flatten(2)
+        for row, mean in zip(batch.index.tolist(), value[:, ablation.skip :].mean(1).float().cpu(), strict=True):
+            rows[row] = mean
+    return torch.stack(rows)
+
+
+def probe_support(
+    model: TransformerLensModel,
+    tokens: TokenizedPairs,
+    ablation: Ablation,
+    probe: Probe,
+    label: Tensor,
+    rules: Sequence[str],
+) -> Float[Tensor, " node"]:
+    """Mean over texts of sum over positions of activation * d(log odds of the text's label) / d activation, by node.
+
+    The gradient is the model's own, or RelP's with `rules`. Nothing is ablated, and errors are kept.
+    """
+    total: Tensor | None = None
+    names = list(dict.fromkeys([*reads_of(ablation.sites), ablation.hook]))
+    for batch in tokens.batches(ablation.batch_size):
+        store: Values = {}
+        hooks = [_leaf(store, name) for name in names]
+        with torch.enable_grad(), relp(model, rules), model.hooks(fwd_hooks=hooks):
+            logits_of(model, batch.clean, batch.attention_mask)
+        values = fired(store, names, model)
+        pooled = values[ablation.hook].flatten(2)[:, ablation.skip :].mean(1)
+        sign = 2.0 * label[batch.index.cpu()].to(pooled) - 1
+        goal = (sign * (pooled @ probe.weights.to(pooled))).sum()
+        hooks = [site.hook for site in ablation.sites]
+        gradients = torch.autograd.grad(goal, [values[hook] for hook in hooks], allow_unused=True)
+        parts = []
+        for site, gradient in zip(ablation.sites, gradients, strict=True):
+            nodes = site.take_apart({name: values[name].detach() for name in site.reads}).nodes[:, ablation.skip :]
+            if gradient is None:  # the probe reads before this site
+                parts.append(nodes.new_zeros(nodes.shape[2]))
+            else:
+                parts.append((nodes * site.node_gradient(gradient)[:, ablation.skip :]).sum((0, 1)))
+        found = torch.cat([part.double().cpu() for part in parts])
+        total = found if total is None else total + found
+    assert total is not None  # there is at least one text
+    return total / len(tokens)
+
+
+def _leaf(store: Values, name: str) -> tuple[str, Any]:
+    """Keep the value in the graph; where parameters are frozen and no graph began, begin one."""
+
+    def keep(value: Tensor, hook: Any) -> Tensor:
+        store[name] = value if value.requires_grad else value.detach().requires_grad_(True)
+        return store[name]
+
+    return name, keep
+
+
+# --- Features ranked by a label node, by support for a probe or by chance, and which of them a judge finds spurious ---
+
+
+Judge = Callable[[pd.DataFrame], Sequence[str]]
+"""From candidates (label, hook, layer, unit, weight, share, contrast) to the labels of those about the attribute."""
+
+
+def contrast_judge(threshold: float = 0.75) -> Judge:
+    """A judge that takes a feature to be about the attribute if it tells it on the concept texts.
+
+    Args:
+        threshold: AUROC of the pooled feature, in either direction.
+
+    Raises:
+        SettingsError: a threshold outside .5 to 1.
+
+    Example:
+        >>> import pandas as pd
+        >>> import tl_neuron_circuits as tnc
+        >>> candidates = pd.DataFrame({"label": ["L0/F1", "L0/F2"], "contrast": [0.1, 0.6]})
+        >>> tnc.lasso.contrast_judge(0.8)(candidates)
+        ['L0/F1']
+    """
+    if not 0.5 <= threshold <= 1:
+        raise SettingsError(f"expected an AUROC between 0.5 and 1; got {threshold}.")
+
+    def judge(candidates: pd.DataFrame) -> Sequence[str]:
+        return candidates.loc[(candidates["contrast"] - 0.5).abs() >= threshold - 0.5, "label"].tolist()
+
+    return judge
+
+
+@dataclass(frozen=True, eq=False)
+class Jury:
+    """The judge, what it is told about every feature, and how many features it is shown."""
+
+    judge: Judge
+    contrast: Mapping[str, float]
+    n_candidates: int
+
+    def verdict(self, features: pd.DataFrame) -> pd.DataFrame:
+        """The first candidates, with columns contrast and chosen."""
+        shown = features.head(self.n_candidates).reset_index(drop=True)
+        shown = shown.assign(contrast=shown["label"].map(self.contrast))
+        return shown.assign(chosen=shown["label"].isin(list(self.judge(shown))))
+
+
+def contrasts(features: PooledFeatures, attribute: Sequence[int]) -> dict[str, float]:
+    """AUROC of every feature for the attribute; .5 where it never differs."""
+    area = auroc(features.values, (torch.tensor(attribute) == 1)[:, None])[0]
+    return dict(zip(features.nodes["label"], area.tolist(), strict=True))
+
+
+def by_label_node(features: PooledFeatures, texts: LabeledTexts, jury: Jury, rounds: int) -> pd.DataFrame:
+    """By |weight| in the label's regression; in further rounds without what was chosen before, until nothing is."""
+    tables: list[pd.DataFrame] = []
+    for _ in range(rounds):
+        taken = [label for table in tables for label in table.loc[table["chosen"], "label"]]
+        ranked = rank_features(features, list(texts.label), n_features=jury.n_candidates, without=taken)
+        tables.append(jury.verdict(ranked.features))
+        if not tables[-1]["chosen"].any():
+            break
+    rows = [table[table["chosen"]] for table in tables[:-1]]
+    return pd.concat([*rows, tables[-1]], ignore_index=True)
+
+
+def by_support(features: PooledFeatures, support: Tensor, jury: Jury) -> pd.DataFrame:
+    """By their support for the probe; those that do not support it are left out."""
+    order = support.argsort(descending=True, stable=True)
+    return jury.verdict(_rows(features, order[support[order] > 0], support))
+
+
+def drawn(features: PooledFeatures, count: int, seed: int, jury: Jury) -> pd.DataFrame:
+    """`count` features that differ between texts, by chance; all of them chosen."""
+    live = (features.values != features.values[:1]).any(0).nonzero().flatten()
+    chosen = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))[:count]]
+    found = _rows(features, chosen, torch.zeros(len(features.nodes)))
+    return found.assign(contrast=found["label"].map(jury.contrast), chosen=True)
+
+
+def _rows(features: PooledFeatures, places: Tensor, weight: Tensor) -> pd.DataFrame:
+    share = (features.values[:, places] != 0).double().mean(0)
+    rows = features.nodes.iloc[places.tolist()].reset_index(drop=True)
+    return rows.assign(weight=weight[places].numpy(), share=share.numpy())
+
+
+# --- The protocol: probe, rankings, ablation, and what generalizes ---
+
 
 RANKINGS = ("lasso", "lasso_rounds", "attribution", "random")
 _ROUNDS = 10

@@ -35,7 +35,7 @@ class LassoCircuit(Circuit):
     that have the edge; nan without them). Weights are in standard deviations of the target; `reach` is the weight times
     the strongest path from the target on to the readout (ours, not the paper's). `nodes` has r2 (mean over its units;
     nan where nothing comes before). Kinds: "embedding", "component" (a head, an MLP), "neuron", "feature", "logit".
-    `path`: one row a penalty: share, n_edges, n_weights, r2, held-out error with its standard error where that chose.
+    `path`: one row per penalty: share, n_edges, n_weights, r2, held-out error with its standard error where that chose.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -59,18 +59,8 @@ class LassoCircuit(Circuit):
     @property
     def unexplained(self) -> float:
         """Share of the readout's variance that its regression leaves; nan without a readout."""
-        goal = self.nodes.loc[self.nodes["kind"] == "logit", "r2"]
-        return float(1 - goal.iloc[0]) if len(goal) else float("nan")
-
-    @property
-    def replacement_score(self) -> float:
-        """nan: a regression has no remainders."""
-        return float("nan")
-
-    @property
-    def completeness_score(self) -> float:
-        """nan: a regression has no remainders."""
-        return float("nan")
+        target = self.nodes.loc[self.nodes["kind"] == "logit", "r2"]
+        return float(1 - target.iloc[0]) if len(target) else float("nan")
 
     def to_circuit(self) -> Circuit:
         """A plain `Circuit`, without the regression's own columns and path."""

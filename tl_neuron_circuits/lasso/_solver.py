@@ -5,12 +5,12 @@
 The paper's scaling; scikit-learn's `alpha` is penalty / (2 n). With G = X'X / n and c = X'y / n this is
 b'Gb / 2 - c'b + alpha ||b||_1 + y'y / 2n, so nothing here grows with n. Each target works on a few columns: those it
 uses and those that violate optimality, added until the duality gap over all columns is below `tolerance` times y'y / n.
-On them: coordinate descent with exact steps between (`_coordinate`). Targets are independent; `allowed` says which
+On them: coordinate descent with exact steps between (`descend`). Targets are independent; `allowed` says which
 columns each may use. The solution of the lasso is unique unless columns are collinear; then the first of them is taken.
 Source: Friedman et al. 2010; Tibshirani et al. 2012 (screening); METHODS 3.3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,156 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import NumericalError, SettingsError
-from ._coordinate import descend
 from ._statistics import Standardized
+
+# --- Coordinate descent for many small lassos at once, with exact steps on the support between sweeps ---
+# A sweep sets each weight to its minimizer with the others fixed. Sweeps alone crawl where sources are highly correlated,
+# as activations are; so after a few of them the equations of the support, G_SS b_S = c_S - alpha sign(b_S), are solved
+# and the weights move towards that solution as far as no sign changes: the objective is quadratic there, so it falls.
+# Source: Friedman et al. 2010 (sweeps); Lee et al. 2006 (steps on the support).
+
+
+_SWEEPS = 2
+_STEPS = 2
+_RIDGE = 1e-10
+
+
+def descend(
+    gram: Float64[Tensor, "target width width"],
+    cross: Float64[Tensor, "target width"],
+    squares: Float64[Tensor, " target"],
+    alpha: float,
+    start: Float64[Tensor, "target width"],
+    tolerance: float,
+    max_rounds: int = 250,
+) -> Float64[Tensor, "target width"]:
+    """Minimize b'Gb / 2 - c'b + alpha ||b||_1 for each target until its duality gap over y'y / 2n is `tolerance`.
+
+    Columns with a zero diagonal keep their start. Stops after `max_rounds` whatever the gap: the caller checks it.
+    """
+    weights = start.clone()
+    todo = torch.arange(len(weights), device=weights.device)
+    here = (gram, cross, squares, weights)
+    for _ in range(max_rounds):
+        b = _sweep(*here[:2], alpha, here[3])
+        for _ in range(_STEPS):
+            b = _on_support(*here[:2], alpha, b)
+        weights[todo] = b
+        open_ = _gap(*here[:3], alpha, b) > tolerance
+        left = int(open_.sum())
+        if left == 0:
+            break
+        if left <= 0.7 * len(b):
+            todo = todo[open_]
+            here = (here[0][open_], here[1][open_], here[2][open_], b[open_])
+        else:
+            here = (*here[:3], b)
+    return weights
+
+
+def _sweep(gram: Tensor, cross: Tensor, alpha: float, weights: Tensor) -> Tensor:
+    weights = weights.clone()
+    gradient = cross - torch.bmm(gram, weights[:, :, None])[:, :, 0]
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    safe = diagonal.clamp(min=1e-300)
+    for _ in range(_SWEEPS):
+        for k in range(weights.shape[1]):
+            old = weights[:, k]
+            pull = gradient[:, k] + diagonal[:, k] * old
+            new = torch.nn.functional.softshrink(pull, alpha) / safe[:, k]
+            change = torch.where(diagonal[:, k] > 0, new - old, 0.0)
+            gradient.addcmul_(gram[:, k], change[:, None], value=-1)
+            weights[:, k] += change
+    return weights
+
+
+def _on_support(gram: Tensor, cross: Tensor, alpha: float, weights: Tensor) -> Tensor:
+    """Step to the solution on the support, or as far towards it as no sign changes.
+
+    The ridge stands for exactly collinear columns: along their null space the step is long and ends where the first of
+    them is zero, which is where the penalty is least.
+    """
+    support = weights != 0
+    both = support[:, :, None] & support[:, None, :]
+    system = torch.where(both, gram, 0.0)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    ridge = _RIDGE * diagonal.amax(1, keepdim=True)
+    diagonal.add_(torch.where(support, ridge, 1.0))
+    gradient = cross - torch.bmm(gram, weights[:, :, None])[:, :, 0]
+    right = torch.where(support, gradient - alpha * weights.sign(), 0.0)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    step = torch.where(support, torch.cholesky_solve(right[:, :, None], factor)[:, :, 0], 0.0)
+    crossing = torch.where(step * weights < 0, -weights / step, torch.inf)
+    length = crossing.amin(1, keepdim=True).clamp(max=1.0)
+    moved = torch.where(crossing <= length, 0.0, weights + length * step)
+    good = (failed == 0) & torch.isfinite(moved).all(1)
+    good &= _objective(gram, cross, alpha, moved) <= _objective(gram, cross, alpha, weights)
+    return torch.where(good[:, None], moved, weights)
+
+
+def _objective(gram: Tensor, cross: Tensor, alpha: float, weights: Tensor) -> Tensor:
+    fitted = torch.bmm(gram, weights[:, :, None])[:, :, 0]
+    return ((0.5 * fitted - cross) * weights).sum(1) + alpha * weights.abs().sum(1)
+
+
+def _gap(gram: Tensor, cross: Tensor, squares: Tensor, alpha: float, weights: Tensor) -> Tensor:
+    gradient = cross - torch.bmm(gram, weights[:, :, None])[:, :, 0]
+    slope = (cross * weights).sum(1)
+    residual = squares - slope - (weights * gradient).sum(1)
+    shrink = (alpha / gradient.abs().amax(1).clamp(min=1e-300)).clamp(max=1.0)
+    gap = 0.5 * residual + alpha * weights.abs().sum(1) - shrink * (squares - slope) + 0.5 * shrink.square() * residual
+    return gap / (0.5 * squares.clamp(min=1e-300))
+
+
+# --- FISTA with restart: the solver of the variants that coordinate descent does not cover (groups, labels) ---
+#     z = b + momentum;   b = shrink(z - step * gradient(z), step)
+#
+# Momentum starts anew where it points uphill, target group by target group. Source: Beck & Teboulle 2009; O'Donoghue &
+# Candes 2015 (restart).
+
+
+_EVERY = 10
+
+
+def fista(
+    start: Float64[Tensor, "source target"],
+    step: float,
+    gradient: Callable[[Tensor], Tensor],
+    shrink: Callable[[Tensor, float], Tensor],
+    gap: Callable[[Tensor], Tensor],
+    target_group: Int[Tensor, " target"],
+    tolerance: float,
+    max_steps: int,
+) -> tuple[Float64[Tensor, "source target"], Float64[Tensor, " group"]]:
+    """Weights and duality gaps once every gap is below `tolerance`, or after `max_steps`: the caller checks the gaps.
+
+    `gradient` is the smooth part's, `shrink(v, step)` the penalty's proximal map, `gap` one number a target group.
+    """
+    weights = lookahead = start
+    pace = start.new_ones(start.shape[1])
+    gaps = gap(start)
+    for k in range(1, max_steps + 1):
+        if float(gaps.max()) <= tolerance:
+            break
+        new = shrink(lookahead - step * gradient(lookahead), step)
+        uphill = ((lookahead - new) * (new - weights)).sum(0)
+        uphill = uphill.new_zeros(len(gaps)).index_add_(0, target_group, uphill)[target_group] > 0
+        faster = torch.where(uphill, 1.0, 0.5 * (1 + (1 + 4 * pace.square()).sqrt()))
+        momentum = torch.where(uphill, 0.0, (pace - 1) / faster)
+        lookahead = new + momentum * (new - weights)
+        weights, pace = new, faster
+        if k % _EVERY == 0 or k == max_steps:
+            gaps = gap(weights)
+    return weights, gaps
+
+
+def largest_eigenvalue(gram: Float64[Tensor, "source source"]) -> float:
+    """The Gram's largest eigenvalue, with a grain of safety: 1 / step."""
+    return max(float(torch.linalg.eigvalsh(gram)[-1]) * (1 + 1e-9), 1e-300)
+
+
+# --- All targets on working sets ---
+
 
 _SPARSER = 8  # a multiplication by single rows costs so many times one of a full product
 _CHUNK = 2**25  # numbers in the gradients of a chunk of targets: 256 MB
@@ -289,3 +437,103 @@ def _gathered(
     found = descend(gram, cross, part.squares[targets], part.alpha, start, tolerance)
     fresh = torch.zeros_like(weights[:, targets]).T.contiguous()
     return fresh.scatter_add_(1, columns, found * inside).T
+
+
+# --- The group lasso on a Gram matrix: whole blocks of weights are in or out together ---
+#     minimize over B:  ||Y - X B||^2 + penalty * sum over blocks of sqrt(size of block) * ||B_block||_F
+#
+# A block is every weight from one group of sources (the components of one site) to one group of targets. With one column
+# a group this is the lasso. The factor makes blocks of different sizes equally likely to be chosen by chance.
+# Source: Yuan & Lin 2006; METHODS 3.3 (edges by block norm).
+
+
+def block_norms(
+    weights: Float64[Tensor, "source target"], groups: Int[Tensor, " source"], target_groups: Int[Tensor, " target"]
+) -> Float64[Tensor, "group target_group"]:
+    """Frobenius norm of every block."""
+    return _block_sums(weights.square(), groups, target_groups).clamp(min=0).sqrt()
+
+
+def solve_group_lasso(
+    problem: Standardized,
+    penalty: float,
+    groups: Int[Tensor, " source"],
+    target_groups: Int[Tensor, " target"] | None = None,
+    *,
+    allowed: Bool[Tensor, "source target"] | None = None,
+    start: Float64[Tensor, "source target"] | None = None,
+    tolerance: float = 1e-8,
+    max_steps: int = 20_000,
+) -> LassoSolution:
+    """Solve the group lasso; `groups[i]` is the group of source i, from 0 without holes.
+
+    Args:
+        problem: from `standardize(statistics)`.
+        penalty: as in the formula above.
+        groups: of the sources.
+        target_groups: of the targets; each on its own unless given.
+        allowed: which sources each target may use; all unless given.
+        start: weights to begin with.
+        tolerance: duality gap of a target group at which to stop, in units of its y'y / 2n.
+        max_steps: of FISTA.
+
+    Raises:
+        SettingsError: the penalty is not positive, or groups have holes.
+        NumericalError: `tolerance` was not reached.
+    """
+    alpha = check_penalty(penalty) / (2 * problem.n)
+    n_targets = len(problem.squares)
+    if target_groups is None:
+        target_groups = torch.arange(n_targets, device=groups.device)
+    mask = torch.ones_like(problem.cross) if allowed is None else allowed.double()
+    sizes = _block_sums(mask, _whole(groups), _whole(target_groups))
+    cost = alpha * sizes.sqrt()
+    squares = problem.squares.new_zeros(sizes.shape[1]).index_add_(0, target_groups, problem.squares)
+
+    def gradient(weights: Tensor) -> Tensor:
+        return (problem.gram @ weights - problem.cross) * mask
+
+    def shrink(weights: Tensor, step: float) -> Tensor:
+        norms = block_norms(weights, groups, target_groups)
+        factor = (1 - step * cost / norms.clamp(min=1e-300)).clamp(min=0)
+        return weights * factor[groups][:, target_groups]
+
+    def gap(weights: Tensor) -> Tensor:
+        slack = -gradient(weights)
+        slope = (problem.cross * weights).sum(0)
+        residual = problem.squares - slope - (weights * slack).sum(0)
+        per_group = [
+            v.new_zeros(len(squares)).index_add_(0, target_groups, v) for v in (residual, problem.squares - slope)
+        ]
+        pull = block_norms(slack, groups, target_groups)
+        shrunk = torch.where(pull > 0, cost / pull, torch.inf).amin(0).clamp(max=1.0)
+        primal = 0.5 * per_group[0] + (cost * block_norms(weights, groups, target_groups)).sum(0)
+        dual = shrunk * per_group[1] - 0.5 * shrunk.square() * per_group[0]
+        return torch.where(squares > 0, (primal - dual) / (0.5 * squares.clamp(min=1e-300)), 0.0)
+
+    weights = torch.zeros_like(problem.cross) if start is None else start * mask
+    step = 1 / largest_eigenvalue(problem.gram)
+    weights, gaps = fista(weights, step, gradient, shrink, gap, target_groups, tolerance, max_steps)
+    if float(gaps.max()) > tolerance:
+        raise NumericalError(
+            f"the group lasso did not converge: relative duality gap {float(gaps.max()):.1e}, expected "
+            f"{tolerance:.1e}. Raise the penalty, max_steps or tolerance."
+        )
+    return LassoSolution(penalty, weights, gaps[target_groups], explained(problem, weights))
+
+
+def _block_sums(values: Tensor, groups: Tensor, target_groups: Tensor) -> Tensor:
+    rows = values.new_zeros(int(groups.max()) + 1, values.shape[1]).index_add_(0, groups, values)
+    return values.new_zeros(len(rows), int(target_groups.max()) + 1).index_add_(1, target_groups, rows)
+
+
+def _whole(groups: Tensor) -> Tensor:
+    """The groups, if they are numbered from 0 without holes.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    found = groups.unique()
+    if not torch.equal(found, torch.arange(len(found), device=found.device)):
+        raise SettingsError(f"expected groups numbered from 0 without holes; got {found[:10].tolist()}.")
+    return groups

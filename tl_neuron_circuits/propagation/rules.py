@@ -307,7 +307,7 @@ def rule_set(rules: str | Sequence[str], stabilizer: float | None = None) -> Rul
         if rules not in RULE_SETS:
             raise SettingsError(
                 f"expected rules to be one of the sets {list(RULE_SETS)} or a tuple out of {list(RULES)}; got "
-                f"{rules!r}." + (f" Did you mean ({rules!r},)?" if rules in RULES else "")
+                f"{rules!r}." + (f" Did you mean ({rules!r},), in text {rules}+?" if rules in RULES else "")
             )
         chosen = RULE_SETS[rules]
     else:

@@ -1,27 +1,28 @@
-"""Features against earlier features, without a prompt: decoder . encoder, directly or through a head.
+"""`connections`: features against earlier features, without a prompt: decoder . encoder, directly or through a head.
 
-    weight(i, f) = W_dec[i] . r(f),     r(f) the encoder of f pulled back to the residual stream (norms' scale one)
+    weight(i, f) = W_dec[i] . r(f),     r(f) the encoder of f pulled back to the residual stream
 
-Times the mean activation of i over data, it is what i contributes to f on average, up to the norms' scales and where
-heads attend. Source: Dunefsky et al. 2024, arXiv 2406.11944; METHODS.md 4.3.
+Without a prompt norms have their scale set to one and there are no patterns. So every number is what the feature would
+read times the scale of the norms and, through a head, divided by the attention: order and sign are right, sizes compare
+for one feature and one route, not between routes. Times the mean activation of i over data, it is what i contributes to
+f on average, up to these factors. Source: Dunefsky, Chlenski and Nanda 2024, arXiv 2406.11944; METHODS.md 4.3.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import SettingsError
 from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..models._protocol import TransformerLensModel
-from ._feature_means import feature_means
-from ._pulled_back import Head, PulledBack, by_layer, decoders, probed, pulled_back, reading_at, written_by
-from ._residual_run import ResidualRun
+from ._contributions import feature_of
+from ._residual_run import Reading, ResidualRun, residual_run
 
-_CHUNK = 2**26
+Head = tuple[int, int]
 
 
 @checked
@@ -43,9 +44,9 @@ def connections(
         dictionaries: transcoders; the source's may be an SAE on the MLP's output.
         source: the layer of the features that write.
         target: the layer of the features that read.
-        head: (layer, head) between them, which carries from where it attends; None is the same position.
-        sources: only these features; all of them for None.
-        targets: only these features; all of them for None.
+        head: (layer, head) between them, which reads at other positions; None is the same position.
+        sources: only these features; None for all of them.
+        targets: only these features; None for all of them.
         max_bytes: refuse larger matrices.
 
     Returns:
@@ -61,106 +62,116 @@ def connections(
         >>> tnc.transcoders.connections(model, transcoders, 0, 2, head=(1, 3)).shape
         torch.Size([768, 768])
     """
-    run = probed(model, dictionaries)
+    run = probe_run(model, dictionaries)
     columns = _units(targets, reading_at(run, target).dictionary.d_dict)
-    rows = _units(sources, written_by(run, source).d_dict)
-    reads = pulled_back(run, target, columns, head)
-    _require_before(source, reads, head)
+    rows = _units(sources, dictionary_at(run, source).d_dict)
+    reads = read_vectors(run, target, columns, head)
+    if not 0 <= source < reads.mlps:
+        reader = "the target" if head is None else f"head {head}"
+        raise SettingsError(
+            f"expected a source layer below {reads.mlps}, whose MLP writes before {reader} reads; got {source}."
+        )
     size = len(rows) * len(columns) * reads.vectors.element_size()
     if size > max_bytes:
         raise SettingsError(
             f"expected a matrix of at most {max_bytes:,} bytes; {len(rows):,} x {len(columns):,} features take "
             f"{size:,}. Restrict sources= or targets=, raise max_bytes=, or ask for the strongest: pull_back(...)."
         )
-    written = decoders(run, source, rows)
-    return written.to(reads.vectors) @ reads.vectors.mT
+    return write_vectors(run, source, rows).to(reads.vectors) @ reads.vectors.mT
 
 
-@checked
-def pull_back(
-    model: TransformerLensModel,
-    dictionaries: Sequence[Dictionary],
-    features: str | Sequence[str],
-    *,
-    head: Head | None = None,
-    tokens: Int[Tensor, "prompt pos"] | None = None,
-    k: int = 10,
-    ignore_tokens: tuple[int, ...] = (),
-    batch_size: int = 32,
-) -> pd.DataFrame:
-    """The earlier features that excite and inhibit a feature most, by weights alone or times their mean activation.
-
-    Args:
-        model: a HookedTransformer or TransformerBridge.
-        dictionaries: transcoders, at most one a layer.
-        features: one label or several, such as "L3/F17".
-        head: (layer, head) to read through; None is the same position.
-        tokens: prompts over which activations are averaged; None ranks by weights alone.
-        k: features each way, over all earlier layers.
-        ignore_tokens: positions with these tokens (padding, BOS) do not count for the mean.
-        batch_size: prompts in one pass.
-
-    Returns:
-        Columns label, direction ("top" or "bottom"), rank (from 0), source, layer, unit, weight, mean_activation (nan
-        without tokens), value (weight, or weight times mean activation).
-
-    Raises:
-        SettingsError: a feature or head that is not there, or has no dictionary before it; k below 1.
-        DictionaryError: a dictionary that does not fit; see `contributions`.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model, transcoders = tnc.load_demo_model(), tnc.load_demo_dictionaries("transcoder")
-        >>> len(tnc.transcoders.pull_back(model, transcoders, "L3/F7", k=5))
-        10
-    """
-    run = probed(model, dictionaries)
-    means = None if tokens is None else feature_means(model, run, tokens, ignore_tokens, batch_size)
-    tables = []
-    for layer, units in by_layer(run, features).items():
-        tables.append(pulled_table(run, pulled_back(run, layer, units, head), means, k))
-    return pd.concat(tables, ignore_index=True)
-
-
-def pulled_table(run: ResidualRun, reads: PulledBack, means: dict[int, Tensor] | None, k: int) -> pd.DataFrame:
-    """The strongest earlier features of every read vector, in chunks of vectors.
-
-    Raises:
-        SettingsError: no dictionary writes before; k below 1.
-    """
-    layers = [layer for layer in range(reads.mlps) if run.mlps[layer].dictionary is not None]
-    if not layers or k < 1:
-        raise SettingsError(f"expected k of at least 1 and a dictionary before {reads.labels[0]}; got {k}, {layers}.")
-    written = [decoders(run, layer).to(reads.vectors) for layer in layers]
-    place = [(layer, unit) for layer, part in zip(layers, written, strict=True) for unit in range(len(part))]
-    step, rows = max(1, _CHUNK // len(place)), []
-    for start in range(0, len(reads.vectors), step):
-        weights = torch.cat([reads.vectors[start : start + step] @ part.mT for part in written], dim=1)
-        average = None if means is None else torch.cat([means[layer] for layer in layers]).to(weights)
-        values = weights if average is None else weights * average
-        for number, label in enumerate(reads.labels[start : start + step]):
-            for direction, largest in (("top", True), ("bottom", False)):
-                best = values[number].topk(min(k, values.shape[1]), largest=largest).indices.tolist()
-                for rank, index in enumerate(best):
-                    layer, unit = place[index]
-                    mean = float("nan") if average is None else float(average[index])
-                    numbers = (float(weights[number, index]), mean, float(values[number, index]))
-                    rows.append((label, direction, rank, f"L{layer}/F{unit}", layer, unit, *numbers))
-    columns = ["label", "direction", "rank", "source", "layer", "unit", "weight", "mean_activation", "value"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _units(given: Sequence[int] | None, width: int) -> Int[Tensor, " unit"]:
+def _units(given: Sequence[int] | None, width: int) -> Sequence[int]:
     if given is None:
-        return torch.arange(width)
+        return range(width)
     if not len(given) or not all(0 <= unit < width for unit in given):
         raise SettingsError(f"expected features from 0 to {width - 1}; got {list(given)[:8]}.")
-    return torch.tensor(list(given))
+    return given
 
 
-def _require_before(source: int, reads: PulledBack, head: Head | None) -> None:
-    if not 0 <= source < reads.mlps:
-        reader = "the target" if head is None else f"head {head}"
-        raise SettingsError(
-            f"expected a source layer below {reads.mlps}, whose MLP writes before {reader} reads; got {source}."
-        )
+def probe_run(model: TransformerLensModel, dictionaries: Sequence[Dictionary]) -> ResidualRun:
+    """A run on a few tokens, which shows where the dictionaries read."""
+    spread = torch.linspace(0, int(model.cfg.d_vocab) - 1, 10).long()[1:9]
+    tokens = spread[None, : max(1, min(8, int(model.cfg.n_ctx)))].to(model.cfg.device or "cpu")
+    return residual_run(model, dictionaries, tokens)
+
+
+def reading_at(run: ResidualRun, layer: int) -> Reading:
+    """The transcoder of a layer.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if layer not in run.readings:
+        known = ", ".join(map(str, sorted(run.readings))) or "none"
+        raise SettingsError(f"expected a layer with a transcoder ({known}); got layer {layer}.")
+    return run.readings[layer]
+
+
+def dictionary_at(run: ResidualRun, layer: int) -> Dictionary:
+    """The transcoder or SAE of a layer.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    dictionary = run.mlps[layer].dictionary if 0 <= layer < run.n_layers else None
+    if dictionary is None:
+        known = [layer for layer, writes in enumerate(run.mlps) if writes.dictionary is not None]
+        raise SettingsError(f"expected a layer with a dictionary ({known}); got layer {layer}.")
+    return dictionary
+
+
+def units_by_layer(run: ResidualRun, features: str | Sequence[str]) -> dict[int, list[int]]:
+    """Features given by labels.
+
+    Raises:
+        SettingsError: a label is not a feature's, or the feature does not exist.
+    """
+    units: dict[int, list[int]] = {}
+    for name in [features] if isinstance(features, str) else features:
+        layer, unit = feature_of(name)
+        width = dictionary_at(run, layer).d_dict
+        if not unit < width:
+            raise SettingsError(f"expected a feature below {width} in layer {layer}; got {unit}.")
+        units.setdefault(layer, []).append(unit)
+    if not units:
+        raise SettingsError('expected at least one feature, such as "L3/F17"; got none.')
+    return units
+
+
+@dataclass(frozen=True, eq=False)
+class ReadVectors:
+    """Vectors that read the residual stream where `mlps` MLPs and `attentions` attention layers have written."""
+
+    labels: tuple[str, ...]
+    vectors: Float[Tensor, "feature d_model"]
+    attentions: int
+    mlps: int
+
+
+def read_vectors(run: ResidualRun, layer: int, units: Sequence[int], head: Head | None = None) -> ReadVectors:
+    """The encoders of a layer's features as they read the residual stream, directly or through a head.
+
+    Raises:
+        SettingsError: the layer has no transcoder, or the head does not exist or is not before it.
+    """
+    reading = reading_at(run, layer)
+    vectors = reading.norm.back(reading.rescaled(reading.vectors(units)[0], None))
+    attentions = reading.layer if reading.stream.endswith("hook_resid_pre") else reading.layer + 1
+    labels = tuple(f"L{layer}/F{unit}" for unit in units)
+    if head is None:
+        return ReadVectors(labels, vectors, attentions, reading.layer)
+    head_layer, index = head
+    if not 0 <= head_layer < attentions:
+        raise SettingsError(f"expected a head of layers 0 to {attentions - 1}, before layer {layer}'s MLP; got {head}.")
+    weights = run.attentions[head_layer]
+    if not 0 <= index < weights.n_heads:
+        raise SettingsError(f"expected a head below {weights.n_heads} in layer {head_layer}; got {head}.")
+    through = weights.norm.back(weights.back_through(index, weights.post.back(vectors)))
+    return ReadVectors(labels, through, head_layer, head_layer)
+
+
+def write_vectors(run: ResidualRun, layer: int, units: Sequence[int] | None = None) -> Float[Tensor, "feature d_model"]:
+    """What a layer's features write to the residual stream, through a norm after the MLP with its scale set to one."""
+    dictionary = dictionary_at(run, layer)
+    rows = dictionary.W_dec if units is None else dictionary.W_dec[torch.as_tensor(units, device=dictionary.device)]
+    return run.mlps[layer].post.along(rows.to(torch.promote_types(rows.dtype, torch.float32)))

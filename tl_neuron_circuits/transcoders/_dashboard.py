@@ -22,15 +22,15 @@ from ..bases._dictionary import Dictionary
 from ..explain._max_activating_examples import Example
 from ..interventions._steering_prompts import text_pieces
 from ..models._protocol import TransformerLensModel
-from ._connections import pulled_table
-from ._explained import feature_of
-from ._feature_means import feature_activations, feature_means
-from ._feature_tokens import embeddings_of, head_norms, logit_weights, token_table
-from ._pulled_back import Head, probed, pulled_back, reading_at
-from ._residual_run import ResidualRun
+from ._connections import Head, probe_run, read_vectors, reading_at
+from ._contributions import feature_of
+from ._deembed import head_norms, logit_weights, strongest_tokens, token_embeddings
+from ._pull_back import encode_in_chunks, feature_means, strongest_sources, values_by_batch
+from ._residual_run import Reading, ResidualRun
 
-BANDS = 5
-WINDOW = 16
+_BANDS = 5
+_WINDOW = 16
+"""Tokens of an example before the feature's position; half as many follow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +45,13 @@ class Band:
 
 @dataclass(frozen=True, eq=False)
 class Firing:
-    """How a feature fires on data: the share of positions, how many were read, the largest activation, examples."""
+    """How a feature fires on data: the share of positions, how many counted, the largest activation, examples."""
 
     frequency: float
     positions: int
     largest: float
     bands: tuple[Band, ...]
-    """From strong to weak."""
+    """Strongest first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Route:
     tokens: pd.DataFrame
     """As `deembed` gives them."""
     features: pd.DataFrame | None
-    """As `pull_back` gives them, and in `reads` three tokens that excite each; None where nothing writes before."""
+    """As `pull_back` gives them, with three tokens that excite each in `reads`; None where nothing writes before."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,7 +85,7 @@ class FeatureDashboard:
     logits: pd.DataFrame
     """As `logit_weights` gives them."""
     heads: pd.DataFrame
-    """Columns layer, head, norm: how long the feature's read vector is after each head's W_V W_O, longest first."""
+    """Columns layer, head, norm: the norm of the feature's read vector after each head's W_V W_O, largest first."""
     routes: tuple[Route, ...]
     """Directly, then through the strongest heads."""
 
@@ -127,23 +127,23 @@ def feature_dashboard(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        dictionaries: transcoders, at most one a layer.
+        dictionaries: transcoders, at most one per layer.
         feature: its label, such as "L3/F17".
-        tokens: prompts on which it fires, or over which earlier features are averaged.
-        path: of the HTML file to write; None writes none.
+        tokens: prompts to look for examples in, and to average earlier features over.
+        path: the HTML file to write; None for none.
         restricted: leave out everything that comes from the feature's own activations.
         k: tokens and features each way.
         heads: how many of the strongest heads are shown.
-        examples: shown a band; the strongest of the uppermost, a random choice of the others.
+        examples: how many per band of activations; the strongest of the top band, a random choice of the others.
         ignore_tokens: positions with these tokens (padding, BOS) do not count.
-        batch_size: prompts in one pass.
-        seed: of that choice.
+        batch_size: prompts per forward pass.
+        seed: for that choice.
 
     Returns:
         Everything as tables, with `.to_html(path)`.
 
     Raises:
-        SettingsError: the feature is not there, no position counts, or a number below 1.
+        SettingsError: the feature does not exist, no position counts, or a number is below 1.
         DictionaryError: a dictionary that does not fit; see `contributions`.
         NumericalError: an activation is not finite.
 
@@ -161,13 +161,13 @@ def feature_dashboard(
             f"expected k and examples of at least 1, heads of at least 0; got {k}, {examples}, {heads}."
         )
     layer, unit = feature_of(feature)
-    run = probed(model, dictionaries)
+    run = probe_run(model, dictionaries)
     reading = reading_at(run, layer)
     if not unit < reading.dictionary.d_dict:
         raise SettingsError(f"expected a feature below {reading.dictionary.d_dict} in layer {layer}; got {unit}.")
     firing = None
     if not restricted:
-        values = feature_activations(model, reading.dictionary, reading.hook_in, unit, tokens, batch_size)
+        values = _activations(model, reading, unit, tokens, batch_size)
         counts = ~torch.isin(tokens.cpu(), torch.tensor(ignore_tokens, dtype=tokens.dtype))
         firing = _firing(model, tokens.cpu(), values, counts, examples, seed)
     norms = head_norms(run, layer, unit)
@@ -176,26 +176,39 @@ def feature_dashboard(
     routes = tuple(_route(run, layer, unit, head, means, k) for head in (None, *strongest))
     logits = logit_weights(model, dictionaries, feature, k=k)
     name = str(getattr(model.cfg, "model_name", "unknown"))
-    made = FeatureDashboard(f"L{layer}/F{unit}", name, firing, logits, norms, routes)
+    dashboard = FeatureDashboard(f"L{layer}/F{unit}", name, firing, logits, norms, routes)
     if path is not None:
-        made.to_html(path)
-    return made
+        dashboard.to_html(path)
+    return dashboard
+
+
+def _activations(
+    model: TransformerLensModel, reading: Reading, unit: int, tokens: Int[Tensor, "prompt pos"], batch_size: int
+) -> Float[Tensor, "prompt pos"]:
+    """One feature's activation at every position, on the CPU."""
+    parts = []
+    for values, counts in values_by_batch(model, tokens, [reading.site.hook_in], (), batch_size):
+        x = values[reading.site.hook_in].reshape(counts.numel(), -1)
+        activations = torch.cat([features[:, unit] for features in encode_in_chunks(reading.dictionary, x)])
+        parts.append(activations.float().cpu().reshape(counts.shape))
+    return torch.cat(parts)
 
 
 def _route(run: ResidualRun, layer: int, unit: int, head: Head | None, means: dict[int, Tensor], k: int) -> Route:
-    reads = pulled_back(run, layer, [unit], head)
-    before = any(run.mlps[earlier].dictionary is not None for earlier in range(reads.mlps))
-    tokens = token_table(run.model, list(reads.labels), embeddings_of(run.model), reads.vectors, k)
-    return Route(head, tokens, _with_tokens(run, pulled_table(run, reads, means, k)) if before else None)
+    reads = read_vectors(run, layer, [unit], head)
+    tokens = strongest_tokens(run.model, reads.labels, token_embeddings(run.model), reads.vectors, k)
+    if all(run.mlps[earlier].dictionary is None for earlier in range(reads.mlps)):
+        return Route(head, tokens, None)
+    return Route(head, tokens, _with_tokens(run, strongest_sources(run, reads, means, k)))
 
 
 def _with_tokens(run: ResidualRun, features: pd.DataFrame) -> pd.DataFrame:
     """The same with what each feature reads by embedding; empty for an SAE's."""
-    embedding, reads = embeddings_of(run.model), {}
+    embedding, reads = token_embeddings(run.model), {}
     for layer, rows in features.groupby("layer", sort=False):
         if layer in run.readings:
-            found = pulled_back(run, int(layer), sorted(set(rows["unit"])))  # pyright: ignore[reportArgumentType]
-            table = token_table(run.model, list(found.labels), embedding, found.vectors, 3)
+            sources = read_vectors(run, int(layer), sorted(set(rows["unit"])))  # pyright: ignore[reportArgumentType]
+            table = strongest_tokens(run.model, sources.labels, embedding, sources.vectors, 3)
             top = table[table["direction"] == "top"].groupby("label")["token"]
             reads |= top.agg(lambda tokens: " ".join(token.strip() for token in tokens)).to_dict()
     return features.assign(reads=features["source"].map(reads).fillna(""))
@@ -216,35 +229,28 @@ def _firing(
     values = torch.where(counts, values, 0.0)
     largest, generator = float(values.max()), torch.Generator().manual_seed(seed)
     bands = []
-    for number in reversed(range(BANDS)) if largest > 0 else ():
-        low, high = largest * number / BANDS, largest * (number + 1) / BANDS
-        top = number == BANDS - 1
+    for number in reversed(range(_BANDS)) if largest > 0 else ():
+        low, high = largest * number / _BANDS, largest * (number + 1) / _BANDS
+        top = number == _BANDS - 1
         places = ((values > low) & ((values <= high) | top)).nonzero()
         order = values[places[:, 0], places[:, 1]].argsort(descending=True, stable=True)
         order = order if top else order[torch.randperm(len(order), generator=generator)]
-        chosen = _of_different_prompts(places[order].tolist(), examples)
-        bands.append(
-            Band(low, high, len(places), tuple(_example(model, tokens, values, counts, *place) for place in chosen))
-        )
+        first: dict[int, int] = {}  # one example per prompt
+        for prompt, position in places[order].tolist():
+            if len(first) < examples:
+                first.setdefault(prompt, position)
+        chosen = tuple(_example(model, tokens, values, counts, *place) for place in first.items())
+        bands.append(Band(low, high, len(places), chosen))
     frequency = float((values[counts] > 0).double().mean())
     return Firing(frequency, int(counts.sum()), largest, tuple(bands))
-
-
-def _of_different_prompts(places: Sequence[Sequence[int]], count: int) -> list[tuple[int, int]]:
-    first: dict[int, int] = {}
-    for prompt, position in places:
-        first.setdefault(prompt, position)
-        if len(first) == count:
-            break
-    return list(first.items())
 
 
 def _example(
     model: TransformerLensModel, tokens: Tensor, values: Tensor, counts: Tensor, prompt: int, position: int
 ) -> Example:
-    """The text around a position, without what does not count."""
+    """The text around a position, without the positions that do not count."""
     pieces = text_pieces(model, tokens[prompt])
-    around = range(max(0, position - WINDOW), min(position + WINDOW // 2, len(pieces)))
+    around = range(max(0, position - _WINDOW), min(position + _WINDOW // 2, len(pieces)))
     shown = [place for place in around if counts[prompt, place]]
     texts, numbers = tuple(pieces[place] for place in shown), values[prompt, shown].tolist()
     return Example(prompt, texts, tuple(numbers), shown.index(position))

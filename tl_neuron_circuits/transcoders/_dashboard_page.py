@@ -1,7 +1,7 @@
 """The page of a feature: one HTML file without scripts, network or fonts of its own, in light and dark.
 
-Texts of the model are escaped wherever they appear, and a content security policy forbids everything but the page's
-own style.
+The model's texts are escaped wherever they appear, and a content security policy forbids everything but the page's own
+style.
 """
 
 from collections.abc import Iterable

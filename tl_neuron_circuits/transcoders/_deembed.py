@@ -1,4 +1,4 @@
-"""Features against the vocabulary, without a prompt: what tokens they read, and what tokens they write.
+"""Features against the vocabulary, without a prompt: which tokens they read, and which tokens they write.
 
     deembed          value(token) = W_E[token] . r(f),            r the encoder pulled back to the residual stream
     through a head   value(token) = W_E[token] . W_V W_O r(f)     (what the head would carry over from that token)
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,11 +19,10 @@ from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..interventions._steering_prompts import token_names
 from ..models._protocol import TransformerLensModel, submodule
-from ._norm_maps import norm_map
-from ._pulled_back import Head, by_layer, decoders, probed, pulled_back
-from ._residual_run import ResidualRun
+from ._connections import Head, probe_run, read_vectors, units_by_layer, write_vectors
+from ._residual_run import ResidualRun, norm_map
 
-_CHUNK = 2**26
+_PRODUCTS_AT_ONCE = 2**26
 
 
 @checked
@@ -43,7 +41,7 @@ def deembed(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        dictionaries: transcoders, the features' among them.
+        dictionaries: transcoders, those of the features among them.
         features: one label or several, such as "L3/F17".
         head: (layer, head) to read through, at or before the feature's layer.
         k: tokens each way.
@@ -52,7 +50,7 @@ def deembed(
         Columns label, direction ("top" or "bottom"), rank (from 0), token, token_id, value.
 
     Raises:
-        SettingsError: a feature or head that is not there; k below 1.
+        SettingsError: a feature or head that does not exist; k below 1.
         DictionaryError: a dictionary that does not fit; see `contributions`.
         UnsupportedModelError: the model normalizes its embeddings (BLOOM), or has no W_E.
 
@@ -64,12 +62,12 @@ def deembed(
         >>> len(tnc.transcoders.deembed(model, transcoders, "L1/F7", head=(0, 1), k=3))
         6
     """
-    run = probed(model, dictionaries)
-    embedding = embeddings_of(model)
+    run = probe_run(model, dictionaries)
+    embedding = token_embeddings(model)
     tables = []
-    for layer, units in by_layer(run, features).items():
-        reads = pulled_back(run, layer, units, head)
-        tables.append(token_table(model, list(reads.labels), embedding, reads.vectors, k))
+    for layer, units in units_by_layer(run, features).items():
+        reads = read_vectors(run, layer, units, head)
+        tables.append(strongest_tokens(model, reads.labels, embedding, reads.vectors, k))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -89,7 +87,7 @@ def logit_weights(
         Columns label, direction ("top" or "bottom"), rank (from 0), token, token_id, value.
 
     Raises:
-        SettingsError: a feature that is not there; k below 1.
+        SettingsError: a feature that does not exist; k below 1.
         DictionaryError: a dictionary that does not fit; see `contributions`.
 
     Example:
@@ -98,33 +96,33 @@ def logit_weights(
         >>> len(tnc.transcoders.logit_weights(model, transcoders, ["L3/F7", "L3/F8"], k=5))
         20
     """
-    run = probed(model, dictionaries)
+    run = probe_run(model, dictionaries)
     unembedding: Any = getattr(submodule(model, "unembed"), "W_U", None)
     if not isinstance(unembedding, Tensor):
         raise UnsupportedModelError(
             f"expected unembed.W_U on this {type(model).__name__}; it has none. Use contributions to features instead."
         )
     tables = []
-    for layer, units in by_layer(run, features).items():
-        written = norm_map(model, "ln_final").along(decoders(run, layer, torch.tensor(units)))
+    for layer, units in units_by_layer(run, features).items():
+        written = norm_map(model, "ln_final").along(write_vectors(run, layer, units))
         labels = [f"L{layer}/F{unit}" for unit in units]
-        tables.append(token_table(model, labels, unembedding.detach().mT, written, k, centered=True))
+        tables.append(strongest_tokens(model, labels, unembedding.detach().mT, written, k, centered=True))
     return pd.concat(tables, ignore_index=True)
 
 
 def head_norms(run: ResidualRun, layer: int, unit: int) -> pd.DataFrame:
-    """How long a feature's read vector is after each head's W_V W_O: columns layer, head, norm, longest first."""
-    direct = pulled_back(run, layer, [unit])
+    """The norm of a feature's read vector after each head's W_V W_O: columns layer, head, norm, largest first."""
+    direct = read_vectors(run, layer, [unit])
     rows = []
     for head_layer in range(direct.attentions):
         weights = run.attentions[head_layer]
-        reads = weights.norm.back(weights.read_of(weights.post.back(direct.vectors[0]))[0])
+        reads = weights.norm.back(weights.back(weights.post.back(direct.vectors[0]))[0])
         rows += [(head_layer, head, norm) for head, norm in enumerate(reads.norm(dim=-1).tolist())]
     frame = pd.DataFrame(rows, columns=["layer", "head", "norm"])
     return frame.sort_values("norm", ascending=False, kind="stable", ignore_index=True)
 
 
-def embeddings_of(model: TransformerLensModel) -> Float[Tensor, "d_vocab d_model"]:
+def token_embeddings(model: TransformerLensModel) -> Float[Tensor, "d_vocab d_model"]:
     """W_E.
 
     Raises:
@@ -142,7 +140,7 @@ def embeddings_of(model: TransformerLensModel) -> Float[Tensor, "d_vocab d_model
     return embedding.detach()
 
 
-def token_table(
+def strongest_tokens(
     model: TransformerLensModel,
     labels: Sequence[str],
     tokens: Float[Tensor, "d_vocab d_model"],
@@ -158,15 +156,15 @@ def token_table(
     """
     if k < 1:
         raise SettingsError(f"expected k of at least 1; got {k}.")
-    rows, step = [], max(1, _CHUNK // len(tokens))
+    rows, step = [], max(1, _PRODUCTS_AT_ONCE // len(tokens))
     for start in range(0, len(vectors), step):
         part = vectors[start : start + step].to(tokens.device)
         values = part @ tokens.to(part).mT
         values = values - values.mean(1, keepdim=True) if centered else values
         for label, row in zip(labels[start : start + step], values, strict=True):
             for direction, largest in (("top", True), ("bottom", False)):
-                found = row.topk(min(k, len(row)), largest=largest)
-                ids = found.indices.tolist()
-                entries = zip(token_names(model, ids), ids, found.values.tolist(), strict=True)
+                best = row.topk(min(k, len(row)), largest=largest)
+                ids = best.indices.tolist()
+                entries = zip(token_names(model, ids), ids, best.values.tolist(), strict=True)
                 rows += [(label, direction, rank, *entry) for rank, entry in enumerate(entries)]
     return pd.DataFrame(rows, columns=["label", "direction", "rank", "token", "token_id", "value"])

@@ -14,9 +14,8 @@ from jaxtyping import Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._groups import solve_group_lasso
 from ._observations import Observations, Regression, Site
-from ._solver import LassoSolution, solve_lasso
+from ._solver import LassoSolution, solve_group_lasso, solve_lasso
 from ._statistics import Standardized, Statistics, standardize
 
 Joint = Literal["joint", "pairs", "adjacent"]
