@@ -70,9 +70,7 @@ def steer(
         Path | None, typer.Option(help="Steer the neurons of a circuit saved by trace or lasso.")
     ] = None,
     group: Annotated[list[str] | None, typer.Option(help="Only those of this group of the circuit.")] = None,
-    scale: Annotated[
-        float | None, typer.Option(help="Multiply by it: 0 ablates, 2 doubles, -1 flips signs.")
-    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Multiply by it: 0 ablates, 2 doubles, -1 flips signs.")] = None,
     value: Annotated[float | None, typer.Option(help="Set to it.")] = None,
     add: Annotated[float | None, typer.Option(help="Add it.")] = None,
     positions: Annotated[
@@ -174,14 +172,15 @@ def lasso(
 
     Give --pairs or --prompts. An edge says what predicts what; it is not a causal effect.
     """
-    from ..lasso._circuit_lasso import CircuitLasso
+    from .._errors import SettingsError
+    from ..lasso._circuit_lasso import CircuitLasso, Components, MostEdges, Share
 
     inputs = read_inputs(pairs, prompts)
+    if n_edges is not None and share is not None:
+        raise SettingsError("expected at most one of --n-edges and --share; got both.")
     method = CircuitLasso(
-        n_edges=n_edges or (None if share else 40),
-        share=share,
-        attention=attention,  # pyright: ignore[reportArgumentType]
-        mlp=mlp,  # pyright: ignore[reportArgumentType]
+        penalty=MostEdges(n_edges or 40) if share is None else Share(share),
+        nodes=Components(attention, mlp),  # pyright: ignore[reportArgumentType]
         regressors=regressors,  # pyright: ignore[reportArgumentType]
         bootstrap=bootstrap,
         seed=seed,
