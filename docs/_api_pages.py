@@ -20,14 +20,16 @@ ENTRY = """    options:
 
 
 def re_exports(room: str) -> list[str]:
-    """Names in `from ._x import y as y` statements of an `__init__.py`, in their order.
+    """Names in `from ._x import y as y` statements of an `__init__.py` or its stub, in their order.
 
     In a room these are all public names; in the package itself those that belong to no room.
     """
     file = ROOT.joinpath(*room.split("."), "__init__.pyi")  # the package's; rooms have none
     source = (file if file.exists() else file.with_suffix(".py")).read_text(encoding="utf-8")
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
-    own = [node for node in imports if (node.module or "").startswith("_")]
+    own = [node for node in imports if node.level == 1 and node.module]
+    if file.exists():
+        own = [node for node in own if (node.module or "").startswith("_")]
     return [alias.name for node in own for alias in node.names if alias.name == alias.asname]
 
 

@@ -22,12 +22,16 @@ class UnsupportedModelError(NeuronCircuitsError):
     """The model lacks what a rule or a basis needs; `check_model(model)` lists what and why.
 
     Example:
+        >>> import torch
         >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits import models
         >>> model = tnc.load_demo_model()
-        >>> models.hook_point(model, "blocks.0.no_such_hook")
-        Traceback (most recent call last):
-        tl_neuron_circuits._errors.UnsupportedModelError: expected the hook point 'blocks.0.no_such_hook'; ...
+        >>> sae = tnc.load_demo_dictionaries("sae")[0]
+        >>> elsewhere = tnc.as_dictionary(sae, hook_in="no.such.hook", hook_out="no.such.hook")
+        >>> try:
+        ...     tnc.attribute(model, tnc.tasks.ioi(2), basis=tnc.bases.Dictionaries([elsewhere]))
+        ... except tnc.UnsupportedModelError:
+        ...     print("not on this model")
+        not on this model
     """
 
 
@@ -61,11 +65,11 @@ class NumericalError(NeuronCircuitsError):
     """A number that should be finite, or non-zero, is not.
 
     Example:
-        >>> import torch
         >>> import tl_neuron_circuits as tnc
-        >>> tnc.lasso.Statistics.of(torch.tensor([[float("nan")]]))
+        >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=2)
+        >>> tnc.attribute(model, pairs, metric=lambda logits, batch: logits[:, -1, 0] / 0)
         Traceback (most recent call last):
-        tl_neuron_circuits._errors.NumericalError: expected finite sources; found NaN or infinite values in ...
+        tl_neuron_circuits._errors.NumericalError: metric ...
     """
 
 
@@ -106,7 +110,7 @@ class SettingsError(NeuronCircuitsError):
 class ProcessesError(NeuronCircuitsError):
     """Another of the processes that share the work raised, died, hangs, or made another call.
 
-    `told`: the other processes know already, or cannot be reached.
+    `told`: whether the other processes already know, or cannot be reached.
 
     Example:
         >>> import tl_neuron_circuits as tnc

@@ -1,4 +1,4 @@
-"""How results are kept: a directory with one `*.safetensors` and one `*.json`, written at once or not at all."""
+"""How results are saved: a directory with one `*.safetensors` and one `*.json`, written completely or not at all."""
 
 import glob
 import hashlib
@@ -23,7 +23,7 @@ _GENERATOR = "tl_neuron_circuits"
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Twelve hexadecimal digits that tell weights apart: a hash of up to 1024 spaced numbers of each tensor."""
+    """Twelve hexadecimal digits that identify weights: a hash of up to 1024 evenly spaced numbers of each tensor."""
     digest = hashlib.sha256()
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
@@ -70,7 +70,7 @@ def _swap_in(staging: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Put back what `write_directory` had moved aside when it was killed between its two renames; sweep its remains."""
+    """Put back what `write_directory` moved aside if it was killed between its two renames; delete its leftovers."""
     ours = re.compile(rf"\.{re.escape(path.name)}-(old-)?[a-z0-9_]{{8}}")  # as tempfile.mkdtemp ends its names
     for left in sorted(path.parent.glob(f".{glob.escape(path.name)}-*")):
         if ours.fullmatch(left.name):
@@ -94,7 +94,7 @@ def read_directory(
     for file in (note_file, tensor_file):
         if not file.is_file():
             raise FileFormatError(
-                f"expected saved {kind} at {path}; {file.name} is not there. Give the directory that save() wrote."
+                f"expected saved {kind} at {path}, but {file.name} is missing. Give the directory that save() wrote."
             )
     try:
         notes = json.loads(note_file.read_text(encoding="utf-8"))

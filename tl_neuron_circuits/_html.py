@@ -1,7 +1,9 @@
 """How results look in a notebook: one line of text, then tables with bars, on light and dark backgrounds.
 
-Every text is escaped. Colors of text and background are the notebook's own; bars are the two colors of the figures,
+Every text is escaped. Colors of text and background are the notebook's own; bars have the two colors of the figures,
 which stand out on both. Without styles (GitHub strips them) a plain table remains.
+Tables are not made by pandas' Styler: `escape="html"` leaves texts inside lists, and the names of columns and index, as
+they are (pandas 3.1), and would let a token of a prompt become markup.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,14 +33,14 @@ _STYLE = """
 """.strip()
 
 _NEURON_PAGES = {"gpt2": ("gpt2-small", 12, 3072), "gpt2-small": ("gpt2-small", 12, 3072)}
-"""Models whose neurons have pages on Neuronpedia: its name, layers, neurons a layer."""
+"""Models whose neurons have pages on Neuronpedia: its name there, layers, neurons per layer."""
 
 
 def neuron_page(model: str, layer: int, unit: int) -> str | None:
-    """Neuronpedia's page of a neuron, None where none is known."""
+    """Neuronpedia's page for a neuron, None where none is known."""
     name, layers, units = _NEURON_PAGES.get(model, ("", 0, 0))
-    there = 0 <= layer < layers and 0 <= unit < units
-    return f"https://www.neuronpedia.org/{name}/{layer}/{unit}" if there else None
+    exists = 0 <= layer < layers and 0 <= unit < units
+    return f"https://www.neuronpedia.org/{name}/{layer}/{unit}" if exists else None
 
 
 def neuron_pages(model: str, frame: pd.DataFrame) -> list[str | None]:
@@ -72,8 +74,8 @@ def table(
     Args:
         frame: what to show; its index is left out.
         bars: columns of numbers that get a bar beside them, to a common scale within the column.
-        rows: more are only counted.
-        links: by column, an address a row of `frame`.
+        rows: how many to show; the rest are only counted.
+        links: by column, one address per row of `frame`.
     """
     shown = frame.head(rows)
     scales = {column: _scale(shown[column]) for column in bars}
@@ -117,7 +119,7 @@ def _cell(value: Any, address: str | None) -> str:
 
 
 def _text(value: Any) -> str:
-    """Numbers to three digits, lists with spaces between, nothing where there is nothing."""
+    """Numbers to three digits, lists with spaces in between, nothing for a missing value."""
     if isinstance(value, bool | np.bool_ | Integral):
         return str(value)
     if isinstance(value, Real):

@@ -1,6 +1,6 @@
-"""Memory that is free, batches that fit into it, and batches that are halved where they did not.
+"""How much memory is free, which batches fit into it, and halving the batches that did not fit.
 
-Nothing here knows what the work is: `attribute` and `evaluate` bring it, and how much a few prompts of it take.
+Nothing here knows what the work is: `attribute` and `evaluate` pass it in, with what a few prompts of it take.
 """
 
 import logging
@@ -36,13 +36,13 @@ B = TypeVar("B", bound=_Rows)
 
 @dataclass
 class Halving:
-    """The size of batches, which falls where memory does not hold them, if it may; else the error is raised."""
+    """The batch size, halved when memory runs out if that is allowed; otherwise the error is raised."""
 
     size: int
     allowed: bool
 
     def over(self, batch: B, work: Callable[[B], T]) -> Iterator[T]:
-        """What `work` gives for the pieces of the batch, in order; a piece that memory did not hold is done in two."""
+        """Yield the results of `work` for pieces of the batch, in order; a piece that did not fit is split in two."""
         if not self.allowed:
             yield work(batch)
             return
@@ -57,7 +57,7 @@ class Halving:
                 pieces.appendleft(piece)
 
     def whole(self, work: Callable[[int], T]) -> T:
-        """What `work` gives at this batch size, begun again at smaller ones until memory holds it."""
+        """The result of `work` at this batch size, restarted with smaller ones until it fits."""
         results: list[T] = []
         while not self._fits(lambda: results.append(work(self.size)), self.size):
             pass
@@ -68,12 +68,12 @@ class Halving:
         if shortage is None:
             return True
         self.size = max(1, rows // 2)
-        logger.warning("no memory for %d prompts (%s); going on with %d", rows, shortage, self.size)
+        logger.warning("not enough memory for %d prompts (%s); continuing with %d", rows, shortage, self.size)
         return False
 
 
 def out_of_memory(work: Callable[[], None], *, last: bool) -> str | None:
-    """Do the work; None when done, else how memory ran out. When that was the `last` chance, it is raised."""
+    """Do the work. None if that went well, else how memory ran out; on the `last` chance the error is raised."""
     try:
         work()
     except (RuntimeError, MemoryError) as error:  # torch.cuda.OutOfMemoryError is a RuntimeError
@@ -89,11 +89,11 @@ def out_of_memory(work: Callable[[], None], *, last: bool) -> str | None:
 
 
 def growth(peak: Callable[[int], int], available: int | None, wanted: int) -> tuple[int, int]:
-    """Bytes that any batch needs, and bytes more for each prompt, from the peaks of one and of two.
+    """Bytes that any batch needs, and bytes more per prompt, from the peaks of one and of two prompts.
 
-    Another moment may be the peak of larger batches, and grow faster: where there is room, four and eight tell.
+    Larger batches may peak at another moment, which grows faster: where there is room, four and eight are measured too.
     """
-    peak(1)  # what is made on first use is not the batch's
+    peak(1)  # what is allocated once, on first use, does not count
     one, two = peak(1), peak(2)
     each = max(two - one, 1)
     fixed, many = max(one - each, 0), min(8, wanted)
@@ -106,13 +106,13 @@ def growth(peak: Callable[[int], int], available: int | None, wanted: int) -> tu
 
 
 def first_batch(fixed: int, each: int, available: int | None, n: int) -> int:
-    """The size that "auto" begins with, of n prompts: as many as fit into `FILL` of the memory, at least one."""
+    """The batch size that "auto" starts with for n prompts: as many as fit into `FILL` of the memory, at least one."""
     most = min(_LARGEST, n)
     return most if available is None else max(1, min(most, (int(FILL * available) - fixed) // each))
 
 
 def available_memory(model: _Weights) -> int | None:
-    """Bytes free on the devices that hold the model's parameters; None where a device does not tell."""
+    """Bytes free on the devices that hold the model's parameters; None where a device does not report it."""
     free = [_free(device) for device in {parameter.device for parameter in model.parameters()}]
     known = [one for one in free if one is not None]
     return sum(known) if len(known) == len(free) else None
@@ -130,7 +130,7 @@ def _free(device: torch.device) -> int | None:
 
 
 def _meminfo() -> int | None:
-    """Linux: what can be had without swapping."""
+    """Linux: what can be allocated without swapping."""
     file = Path("/proc/meminfo")
     if not file.is_file():
         return _pages()

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 
 class Meter(TorchDispatchMode):
-    """Counts inside a `with` block; `peak` is the most bytes that were alive at once of what was made there."""
+    """Counts inside a `with` block; `peak` is the largest number of bytes, allocated there, that were alive at once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Many processes, one result: work is dealt out, sums are added up, and an error anywhere is an error everywhere.
+"""Many processes, one result: work is shared out, sums are reduced, and an error anywhere is an error everywhere.
 
 Started by `accelerate launch`, `torchrun` or anything that sets RANK and WORLD_SIZE, every process runs the same script
 and makes the same calls. A call of ours then goes
 
     processes = here()
-    with processes.together("attribute", settings):     # same call everywhere? and: errors reach every process
+    with processes.together("attribute", settings):     # checks that all make the same call; errors reach all
         for batch in processes.share(batches):          # its own part of the work
             sums += ...
         sums = processes.total(sums)                    # the sums of all, the same on every process
@@ -12,7 +12,7 @@ and makes the same calls. A call of ours then goes
 Control messages go through a gloo group of its own, so a process that was killed closes its connection and the others
 raise at once; one that hangs is waited for `TL_NEURON_CIRCUITS_TIMEOUT` seconds (1800 unless set). Tensors are reduced
 where the default group can: NCCL on the GPU of the process, gloo on the CPU.
-With one process all of this does nothing.
+With a single process none of this does anything.
 """
 
 import functools
@@ -51,16 +51,16 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
-        """This process' part of the items: every `count`-th one."""
+        """This process' share of the items: every `count`-th one."""
         return itertools.islice(items, self.rank, None, self.count)
 
     def fair(self, batch_size: int, n: int) -> int:
-        """A batch size at which every process gets a batch of n prompts, and no more than `batch_size`."""
+        """The largest batch size up to `batch_size` at which every process gets some of n prompts."""
         return max(1, min(batch_size, -(-n // self.count)))
 
     @contextmanager
     def together(self, what: str, settings: Any = None) -> Iterator[None]:
-        """A stretch that all processes go through: an error in one of them raises in all, at their next meeting.
+        """A section that all processes go through: an error in one of them raises in all, at their next exchange.
 
         Raises:
             ProcessesError: another process raised, died, hangs, or made another call or one with other settings.
@@ -83,7 +83,7 @@ class Processes:
             self.gather("done")
         except Exception as error:  # an interrupt ends the process, which the others notice
             told = isinstance(error, ProcessesError) and error.told
-            if not told and outer.old_value is not True:  # one message: the outermost stretch sends it
+            if not told and outer.old_value is not True:  # one message: the outermost section sends it
                 self._tell(error)
             raise
         finally:
@@ -152,7 +152,7 @@ class Processes:
         return [value for value, _ in received]
 
     def _tell(self, error: BaseException) -> None:
-        """Let the others know at their next meeting; when they cannot be reached, the error itself is enough."""
+        """Let the others know at their next exchange; if they cannot be reached, the error itself is enough."""
         try:
             self._exchange(None, f"{type(error).__name__}: {error}")
         except ProcessesError:
@@ -178,10 +178,10 @@ def here() -> Processes:
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Let this process work alone inside the context, whatever launched it: for what only one of them does.
+    """Let this process work alone inside the context, for what only one process should do.
 
     Yields:
-        Nothing; calls inside neither share their work nor wait for the other processes.
+        Nothing; calls inside neither share work with other processes nor wait for them.
 
     Example:
         >>> import tl_neuron_circuits as tnc

@@ -11,7 +11,7 @@ RENAMED: dict[str, str] = {
     "strongest_examples": "tnc.max_activating_examples",
     "transplant": "tnc.interchange",
     # The old name meant attn.hook_z, which is not what "attention output" means in TransformerLens.
-    "bases.AttentionOutputs": "tnc.bases.HeadOutputs (attn.hook_z), not tnc.bases.AttentionBlockOutputs (hook_attn_out)",
+    "bases.AttentionOutputs": "tnc.bases.HeadOutputs (attn.hook_z), not AttentionBlockOutputs (hook_attn_out)",
     "bases.AttentionWrites": "tnc.bases.AttentionBlockOutputs (hook_attn_out)",
     "bases.load_demo_dictionaries": "tnc.load_demo_dictionaries",
     "evaluation.Agreement": "tnc.evaluation.PatchingAgreement",

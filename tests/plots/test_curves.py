@@ -86,7 +86,7 @@ def test_what_is_not_there_is_refused(made: Comparison) -> None:
         with pytest.raises(SettingsError, match=r"one of the tasks \['one', 'two'\]; got 'three'"):
             plot("three")
     controls = comparison({key: value for key, value in made.curves.items() if key.method == "random"})
-    with pytest.raises(SettingsError, match="controls alone"):
+    with pytest.raises(SettingsError, match="only controls were compared"):
         controls.plot_trust()
 
 

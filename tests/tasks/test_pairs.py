@@ -114,7 +114,7 @@ def test_split_refuses_what_it_cannot_divide() -> None:
     for fraction in (0.0, 1.0, -1.0, 1.5):
         with pytest.raises(PairsError, match="strictly between 0 and 1"):
             pairs.split(fraction)
-    with pytest.raises(PairsError, match="all 8 pairs hang together by shared labels"):
+    with pytest.raises(PairsError, match="all 8 pairs are linked by shared labels"):
         pairs.split(0.5, by="label")
     with pytest.raises(PairsError, match="needs labels"):
         PromptPairs(clean=["a", "b"], answer=[" x", " y"]).split(0.5, by="label")

@@ -34,7 +34,7 @@ class GroundTruth:
         SettingsError: a true edge is not possible, or there is no possible one.
 
     Example:
-        >>> from tl_neuron_circuits.evaluation import GroundTruth
+        >>> from tl_neuron_circuits.components import GroundTruth
         >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
         >>> truth, truth.empty_shd
         (GroundTruth(two: 1 of 2 possible edges), 1)
@@ -81,7 +81,7 @@ def edge_auroc(truth: GroundTruth, scores: Scores) -> float:
         SettingsError: a score for an edge that is not possible, or one that is not a number.
 
     Example:
-        >>> from tl_neuron_circuits.evaluation import GroundTruth, edge_auroc
+        >>> from tl_neuron_circuits.components import GroundTruth, edge_auroc
         >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
         >>> edge_auroc(truth, {("a", "b"): 2.0, ("a", "c"): -1.0})
         1.0
@@ -97,7 +97,7 @@ def edge_precision_recall(truth: GroundTruth, scores: Scores) -> pd.DataFrame:
         SettingsError: as of `edge_auroc`.
 
     Example:
-        >>> from tl_neuron_circuits.evaluation import GroundTruth, edge_precision_recall
+        >>> from tl_neuron_circuits.components import GroundTruth, edge_precision_recall
         >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
         >>> edge_precision_recall(truth, {("a", "b"): 2.0, ("a", "c"): -1.0})
            threshold  n_edges  precision  recall  shd
@@ -128,7 +128,7 @@ def edge_average_precision(truth: GroundTruth, scores: Scores) -> float:
         SettingsError: as of `edge_auroc`.
 
     Example:
-        >>> from tl_neuron_circuits.evaluation import GroundTruth, edge_average_precision
+        >>> from tl_neuron_circuits.components import GroundTruth, edge_average_precision
         >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
         >>> edge_average_precision(truth, {("a", "b"): 1.0, ("a", "c"): -2.0})
         0.5
@@ -144,7 +144,7 @@ def structural_hamming_distance(truth: GroundTruth, edges: Sequence[Edge] | froz
         SettingsError: an edge that is not possible.
 
     Example:
-        >>> from tl_neuron_circuits.evaluation import GroundTruth, structural_hamming_distance
+        >>> from tl_neuron_circuits.components import GroundTruth, structural_hamming_distance
         >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
         >>> structural_hamming_distance(truth, [("a", "c")])
         2
@@ -165,7 +165,7 @@ def judge_edges(cases: Sequence[tuple[GroundTruth, Scores]]) -> pd.DataFrame:
         SettingsError: fewer than two cases, or as of `edge_auroc`.
 
     Example:
-        >>> from tl_neuron_circuits.evaluation import GroundTruth, judge_edges
+        >>> from tl_neuron_circuits.components import GroundTruth, judge_edges
         >>> truth = GroundTruth("one", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
         >>> judge_edges([(truth, {("a", "b"): 1.0})] * 2)["shd"].tolist()
         [0, 0]

@@ -41,7 +41,7 @@ def tracr_ground_truth(
         >>> import json
         >>> from pathlib import Path
         >>> from safetensors.torch import save_file
-        >>> from tl_neuron_circuits.evaluation import tracr_ground_truth
+        >>> from tl_neuron_circuits.components import tracr_ground_truth
         >>> folder = Path("compiled")  # without layers: the logits read what the embedding writes
         >>> folder.mkdir()
         >>> config = {"d_model": 2, "n_heads": 1, "d_mlp": 1}
@@ -148,7 +148,7 @@ def interpbench_ground_truth(name: str, edges: Iterable[Sequence[Any]], n_layers
     Source: Gupta et al. 2024, arXiv 2407.14494; its model card on granularity.
 
     Example:
-        >>> from tl_neuron_circuits.evaluation import interpbench_ground_truth
+        >>> from tl_neuron_circuits.components import interpbench_ground_truth
         >>> head = "blocks.0.attn.hook_result[1]"
         >>> edges = [("hook_embed", head), (head, "blocks.0.hook_resid_post")]
         >>> sorted(interpbench_ground_truth("case", edges, n_layers=1, n_heads=2).edges)

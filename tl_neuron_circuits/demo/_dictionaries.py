@@ -19,7 +19,7 @@ _FOLDER = Path(__file__).parent / "dictionaries"
 
 
 def demo_dictionaries_path(kind: str = "transcoder") -> Path:
-    """The directory with a SAELens folder a layer, `layer-00` and so on.
+    """The directory with one SAELens folder per layer, `layer-00` and so on.
 
     Raises:
         SettingsError: there are no demo dictionaries of that kind.

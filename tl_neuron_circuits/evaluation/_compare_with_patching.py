@@ -19,7 +19,7 @@ class PatchingAgreement:
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=8)
         >>> scores = tnc.attribute(model, pairs)
-        >>> exact = tnc.attribute(model, pairs, method="patching", nodes=scores.top(10))
+        >>> exact = tnc.attribute(model, pairs, method=tnc.Patching(nodes=scores.top(10)))
         >>> agreement = tnc.compare_with_patching(scores, exact, top_k=5)
         >>> agreement.n_nodes, agreement.pearson > 0.5
         (10, True)
@@ -56,7 +56,7 @@ def compare_with_patching(scores: NodeScores, exact: NodeScores, *, top_k: int =
         >>> import tl_neuron_circuits as tnc
         >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
         >>> scores = tnc.attribute(model, pairs)
-        >>> exact = tnc.attribute(model, pairs, method="patching", nodes=scores.top(20))
+        >>> exact = tnc.attribute(model, pairs, method=tnc.Patching(nodes=scores.top(20)))
         >>> tnc.compare_with_patching(scores, exact).n_nodes
         20
     """

@@ -40,7 +40,8 @@ class LassoCircuit(Circuit):
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
-        >>> method = tnc.lasso.CircuitLasso(share=0.9, attention="layers", regressors="same")
+        >>> penalty, nodes = tnc.lasso.Share(0.9), tnc.lasso.Components(attention="layers")
+        >>> method = tnc.lasso.CircuitLasso(penalty=penalty, nodes=nodes, regressors="same")
         >>> found = method.fit(model, tnc.tasks.subject_verb_agreement("simple", n=16))
         >>> isinstance(found, tnc.Circuit), "stability" in found.edges
         (True, True)

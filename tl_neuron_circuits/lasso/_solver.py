@@ -182,9 +182,10 @@ class LassoSolution:
     Example:
         >>> import torch
         >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.lasso._statistics import Statistics, standardize
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
+        >>> problem = standardize(Statistics.of(x, y))
         >>> found = tnc.lasso.solve_lasso(problem, 0.1 * tnc.lasso.largest_penalty(problem))
         >>> found.n_edges, tuple(found.weights.shape)
         (2, (3, 1))
@@ -213,9 +214,10 @@ def largest_penalty(problem: Standardized, allowed: Bool[Tensor, "source target"
     Example:
         >>> import torch
         >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.lasso._statistics import Statistics, standardize
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
+        >>> problem = standardize(Statistics.of(x, y))
         >>> tnc.lasso.solve_lasso(problem, 1.01 * tnc.lasso.largest_penalty(problem)).n_edges
         0
     """
@@ -251,9 +253,10 @@ def solve_lasso(
     Example:
         >>> import torch
         >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.lasso._statistics import Statistics, standardize
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
+        >>> problem = standardize(Statistics.of(x, y))
         >>> solution = tnc.lasso.solve_lasso(problem, 0.1 * tnc.lasso.largest_penalty(problem))
         >>> (solution.weights != 0).flatten().tolist(), bool(solution.r2 > 0.95)
         ([True, True, False], True)
@@ -294,9 +297,10 @@ def lasso_path(
     Example:
         >>> import torch
         >>> import tl_neuron_circuits as tnc
+        >>> from tl_neuron_circuits.lasso._statistics import Statistics, standardize
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = tnc.lasso.standardize(tnc.lasso.Statistics.of(x, y))
+        >>> problem = standardize(Statistics.of(x, y))
         >>> largest = tnc.lasso.largest_penalty(problem)
         >>> [solution.n_edges for solution in tnc.lasso.lasso_path(problem, [0.9 * largest, 0.1 * largest])]
         [1, 2]

@@ -1,4 +1,4 @@
-"""The sites of a model: hook points by their role, from one code path for both TransformerLens model classes.
+"""The sites of a model: hook points by their role, found the same way in both TransformerLens model classes.
 
 Roles are found by position in `model.hook_dict`, never by the class of a module: several adapters mount RMSNorm on
 queries and keys, and only norms on the residual stream or on MLP activations are ours. The two model classes differ
@@ -81,7 +81,7 @@ class ModelSites:
 def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None) -> ModelSites:
     """Find the sites of `model`; what is missing or unsupported is listed in `problems`, each with its remedy.
 
-    `points` saves looking up the hook points again, which takes the Bridge a while.
+    Pass `points` to save looking up the hook points again, which takes the Bridge a while.
     """
     points = hook_points(model) if points is None else points
     n_layers = int(model.cfg.n_layers)

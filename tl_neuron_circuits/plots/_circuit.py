@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _ENDS = ("bias", "unselected", "linearization_error", "error")
 _SYMBOLS = {"logit": "square", "embedding": "square", "group": "hexagon", "head": "diamond"}
 _WIDTHS = (0.5, 1.0, 2.0, 3.5)
-"""Plotly has one width a line, so edges are drawn in as many strengths."""
+"""A Plotly trace has one line width, so edges are drawn in as many traces."""
 
 
 def plot_circuit(circuit: "Circuit", *, max_edges: int = 200, height: int = 640) -> go.Figure:
@@ -56,7 +56,7 @@ def plot_circuit(circuit: "Circuit", *, max_edges: int = 200, height: int = 640)
 
 
 def _places(circuit: "Circuit") -> tuple[dict[str, tuple[float, float]], dict[int, float]]:
-    """Each node's x and y, and each position's x: a cell a layer and position, in it lines, the largest node first."""
+    """Each node's x and y, and each position's x: one cell per layer and position, filled row by row by size."""
     nodes = circuit.nodes.assign(
         row=[_row(*pair) for pair in zip(circuit.nodes["kind"], circuit.nodes["layer"], strict=True)],
         size=_sizes(circuit),

@@ -1,7 +1,7 @@
 """Sparsity curves: faithfulness and completeness against the number of nodes, and what scores promised beside it.
 
-One color a basis, one dash a method, and a legend of each rather than one entry a curve. The first method is drawn
-thickest, controls thinnest.
+One color per basis, one dash per method, and a legend for each rather than one entry per curve. The first method is
+drawn thickest, controls thinnest.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ def plot_curves(curves: Sequence["Curve"]) -> go.Figure:
 
 
 def plot_comparison(comparison: "Comparison", task: str | None = None) -> go.Figure:
-    """One color a basis, one dash a method; one task with bands, or several averaged over a grid of sizes.
+    """One color per basis, one dash per method; one task with bands, or several averaged over a grid of sizes.
 
     Raises:
         SettingsError: there is no such task.
@@ -76,13 +76,13 @@ def plot_trust(comparison: "Comparison", task: str | None = None) -> go.Figure:
     half of the way where pairs come in both directions), and it is the straightness of a curve that tells.
 
     Raises:
-        SettingsError: there is no such task, or it has controls alone.
+        SettingsError: there is no such task, or only controls were compared.
     """
     task = comparison.tasks[0] if task is None else _known(comparison, task)
     keys = [key for key in comparison.curves if key.task == task and key.method not in CONTROLS]
     if not keys:
         raise SettingsError(
-            "expected a method whose scores say how far the metric drops; there are controls alone. "
+            "expected a method whose scores say how far the metric drops; only controls were compared. "
             "Compare with method 'relp' or 'gradient' too."
         )
     palette = colors(key.basis for key in keys)

@@ -1,4 +1,4 @@
-"""Sparsity against fidelity of dictionaries, a panel a layer and one of all layers; what linear maps reach as lines."""
+"""Sparsity against fidelity of dictionaries, one panel per layer and one for all; linear maps as lines."""
 
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ def plot_pareto(table: "pd.DataFrame", measure: str = "recovered_zero", model: s
         figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(title=MEASURES[measure], col=1)
     width = table["d_dict"].dropna().unique()
-    features = f"{int(width[0]):,} features a dictionary" if len(width) == 1 else ""
+    features = f"{int(width[0]):,} features per dictionary" if len(width) == 1 else ""
     note = say([model, features, "hollow: off the front", "lines: linear maps on the MLP's input"])
     return finish(figure, "Sparsity against fidelity", note)
 

@@ -17,7 +17,7 @@ DASHES = {
     "random": "2px,5px",
 }
 CONTROLS = ("activation_difference", "random")
-"""Methods that are there to be beaten."""
+"""Methods that others should beat."""
 
 NAMES = {
     "relp": "RelP",

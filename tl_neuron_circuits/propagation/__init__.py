@@ -3,7 +3,6 @@
 from ._activations import Activation as Activation
 from ._check_model import ModelReport as ModelReport
 from ._check_model import check_model as check_model
-from ._norms import Norm as Norm
 from ._relp import relp as relp
 from .rules import RULE_SETS as RULE_SETS
 from .rules import AttentionRule as AttentionRule
@@ -11,5 +10,4 @@ from .rules import HalfRule as HalfRule
 from .rules import IdentityRule as IdentityRule
 from .rules import LnRule as LnRule
 from .rules import RuleSet as RuleSet
-from .rules import SoftmaxRule as SoftmaxRule
 from .rules import SplitAttentionRule as SplitAttentionRule

@@ -105,8 +105,8 @@ class HalfRule:
     Example:
         >>> import torch
         >>> from tl_neuron_circuits.propagation import HalfRule
-        >>> HalfRule().gradients(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(6.0))
-        (tensor(3.), tensor(1.))
+        >>> HalfRule().gradients(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([6.0]))
+        (tensor([3.]), tensor([1.]))
     """
 
     def gradients(

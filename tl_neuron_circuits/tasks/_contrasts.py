@@ -1,7 +1,7 @@
 """What the tasks share: choosing words, coupling them, and drawing distinct contrasts.
 
-A task describes its contrasts as a product of choices; `draw` picks distinct ones, and every contrast gives two pairs,
-one in each direction, next to each other. The first n pairs of a longer draw with the same seed are the draw of n.
+A task describes its contrasts as a product of choices; `draw` picks distinct ones, and every contrast gives two
+adjacent pairs, one in each direction. The first n pairs of a longer draw with the same seed are the draw of n.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Metrics: from logits to one number a prompt, higher is better.
+"""Metrics: from logits to one number per prompt, higher is better.
 
 A metric is any callable `metric(logits, batch)` from `Float[Tensor, "batch pos d_vocab"]` and a `Batch` to
 `Float[Tensor, "batch"]`. Ours read the logits at `batch.position`, so padding does not touch them, and compute in
@@ -153,16 +153,16 @@ def _pick(values: Float[Tensor, "batch d_vocab"], tokens: Int[Tensor, " batch"])
 
 @checked
 def measure(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
-    """`metric(logits, batch)`, checked: one finite, floating number a row, differentiable if the logits are.
+    """`metric(logits, batch)`, checked: one finite floating-point number per row, differentiable if the logits are.
 
     Raises:
-        SettingsError: the metric returned something else than a floating tensor of shape [batch], or cut the graph.
+        SettingsError: the metric returned something other than a floating-point tensor [batch], or cut the graph.
         NumericalError: the logits or the metric's values are not finite.
     """
     name, values = metric_name(metric), metric(logits, batch)
-    expected = f"metric {name} must return a floating tensor of shape [{len(batch)}], one number a prompt"
+    expected = f"metric {name} must return a floating-point tensor of shape [{len(batch)}], one number per prompt"
     if not isinstance(values, Tensor):
-        raise SettingsError(f"{expected}, got {type(values).__name__}. Return a tensor and do not call .item().")
+        raise SettingsError(f"{expected}, got {type(values).__name__}. Return a tensor: do not call .item().")
     if tuple(values.shape) != (len(batch),) or not values.is_floating_point():
         raise SettingsError(
             f"{expected}, got {values.dtype} of shape {list(values.shape)}. Read the logits at batch.position, and do "
@@ -175,11 +175,14 @@ def measure(metric: Metric, logits: Float[Tensor, "batch pos d_vocab"], batch: B
         )
     if not values.isfinite().all():
         rows = batch.index[(~values.isfinite()).to(batch.index.device)].tolist()
-        place = (
-            "the logits themselves are" if not read(logits, batch).isfinite().all() else "the logits are finite; it is"
-        )
+        if read(logits, batch).isfinite().all():
+            raise NumericalError(
+                f"metric {name} returned NaN or inf for pairs {rows[:10]} although the logits are finite. "
+                "Check the metric."
+            )
         raise NumericalError(
-            f"metric {name} is not finite for pairs {rows[:10]}: {place} at fault. Check the model or it."
+            f"metric {name} returned NaN or inf for pairs {rows[:10]} because the model's logits are not finite. "
+            "Check the model, or load it with dtype=torch.float32."
         )
     return values
 

@@ -48,13 +48,13 @@ class PromptPair(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PromptPairs:
-    """Prompts with answers, and optionally corrupt prompts, wrong answers and labels, one entry a pair.
+    """Prompts with answers, and optionally corrupt prompts, wrong answers and labels, one entry per pair.
 
     Answers are the text that continues the prompt, as it stands: `" are"` after `"The keys"`.
     Without `corrupt` the pairs serve unpaired methods only; without `wrong_answer`, metrics of one answer only.
 
     Raises:
-        PairsError: lengths differ, an entry is empty or no string, or an answer equals its wrong answer.
+        PairsError: lengths differ, an entry is empty or not a string, or an answer equals its wrong answer.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -92,7 +92,7 @@ class PromptPairs:
             short = min(lengths.values())
             prompt = repr(self.clean[short]) if short < len(self.clean) else "no clean prompt"
             raise PairsError(
-                f"every column needs one entry a pair, got lengths {lengths}: pair {short} ({prompt}) is the first "
+                f"every column needs one entry per pair, got lengths {lengths}: pair {short} ({prompt}) is the first "
                 "incomplete one. Complete it, or leave an optional column out (None)."
             )
 
@@ -113,7 +113,7 @@ class PromptPairs:
             if index is not None:
                 raise PairsError(
                     f"pair {index} ({rows[index].clean!r}) has {name}={column[index]!r} but pair 0 has "
-                    f"{name}={column[0]!r}: all pairs have {name}, or none."
+                    f"{name}={column[0]!r}: give {name} for all pairs or for none."
                 )
         optional = {name: None if column[0] is None else column for name, column in columns.items()}
         return cls(
@@ -145,7 +145,7 @@ class PromptPairs:
             raise PairsError(f"cannot read pairs from {path}: {error}. Give a UTF-8 file of JSON lines.") from error
         rows = [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         if not rows:
-            raise PairsError(f"{path} has no pairs: expected one JSON object a line with {', '.join(_JSON_FIELDS)}.")
+            raise PairsError(f"{path} has no pairs: expected one JSON object per line with {', '.join(_JSON_FIELDS)}.")
         try:
             return cls.from_pairs(rows)
         except PairsError as error:
@@ -189,7 +189,7 @@ class PromptPairs:
         first, second = split_groups(keys, fraction, seed)
         if not second:
             raise PairsError(
-                f"split(by={by!r}): all {len(self)} pairs hang together by shared {by}s: nothing to divide. "
+                f"split(by={by!r}): all {len(self)} pairs are linked by shared {by}s, so they cannot be divided. "
                 "Make two sets of pairs from different words instead."
             )
         return self[first], self[second]
@@ -217,7 +217,7 @@ class PromptPairs:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a pair, one column for each of clean, answer, corrupt, wrong_answer, label that is there."""
+        """One row per pair, with those of the columns clean, answer, corrupt, wrong_answer, label that are given."""
         frame = pd.DataFrame(list(self), columns=list(PromptPair._fields))
         return frame.dropna(axis="columns", how="all")
 
@@ -270,12 +270,12 @@ class PromptPairs:
 def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise PairsError(
-            f"{name} must be a list of strings, one a pair, got {values!r}. Put a single prompt in a list."
+            f"{name} must be a list of strings, one per pair, got {values!r}. Put a single prompt in a list."
         )
     column = tuple(values)
     for index, text in enumerate(column):
         if not isinstance(text, str) or not text:
-            raise PairsError(f"{name} of pair {index} must be a string that is not empty, got {text!r}.")
+            raise PairsError(f"{name} of pair {index} must be a non-empty string, got {text!r}.")
     return column
 
 
@@ -283,7 +283,7 @@ def _read_line(path: Path, number: int, line: str) -> PromptPair:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise PairsError(f"{path}, line {number} is not JSON ({error}): expected one object a line.") from error
+        raise PairsError(f"{path}, line {number} is not JSON ({error}): expected one object per line.") from error
     if not isinstance(row, dict):
         raise PairsError(f"{path}, line {number}: expected an object with {', '.join(_JSON_FIELDS)}, got {line!r}.")
     missing = [key for key in ("clean_prefix", "clean_answer") if key not in row]

@@ -9,7 +9,7 @@ def split_groups(keys: Sequence[Sequence[Hashable]], fraction: float, seed: int)
     """Indices of two parts; items that share a key, directly or through others, go to the same part.
 
     Groups are shuffled by a generator of their own, then the cut is put where the first part's share is nearest to
-    `fraction`, with at least one group on each side. The second part is empty only if there is but one group.
+    `fraction`, with at least one group on each side. The second part is empty only if there is a single group.
     """
     groups = _groups(keys)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
