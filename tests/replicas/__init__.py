@@ -4,8 +4,10 @@ They share no code with the package: weights and architecture are read from the 
 """
 
 from tests.replicas._architecture import ALL_RULES as ALL_RULES
+from tests.replicas._architecture import RULE_SETS as RULE_SETS
 from tests.replicas._architecture import Architecture as Architecture
 from tests.replicas._architecture import Replica as Replica
+from tests.replicas._architecture import switches_of as switches_of
 from tests.replicas._from_hooked import from_hooked_transformer as from_hooked_transformer
 from tests.replicas._from_hugging_face import from_hugging_face as from_hugging_face
 from tests.replicas._gradients import Conservation as Conservation
