@@ -23,8 +23,8 @@ RULE_SETS: dict[str, tuple[str, ...]] = {
 
 
 def switches_of(rules: str | Collection[str]) -> tuple[str, ...]:
-    """Spell out a named set; a collection of names stays as it is."""
-    switches = RULE_SETS[rules] if isinstance(rules, str) else tuple(rules)
+    """Spell out a named set, or a single rule's name; a collection of names stays as it is."""
+    switches = RULE_SETS.get(rules, (rules,)) if isinstance(rules, str) else tuple(rules)
     unknown = set(switches) - {name for named in RULE_SETS.values() for name in named}
     assert not unknown, f"unknown rules {unknown}"
     return switches

@@ -87,8 +87,16 @@ class Conservation:
 def measure_conservation(
     replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: str | Collection[str] = ALL_RULES
 ) -> Conservation:
-    """Sum the relevance (value times gradient) of token and positional embeddings, of biases, and of the logits."""
+    """Sum the relevance of token and positional embeddings, of biases, and of the logits."""
+    relevance, biases = relevance_of(replica, tokens, metric, rules)
+    embeddings = relevance["token_embedding"] + relevance.get("hook_pos_embed", 0.0)
+    return Conservation(embeddings, biases, relevance["logits_before_cap"])
+
+
+def relevance_of(
+    replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: str | Collection[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Sum value times gradient at every recorded hook, and for every bias."""
     run = _run(replica, tokens, metric, rules)
     relevance = {name: float((value * run.gradients[name]).sum()) for name, value in run.values.items()}
-    embeddings = relevance["token_embedding"] + relevance.get("hook_pos_embed", 0.0)
-    return Conservation(embeddings, run.bias_relevance, relevance["logits_before_cap"])
+    return relevance, run.bias_relevance
