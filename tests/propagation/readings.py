@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tests.families import FAMILIES, ModelCase, random_tokens
-from tests.replicas import replica_gradients, replica_of
+from tests.replicas import replica_gradients, replica_of, switches_of
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, ""]]
 Gradients = dict[str, Tensor]
@@ -46,11 +46,15 @@ def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tens
 
 
 @cache
-def expected_gradients(case: ModelCase, rules: tuple[str, ...]) -> Gradients:
-    """Ask the replica for d loss at every hook that it records and that a backward hook can be put on."""
+def expected_gradients(case: ModelCase, rules: str | tuple[str, ...]) -> Gradients:
+    """Ask the replica for d loss at every hook that it records and that a backward hook can be put on.
+
+    Queries and keys that the rules cut from the graph are left out: no gradient arrives there.
+    """
     tokens = tokens_of(case)
     _, gradients = replica_gradients(replica_of(case), tokens, partial(next_token_loss, tokens=tokens), rules)
-    return {name: gradients[name] for name in recorded_hooks(case, gradients)}
+    cut = ("hook_q", "hook_k") if "attention" in switches_of(rules) else ()
+    return {name: gradients[name] for name in recorded_hooks(case, gradients) if not name.endswith(cut)}
 
 
 def recorded_hooks(case: ModelCase, names: Collection[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a transformer is made of, whichever library it came from."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,6 +13,28 @@ RULE_SETS: dict[str, tuple[str, ...]] = {
     "gim": ("ln", "half", "split_attention", "warm_softmax"),
 }
 """The named sets, in the replicas' own switches."""
+
+RULE_SETS: dict[str, tuple[str, ...]] = {
+    "relp": ("ln", "identity", "half", "attention"),
+    "cp": ("ln", "identity", "half", "attention"),
+    "attnlrp": ("ln", "head_norms", "identity", "half", "halve_attention"),
+    "gim": ("ln", "head_norms", "half", "halve_attention", "softmax_temperature"),
+}
+"""The named sets as switches of the forward pass. Three switches are no rules that a user can name:
+
+- "head_norms": the scales of the norms of queries and keys are constants too. (Without it a query times its gradient
+  sums to zero, as its scale is irrelevant, and none of what the half rule gives to queries would get through.)
+- "halve_attention": the half rule on attention's two products, Q K^T and A V.
+- "softmax_temperature": the softmax's backward pass is s (g - sum s g) with s = softmax(scores / 2).
+"""
+
+
+def switches_of(rules: str | Collection[str]) -> tuple[str, ...]:
+    """Spell out a named set, or a single rule's name; a collection of names stays as it is."""
+    switches = RULE_SETS.get(rules, (rules,)) if isinstance(rules, str) else tuple(rules)
+    unknown = set(switches) - {name for named in RULE_SETS.values() for name in named}
+    assert not unknown, f"unknown rules {unknown}"
+    return switches
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -52,7 +53,7 @@ def _block(
 
 
 def _norm(replica: Replica, name: str, x: Tensor, rules: Collection[str]) -> Tensor:
-    """Divide by the scale; the ln rule treats the scale as a constant, the centering stays differentiable."""
+    """Divide by the scale; the ln rule treats the scale as a constant, the centring stays differentiable."""
     arch, w = replica.architecture, replica.weights
     if arch.norm is None:
         return x
@@ -73,10 +74,10 @@ def _attention(
         product = torch.einsum("bpm,hmd->bphd", x, w[f"{name}.W_{letter}"])
         return product + w.get(f"{name}.b_{letter}", 0.0)
 
-    q, k, v = project("Q"), project("K"), record(f"{name}.hook_v", project("V"))
+    q, k, v = (record(f"{name}.hook_{letter.lower()}", project(letter)) for letter in "QKV")
     if arch.qk_norm:  # never frozen by the ln rule: these norms shape the pattern, not the values
-        q = _head_norm(q, w[f"{name}.q_norm.w"], arch.eps)
-        k = _head_norm(k, w[f"{name}.k_norm.w"], arch.eps)
+        q = _head_norm(q, w[f"{name}.q_norm.w"], arch.eps, rules)
+        k = _head_norm(k, w[f"{name}.k_norm.w"], arch.eps, rules)
     if arch.rotary_dim:
         q, k = _rotate(q, arch, layer), _rotate(k, arch, layer)
     repeats = arch.n_heads // arch.n_kv_heads
@@ -86,31 +87,48 @@ def _attention(
         scores = scores - _alibi_slopes(arch.n_heads)[:, None, None] * _distance(scores.shape[-1])
     scores = _cap(scores, arch.score_cap)
     scores = scores.masked_fill(~_visible(arch, layer, scores.shape[-1]), -torch.inf)
-    pattern = scores.softmax(-1)
+    pattern = SoftmaxAtTemperature.apply(scores) if "softmax_temperature" in rules else scores.softmax(-1)
     if "attention" in rules:
         pattern = pattern.detach()
-    if (
-        "warm_softmax" in rules
-    ):  # the gradient of 2 softmax(scores / 2), which is p (g - sum(g p)) at p = softmax(scores / 2)
-        warm = 2 * (scores / 2).softmax(-1)
-        pattern = pattern.detach() + (warm - warm.detach())
     z = record(f"{name}.hook_z", _product("bhqk,bkhd->bqhd", pattern, v, rules))
     return torch.einsum("bqhd,hdm->bqm", z, w[f"{name}.W_O"]) + w.get(f"{name}.b_O", 0.0)
 
 
 def _product(equation: str, a: Tensor, b: Tensor, rules: Collection[str]) -> Tensor:
-    """A product of two activations; with "split_attention" both get half of the relevance (AttnLRP)."""
-    if "split_attention" in rules:
-        return (torch.einsum(equation, a.detach(), b) + torch.einsum(equation, a, b.detach())) / 2
-    return torch.einsum(equation, a, b)
+    """Multiply two signals; the half rule holds one of them constant at a time and takes the mean of both."""
+    if "halve_attention" not in rules:
+        return torch.einsum(equation, a, b)
+    return (torch.einsum(equation, a.detach(), b) + torch.einsum(equation, a, b.detach())) / 2
 
 
-def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+class SoftmaxAtTemperature(torch.autograd.Function):
+    """A softmax whose backward pass is that of a softmax at temperature 2, without the factor 1/2 of its inner slope.
+
+    Edin et al. 2025, arXiv 2505.17630: the gradient g becomes s (g - sum_j s_j g_j), s = softmax(scores / 2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        """Compute the ordinary softmax."""
+        ctx.save_for_backward(scores)
+        return scores.softmax(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Let softened attention weights share the gradient out."""
+        (scores,) = ctx.saved_tensors
+        (gradient,) = gradients
+        softened = (scores / 2).softmax(-1)
+        return softened * (gradient - (gradient * softened).sum(-1, keepdim=True))
+
+
+def _head_norm(x: Tensor, weight: Tensor, eps: float, rules: Collection[str]) -> Tensor:
+    scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    return x / (scale.detach() if "head_norms" in rules else scale) * weight
 
 
 def _rotate(x: Tensor, arch: Architecture, layer: int) -> Tensor:
-    """Rotate pairs of the first `rotary_dim` coordinates: neighbors, or i and i + rotary_dim / 2."""
+    """Rotate pairs of the first `rotary_dim` coordinates: neighbours, or i and i + rotary_dim / 2."""
     half = arch.rotary_dim // 2
     out = x.clone()
     for i in range(half):

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tests.families import ModelCase, hugging_face
-from tests.replicas._architecture import ALL_RULES, RULE_SETS, Replica
+from tests.replicas._architecture import ALL_RULES, Replica, switches_of
 from tests.replicas._forward import forward
 from tests.replicas._from_hooked import from_hooked_transformer
 from tests.replicas._from_hugging_face import from_hugging_face
@@ -33,9 +33,8 @@ class _Run:
     bias_relevance: dict[str, float]
 
 
-def _run(replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: Collection[str]) -> _Run:
-    unknown = set(rules) - {rule for rules in RULE_SETS.values() for rule in rules}
-    assert not unknown, f"unknown rules {unknown}"
+def _run(replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: str | Collection[str]) -> _Run:
+    switches = switches_of(rules)
     leaves: dict[int, Tensor] = {}  # a tensor that serves under two names stays one tensor
     for value in replica.weights.values():
         leaves.setdefault(id(value), value.detach().clone().requires_grad_())
@@ -47,7 +46,7 @@ def _run(replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rul
         values[name] = value
         return value
 
-    logits = forward(live, tokens, rules, record)
+    logits = forward(live, tokens, switches, record)
     biases = {id(live.weights[name]): name for name in live.weights if name.rsplit(".", 1)[-1].startswith("b")}
     wanted = list(values.values()) + [live.weights[name] for name in biases.values()]
     found = torch.autograd.grad(metric(logits), wanted, allow_unused=True)
@@ -61,9 +60,9 @@ def _run(replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rul
 
 
 def replica_gradients(
-    replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: Collection[str] = ()
+    replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: str | Collection[str] = ()
 ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
-    """Return the logits and the gradient of the metric at every recorded hook, under the given rules."""
+    """Return the logits and the gradient of the metric at every recorded hook, under rules or a named set."""
     run = _run(replica, tokens, metric, rules)
     return run.logits, run.gradients
 
@@ -86,10 +85,18 @@ class Conservation:
 
 
 def measure_conservation(
-    replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: Collection[str] = ALL_RULES
+    replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: str | Collection[str] = ALL_RULES
 ) -> Conservation:
-    """Sum the relevance (value times gradient) of token and positional embeddings, of biases, and of the logits."""
+    """Sum the relevance of token and positional embeddings, of biases, and of the logits."""
+    relevance, biases = relevance_of(replica, tokens, metric, rules)
+    embeddings = relevance["token_embedding"] + relevance.get("hook_pos_embed", 0.0)
+    return Conservation(embeddings, biases, relevance["logits_before_cap"])
+
+
+def relevance_of(
+    replica: Replica, tokens: Int[Tensor, "batch pos"], metric: Metric, rules: str | Collection[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Sum value times gradient at every recorded hook, and for every bias."""
     run = _run(replica, tokens, metric, rules)
     relevance = {name: float((value * run.gradients[name]).sum()) for name, value in run.values.items()}
-    embeddings = relevance["token_embedding"] + relevance.get("hook_pos_embed", 0.0)
-    return Conservation(embeddings, run.bias_relevance, relevance["logits_before_cap"])
+    return relevance, run.bias_relevance

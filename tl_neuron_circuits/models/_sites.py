@@ -15,6 +15,7 @@ from .._errors import UnsupportedModelError
 from ._protocol import TransformerLensModel, hook_points, submodule
 
 _NORM_ON_RESIDUAL = re.compile(r"(blocks\.\d+\.)?[^.]+\.hook_scale")
+_NORM_IN_ATTENTION = re.compile(r"blocks\.\d+\.attn\.[qk]_norm\.hook_scale")
 _NORM_IN_MLP = re.compile(r"blocks\.\d+\.mlp\.ln\.hook_scale")
 _EVERY = ("ln", "identity", "half", "attention", "values", "scores")
 _ACTIVATION_FIELDS = ("act_fn", "hidden_activation", "hidden_act", "activation_function")
@@ -72,6 +73,9 @@ class ModelSites:
     n_layers: int
     embeddings: tuple[str, ...]
     norms: tuple[NormSites, ...]
+    """On the residual stream, and after activations: never those of queries and keys."""
+    attention_norms: tuple[NormSites, ...]
+    """Of queries and keys."""
     mlps: tuple[MLPSites, ...]
     attentions: tuple[AttentionSites, ...]
     last: str
@@ -108,7 +112,10 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
     last = next((name for name in ends if name in points), "")
     if not last:
         problems.append(Problem(f"none of {ends} exists: the end of a forward pass cannot be seen.", _EVERY))
-    return ModelSites(n_layers, embeddings, norms, tuple(mlps), tuple(attentions), last, tuple(problems))
+    attention_norms = tuple(_norm_sites(name, points) for name in points if _NORM_IN_ATTENTION.fullmatch(name))
+    return ModelSites(
+        n_layers, embeddings, norms, attention_norms, tuple(mlps), tuple(attentions), last, tuple(problems)
+    )
 
 
 def _missing_in_attention(layer: int, value: str | None, scores: str | None, pattern: str | None) -> list[Problem]:

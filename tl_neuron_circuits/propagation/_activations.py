@@ -27,12 +27,6 @@ class Activation:
     """An activation function and its ratio.
 
     `function` is None where it was not found on the model, `exact_ratio` where no closed form is known.
-
-    Example:
-        >>> import torch
-        >>> from tl_neuron_circuits.propagation import Activation
-        >>> Activation.named("silu").ratio(torch.zeros(1))
-        tensor([0.5000])
     """
 
     name: str

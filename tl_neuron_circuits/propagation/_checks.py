@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._errors import NumericalError, PropagationError
+from .._errors import NumericalError, PropagationError, UnsupportedModelError
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -54,7 +54,8 @@ class Checks:
         A forward that started at a later layer (`start_at_layer`) is judged from the first layer that fired.
 
         Raises:
-            PropagationError: a hook did not fire, or a rule does not stand for what the model computes.
+            UnsupportedModelError: a hook did not fire.
+            PropagationError: a rule does not stand for what the model computes.
             NumericalError: the model's values are not finite.
         """
         fired, deviations = self._fired, self._deviations
@@ -81,7 +82,7 @@ class Checks:
         start = min((self._expected[name] for name in fired if name in self._expected), default=0)
         missing = [name for name, layer in self._expected.items() if layer >= start and name not in fired]
         if missing:
-            raise PropagationError(
+            raise UnsupportedModelError(
                 f"expected the hooks of relp to fire at every site; {len(missing)} of {len(self._expected)} did not, "
                 f"the first at {missing[0]}: the model skips that module (check_model(model) tells)."
             )

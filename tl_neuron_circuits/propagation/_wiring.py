@@ -43,6 +43,7 @@ from .rules import (
     RuleSet,
     SoftmaxPiece,
     SoftmaxRule,
+    SplitAttentionRule,
 )
 
 
@@ -93,6 +94,9 @@ class Wiring:
             parameter.requires_grad_(False)
         self._install_leaves()
         for norm in self._sites.norms if self._rules.ln else ():
+            self._install_norm(norm)
+        split = self._rules.ln is not None and isinstance(self._rules.attention, SplitAttentionRule)
+        for norm in self._sites.attention_norms if split else ():
             self._install_norm(norm)
         for attention in self._sites.attentions if self._rules.attention else ():
             self._install_attention(attention)

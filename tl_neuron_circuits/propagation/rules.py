@@ -11,7 +11,8 @@ never change. Rules are pure functions of g and of what the piece was given, out
     "gim"      scale frozen   plain        half            as attnlrp, softmax at temperature 2         no
 
 "Conserves" means: the gradient times the activation, summed over any cut of the network, biases included, gives the
-metric's logits. RelP on these operations is CP-LRP by another name.
+metric's logits. RelP on these operations is CP-LRP by another name;
+LXT's implementation of CP-LRP differs on gated MLPs, where it cuts the gate and gives everything to the linear branch.
 
 Sources: Ali et al. 2022, arXiv 2202.07304 (cp, ln); Rezaei Jafari et al. 2025, arXiv 2508.21258 (relp); Arora et al.
 2026, arXiv 2601.22594 (neurons; frozen attention); Achtibat et al. 2024, arXiv 2402.05602 (attnlrp); 2505.17630 (gim).
@@ -34,11 +35,9 @@ class LnRule:
     """A norm's denominator is a constant: y = weight * center(x) / sg(scale) + bias, center for LayerNorm only.
 
     Example:
-        >>> import torch
-        >>> from tl_neuron_circuits.propagation import LnRule, Norm
-        >>> norm = Norm(weight=torch.ones(2), bias=None, eps=0.0, centered=True)
-        >>> LnRule().gradients(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 0.0]), norm)
-        tensor([-0.5000,  0.5000])
+        >>> from tl_neuron_circuits.propagation import RULE_SETS
+        >>> RULE_SETS["relp"].ln
+        LnRule()
     """
 
     def gradients(self, g: Float[Tensor, "*batch d"], x: Float[Tensor, "*pos d"], norm: Norm) -> Tensor:
@@ -56,11 +55,9 @@ class IdentityRule:
     instead, as the published fork has it, whose gradients differ by up to 7e-3 near zero.
 
     Example:
-        >>> import torch
-        >>> from tl_neuron_circuits.propagation import Activation, IdentityRule
-        >>> relu = Activation.named("relu")
-        >>> IdentityRule().gradients(torch.tensor([3.0, 3.0]), torch.tensor([-2.0, 2.0]), relu)
-        tensor([0., 3.])
+        >>> from tl_neuron_circuits.propagation import IdentityRule
+        >>> IdentityRule(stabilizer=1e-6)
+        IdentityRule(stabilizer=1e-06)
     """
 
     stabilizer: float | None = None
@@ -150,7 +147,9 @@ class AttentionRule:
 class SplitAttentionRule(AttentionRule):
     """Both products of attention split in half: pattern * values, then, of the pattern's half, queries * keys.
 
-    So 1/2 to values and 1/4 to queries and to keys; the softmax between has its plain gradient. Achtibat et al. 2024.
+    So 1/2 to values and 1/4 to queries and to keys; the softmax and a soft cap between have their plain gradients.
+    The scales of norms on queries and keys are frozen too: else q * g sums to zero at every head, and nothing could
+    flow through queries and keys. Achtibat et al. 2024.
 
     Example:
         >>> from tl_neuron_circuits.propagation import SplitAttentionRule
@@ -173,9 +172,15 @@ class SoftmaxRule:
     temperature: float
 
     def gradients(self, g: Float[Tensor, "*batch key"], scores: Float[Tensor, "*pos key"]) -> Tensor:
-        """p * (g - sum(g * p)) with p = softmax(scores / temperature)."""
-        p = torch.softmax(scores / self.temperature, dim=-1)
+        """p * (g - sum(g * p)) with p = softmax(scores / temperature), 0 where a row attends to nothing."""
+        p = masked_softmax(scores / self.temperature)
         return p * (g - (g * p).sum(-1, keepdim=True))
+
+
+def masked_softmax(scores: Float[Tensor, "*pos key"]) -> Float[Tensor, "*pos key"]:
+    """The softmax in at least float32, as models compute it; rows that are masked throughout (padding) give 0, not NaN."""
+    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    return torch.softmax(wide, dim=-1).masked_fill((wide == -torch.inf).all(-1, keepdim=True), 0)
 
 
 # --- pieces of a model: what a rule, or two in a row, stand for ---
@@ -248,7 +253,7 @@ class SoftmaxPiece:
 
     def value(self, scores: Tensor) -> Tensor:
         """What the model should have computed."""
-        return torch.softmax(scores, dim=-1)
+        return masked_softmax(scores)
 
     def gradients(self, g: Tensor, scores: Tensor) -> tuple[Tensor]:
         """The gradient at the scores."""
@@ -304,12 +309,11 @@ def rule_set(rules: str | Sequence[str], stabilizer: float | None = None) -> Rul
         SettingsError: an unknown name, or a stabilizer out of range.
     """
     if isinstance(rules, str):
-        if rules not in RULE_SETS:
+        if rules not in RULE_SETS and rules not in RULES:
             raise SettingsError(
-                f"expected rules to be one of the sets {list(RULE_SETS)} or a tuple out of {list(RULES)}; got "
-                f"{rules!r}." + (f" Did you mean ({rules!r},), in text {rules}+?" if rules in RULES else "")
+                f"expected rules to be one of the sets {list(RULE_SETS)} or a tuple out of {list(RULES)}; got {rules!r}."
             )
-        chosen = RULE_SETS[rules]
+        chosen = RULE_SETS[rules] if rules in RULE_SETS else RuleSet(**{rules: RULES[rules]})
     else:
         unknown = [name for name in rules if name not in RULES]
         if unknown:
