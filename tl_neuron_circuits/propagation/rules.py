@@ -35,7 +35,8 @@ class LnRule:
 
     Example:
         >>> import torch
-        >>> from tl_neuron_circuits.propagation import LnRule, Norm
+        >>> from tl_neuron_circuits.propagation import LnRule
+        >>> from tl_neuron_circuits.propagation._norms import Norm
         >>> norm = Norm(weight=torch.ones(2), bias=None, eps=0.0, centered=True)
         >>> LnRule().gradients(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 0.0]), norm)
         tensor([-0.5000,  0.5000])
