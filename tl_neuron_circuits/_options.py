@@ -58,7 +58,7 @@ class Options:
 def parse_options(text: str, kinds: Mapping[str, type[O]], *, what: str, unwritten: tuple[str, ...] = ()) -> O:
     """The choice that `text` names, such as `integrated_gradients(steps=20, rules=ln+half)`.
 
-    `kinds` are the classes by name, `what` is what the error calls them, `unwritten` are options that have no text form.
+    `kinds` are the classes by name, `what` is what the error calls them, `unwritten` are options without a text form.
 
     Raises:
         SettingsError: the name or an option is unknown, or the text has another form.

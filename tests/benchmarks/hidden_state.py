@@ -1,4 +1,4 @@
-"""Is the state a hidden step? Interchange few neurons from a prompt about another state that asks for another attribute.
+"""Is the state a hidden step? Interchange few neurons from a prompt about another state, asked for another attribute.
 
     python -m tests.benchmarks.hidden_state [--models demo-gelu] [--pairs 200] [--draws 5]
 

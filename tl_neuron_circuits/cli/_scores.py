@@ -37,7 +37,9 @@ def check(
 def attribute(
     model: Model,
     pairs: PairsFile,
-    method: Annotated[str, typer.Option(help="relp, gradient, 'integrated_gradients(steps=20)', ...")] = "relp",
+    method: Annotated[
+        str, typer.Option(help="relp, gradient, integrated_gradients, ...; options in parentheses.")
+    ] = "relp",
     basis: Annotated[str, typer.Option(help="neurons, mlp_outputs, head_outputs or residual_stream.")] = "neurons",
     positions: Annotated[str, typer.Option(help="keep or sum.")] = "keep",
     multi_token: Annotated[str, typer.Option(help="error or first_difference.")] = "error",

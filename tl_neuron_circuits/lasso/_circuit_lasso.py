@@ -115,8 +115,8 @@ class CircuitLasso:
         bootstrap: resamples of the blocks for the stability of edges; 0 leaves it out.
         skip_positions: positions at the start that are not observed; None skips the first where all prompts begin with
             the same token (BOS), whose activations dwarf all others.
-        noise: for components: disturb every unit of every component, as the model runs, by independent noise of so many of
-            its standard deviations. Ours, not the paper's: components that are functions of one token predict each
+        noise: for components: disturb every unit of every component, as the model runs, by independent noise of so many
+            of its standard deviations. Ours, not the paper's: components that are functions of one token predict each
             other exactly, so without noise nothing tells which of them the next one reads. 0 observes alone.
         floor: standard deviations below this share of the largest count as this share.
         tolerance: relative duality gap of every target.

@@ -33,7 +33,8 @@ from ._solver import check_penalty, fista, largest_eigenvalue, largest_penalty, 
 from ._statistics import Statistics, standardize
 
 # --- Label nodes: which features tell a class, by logistic regression with a lasso penalty ---
-#     minimize over b, intercept:  sum over observations of log(1 + exp(z)) - y z + penalty * ||b||_1, z = X b + intercept
+#     minimize over b, intercept:  sum of log(1 + exp(z)) - y z + penalty * ||b||_1 over observations,
+#     z = X b + intercept
 #
 # scikit-learn's `LogisticRegression(penalty="l1", C=1 / penalty)`, the intercept free. Several labels are several
 # independent regressions (one against the rest). A squared-error label is `solve_lasso` with the labels as targets.

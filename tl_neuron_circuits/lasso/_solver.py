@@ -22,8 +22,8 @@ from .._errors import NumericalError, SettingsError
 from ._statistics import Standardized
 
 # --- Coordinate descent for many small lassos at once, with exact steps on the support between sweeps ---
-# A sweep sets each weight to its minimizer with the others fixed. Sweeps alone crawl where sources are highly correlated,
-# as activations are; so after a few of them the equations of the support, G_SS b_S = c_S - alpha sign(b_S), are solved
+# A sweep sets each weight to its minimizer with the others fixed. Sweeps alone crawl where sources are highly
+# correlated, as activations are; so after a few of them the equations of the support, G_SS b_S = c_S - alpha sign(b_S), are solved
 # and the weights move towards that solution as far as no sign changes: the objective is quadratic there, so it falls.
 # Source: Friedman et al. 2010 (sweeps); Lee et al. 2006 (steps on the support).
 
@@ -446,7 +446,8 @@ def _gathered(
 # --- The group lasso on a Gram matrix: whole blocks of weights are in or out together ---
 #     minimize over B:  ||Y - X B||^2 + penalty * sum over blocks of sqrt(size of block) * ||B_block||_F
 #
-# A block is every weight from one group of sources (the components of one site) to one group of targets. With one column
+# A block is every weight from one group of sources (the components of one site) to one group of targets. With one
+# column
 # a group this is the lasso. The factor makes blocks of different sizes equally likely to be chosen by chance.
 # Source: Yuan & Lin 2006; METHODS 3.3 (edges by block norm).
 

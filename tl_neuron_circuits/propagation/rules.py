@@ -178,7 +178,7 @@ class SoftmaxRule:
 
 
 def masked_softmax(scores: Float[Tensor, "*pos key"]) -> Float[Tensor, "*pos key"]:
-    """The softmax in at least float32, as models compute it; rows that are masked throughout (padding) give 0, not NaN."""
+    """The softmax in at least float32, as models compute it; rows masked throughout (padding) give 0, not NaN."""
     wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     return torch.softmax(wide, dim=-1).masked_fill((wide == -torch.inf).all(-1, keepdim=True), 0)
 
@@ -311,7 +311,8 @@ def rule_set(rules: str | Sequence[str], stabilizer: float | None = None) -> Rul
     if isinstance(rules, str):
         if rules not in RULE_SETS and rules not in RULES:
             raise SettingsError(
-                f"expected rules to be one of the sets {list(RULE_SETS)} or a tuple out of {list(RULES)}; got {rules!r}."
+                f"expected rules to be one of the sets {list(RULE_SETS)} or a tuple out of {list(RULES)}; got "
+                f"{rules!r}."
             )
         chosen = RULE_SETS[rules] if rules in RULE_SETS else RuleSet(**{rules: RULES[rules]})
     else:
