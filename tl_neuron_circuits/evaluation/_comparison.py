@@ -78,7 +78,7 @@ class Comparison:
         return table.reindex(columns=[*first, *(column for column in table if column not in first)])
 
     def summary(self, levels: tuple[float, ...] = (0.5, 0.8)) -> pd.DataFrame:
-        """One row per curve: F(full), F(empty), nodes, log area of absolute counts, size at each level, CPR, CMD, FVU."""
+        """One row per curve: F(full), F(empty), nodes, log area of absolute counts, size at levels, CPR, CMD, FVU."""
         rows = []
         largest = {t: max(c.n_nodes for k, c in self.curves.items() if k.task == t) for t in self.tasks}
         for key, curve in self.curves.items():

@@ -23,8 +23,9 @@ from ._statistics import Standardized
 
 # --- Coordinate descent for many small lassos at once, with exact steps on the support between sweeps ---
 # A sweep sets each weight to its minimizer with the others fixed. Sweeps alone crawl where sources are highly
-# correlated, as activations are; so after a few of them the equations of the support, G_SS b_S = c_S - alpha sign(b_S), are solved
-# and the weights move towards that solution as far as no sign changes: the objective is quadratic there, so it falls.
+# correlated, as activations are; so after a few of them the equations of the support, G_SS b_S = c_S - alpha
+# sign(b_S), are solved and the weights move towards that solution as far as no sign changes: the objective is quadratic
+# there, so it falls.
 # Source: Friedman et al. 2010 (sweeps); Lee et al. 2006 (steps on the support).
 
 

@@ -75,8 +75,8 @@ class Checks:
                 raise PropagationError(
                     f"the rule at {name} does not rebuild what the model computes (off by {off:.1e} of the largest "
                     f"value, allowed {tolerance:.0e}): the module computes something else than when relp was "
-                    "entered, or than this package knows. Enter relp after changing the model; check_model(model) tells "
-                    "more."
+                    "entered, or than this package knows. Enter relp after changing the model; "
+                    "check_model(model) tells more."
                 )
 
     def _verify_fired(self, fired: set[str]) -> None:
