@@ -106,7 +106,7 @@ def test_features_that_never_fire_are_refused_with_a_reason(model, saes) -> None
     pooled = features()
     with pytest.raises(SettingsError, match="never fire"):
         rank_features(PooledFeatures(0 * pooled.values, pooled.nodes, pooled.keys, "mean"), [0, 1] * 60)
-    with pytest.raises(SettingsError, match="one label a prompt"):
+    with pytest.raises(SettingsError, match="one label per prompt"):
         rank_features(pooled, [0, 1])
     with pytest.raises(SettingsError, match="same for all"):
         rank_features(pooled, [1] * 120)

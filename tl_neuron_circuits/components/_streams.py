@@ -60,7 +60,7 @@ def streams(model: TransformerLensModel, graph: ComponentGraph, batch: Batch, we
     """Writes and reads on the batch's clean prompts, gathered where the last of them is read.
 
     Raises:
-        UnsupportedModelError: a hook point did not fire, or the stream is no sum of the components' writes.
+        UnsupportedModelError: a hook point did not fire, or the stream is not a sum of the components' writes.
     """
     values = run_values(model, batch, hook_names(graph))
     senders = graph.components[:-1]

@@ -76,7 +76,7 @@ def compare(
         error_nodes: as in `evaluate`.
         metric: as in `evaluate`.
         batch_size: prompts in one pass, for scores and for curves; "auto" as in `attribute` and `evaluate`.
-        mib: also CPR (signed ranking) and CMD (|score| ranking) on MIB's grid, 20 more forwards a batch and curve.
+        mib: also CPR (signed ranking) and CMD (|score| ranking) on MIB's grid, 20 more forwards per batch and curve.
         bootstrap: draws over lexical items (the pairs' labels) for bands and ratios.
         directory: save every curve as it is done; a call with the same settings, model and dictionaries
             resumes from there.

@@ -143,7 +143,7 @@ class Comparison:
         return "; ".join(sentences) + f" (scored by {method}; 95 % over lexical items)."
 
     def save(self, path: str | Path) -> None:
-        """Write a directory: one folder a curve, and `comparison.json`.
+        """Write a directory: one folder per curve, and `comparison.json`.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.

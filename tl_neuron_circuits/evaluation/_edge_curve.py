@@ -63,7 +63,7 @@ def evaluate_edges(
         ablation: as in `evaluate`.
         metric: as in `evaluate`.
         seed: as in `evaluate`.
-        batch_size: prompts in one pass; with "edges" a pass has one row a target and prompt. "auto" as in `evaluate`.
+        batch_size: prompts in one pass; with "edges" a pass has one row per target and prompt. "auto" as in `evaluate`.
         verbose: show progress.
 
     Returns:

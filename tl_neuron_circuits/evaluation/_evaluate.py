@@ -60,7 +60,7 @@ def evaluate(
         basis: needed where scores of a dictionary basis were loaded from disk.
         metric: as in `attribute`.
         completeness: False saves half of the forwards and leaves completeness nan.
-        batch_size: prompts in one pass. Cost: 2 + 2 x sizes forwards a batch, and one over the corrupt prompts; sets
+        batch_size: prompts in one pass. Cost: 2 + 2 x sizes forwards per batch, and one over the corrupt prompts; sets
             that are the same (all nodes, none) are run once. "auto" begins with what fits into memory, and halves where
             it runs out all the same; `.settings["batch_size"]` says what was used.
         seed: of "resample".

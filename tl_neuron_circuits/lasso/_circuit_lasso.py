@@ -3,7 +3,7 @@
     minimize over A:  ||H - A'H||_F^2 + penalty * ||A||_1,   A[i, j] free where i comes before j, else zero
 
 H holds the activations of all sites, standardized. The known order replaces the search for one. An edge says that the
-source predicts the target when all other earlier components are known; it is no causal effect. Cost: one forward pass
+source predicts the target when all other earlier components are known; it is not a causal effect. Cost: one forward pass
 a prompt, then a solve that does not depend on how many there were.
 Source: Yin et al. 2026, arXiv 2606.16939 (no code is public; this is from the paper); METHODS 3.
 """
@@ -189,7 +189,7 @@ class CircuitLasso:
             metric: for readout="metric".
             batch_size: prompts in one forward pass.
             prepend_bos: None means the model's default.
-            resume: a directory that keeps the statistics of finished blocks; a second call goes on from there.
+            resume: a directory that keeps the statistics of finished blocks; a second call resumes from there.
             verbose: show progress.
 
         Raises:

@@ -76,7 +76,7 @@ def column_nodes(sites: Sequence[Site], side: Columns, nodes: Nodes) -> Int[Tens
 
 
 def edge_table(sites: Sequence[Site], fits: Sequence[Fitted], nodes: Nodes) -> pd.DataFrame:
-    """One row an edge, strongest first: source, target, weight, norm, n_weights (how many are not zero), reach."""
+    """One row per edge, strongest first: source, target, weight, norm, n_weights (how many are not zero), reach."""
     tables = [_edges_of(sites, fit, nodes) for fit in fits]
     table = pd.concat([t for t in tables if len(t)] or [pd.DataFrame(columns=list(_EDGE_COLUMNS))], ignore_index=True)
     table["reach"] = _reach(table, nodes)
@@ -144,7 +144,7 @@ def _edges_of(sites: Sequence[Site], fit: Fitted, nodes: Nodes) -> pd.DataFrame:
 
 
 def node_table(sites: Sequence[Site], nodes: Nodes, fits: Sequence[Fitted]) -> pd.DataFrame:
-    """One row a node, in order; r2 is the mean over its units that vary, nan for nodes without sources."""
+    """One row per node, in order; r2 is the mean over its units that vary, nan for nodes without sources."""
     total, count = (
         torch.zeros(len(nodes.names), dtype=torch.float64),
         torch.zeros(len(nodes.names), dtype=torch.float64),

@@ -292,7 +292,7 @@ class FeatureRanking:
         return self.features.head(k)
 
     def prompt_scores(self, pooled: PooledFeatures) -> PromptScores:
-        """|A| x |z| of the ranked features on other prompts: a column a feature, strongest of the data first.
+        """|A| x |z| of the ranked features on other prompts: a column per feature, strongest of the data first.
 
         Raises:
             SettingsError: the features are of other hook points.
@@ -354,7 +354,7 @@ def rank_features(
         True
     """
     if len(labels) != len(pooled.values):
-        raise SettingsError(f"expected one label a prompt; got {len(labels)} for {len(pooled.values)} prompts.")
+        raise SettingsError(f"expected one label per prompt; got {len(labels)} for {len(pooled.values)} prompts.")
     if len(set(labels)) < 2:
         raise SettingsError(f"the labels are all {labels[0]!r}: the same for all prompts, so nothing tells them apart.")
     if n_features < 1:

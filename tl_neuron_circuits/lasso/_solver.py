@@ -143,7 +143,7 @@ def fista(
 ) -> tuple[Float64[Tensor, "source target"], Float64[Tensor, " group"]]:
     """Weights and duality gaps once every gap is below `tolerance`, or after `max_steps`: the caller checks the gaps.
 
-    `gradient` is the smooth part's, `shrink(v, step)` the penalty's proximal map, `gap` one number a target group.
+    `gradient` is the smooth part's, `shrink(v, step)` the penalty's proximal map, `gap` one number per target group.
     """
     weights = lookahead = start
     pace = start.new_ones(start.shape[1])

@@ -47,7 +47,7 @@ def activation_variance(
 
     Returns:
         Scores `[unit]` in float32 (positions "sum"), none below zero, in squared units of the activation. An affine
-        skip is no node here: it belongs to the replaced MLP and is always live.
+        skip is not a node here: it belongs to the replaced MLP and is always live.
 
     Raises:
         UnsupportedModelError: a site of the basis is missing or did not fire.

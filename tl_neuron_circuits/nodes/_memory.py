@@ -28,7 +28,7 @@ from ._sums import score_batch
 
 logger = logging.getLogger(__name__)
 _REFUSE = 1.5  # times what is available: beyond the estimate's own error
-_ROWS = 8  # forward rows a prompt of `batch_size`, for patching
+_ROWS = 8  # forward rows per prompt of `batch_size`, for patching
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,7 +76,7 @@ class MemoryEstimate:
         return self.fixed + self.per_prompt * batch_size
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a batch size (powers of two): columns batch_size, bytes, fits."""
+        """One row per batch size (powers of two): columns batch_size, bytes, fits."""
         sizes = [2**k for k in range(11)]
         return pd.DataFrame(
             {

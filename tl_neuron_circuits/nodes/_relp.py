@@ -4,7 +4,7 @@
 
 `RelP` takes the gradient under the rules of relevance propagation, `Gradient` (AtP) under none. It is taken on the
 clean run, or with `direction="denoising"` on the corrupt run, as in RelP's own protocol.
-Sign: positive supports the answer. Cost: two forwards and one backward a batch.
+Sign: positive supports the answer. Cost: two forwards and one backward per batch.
 Source: Rezaei Jafari et al. 2025, arXiv 2508.21258; Syed et al. 2023 (AtP); METHODS 1.2 and 2.
 """
 

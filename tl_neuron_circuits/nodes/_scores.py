@@ -1,4 +1,4 @@
-"""`NodeScores`: one number a node, with what is needed to name, rank, save and evaluate it."""
+"""`NodeScores`: one number per node, with what is needed to name, rank, save and evaluate it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ class NodeScores:
     """Signed support of every node for the metric, averaged over pairs; positive helps the answer.
 
     `values` maps each hook point to float32 scores `[pos, unit]`, or `[unit]` where positions were summed; `errors` and
-    `skips` hold one score a position (`[pos]`, or `[]`) where the basis has error or skip nodes. `nan` means: not
+    `skips` hold one score per position (`[pos]`, or `[]`) where the basis has error or skip nodes. `nan` means: not
     measured (exact patching of chosen nodes).
 
     Example:
@@ -95,7 +95,7 @@ class NodeScores:
         return self._rows(np.arange(len(self)))
 
     def map(self) -> pd.DataFrame:
-        """Scores summed over units, one row a hook point (or layer) and one column a position."""
+        """Scores summed over units, one row per hook point (or layer) and one column per position."""
         kept = self.positions == "keep"
         rows = {hook: (t.sum(-1) if kept else t.sum()[None]).cpu().numpy() for hook, t in self.values.items()}
         for extra in (self.errors, self.skips):

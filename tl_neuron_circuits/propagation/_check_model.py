@@ -63,7 +63,7 @@ class ModelReport:
         return int(self.parameter_bytes + self.graph_bytes_per_token * batch * pos)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a site: layer, role, hook name, whether it fires, its shape without batch, the rule there."""
+        """One row per site: layer, role, hook name, whether it fires, its shape without batch, the rule there."""
         return pd.DataFrame(list(self.sites)).astype({"layer": "Int64"})  # missing: a site of no layer
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Prompts, clean and corrupt pairs, their tokens, and metrics; one file a task."""
+"""Prompts, clean and corrupt pairs, their tokens, and metrics; one file per task."""
 
 from .._lazy import explain_old_names
 from ._agreement import subject_verb_agreement as subject_verb_agreement

@@ -269,7 +269,7 @@ class TokenizedPairs:
 def _check_lengths(columns: dict[str, Any]) -> None:
     lengths = {name: len(column) for name, column in columns.items() if column is not None}
     if lengths["clean"] == 0 or len(set(lengths.values())) > 1:
-        raise PairsError(f"every column needs one entry a pair and at least one pair, got lengths {lengths}.")
+        raise PairsError(f"every column needs one entry per pair and at least one pair, got lengths {lengths}.")
 
 
 def _on(device: torch.device, prompts: Int[Tensor, "n pos"] | Sequence[Int[Tensor, " _"]]) -> TokenRows:
