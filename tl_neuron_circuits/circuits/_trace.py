@@ -24,6 +24,7 @@ from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label
 from ..propagation.rules import ALL_RULES
 from ..tasks._pairs import PromptPairs
+from ..tasks._provenance import model_name, require_corrupt
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
 from ._choose import ByShare, Choice, choose_nodes
@@ -144,7 +145,7 @@ def trace(
     edges["relative"] = relative_weights(table, edges)
     table = complete(table, edges, effects.totals.target)
     settings = {
-        "model": str(getattr(model.cfg, "model_name", "unknown")), "n_layers": int(model.cfg.n_layers),
+        "model": model_name(model), "n_layers": int(model.cfg.n_layers),
         "basis": name_of(basis), "n_prompts": len(pairs),
         "sites": [
             {"hook": s.hook, "layer": s.layer, "letter": s.letter, "width": int(score.shape[-1]), "errors": s.has_error}
@@ -269,12 +270,7 @@ def _is_paired(pairs: TokenizedPairs, baseline: str) -> bool:
         raise PairsError("baseline='corrupt' needs pairs with corrupt prompts. Give them, or baseline='zero'.")
     if baseline == "zero" or pairs.corrupt is None:
         return False
-    for index, (clean, corrupt) in enumerate(zip(pairs.clean, pairs.corrupt, strict=True)):
-        if len(clean) != len(corrupt):
-            raise PairsError(
-                f"pair {index}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; nodes are compared position "
-                "by position. Choose prompts of equal token length, or baseline='zero'."
-            )
+    require_corrupt(pairs, "a trace of pairs", instead="baseline='zero'")
     return True
 
 

@@ -15,13 +15,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import _html
-from .._errors import NumericalError, PairsError, SettingsError
-from .._files import read_directory, versions, write_directory
+from .._errors import NumericalError, SettingsError
+from .._files import read_directory, write_directory
 from .._options import parse_options
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
+from ..tasks._provenance import provenance, require_corrupt
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
 from ._acdc import ACDC
@@ -166,8 +167,7 @@ def component_edges(
         raise NumericalError("edge scores contain NaN or inf. Run the model in float32 or float64.")
     settings = {
         "method": chosen.label, "method_options": chosen.to_json(), "metric": metric_name(metric),
-        "attention": attention, "n_pairs": len(tokens), "model": str(getattr(model.cfg, "model_name", "unknown")),
-        "pairs_hash": tokens.hash, "versions": versions(),
+        "attention": attention, **provenance(model, tokens),
     }  # fmt: skip
     return EdgeScores(tuple(graph.names), torch.where(graph.edges, scores, torch.nan), settings, sums.kept)
 
@@ -213,12 +213,5 @@ def metric_of_edges(
 
 def _paired(model: Any, pairs: PromptPairs | TokenizedPairs) -> TokenizedPairs:
     tokens = tokenize(model, pairs)
-    if tokens.corrupt is None:
-        raise PairsError("edges compare clean with corrupt prompts, and these pairs have none. Give corrupt=.")
-    for index, (clean, corrupt) in enumerate(zip(tokens.clean, tokens.corrupt, strict=True)):
-        if len(clean) != len(corrupt):
-            raise PairsError(
-                f"pair {index}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; writes are compared position "
-                "by position. Choose prompts of equal token length."
-            )
+    require_corrupt(tokens, "a score of edges")
     return tokens

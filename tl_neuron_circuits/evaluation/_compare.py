@@ -22,6 +22,7 @@ from ..nodes._methods import as_method
 from ..nodes._scores import NodeScores
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
+from ..tasks._provenance import model_name
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
 from ._comparison import Comparison, CurveKey
@@ -149,7 +150,7 @@ def _provenance(
 ) -> dict[str, Any]:
     """What was compared on what: a later call goes on only where all of it is the same."""
     return {
-        "model": str(getattr(model.cfg, "model_name", "unknown")),
+        "model": model_name(model),
         "weights": fingerprint(model.parameters()),
         "bases": [basis.name for basis in bases],
         "sites": {basis.name: [site.identity for site in sites_of(model, basis)] for basis in bases},

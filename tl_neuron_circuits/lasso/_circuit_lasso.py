@@ -3,8 +3,8 @@
     minimize over A:  ||H - A'H||_F^2 + penalty * ||A||_1,   A[i, j] free where i comes before j, else zero
 
 H holds the activations of all sites, standardized. The known order replaces the search for one. An edge says that the
-source predicts the target when all other earlier components are known; it is not a causal effect. Cost: one forward pass
-a prompt, then a solve that does not depend on how many there were.
+source predicts the target when all other earlier components are known; it is not a causal effect. Cost: one forward
+pass per prompt, then a solve that does not depend on how many there were.
 Source: Yin et al. 2026, arXiv 2606.16939 (no code is public; this is from the paper); METHODS 3.
 """
 
@@ -23,6 +23,7 @@ from ..bases._site import name_of
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
+from ..tasks._provenance import model_name
 from ..tasks._tokenized import TokenizedPairs
 from ._edges import Nodes, edge_keys, edge_table, node_table, nodes_of
 from ._lasso_circuit import LassoCircuit, lasso_circuit
@@ -230,7 +231,7 @@ class CircuitLasso:
         skip = same_start(tokens) if self.skip_positions is None else self.skip_positions
         settings = {
             "method": "circuit_lasso",
-            "model": str(getattr(model.cfg, "model_name", "unknown")),
+            "model": model_name(model),
             "basis": "components" if isinstance(self.nodes, Components) else name_of(self.nodes),
             "readout": readout,
             "metric": metric_name(metric),

@@ -36,6 +36,7 @@ from ..bases._runs import Values, capture, fired, logits_of, reads_of, values_at
 from ..bases._site import Basis, Parts, Site, name_of, sites_of
 from ..models._protocol import TransformerLensModel
 from ..propagation._relp import relp
+from ..tasks._provenance import model_name
 from ..tasks._tokenized import TokenizedPairs
 from ._feature_ranking import PooledFeatures, pooled_features, rank_features
 from ._labeled_texts import LabeledTexts
@@ -449,7 +450,7 @@ def generalize(
     settings = {
         "hook": plain.hook, "basis": name_of(basis), "n_candidates": n_candidates, "rules": list(rules),
         "errors": errors, "ridge": ridge, "skip_positions": skip, "seed": seed, "versions": versions(),
-        "model": str(getattr(model.cfg, "model_name", "unknown")),
+        "model": model_name(model),
         **{f"n_{name}": len(some) for name, some in texts.items()},
     }  # fmt: skip
     return Generalization(pd.DataFrame(table), candidates, probes, settings)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .._errors import NumericalError
-from .._files import versions
 from .._processes import here
 from .._typing import checked
 from ..bases._activations import Neurons
@@ -21,6 +20,7 @@ from ..bases._runs import reads_of, run_values, take_apart
 from ..bases._site import Basis, Parts, name_of, sites_of
 from ..models._protocol import TransformerLensModel
 from ..tasks._pairs import PromptPairs
+from ..tasks._provenance import provenance
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._scores import NodeScores, require_finite, site_labels
@@ -83,11 +83,7 @@ def activation_variance(
         "metric": "none",
         "basis": name_of(nodes_of),
         "method_options": {"name": "activation_variance"},
-        "model": str(getattr(model.cfg, "model_name", "unknown")),
-        "n_pairs": len(tokens),
-        "pairs_hash": tokens.hash,
-        "lengths": sorted(set(tokens.lengths)),
-        "versions": versions(),
+        **provenance(model, tokens),
     }
     nodes = {hook: variance for (hook, kind), variance in variances.items() if kind == "node"}
     errors = {hook: variance.sum() for (hook, kind), variance in variances.items() if kind == "error"}

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import PairsError, SettingsError
-from .._files import fingerprint, versions
+from .._files import fingerprint
 from .._memory import Halving
 from .._processes import Processes, here
 from .._typing import checked
@@ -28,6 +28,7 @@ from ..bases._site import Basis, name_of, sites_of
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
+from ..tasks._provenance import provenance, require_corrupt
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
 from ._memory import MemoryEstimate, fitting_batch, measured
@@ -186,18 +187,7 @@ def check_pairs(tokens: TokenizedPairs, scope: Scope) -> None:
         PairsError: no corrupt prompts where they are needed, or of another length; several lengths with positions kept.
     """
     if scope.baseline == "corrupt":
-        if tokens.corrupt is None:
-            raise PairsError(
-                "baseline='corrupt' compares with corrupt prompts, and these pairs have none. Give corrupt=, or "
-                "baseline='zero' or 'mean'."
-            )
-        for index, (clean, corrupt) in enumerate(zip(tokens.clean, tokens.corrupt, strict=True)):
-            if len(clean) != len(corrupt):
-                raise PairsError(
-                    f"pair {index}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; nodes are compared "
-                    "position by position. Choose prompts of equal token length (tasks.keep_fitting leaves out the "
-                    "others), or baseline='zero' or 'mean'."
-                )
+        require_corrupt(tokens, "baseline='corrupt'", instead="baseline='zero' or 'mean'")
     lengths = sorted(set(tokens.lengths))
     if scope.positions == "keep" and len(lengths) > 1:
         counts = {length: tokens.lengths.count(length) for length in lengths}
@@ -227,11 +217,7 @@ def _provenance(scope: Scope, method: Method, tokens: TokenizedPairs, basis: str
         "direction": scope.direction,
         "metric": metric_name(scope.metric),
         "basis": basis,
-        "model": str(getattr(scope.model.cfg, "model_name", "unknown")),
-        "n_pairs": len(tokens),
-        "pairs_hash": tokens.hash,
-        "lengths": sorted(set(tokens.lengths)),
-        "versions": versions(),
+        **provenance(scope.model, tokens),
     }
 
 

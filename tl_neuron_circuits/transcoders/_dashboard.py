@@ -22,6 +22,7 @@ from ..bases._dictionary import Dictionary
 from ..explain._max_activating_examples import Example
 from ..interventions._steering_prompts import text_pieces
 from ..models._protocol import TransformerLensModel
+from ..tasks._provenance import model_name
 from ._connections import Head, probe_run, read_vectors, reading_at
 from ._contributions import feature_of
 from ._deembed import head_norms, logit_weights, strongest_tokens, token_embeddings
@@ -175,7 +176,7 @@ def feature_dashboard(
     means = feature_means(model, run, tokens, ignore_tokens, batch_size)
     routes = tuple(_route(run, layer, unit, head, means, k) for head in (None, *strongest))
     logits = logit_weights(model, dictionaries, feature, k=k)
-    name = str(getattr(model.cfg, "model_name", "unknown"))
+    name = model_name(model)
     dashboard = FeatureDashboard(f"L{layer}/F{unit}", name, firing, logits, norms, routes)
     if path is not None:
         dashboard.to_html(path)

@@ -34,6 +34,7 @@ from ..circuits._table import unselected_row
 from ..interventions._steering_prompts import token_names
 from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label
+from ..tasks._provenance import model_name
 from ._contributions import (
     OneStep,
     Read,
@@ -142,7 +143,7 @@ def trace_feature(
         for layer, r in run.readings.items()
     ]
     settings = {
-        "model": str(getattr(model.cfg, "model_name", "unknown")), "n_layers": run.n_layers, "d_mlp": None,
+        "model": model_name(model), "n_layers": run.n_layers, "d_mlp": None,
         "n_prompts": 1, "prompt": prompt if isinstance(prompt, str) else "".join(texts), "tokens": texts,
         "token_ids": run.tokens.tolist(), "pairs_hash": hashlib.sha256(str(run.tokens.tolist()).encode()).hexdigest(),
         "target": [target.text or target.label], "position": target.position, "baseline": "zero",
