@@ -139,7 +139,7 @@ def test_metrics_that_cannot_be_differentiated_are_refused(case: ModelCase) -> N
     model, pairs = model_of(case), random_pairs(4, 4)
     wrong = {
         "is not differentiable": lambda logits, batch: logits[:, -1, 0].detach(),
-        "one number a prompt": lambda logits, batch: logits[:, -1].mean(),
+        "one number per prompt": lambda logits, batch: logits[:, -1].mean(),
         "got float": lambda logits, batch: 1.0,
     }
     for message, metric in wrong.items():

@@ -105,7 +105,7 @@ DAMAGES = {
     _foreign: "describes something else",
     _newer: "expected schema 2 .*; got 99",
     _without_settings: "lacks .'settings'",
-    _without_tensors: "scores.safetensors is not there",
+    _without_tensors: "scores.safetensors is missing",
 }
 
 
@@ -126,7 +126,7 @@ def test_other_peoples_files_are_not_overwritten(case: ModelCase, tmp_path: Path
         with pytest.raises(FileFormatError, match="found something else there"):
             scores.save(path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    with pytest.raises(FileFormatError, match=r"scores\.json is not there"):
+    with pytest.raises(FileFormatError, match=r"scores\.json is missing"):
         NodeScores.load(tmp_path / "nothing")
 
 
