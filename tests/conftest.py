@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests import smollm2 as smollm2_cache
 from tests.model_state import unchanged
-from tests.real_models import BACKENDS, TRACR_PROGRAMS, load_hooked_form, load_stories260K
+from tests.real_models import BACKENDS, TRACR_PROGRAMS, boot_folder, load_hooked_form, load_stories260K
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 
@@ -53,3 +54,24 @@ def tracr(request: pytest.FixtureRequest, shared_models: Path) -> tuple[Any, Pat
     """Return each compiled program as (model, its folder, which holds ground_truth.json and io.json)."""
     folder = shared_models / f"tracr_{request.param}"
     return load_hooked_form(folder), folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, or skip: no test downloads it (with TNC_REQUIRE_SMOLLM2=1: fail)."""
+    folder = smollm2_cache.prepared()
+    if folder is None:
+        reason = (
+            f"SmolLM2-135M-Instruct is not in {smollm2_cache.cache()}: `python -m tests.smollm2` makes it "
+            "(93 MB to download; TNC_MODEL_CACHE moves it)"
+        )
+        if os.environ.get("TNC_REQUIRE_SMOLLM2") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path) -> Any:
+    """Return a real language model: SmolLM2-135M-Instruct as a TransformerBridge, `smollm2.LABEL` in full."""
+    return boot_folder(smollm2_folder)

@@ -35,10 +35,15 @@ def load_hooked_form(folder: Path, tokenizer: Any = None) -> Any:
     return model.eval()
 
 
+def boot_folder(folder: Path) -> Any:
+    """Boot a Hugging Face folder as a TransformerBridge, in eval mode on the CPU."""
+    if TransformerBridge is None:
+        pytest.skip("TransformerBridge needs TransformerLens 3 or later")
+    return TransformerBridge.boot_transformers(str(folder), device="cpu").eval()
+
+
 def load_stories260K(folder: Path, backend: str) -> Any:
     """Load the TinyLlamas 260K, tokenizer included, from the folder of shared models."""
     if backend == "TransformerBridge":
-        if TransformerBridge is None:
-            pytest.skip("TransformerBridge needs TransformerLens 3 or later")
-        return TransformerBridge.boot_transformers(str(folder / "stories260K"), device="cpu").eval()
+        return boot_folder(folder / "stories260K")
     return load_hooked_form(folder / "stories260K_tl", AutoTokenizer.from_pretrained(str(folder / "stories260K")))

