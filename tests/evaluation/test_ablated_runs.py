@@ -18,7 +18,7 @@ from tl_neuron_circuits.evaluation._node_sets import RankedNodes
 from tl_neuron_circuits.nodes import NodeScores, attribute
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
-models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+models = pytest.mark.parametrize("case", all_models("gpt2"))
 
 
 def kept_masks(scores: NodeScores, size: int) -> dict[str, Tensor]:

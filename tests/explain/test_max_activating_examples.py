@@ -12,7 +12,7 @@ from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.explain import max_activating_examples
 from tl_neuron_circuits.explain._highlight import highlight
 
-few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+few_models = pytest.mark.parametrize("case", all_models("gpt2"))
 
 
 @few_models

@@ -11,7 +11,7 @@ from tl_neuron_circuits.explain import profiles, prompt_scores
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.tasks import TokenizedPairs
 
-few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))
+few_models = pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
 
 
 @few_models

@@ -11,7 +11,7 @@ from tl_neuron_circuits.explain import prompt_scores
 from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.tasks import TokenizedPairs
 
-few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))
+few_models = pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
 
 
 def pairs_of(model: Any, n: int = 4, pos: int = 5) -> TokenizedPairs:

@@ -13,7 +13,7 @@ from tl_neuron_circuits.bases._site import Parts
 from tl_neuron_circuits.interventions import ablation_hooks
 from tl_neuron_circuits.interventions._ablation import AblationSwitch
 
-models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+models = pytest.mark.parametrize("case", all_models("gpt2"))
 NAME = "blocks.1.mlp.hook_post"
 
 

@@ -11,7 +11,7 @@ from tl_neuron_circuits.interventions import direct_logit_effects
 from tl_neuron_circuits.interventions._direct_logit_effects import effects_on_logits, output_weights
 from tl_neuron_circuits.propagation import relp
 
-few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))
+few_models = pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
 _CAPS = {"HookedTransformer": {"output_logits_soft_cap": -1.0}, "TransformerBridge": {"final_logit_softcapping": None}}
 
 

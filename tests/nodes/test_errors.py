@@ -26,7 +26,7 @@ from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.tasks import PromptPairs, TokenizedPairs, logit_difference
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
-models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+models = pytest.mark.parametrize("case", all_models("gpt2"))
 METHODS = (
     *("relp", "gradient", "integrated_gradients", "integrated_gradients_inputs", "patching"),
     *("activation_difference", "random"),
