@@ -20,7 +20,7 @@ from tl_neuron_circuits.bases import Neurons
 from tl_neuron_circuits.circuits import Circuit
 from tl_neuron_circuits.components import edge_average_precision
 from tl_neuron_circuits.lasso import CircuitLasso, Components, HeldOut, LassoCircuit, MostEdges, Share
-from tl_neuron_circuits.lasso._observations import Noise, observer
+from tl_neuron_circuits.lasso._observations import Noise, build_observer
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
 CASES = [pytest.param(case, id=case.id) for case in model_cases("gpt2", "pythia")]
@@ -227,7 +227,7 @@ def test_finished_blocks_are_taken_from_the_directory(gpt2, tmp_path: Path, monk
     whole = lasso.fit(gpt2, tokens)
     first = lasso.observe(gpt2, tokens, resume=tmp_path / "kept")
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["block0", "block1"]
-    monkeypatch.setattr("tl_neuron_circuits.lasso._observations._block", None)  # nothing is observed again
+    monkeypatch.setattr("tl_neuron_circuits.lasso._circuit_lasso.observe_block", None)  # nothing is observed again
     again = lasso.observe(gpt2, tokens, resume=tmp_path / "kept")
     assert torch.equal(first.total()[0].products, again.total()[0].products)
     pd.testing.assert_frame_equal(lasso.solve(again).edges, whole.edges)
@@ -238,12 +238,12 @@ def test_finished_blocks_are_taken_from_the_directory(gpt2, tmp_path: Path, monk
 _KILLED = """
 import os, signal, sys
 from tests.families import model_cases, random_tokens
-from tl_neuron_circuits.lasso import CircuitLasso, Share, _observations
-original = _observations._write_block
+from tl_neuron_circuits.lasso import CircuitLasso, Share, _circuit_lasso
+original = _circuit_lasso.write_block
 def dying(path, block, parts, settings):
     original(path, block, parts, settings)
     os.kill(os.getpid(), signal.SIGKILL)
-_observations._write_block = dying
+_circuit_lasso.write_block = dying
 model = model_cases("gpt2")[0].build()
 CircuitLasso(penalty=Share(0.3), noise=0.2, readout="none", blocks=3, skip_positions=0).observe(
     model, random_tokens(model, batch=20, pos=4), resume=sys.argv[1])
@@ -266,8 +266,8 @@ def test_a_killed_process_goes_on_where_it_was_with_the_same_result(gpt2, tmp_pa
 def test_noise_is_that_of_its_generator_and_later_components_see_it(gpt2) -> None:
     tokens = random_tokens(gpt2, batch=6, pos=4)
     data = TokenizedPairs.from_tokens(tokens, torch.zeros(6, dtype=torch.long))
-    given = {"basis": None, "attention": "heads", "mlp": "outputs", "readout": "none", "metric": logit_difference}
-    watch, batch = observer(gpt2, data, **given), next(data.batches(6))
+    watch = build_observer(gpt2, data, Components(), "none", logit_difference)
+    batch = next(data.batches(6))
     plain, _ = watch.values(batch)
     deviations = watch.deviations(batch)
     noisy, _ = watch.values(batch, Noise(0.5, deviations, torch.Generator().manual_seed(3)))
@@ -313,7 +313,7 @@ def test_what_cannot_be_done_is_refused(gpt2) -> None:
             CircuitLasso(penalty=penalty)
     with pytest.raises(SettingsError, match="held-out error"):
         CircuitLasso(penalty=HeldOut(0))
-    with pytest.raises(SettingsError, match="one prompt a block"):
+    with pytest.raises(SettingsError, match="one prompt per block"):
         CircuitLasso(penalty=Share(0.5)).fit(gpt2, tokens[:1])
     with pytest.raises(SettingsError, match="needs pairs"):
         CircuitLasso(readout="metric", penalty=Share(0.5)).fit(gpt2, tokens)

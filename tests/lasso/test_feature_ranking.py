@@ -61,7 +61,7 @@ def test_a_number_is_ranked_by_the_lasso() -> None:
     pooled = features()
     number = 3 * pooled.values[:, 2] - pooled.values[:, 6]
     ranking = rank_features(pooled, number.tolist(), n_features=2, loss="squared")
-    problem = standardize(Statistics.of(pooled.values, number[:, None]))
+    problem = standardize(Statistics.from_rows(pooled.values, number[:, None]))
     slow = solve_lasso(problem, ranking.penalty).weights[:, 0]
     best = slow.abs().argsort(descending=True)[:2].tolist()
     assert ranking.top(2)["unit"].tolist() == best == [2, 6]

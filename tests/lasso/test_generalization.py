@@ -13,7 +13,7 @@ from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.bases._site import sites_of
 from tl_neuron_circuits.lasso import LabeledTexts, bias_in_bios, contrast_judge, generalize, pooled_features
 from tl_neuron_circuits.lasso._generalization import Ablation, eraser, fit_probe, pooled_activations, probe_support
-from tl_neuron_circuits.lasso._observations import to_tokens
+from tl_neuron_circuits.lasso._observations import tokenize_inputs
 
 HOOK = "blocks.1.hook_mlp_out"
 
@@ -42,7 +42,7 @@ def plain(model, basis) -> Ablation:
 
 
 def test_ablating_a_feature_takes_its_own_vector_out(model, basis, plain: Ablation) -> None:
-    tokens = to_tokens(model, list(texts(("doctor", "farmer")).texts), None)
+    tokens = tokenize_inputs(model, list(texts(("doctor", "farmer")).texts), None)
     before = pooled_activations(model, tokens, plain)
     features = pooled_features(model, tokens, basis, skip_positions=1)
     strongest = int(features.values.mean(0).argmax())
@@ -57,7 +57,7 @@ def test_ablating_a_feature_takes_its_own_vector_out(model, basis, plain: Ablati
 
 def test_support_is_activation_times_weight_where_the_probe_reads_the_site(model, basis, plain: Ablation) -> None:
     given = texts(("doctor", "farmer"))
-    tokens, label = to_tokens(model, list(given.texts), None), torch.tensor(given.label)
+    tokens, label = tokenize_inputs(model, list(given.texts), None), torch.tensor(given.label)
     probe = fit_probe(pooled_activations(model, tokens, plain), label)
     features = pooled_features(model, tokens, basis, skip_positions=1).values
     sign = 2.0 * label[:, None] - 1
@@ -68,7 +68,7 @@ def test_support_is_activation_times_weight_where_the_probe_reads_the_site(model
 
 def test_support_through_later_layers_is_the_models_gradient(model, basis, plain: Ablation) -> None:
     given = texts(("doctor", "farmer"), n=4)
-    tokens, label = to_tokens(model, list(given.texts), None), torch.tensor(given.label)
+    tokens, label = tokenize_inputs(model, list(given.texts), None), torch.tensor(given.label)
     later = replace(plain, hook="blocks.3.hook_mlp_out")
     probe = fit_probe(pooled_activations(model, tokens, later), label)
     support = probe_support(model, tokens, later, probe, label, ())

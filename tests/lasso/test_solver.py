@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.lasso.problems import regression, standardized_columns, structural_model
 from tl_neuron_circuits._errors import NumericalError, SettingsError
 from tl_neuron_circuits.lasso import largest_penalty, lasso_path, solve_lasso
-from tl_neuron_circuits.lasso._solver import explained
+from tl_neuron_circuits.lasso._solver import r_squared
 from tl_neuron_circuits.lasso._statistics import Statistics, standardize
 
 sklearn = pytest.importorskip("sklearn.linear_model")
@@ -26,7 +26,7 @@ def by_sklearn(x: Tensor, y: Tensor, penalty: float) -> np.ndarray:
 )
 def test_equals_scikit_learn(n: int, p: int, shared: float, share: float) -> None:
     x, y = regression(n, p, 4, shared=shared)
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     penalty = share * largest_penalty(problem)
     solution = solve_lasso(problem, penalty, tolerance=1e-12)
     expected = by_sklearn(x, y, penalty)
@@ -38,7 +38,7 @@ def test_equals_scikit_learn(n: int, p: int, shared: float, share: float) -> Non
 
 def test_optimality_holds_for_more_columns_than_a_working_set() -> None:
     x, _, allowed = structural_model(300, sites=4, width=40, edges=0.15)
-    problem = standardize(Statistics.of(x))
+    problem = standardize(Statistics.from_rows(x))
     penalty = 0.02 * largest_penalty(problem, allowed)
     weights = solve_lasso(problem, penalty, allowed=allowed, tolerance=1e-12).weights
     gradient = (problem.cross - problem.gram @ weights) * allowed
@@ -52,7 +52,7 @@ def test_optimality_holds_for_more_columns_than_a_working_set() -> None:
 
 def test_recovers_a_linear_structural_model() -> None:
     x, truth, allowed = structural_model(4000, noise=1.0)
-    problem = standardize(Statistics.of(x))
+    problem = standardize(Statistics.from_rows(x))
     solution = solve_lasso(problem, 0.01 * largest_penalty(problem, allowed), allowed=allowed)
     found = solution.weights * problem.scale / problem.scale[:, None]
     edges = truth != 0
@@ -63,7 +63,7 @@ def test_recovers_a_linear_structural_model() -> None:
 
 def test_from_the_largest_penalty_on_nothing_is_chosen() -> None:
     x, y = regression(100, 10, 3)
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     most = largest_penalty(problem)
     assert solve_lasso(problem, most).n_edges == 0
     assert solve_lasso(problem, 0.99 * most).n_edges == 1
@@ -71,15 +71,17 @@ def test_from_the_largest_penalty_on_nothing_is_chosen() -> None:
 
 def test_each_target_alone_gives_the_same_as_all_together() -> None:
     x, y = regression(120, 30, 5, shared=2.0)
-    penalty = 0.05 * largest_penalty(standardize(Statistics.of(x, y)))
-    together = solve_lasso(standardize(Statistics.of(x, y)), penalty, tolerance=1e-12).weights
-    alone = [solve_lasso(standardize(Statistics.of(x, y[:, [j]])), penalty, tolerance=1e-12).weights for j in range(5)]
+    penalty = 0.05 * largest_penalty(standardize(Statistics.from_rows(x, y)))
+    together = solve_lasso(standardize(Statistics.from_rows(x, y)), penalty, tolerance=1e-12).weights
+    alone = [
+        solve_lasso(standardize(Statistics.from_rows(x, y[:, [j]])), penalty, tolerance=1e-12).weights for j in range(5)
+    ]
     assert torch.allclose(together, torch.cat(alone, 1), atol=1e-9)
 
 
 def test_a_path_equals_its_penalties_one_by_one_in_any_order() -> None:
     x, y = regression(120, 30, 3, shared=1.0)
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     penalties = [share * largest_penalty(problem) for share in (0.03, 0.5, 0.1)]
     path = lasso_path(problem, penalties, tolerance=1e-12)
     assert [solution.penalty for solution in path] == penalties
@@ -91,7 +93,7 @@ def test_a_path_equals_its_penalties_one_by_one_in_any_order() -> None:
 def test_collinear_columns_share_one_weight_and_the_fit_is_the_same() -> None:
     x, y = regression(100, 6, 2)
     doubled = torch.cat([x, 2 * x[:, :3]], 1)
-    one, two = standardize(Statistics.of(x, y)), standardize(Statistics.of(doubled, y))
+    one, two = standardize(Statistics.from_rows(x, y)), standardize(Statistics.from_rows(doubled, y))
     penalty = 0.1 * largest_penalty(one)
     single, double = solve_lasso(one, penalty, tolerance=1e-10), solve_lasso(two, penalty, tolerance=1e-10)
     assert torch.allclose(double.weights[:3] + double.weights[6:], single.weights[:3], atol=1e-6)
@@ -102,7 +104,7 @@ def test_constant_columns_are_never_chosen_and_constant_targets_have_no_r2() -> 
     x, y = regression(100, 6, 2)
     x[:, 1] = 5.0
     y[:, 0] = 2.0
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     solution = solve_lasso(problem, 0.05 * largest_penalty(problem))
     assert not solution.weights[1].any() and not solution.weights[:, 0].any()
     assert torch.isnan(solution.r2[0]) and float(solution.r2[1]) > 0.3
@@ -110,22 +112,22 @@ def test_constant_columns_are_never_chosen_and_constant_targets_have_no_r2() -> 
 
 def test_held_out_r2_is_that_of_other_observations() -> None:
     x, y = regression(100, 6, 1)
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     weights = solve_lasso(problem, 0.1 * largest_penalty(problem)).weights
     zx, zy = standardized_columns(x), standardized_columns(y)
     expected = 1 - (zy - zx @ weights).square().sum() / zy.square().sum()
-    assert float(explained(problem, weights)) == pytest.approx(float(expected))
+    assert float(r_squared(problem, weights)) == pytest.approx(float(expected))
 
 
 @pytest.mark.parametrize("penalty", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_penalty_must_be_positive(penalty: float) -> None:
     x, y = regression(20, 3, 1)
     with pytest.raises(SettingsError, match="positive penalty"):
-        solve_lasso(standardize(Statistics.of(x, y)), penalty)
+        solve_lasso(standardize(Statistics.from_rows(x, y)), penalty)
 
 
 def test_a_target_that_does_not_converge_is_an_error() -> None:
     x, y = regression(60, 150, 2)
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     with pytest.raises(NumericalError, match="did not converge"):
         solve_lasso(problem, 0.01 * largest_penalty(problem), tolerance=1e-12, max_rounds=1)

@@ -1,13 +1,11 @@
 """Statistics of batches are the statistics of the whole, and say so where they cannot be taken."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.lasso.problems import regression, standardized_columns
-from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
-from tl_neuron_circuits.lasso._statistics import Accumulator, Statistics, standardize, sum_of
+from tl_neuron_circuits._errors import NumericalError, SettingsError
+from tl_neuron_circuits.lasso._statistics import Accumulator, Statistics, combine, standardize
 
 FIELDS = ("mean", "products", "target_mean", "target_products", "target_squares")
 
@@ -29,26 +27,26 @@ def test_batches_add_up_to_the_whole(with_targets: bool) -> None:
     for rows in torch.arange(200).split(37):
         batch = (x[rows], None if y is None else y[rows])
         accumulator.add(*batch)
-        parts.append(Statistics.of(*batch))
-    whole = Statistics.of(x, y)
+        parts.append(Statistics.from_rows(*batch))
+    whole = Statistics.from_rows(x, y)
     assert_same(accumulator.total(), whole)
-    assert_same(sum(parts[1:], parts[0]), whole)
+    assert_same(combine(parts, [1] * len(parts)), whole)
     assert accumulator.n == 200
 
 
 def test_products_by_strips_are_the_whole_product() -> None:
     x, _ = regression(30, 600, 1)
     centered = x - x.mean(0)
-    products = Statistics.of(x).products
+    products = Statistics.from_rows(x).products
     assert torch.allclose(products, centered.T @ centered, atol=1e-9)
     assert torch.equal(products, products.T)
 
 
 def test_a_part_counted_twice_is_its_observations_twice() -> None:
     x, y = regression(90, 5, 2)
-    parts = [Statistics.of(x[rows], y[rows]) for rows in (slice(0, 30), slice(30, 60), slice(60, 90))]
+    parts = [Statistics.from_rows(x[rows], y[rows]) for rows in (slice(0, 30), slice(30, 60), slice(60, 90))]
     rows = torch.tensor([*range(30), *range(30), *range(60, 90)])
-    assert_same(sum_of(parts, [2, 0, 1]), Statistics.of(x[rows], y[rows]))
+    assert_same(combine(parts, [2, 0, 1]), Statistics.from_rows(x[rows], y[rows]))
 
 
 def test_large_means_cost_no_digits() -> None:
@@ -56,7 +54,7 @@ def test_large_means_cost_no_digits() -> None:
     shifted = Accumulator()
     for batch in (x + 1e6).split(50):
         shifted.add(batch)
-    assert torch.allclose(shifted.total().products, Statistics.of(x).products, rtol=1e-8)
+    assert torch.allclose(shifted.total().products, Statistics.from_rows(x).products, rtol=1e-8)
 
 
 def test_float32_activations_are_summed_in_float64() -> None:
@@ -70,7 +68,7 @@ def test_float32_activations_are_summed_in_float64() -> None:
 
 def test_standardizing_gives_correlations() -> None:
     x, y = regression(150, 6, 2)
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     zx, zy = standardized_columns(x), standardized_columns(y)
     assert torch.allclose(problem.gram, zx.T @ zx / 150)
     assert torch.allclose(problem.cross, zx.T @ zy / 150)
@@ -81,7 +79,7 @@ def test_constant_columns_are_zero_and_named() -> None:
     x, y = regression(50, 4, 2)
     x[:, 2] = 7.0
     y[:, 0] = 0.0
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     assert problem.constant.tolist() == [False, False, True, False]
     assert problem.target_constant.tolist() == [True, False]
     assert not problem.gram[2].any() and not problem.cross[2].any() and not problem.cross[:, 0].any()
@@ -92,46 +90,42 @@ def test_float32_noise_on_a_constant_is_not_a_signal() -> None:
     x = torch.full((64, 2), 3.0)
     x[:, 0] += torch.linspace(0, 2e-6, 64)
     x[:, 1] = torch.linspace(0, 1, 64)
-    assert standardize(Statistics.of(x)).constant.tolist() == [True, False]
+    assert standardize(Statistics.from_rows(x)).constant.tolist() == [True, False]
 
 
 def test_small_variances_are_divided_by_the_floor() -> None:
     x, _ = regression(80, 3, 1)
     x = standardized_columns(x)
     x[:, 1] *= 1e-6
-    problem = standardize(Statistics.of(x), floor=1e-4)
+    problem = standardize(Statistics.from_rows(x), floor=1e-4)
     assert float(problem.scale[1]) == pytest.approx(1e-4)
     assert float(problem.gram[1, 1]) == pytest.approx(1e-4, rel=1e-6)  # (1e-6 / 1e-4)^2
 
 
 @pytest.mark.parametrize("square", [True, False], ids=["square", "targets"])
-def test_saved_statistics_come_back(tmp_path: Path, square: bool) -> None:
+def test_statistics_come_back_from_their_tensors(square: bool) -> None:
     x, y = regression(40, 5, 2)
-    statistics = Statistics.of(x, None if square else y)
-    statistics.save(tmp_path / "statistics")
-    assert_same(Statistics.load(tmp_path / "statistics"), statistics, tolerance=0)
-    (tmp_path / "statistics" / "statistics.safetensors").write_bytes(b"broken")
-    with pytest.raises(FileFormatError, match="truncated or foreign"):
-        Statistics.load(tmp_path / "statistics")
+    statistics = Statistics.from_rows(x, None if square else y)
+    assert_same(Statistics.from_tensors(statistics.n, statistics.tensors()), statistics, tolerance=0)
 
 
 def test_what_is_not_finite_is_refused_with_its_columns() -> None:
     x, y = regression(20, 5, 2)
     x[3, 4] = torch.nan
     with pytest.raises(NumericalError, match=r"1 of 5 columns, first \[4\]"):
-        Statistics.of(x, y)
+        Statistics.from_rows(x, y)
     y[0, 1] = torch.inf
     with pytest.raises(NumericalError, match="finite targets"):
-        Statistics.of(x[4:], y[[0, *range(5, 20)]])
+        Statistics.from_rows(x[4:], y[[0, *range(5, 20)]])
 
 
 def test_nothing_one_observation_and_other_columns_are_refused() -> None:
     x, y = regression(20, 5, 2)
     with pytest.raises(SettingsError, match="empty batch"):
-        Statistics.of(x[:0])
-    with pytest.raises(SettingsError, match="none came"):
+        Statistics.from_rows(x[:0])
+    with pytest.raises(SettingsError, match="got none"):
         Accumulator().total()
     with pytest.raises(SettingsError, match="at least 2 observations"):
-        standardize(Statistics.of(x[:1]))
+        standardize(Statistics.from_rows(x[:1]))
     with pytest.raises(SettingsError, match="same columns"):
-        Statistics.of(x, y) + Statistics.of(x[:, 1:], y)
+        combine([Statistics.from_rows(x, y), Statistics.from_rows(x[:, 1:], y)], [1, 1])

@@ -16,7 +16,7 @@ sklearn = pytest.importorskip("sklearn.linear_model")
 
 def test_groups_of_one_are_the_lasso() -> None:
     x, y = regression(150, 12, 3, shared=1.0)
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     penalty = 0.1 * largest_penalty(problem)
     grouped = solve_group_lasso(problem, penalty, torch.arange(12), tolerance=1e-12)
     assert torch.allclose(grouped.weights, solve_lasso(problem, penalty, tolerance=1e-12).weights, atol=1e-6)
@@ -24,7 +24,7 @@ def test_groups_of_one_are_the_lasso() -> None:
 
 def test_one_column_against_all_targets_is_scikit_learns_multi_task_lasso() -> None:
     x, y = regression(150, 12, 3)
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     penalty = 0.1 * largest_penalty(problem)
     solution = solve_group_lasso(problem, penalty, torch.arange(12), torch.zeros(3, dtype=torch.long), tolerance=1e-12)
     alpha = penalty / (2 * 150) * 3**0.5
@@ -50,7 +50,7 @@ def slow_group_lasso(x, y, groups, target_groups, penalty, steps=4000):
 def test_blocks_equal_the_slow_replica() -> None:
     x, y = regression(80, 9, 4)
     groups, targets = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2]), torch.tensor([0, 0, 1, 1])
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     penalty = 0.15 * largest_penalty(problem)
     solution = solve_group_lasso(problem, penalty, groups, targets, tolerance=1e-13)
     expected = slow_group_lasso(standardized_columns(x), standardized_columns(y), groups, targets, penalty)
@@ -64,7 +64,7 @@ def test_blocks_that_are_not_allowed_stay_empty() -> None:
     x, y = regression(80, 6, 2)
     allowed = torch.ones(6, 2, dtype=torch.bool)
     allowed[:3, 0] = False
-    problem = standardize(Statistics.of(x, y))
+    problem = standardize(Statistics.from_rows(x, y))
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
     solution = solve_group_lasso(problem, 0.05 * largest_penalty(problem), groups, allowed=allowed)
     assert not solution.weights[~allowed].any() and bool(solution.weights[allowed].all())
@@ -73,7 +73,7 @@ def test_blocks_that_are_not_allowed_stay_empty() -> None:
 def test_groups_with_holes_are_refused() -> None:
     x, y = regression(20, 3, 1)
     with pytest.raises(SettingsError, match="without holes"):
-        solve_group_lasso(standardize(Statistics.of(x, y)), 1.0, torch.tensor([0, 2, 2]))
+        solve_group_lasso(standardize(Statistics.from_rows(x, y)), 1.0, torch.tensor([0, 2, 2]))
 
 
 def labeled(n: int = 200, p: int = 8):

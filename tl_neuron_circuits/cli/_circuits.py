@@ -173,7 +173,8 @@ def lasso(
     Give --pairs or --prompts. An edge says what predicts what; it is not a causal effect.
     """
     from .._errors import SettingsError
-    from ..lasso._circuit_lasso import CircuitLasso, Components, MostEdges, Share
+    from ..lasso._circuit_lasso import CircuitLasso, MostEdges, Share
+    from ..lasso._observations import Components
 
     inputs = read_inputs(pairs, prompts)
     if n_edges is not None and share is not None:

@@ -2,7 +2,6 @@
 
 from .._lazy import explain_old_names
 from ._circuit_lasso import CircuitLasso as CircuitLasso
-from ._circuit_lasso import Components as Components
 from ._circuit_lasso import HeldOut as HeldOut
 from ._circuit_lasso import MostEdges as MostEdges
 from ._circuit_lasso import Share as Share
@@ -16,6 +15,7 @@ from ._generalization import generalize as generalize
 from ._labeled_texts import LabeledTexts as LabeledTexts
 from ._labeled_texts import bias_in_bios as bias_in_bios
 from ._lasso_circuit import LassoCircuit as LassoCircuit
+from ._observations import Components as Components
 from ._solver import LassoSolution as LassoSolution
 from ._solver import largest_penalty as largest_penalty
 from ._solver import lasso_path as lasso_path

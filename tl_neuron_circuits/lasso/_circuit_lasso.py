@@ -8,36 +8,54 @@ pass per prompt, then a solve that does not depend on how many there were.
 Source: Yin et al. 2026, arXiv 2606.16939 (no code is public; this is from the paper); METHODS 3.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Float64
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import versions
+from .._processes import here
 from .._typing import checked
-from ..bases._site import name_of
+from ..bases._site import Basis, name_of
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import model_name
 from ..tasks._tokenized import TokenizedPairs
-from ._edges import Nodes, edge_keys, edge_table, node_table, nodes_of
+from ._edges import Fitted, Nodes, edge_keys, list_nodes, tables
 from ._lasso_circuit import LassoCircuit, lasso_circuit
 from ._observations import (
+    Block,
+    Components,
     Inputs,
+    Noise,
     Observations,
     Readout,
+    Regression,
     Regressors,
-    observe,
-    observer,
-    same_start,
-    to_tokens,
+    Site,
+    build_observer,
+    build_regressions,
+    check_prompts,
+    gather_blocks,
+    observe_block,
+    read_blocks,
+    select_prompts,
+    shared_start,
+    tokenize_inputs,
+    write_block,
 )
-from ._path import Fitted, Joint, Solving, fit_path, held_out_errors, one_standard_error, smallest_empty
+from ._solver import solve_group_lasso, solve_lasso
+from ._statistics import Standardized, Statistics, standardize
+
+Joint = Literal["joint", "pairs", "adjacent"]
 
 
 @dataclass(frozen=True)
@@ -77,20 +95,6 @@ class HeldOut:
     """
 
     folds: int = 4
-
-
-@dataclass(frozen=True)
-class Components:
-    """Nodes are the model's components: single heads or whole attention layers, whole MLPs or neurons in their place.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> tnc.lasso.CircuitLasso(nodes=tnc.lasso.Components(attention="layers")).nodes.mlp
-        'outputs'
-    """
-
-    attention: Literal["heads", "layers"] = "heads"
-    mlp: Literal["outputs", "neurons"] = "outputs"
 
 
 Penalty = float | Share | MostEdges | HeldOut
@@ -135,7 +139,7 @@ class CircuitLasso:
     """
 
     penalty: Penalty = HeldOut()
-    nodes: Any = Components()
+    nodes: Components | Basis | Sequence[Basis] = field(default=Components())
     readout: Readout | None = None
     regressors: Regressors = "pooled"
     joint: Joint = "joint"
@@ -156,7 +160,7 @@ class CircuitLasso:
             raise SettingsError(f"expected a positive, finite penalty; got {self.penalty!r}.")
         if isinstance(self.penalty, HeldOut) and not 2 <= self.penalty.folds <= self.blocks:
             raise SettingsError(
-                "the held-out error chooses the penalty: expected 2 folds at least and as many blocks; got "
+                "the held-out error chooses the penalty: expected at least 2 folds and as many blocks; got "
                 f"{self.penalty!r}, blocks={self.blocks}. Or give penalty=MostEdges(50)."
             )
         if self.blocks < (2 if self.bootstrap else 1):
@@ -214,21 +218,14 @@ class CircuitLasso:
         verbose: bool = False,
     ) -> Observations:
         """The statistics alone; `+` joins those of several processes before `solve`. Arguments as of `fit`."""
-        tokens = to_tokens(model, inputs, prepend_bos)
+        tokens = tokenize_inputs(model, inputs, prepend_bos)
         readout = self.readout or ("answers" if isinstance(inputs, PromptPairs | TokenizedPairs) else "logits")
         if readout in ("answers", "metric") and not isinstance(inputs, PromptPairs | TokenizedPairs):
             raise SettingsError(f"readout={readout!r} needs pairs with answers; got prompts. Use 'logits' or 'none'.")
+        watch = build_observer(model, tokens, self.nodes, readout, metric)
+        skip = shared_start(tokens) if self.skip_positions is None else self.skip_positions
+        check_prompts(tokens, self.regressors, self.blocks, skip)
         parts = self.nodes if isinstance(self.nodes, Components) else Components()
-        watch = observer(
-            model,
-            tokens,
-            basis=None if isinstance(self.nodes, Components) else self.nodes,
-            attention=parts.attention,
-            mlp=parts.mlp,
-            readout=readout,
-            metric=metric,
-        )
-        skip = same_start(tokens) if self.skip_positions is None else self.skip_positions
         settings = {
             "method": "circuit_lasso",
             "model": model_name(model),
@@ -245,129 +242,248 @@ class CircuitLasso:
             "mlp": parts.mlp,
             **{name: getattr(self, name) for name in ("regressors", "blocks", "seed", "noise")},
         }
-        return observe(
-            watch,
-            tokens,
-            regressors=self.regressors,
-            n_blocks=self.blocks,
-            skip=skip,
-            batch_size=batch_size,
-            seed=self.seed,
-            settings=settings,
-            noise=self.noise,
-            resume=resume,
-            verbose=verbose,
-        )
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.seed))
+        dealt = [select_prompts(tokens, sorted(order[block :: self.blocks].tolist())) for block in range(self.blocks)]
+        processes = here()
+        with processes.together("CircuitLasso.observe", settings):
+            regressions = build_regressions(watch, next(dealt[0].batches(1)), self.regressors, skip)
+            # the size of the noise is measured once, on the first prompts; draws start anew with every block, so that
+            # a block is the same whichever process observes it, and when
+            deviations = watch.deviations(next(dealt[0].batches(batch_size))) if self.noise else {}
+            finished = {} if resume is None else read_blocks(Path(resume), settings)
+            mine: dict[int, Block] = {}
+            with tqdm(total=len(tokens), desc="observed prompts", disable=not verbose, unit="prompt") as bar:
+                for block in processes.share(range(self.blocks)):
+                    if block in finished:
+                        mine[block] = finished[block]
+                    else:
+                        draws = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + block)
+                        noise = Noise(self.noise, deviations, draws) if self.noise else None
+                        batches = dealt[block].batches(batch_size)
+                        mine[block] = observe_block(watch, batches, self.regressors, skip, noise)
+                        if resume is not None:
+                            write_block(Path(resume), block, mine[block], settings)
+                    bar.update(len(dealt[block]))
+            blocks = gather_blocks(processes, mine)
+        return Observations(watch.sites, regressions, tuple(zip(*blocks, strict=True)), settings)
 
     def solve(self, observations: Observations, *, verbose: bool = False) -> LassoCircuit:
-        """Choose the penalty and solve; nothing of the model is needed any more."""
-        solving = Solving(self.joint, self.groups, self.floor, self.tolerance)
-        most = smallest_empty(observations, solving)
+        """Choose the penalty and solve; the model is no longer needed.
+
+        Penalties are alpha = penalty / (2 n) inside, which means the same for regressions of different n; a share is
+        alpha over the smallest alpha that leaves no weight.
+
+        Raises:
+            SettingsError: every site is constant.
+            NumericalError: a solve did not converge.
+        """
+        totals = observations.total()
+        most = max(
+            _smallest_empty(r, standardize(s, self.floor))
+            for r, s in zip(observations.regressions, totals, strict=True)
+        )
         if not most > 0:
             raise SettingsError("nothing varies together: every site is constant on these prompts. Give more prompts.")
-        scale = 2.0 * observations.total()[0].n
-        alphas = self._alphas(most, scale)
-        errors, wanted, count = None, None, None
-        if isinstance(self.penalty, HeldOut):
-            errors = held_out_errors(observations, alphas, solving, self.penalty.folds, verbose)
-            wanted = alphas[one_standard_error(errors)]
-        elif isinstance(self.penalty, MostEdges):
+        scale = 2.0 * totals[0].n
+        asked, count, errors = None, None, None
+        if isinstance(self.penalty, MostEdges):
             count = self.penalty.count
-        else:
-            wanted = self._asked(most, scale)
-        rows, chosen, nodes = [], None, None
-        for alpha, fits in zip(alphas, fit_path(observations, alphas, solving, verbose=verbose), strict=False):
-            nodes = nodes or nodes_of(observations.sites, fits)
-            n_edges = len(edge_keys(observations.sites, fits, nodes))
-            rows.append(_path_row(alpha, most, scale, fits, n_edges))
-            if alpha == wanted or (count is not None and n_edges <= count):
+        elif isinstance(self.penalty, Share):
+            asked = self.penalty.share * most
+        elif not isinstance(self.penalty, HeldOut):
+            asked = self.penalty / scale
+        path = {most, *(share * most for share in self.shares)} | (set() if asked is None else {asked})
+        alphas = sorted((alpha for alpha in path if alpha >= (asked or 0.0)), reverse=True)
+        if isinstance(self.penalty, HeldOut):
+            errors = self._held_out_errors(observations, alphas, self.penalty.folds, verbose)
+            asked = alphas[one_standard_error(errors)]
+
+        nodes = list_nodes(observations.sites, observations.regressions)
+        rows, chosen = [], None
+        for alpha, fits in zip(alphas, self._fit_path(observations, alphas, verbose=verbose), strict=False):
+            n_edges = len(edge_keys(fits, nodes))
+            r2 = torch.cat([fit.r2[fit.regression.allowed.any(0).to(fit.r2.device)].cpu() for fit in fits])
+            n_weights = sum(int(fit.weights.count_nonzero()) for fit in fits)
+            row = {"penalty": scale * alpha, "share": alpha / most, "n_edges": n_edges, "n_weights": n_weights}
+            rows.append({**row, "r2": float(r2.nanmean())})
+            if alpha == asked or (count is not None and n_edges <= count):
                 chosen = (alpha, fits)
             elif count is not None:
                 break
-        assert chosen is not None and nodes is not None  # the first penalty of a path leaves no edge
+        assert chosen is not None  # the first penalty of a path leaves no edge
+        alpha, fits = chosen
         if count is not None:
-            chosen = _nearest(observations, chosen, alphas, count, solving, nodes)
-        path = pd.DataFrame(rows)
+            alpha, fits = self._bisect(observations, alpha, fits, alphas, count, nodes)
+        table = pd.DataFrame(rows)
         if errors is not None:
-            path["held_out_error"] = errors.mean(0).numpy()
-            path["held_out_se"] = (errors.std(0) / len(errors) ** 0.5).numpy()
-        edges = edge_table(observations.sites, chosen[1], nodes)
-        edges["stability"] = self._stability(observations, chosen[0], solving, nodes, edges)
-        settings = {**observations.settings, **self._plain(), "penalty": scale * chosen[0], "share": chosen[0] / most}
-        return lasso_circuit(node_table(observations.sites, nodes, chosen[1]), edges, path, settings)
+            table["held_out_error"] = errors.mean(0).numpy()
+            table["held_out_se"] = (errors.std(0) / len(errors) ** 0.5).numpy()
+        node_rows, edges = tables(fits, nodes)
+        edges["stability"] = self._stability(observations, alpha, nodes, edges)
+        by_value = not isinstance(self.penalty, Share | MostEdges | HeldOut)
+        settings = {
+            **observations.settings,
+            "chosen_by": "penalty" if by_value else repr(self.penalty),
+            "group_lasso": self.groups,
+            **{name: getattr(self, name) for name in ("joint", "bootstrap", "floor", "tolerance")},
+            "penalty": scale * alpha,
+            "share": alpha / most,
+        }
+        return lasso_circuit(node_rows, edges, table, settings)
 
-    def _asked(self, most: float, scale: float) -> float | None:
-        """The penalty that is asked for by its value, on the solver's scale."""
-        if isinstance(self.penalty, Share):
-            return self.penalty.share * most
-        return None if isinstance(self.penalty, MostEdges | HeldOut) else self.penalty / scale
+    def _fit_path(
+        self,
+        observations: Observations,
+        alphas: Sequence[float],
+        times: Sequence[int] | None = None,
+        starts: Sequence[Tensor] | None = None,
+        verbose: bool = False,
+    ) -> Iterator[list[Fitted]]:
+        """Fits of all regressions, penalty by penalty in the order given, each from the last: give the largest first.
 
-    def _alphas(self, most: float, scale: float) -> list[float]:
-        """The path, from nothing on to the penalty that is asked for, or to the end."""
-        asked = self._asked(most, scale)
-        path = {most, *(share * most for share in self.shares), *([] if asked is None else [asked])}
-        return sorted((alpha for alpha in path if alpha >= (asked or 0.0)), reverse=True)
+        `times` says how often each block counts.
+        """
+        totals = observations.total(times)
+        problems = [standardize(statistics, self.floor) for statistics in totals]
+        last: list[Tensor | None] = [None] * len(problems) if starts is None else [*starts]
+        for alpha in tqdm(alphas, desc="penalties", disable=not verbose, leave=False):
+            fits = []
+            for k, (regression, problem) in enumerate(zip(observations.regressions, problems, strict=True)):
+                weights, r2 = self._solve_one(observations.sites, regression, problem, alpha, last[k])
+                last[k] = weights
+                fits.append(Fitted(regression, problem, totals[k], weights, r2))
+            yield fits
 
-    def _stability(
-        self, observations: Observations, alpha: float, solving: Solving, nodes: Nodes, edges: pd.DataFrame
-    ) -> pd.Series:
+    def _solve_one(
+        self, sites: Sequence[Site], regression: Regression, problem: Standardized, alpha: float, start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Weights and R2 of one regression: by groups, jointly, or for every pair of sites."""
+        device = problem.cross.device
+        allowed, penalty = regression.allowed.to(device), 2 * problem.n * alpha
+        if self.groups:
+            groups, target_groups = (
+                side.site.to(device).unique(return_inverse=True)[1] for side in (regression.sources, regression.targets)
+            )
+            given = {"allowed": allowed, "start": start, "tolerance": self.tolerance}
+            solution = solve_group_lasso(problem, penalty, groups, target_groups, **given)
+            return solution.weights, solution.r2
+        if self.joint == "joint":
+            solution = solve_lasso(problem, penalty, allowed=allowed, start=start, tolerance=self.tolerance)
+            return solution.weights, solution.r2
+        weights = torch.zeros_like(problem.cross)
+        r2 = torch.full_like(problem.squares, -torch.inf)
+        for rows, columns in _site_pairs(sites, regression, adjacent=self.joint == "adjacent"):
+            rows, columns = rows.to(device), columns.to(device)
+            block = (rows[:, None], columns)
+            part = replace(
+                problem, gram=problem.gram[rows[:, None], rows], cross=problem.cross[block],
+                squares=problem.squares[columns], scale=problem.scale[rows],
+                target_scale=problem.target_scale[columns], constant=problem.constant[rows],
+                target_constant=problem.target_constant[columns],
+            )  # fmt: skip
+            begin = None if start is None else start[block]
+            solution = solve_lasso(part, penalty, allowed=allowed[block], start=begin, tolerance=self.tolerance)
+            weights[block] = solution.weights
+            r2[columns] = r2[columns].maximum(solution.r2)
+        return weights, torch.where(torch.isinf(r2), torch.nan, r2)
+
+    def _held_out_errors(
+        self, observations: Observations, alphas: Sequence[float], folds: int, verbose: bool
+    ) -> Float64[Tensor, "fold penalty"]:
+        """Error on every fold's blocks of what was fitted to the others.
+
+        Mean of (y - prediction)^2 in units of the target's variance on all blocks, over the targets of every
+        regression, then over regressions: the readout counts as much as the rest.
+        """
+        n_blocks = len(observations.blocks[0])
+        scales = [standardize(total, self.floor).target_scale for total in observations.total()]
+        rows = []
+        for fold in tqdm(range(folds), desc="folds", disable=not verbose, leave=False):
+            held = [int(block % folds == fold) for block in range(n_blocks)]
+            tests, errors = observations.total(held), []
+            for fits in self._fit_path(observations, alphas, times=[1 - h for h in held]):
+                means = []
+                for fit, test, scale in zip(fits, tests, scales, strict=True):
+                    explicable = fit.regression.allowed.any(0).to(fit.weights.device) & ~fit.problem.target_constant
+                    if bool(explicable.any()):
+                        means.append(float((_prediction_error(fit, test) / scale.square())[explicable].mean()))
+                errors.append(sum(means) / len(means))
+            rows.append(errors)
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def _bisect(
+        self,
+        observations: Observations,
+        alpha: float,
+        fits: list[Fitted],
+        alphas: Sequence[float],
+        count: int,
+        nodes: Nodes,
+    ) -> tuple[float, list[Fitted]]:
+        """The smallest penalty with at most `count` edges, between `alpha` and the next one of the path."""
+        low = max((other for other in alphas if other < alpha), default=None)
+        for _ in range(12):
+            if low is None or len(edge_keys(fits, nodes)) == count:
+                break
+            middle = (low * alpha) ** 0.5
+            (closer,) = self._fit_path(observations, [middle], starts=[fit.weights for fit in fits])
+            if len(edge_keys(closer, nodes)) <= count:
+                alpha, fits = middle, closer
+            else:
+                low = middle
+        return alpha, fits
+
+    def _stability(self, observations: Observations, alpha: float, nodes: Nodes, edges: pd.DataFrame) -> pd.Series:
         """Share of resamples of the blocks that have each edge."""
         if not self.bootstrap:
             return pd.Series(float("nan"), index=edges.index)
         generator = torch.Generator().manual_seed(self.seed)
         n_blocks = len(observations.blocks[0])
-        index = {name: k for k, name in enumerate(nodes.names)}
-        keys = [(index[s], index[t]) for s, t in zip(edges["source"], edges["target"], strict=True)]
-        seen = torch.zeros(len(keys), dtype=torch.float64)
+        place = {name: k for k, name in enumerate(nodes.names)}
+        keys = [(place[s], place[t]) for s, t in zip(edges["source"], edges["target"], strict=True)]
+        counts = torch.zeros(len(keys), dtype=torch.float64)
         for _ in range(self.bootstrap):
             draw = torch.randint(n_blocks, (n_blocks,), generator=generator)
             times = torch.bincount(draw, minlength=n_blocks).tolist()
-            (fits,) = fit_path(observations, [alpha], solving, times=times)
-            there = edge_keys(observations.sites, fits, nodes)
-            seen += torch.tensor([float(key in there) for key in keys], dtype=torch.float64)
-        return pd.Series((seen / self.bootstrap).numpy(), index=edges.index)
-
-    def _plain(self) -> dict[str, Any]:
-        chosen_by = self.penalty if isinstance(self.penalty, Share | MostEdges | HeldOut) else "penalty"
-        names = ("joint", "bootstrap", "floor", "tolerance")
-        return {
-            "chosen_by": repr(chosen_by),
-            "group_lasso": self.groups,
-            **{name: getattr(self, name) for name in names},
-        }
+            (fits,) = self._fit_path(observations, [alpha], times=times)
+            present = edge_keys(fits, nodes)
+            counts += torch.tensor([float(key in present) for key in keys], dtype=torch.float64)
+        return pd.Series((counts / self.bootstrap).numpy(), index=edges.index)
 
 
-def _path_row(alpha: float, most: float, scale: float, fits: Sequence[Fitted], n_edges: int) -> dict[str, float]:
-    """One penalty: how many edges and weights it leaves, and the mean R2 of targets that have a source."""
-    r2 = torch.cat([fit.r2[fit.regression.allowed.any(0).to(fit.r2.device)].cpu() for fit in fits])
-    return {
-        "penalty": scale * alpha,
-        "share": alpha / most,
-        "n_edges": n_edges,
-        "n_weights": sum(int(fit.weights.count_nonzero()) for fit in fits),
-        "r2": float(r2.nanmean()),
-    }
+def _smallest_empty(regression: Regression, problem: Standardized) -> float:
+    """The alpha from which on the regression has no weight."""
+    pull = (problem.cross * regression.allowed.to(problem.cross.device)).abs()
+    return float(pull.max()) if pull.numel() else 0.0
 
 
-def _nearest(
-    observations: Observations,
-    chosen: tuple[float, list[Fitted]],
-    alphas: Sequence[float],
-    n_edges: int,
-    solving: Solving,
-    nodes: Nodes,
-) -> tuple[float, list[Fitted]]:
-    """The smallest penalty with at most `n_edges`, by bisection between two of the path."""
-    smaller = [alpha for alpha in alphas if alpha < chosen[0]]
-    low = max(smaller, default=None)
-    for _ in range(12):
-        if low is None or len(edge_keys(observations.sites, chosen[1], nodes)) == n_edges:
-            break
-        middle = (low * chosen[0]) ** 0.5
-        starts = [fit.weights for fit in chosen[1]]
-        (fits,) = fit_path(observations, [middle], solving, starts=starts)
-        if len(edge_keys(observations.sites, fits, nodes)) <= n_edges:
-            chosen = (middle, fits)
-        else:
-            low = middle
-    return chosen
+def _site_pairs(sites: Sequence[Site], regression: Regression, adjacent: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Columns of source site and target site, for every pair of sites, or of the nearest earlier stage alone."""
+    stages = [site.stage for site in sites] + [max(site.stage for site in sites) + 1]  # the readout comes last
+    for target in regression.targets.site.unique().tolist():
+        earlier = [s for s in regression.sources.site.unique().tolist() if stages[s] < stages[target]]
+        nearest = max((stages[s] for s in earlier), default=0)
+        for source in earlier:
+            if not adjacent or stages[source] == nearest:
+                rows = (regression.sources.site == source).nonzero().flatten()
+                yield rows, (regression.targets.site == target).nonzero().flatten()
+
+
+def _prediction_error(fit: Fitted, test: Statistics) -> Float64[Tensor, " target"]:
+    """Mean squared error on the observations of `test`, in the targets' own units."""
+    weights = fit.weights / fit.problem.scale[:, None] * fit.problem.target_scale
+    squares = test.target_squares - 2 * (weights * test.target_products).sum(0)
+    squares = squares + (weights * (test.products @ weights)).sum(0)
+    shift = (test.target_mean - fit.statistics.target_mean) - (test.mean - fit.statistics.mean) @ weights
+    return squares / test.n + shift.square()
+
+
+def one_standard_error(errors: Float64[Tensor, "fold penalty"]) -> int:
+    """The first penalty (they fall) whose mean error is within one standard error of the smallest.
+
+    Source: Hastie, Tibshirani, Friedman 2009, 7.10.
+    """
+    mean = errors.mean(0)
+    best = int(mean.argmin())
+    spread = float(errors[:, best].std()) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
+    return int((mean <= mean[best] + spread).nonzero()[0])

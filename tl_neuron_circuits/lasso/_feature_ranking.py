@@ -28,7 +28,7 @@ from ..explain._prompt_scores import PromptScores
 from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label as node_label
 from ..tasks._tokenized import TokenizedPairs
-from ._observations import Inputs, same_start, to_tokens
+from ._observations import Inputs, shared_start, tokenize_inputs
 from ._solver import check_penalty, fista, largest_eigenvalue, largest_penalty, solve_lasso
 from ._statistics import Statistics, standardize
 
@@ -80,7 +80,7 @@ def solve_labels(
         NumericalError: a value is not finite, or `tolerance` was not reached.
     """
     check_penalty(penalty)
-    statistics = Statistics.of(x)
+    statistics = Statistics.from_rows(x)
     problem = standardize(statistics, floor)
     y = _labels(y.double())
     n = len(y)
@@ -219,8 +219,8 @@ def pooled_features(
         >>> tnc.lasso.pooled_features(tnc.load_demo_model(), ["The dogs are old."], basis)
         PooledFeatures(1 prompts, 768 nodes)
     """
-    tokens = to_tokens(model, inputs, prepend_bos)
-    skip = same_start(tokens) if skip_positions is None else skip_positions
+    tokens = tokenize_inputs(model, inputs, prepend_bos)
+    skip = shared_start(tokens) if skip_positions is None else skip_positions
     if skip >= min(tokens.lengths):
         raise SettingsError(f"skip_positions={skip} leaves nothing of a prompt of {min(tokens.lengths)} tokens.")
     sites = sites_of(model, basis)
@@ -385,7 +385,7 @@ def _weights(
     x: Float64[Tensor, "n p"], y: Float64[Tensor, "n 1"], penalty: float | None, n_features: int, loss: Loss
 ) -> tuple[Float64[Tensor, " p"], Float64[Tensor, " p"], float]:
     """Standardized weights, the columns' scales, and the penalty."""
-    squared = standardize(Statistics.of(x, y))
+    squared = standardize(Statistics.from_rows(x, y))
     if loss == "squared":
         largest = largest_penalty(squared)
     else:

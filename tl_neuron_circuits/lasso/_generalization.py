@@ -40,7 +40,7 @@ from ..tasks._provenance import model_name
 from ..tasks._tokenized import TokenizedPairs
 from ._feature_ranking import PooledFeatures, pooled_features, rank_features
 from ._labeled_texts import LabeledTexts
-from ._observations import same_start, to_tokens
+from ._observations import shared_start, tokenize_inputs
 from ._statistics import Statistics, standardize
 
 # --- A linear probe: logistic regression with a small ridge on standardized activations, solved by Newton's method ---
@@ -79,7 +79,7 @@ def fit_probe(x: Float[Tensor, "n d"], y: Tensor, ridge: float = 1e-2, steps: in
     y = y.double()
     if not bool(((y == 0) | (y == 1)).all()) or len(y.unique()) < 2:
         raise SettingsError("expected labels of both 0 and 1 for a probe, and no others.")
-    statistics = Statistics.of(x)
+    statistics = Statistics.from_rows(x)
     problem = standardize(statistics)
     keep = (~problem.constant).double() / problem.scale
     standard = torch.cat([(x.double() - statistics.mean) * keep, torch.ones(len(y), 1).double()], 1)
@@ -425,8 +425,8 @@ def generalize(
         "test": test.balanced(seed=seed),
         "concept": concept,
     }
-    tokens = {name: to_tokens(model, list(some.texts), prepend_bos) for name, some in texts.items()}
-    skip = same_start(tokens["biased"])
+    tokens = {name: tokenize_inputs(model, list(some.texts), prepend_bos) for name, some in texts.items()}
+    skip = shared_start(tokens["biased"])
     plain = Ablation(sites, {}, sites[-1].hook if hook is None else hook, skip, batch_size, errors)
     run = _Run(model, texts, tokens, plain, ridge)
     table, probes = _baselines(run)

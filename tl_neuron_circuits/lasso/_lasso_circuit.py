@@ -24,7 +24,6 @@ from ..circuits._circuit import Circuit
 SCHEMA = 1
 NODE_EXTRA = ("r2",)
 EDGE_EXTRA = ("norm", "n_weights", "reach", "stability")
-_KINDS = {"embedding": "embedding", "logits": "logit"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -200,30 +199,22 @@ def lasso_circuit(
     nodes: pd.DataFrame, edges: pd.DataFrame, path: pd.DataFrame, settings: Mapping[str, Any]
 ) -> LassoCircuit:
     """From the tables of `_edges` (and the edges' stability) to the columns of a circuit."""
-    goal = nodes["kind"] == "logits"
-    has_readout = bool(goal.any())
-    reach = edges["reach"] if has_readout else edges["weight"].abs()
-    score = _scores(nodes, edges, reach)
-    rows = pd.DataFrame(
-        {
-            "node": nodes["node"],
-            "label": nodes["node"].where(nodes["unit"] >= 0, nodes["node"].str.rpartition("/")[2]),
-            "kind": [_kind(*row) for row in zip(nodes["kind"], nodes["unit"], nodes["node"], strict=True)],
-            "layer": nodes["layer"].where(~goal, settings["n_layers"]),
-            "unit": nodes["unit"],
-            "position": nodes["position"],
-            "token": "",
-            "group": "",
-            **dict.fromkeys(("sign", "gate_sign", "up_sign"), 0),
-            "score": score,
-            "share": score,
-            **dict.fromkeys(("activation", "change", "flow", "influence", "probability"), np.nan),
-            "r2": nodes["r2"],
-        }
+    readout = nodes["kind"] == "logits"
+    kinds = nodes["kind"].map({"embedding": "embedding", "logits": "logit"}).fillna("component")
+    single = np.where(nodes["node"].str.contains("/F"), "feature", "neuron")
+    rows = nodes.assign(
+        label=nodes["node"].where(nodes["unit"] >= 0, nodes["node"].str.rpartition("/")[2]),
+        kind=kinds.where(nodes["unit"] < 0, single),
+        layer=nodes["layer"].where(~readout, settings["n_layers"]),
+        share=nodes["score"],
+        **dict.fromkeys(("token", "group"), ""),
+        **dict.fromkeys(("sign", "gate_sign", "up_sign"), 0),
+        **dict.fromkeys(("activation", "change", "flow", "influence", "probability"), np.nan),
     )
-    links = edges.assign(relative=np.nan, attribution=reach * np.sign(edges["weight"]))
+    size = edges["reach"] if readout.any() else edges["weight"].abs()
+    links = edges.assign(relative=np.nan, attribution=size * np.sign(edges["weight"]))
     more = {
-        "target": [settings["readout"]], "target_value": float(has_readout), "n_prompts": settings["n"],
+        "target": [settings["readout"]], "target_value": float(readout.any()), "n_prompts": settings["n"],
         "positions": "sum", "prompt": f"{settings['n']} prompts", "tokens": [], "token_ids": [], "position": -1,
         "baseline": "mean",
     }  # fmt: skip
@@ -234,22 +225,5 @@ def _tensor(column: pd.Series) -> torch.Tensor:
     return torch.from_numpy(column.to_numpy(dtype=float, copy=True))
 
 
-def _kind(kind: str, unit: int, node: str) -> str:
-    if unit < 0:
-        return _KINDS.get(kind, "component")
-    return "feature" if "/F" in node else "neuron"
-
-
 def _chosen(nodes: pd.DataFrame) -> pd.Series:
     return ~nodes["kind"].isin(("embedding", "logit"))
-
-
-def _scores(nodes: pd.DataFrame, edges: pd.DataFrame, reach: pd.Series) -> np.ndarray:
-    """The strongest path of every node to the readout; an edge's reach over its weight is that of its target."""
-    best = dict.fromkeys(nodes["node"], 0.0)
-    size = edges["weight"].abs()
-    for source, onward, weight in zip(edges["source"], reach, size, strict=True):
-        best[source] = max(best[source], min(weight, 1.0) * onward / weight if weight > 0 else 0.0)
-    if "logits" in best:
-        best["logits"] = 1.0
-    return nodes["node"].map(best).to_numpy(dtype=float)

@@ -3,22 +3,20 @@
     n,  mean of every column,  sum of (x - mean x)(x - mean x)',  of (x - mean x)(y - mean y)',  of (y - mean y)^2
 
 Everything is float64. Products are kept about the mean and merged by Chan's update, so large means cost no digits.
-Memory: source x source + source x target numbers, whatever n is. `+` merges what several processes saw.
+Memory: source x source + source x target numbers, whatever n is.
 Source: Chan, Golub, LeVeque 1983; METHODS 3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
-from .._files import read_directory, write_directory
 
-SCHEMA = 1
+_FIELDS = ("mean", "products", "target_mean", "target_products", "target_squares")
 _NOISE = 1e-6  # float32 activations of a constant column differ by about this share of their size
 _STRIP = 256
 
@@ -27,7 +25,7 @@ _STRIP = 256
 class Statistics:
     """Counts, means and centered products of observed sources and targets.
 
-    Where the targets are the sources themselves, `target_products` is `products`, held once.
+    Where the targets are the sources themselves, `target_products` is `products`: one tensor, not two.
     """
 
     n: int
@@ -38,7 +36,7 @@ class Statistics:
     target_squares: Float64[Tensor, " target"]
 
     @classmethod
-    def of(cls, x: Float[Tensor, "n source"], y: Float[Tensor, "n target"] | None = None) -> "Statistics":
+    def from_rows(cls, x: Float[Tensor, "n source"], y: Float[Tensor, "n target"] | None = None) -> "Statistics":
         """Statistics of one batch of observations; without `y`, of every column on every other.
 
         Raises:
@@ -50,7 +48,7 @@ class Statistics:
         centered = x - mean
         products = _products(centered)
         if y is None:
-            return cls(len(x), mean, products, mean, products, products.diagonal().clone())
+            return cls.from_tensors(len(x), {"mean": mean, "products": products})
         y = _finite(y, "targets")
         target_mean = y.mean(0)
         difference = y - target_mean
@@ -61,41 +59,18 @@ class Statistics:
         """Whether the targets are the sources themselves."""
         return self.target_products is self.products
 
-    def __add__(self, other: "Statistics") -> "Statistics":
-        """Statistics of both sets of observations together.
-
-        Raises:
-            SettingsError: they are of different columns.
-        """
-        if not isinstance(other, Statistics):
-            return NotImplemented
-        return sum_of([self, other], [1, 1])
-
-    def save(self, path: str | Path) -> None:
-        """Write a directory with `statistics.safetensors` and `statistics.json`.
-
-        Raises:
-            FileFormatError: the path is something else than a directory of ours.
-        """
-        tensors = {"mean": self.mean, "products": self.products}
-        if not self.square:
-            names = ("target_mean", "target_products", "target_squares")
-            tensors |= {name: getattr(self, name) for name in names}
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        write_directory(path, "statistics", SCHEMA, tensors, {"n": self.n, "square": self.square})
+    def tensors(self) -> dict[str, Tensor]:
+        """What is to be stored or sent, each tensor once; `from_tensors` reads it."""
+        names = ("mean", "products") if self.square else _FIELDS
+        return {name: getattr(self, name).contiguous() for name in names}
 
     @classmethod
-    def load(cls, path: str | Path) -> "Statistics":
-        """Read what `save` wrote.
-
-        Raises:
-            FileFormatError: missing, truncated, foreign, or of another schema.
-        """
-        tensors, notes = read_directory(path, "statistics", SCHEMA, required=("n", "square"))
-        if notes["square"]:
-            mean, products = tensors["mean"], tensors["products"]
-            return cls(notes["n"], mean, products, mean, products, products.diagonal().clone())
-        return cls(n=notes["n"], **tensors)
+    def from_tensors(cls, n: int, tensors: Mapping[str, Tensor]) -> "Statistics":
+        """The statistics of `n` observations from their `tensors()`."""
+        if "target_mean" in tensors:
+            return cls(n, *(tensors[name] for name in _FIELDS))
+        mean, products = tensors["mean"], tensors["products"]
+        return cls(n, mean, products, mean, products, products.diagonal().clone())
 
     def __repr__(self) -> str:
         return f"Statistics(n={self.n:,}, {len(self.mean):,} sources, {len(self.target_mean):,} targets)"
@@ -119,7 +94,7 @@ class Accumulator:
             NumericalError: a value is NaN or infinite.
             SettingsError: the columns differ from earlier batches.
         """
-        new = Statistics.of(x, y)
+        new = Statistics.from_rows(x, y)
         old = self._total
         if old is None:
             self._total = new
@@ -141,11 +116,11 @@ class Accumulator:
             SettingsError: no batch was added.
         """
         if self._total is None:
-            raise SettingsError("expected at least one observation; none came.")
+            raise SettingsError("expected at least one batch of observations; got none.")
         return self._total
 
 
-def sum_of(parts: Sequence[Statistics], times: Sequence[int]) -> Statistics:
+def combine(parts: Sequence[Statistics], times: Sequence[int]) -> Statistics:
     """Statistics of the parts' observations together, part k repeated `times[k]` times (0 leaves it out).
 
     Raises:
@@ -177,7 +152,7 @@ class Standardized:
     """The lasso's problem in columns of mean 0 and variance 1: correlations instead of products.
 
     Constant columns are zero throughout: never chosen as a source, nothing to explain as a target. Columns whose
-    standard deviation lies below the floor are divided by the floor, so that their weight costs more.
+    standard deviation is below the floor are divided by the floor, so that their weight costs more.
     """
 
     n: int
