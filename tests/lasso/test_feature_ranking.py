@@ -108,7 +108,7 @@ def test_features_that_never_fire_are_refused_with_a_reason(model, saes) -> None
         rank_features(PooledFeatures(0 * pooled.values, pooled.nodes, pooled.keys, "mean"), [0, 1] * 60)
     with pytest.raises(SettingsError, match="one label per prompt"):
         rank_features(pooled, [0, 1])
-    with pytest.raises(SettingsError, match="same for all"):
+    with pytest.raises(SettingsError, match="nothing to tell apart"):
         rank_features(pooled, [1] * 120)
     dead = [replace(sae, b_enc=torch.full((768,), -1e6)) for sae in saes[:2]]
     lasso = CircuitLasso(nodes=tnc.bases.Dictionaries(dead), readout="none", penalty=Share(0.5), blocks=1)

@@ -1,17 +1,17 @@
-"""Label nodes: which features of a model tell a label of its prompts.
+"""Label nodes: which features of a model predict a label of its prompts.
 
     features z of a prompt: mean (or largest) activation over its positions;   A = lasso of the label on z, standardized
     ranking over the data: |A|;   for one prompt: |A| x |z|
 
 The label is the last node of the order, so everything may explain it. Logistic loss for classes (`solve_labels`),
-squared error for numbers (`solve_lasso`). Among features that say the same the lasso takes one: the others are not
-ranked low because they know less.
+squared error for numbers (`solve_lasso`). Among features that say the same the lasso takes one: a low rank does
+not mean that a feature knows less.
 Source: Yin et al. 2026; METHODS 3.1 (label node, prompt-level scores).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -27,140 +27,9 @@ from ..bases._site import Basis, sites_of
 from ..explain._prompt_scores import PromptScores
 from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label as node_label
-from ..tasks._tokenized import TokenizedPairs
 from ._observations import Inputs, shared_start, tokenize_inputs
 from ._solver import check_penalty, fista, largest_eigenvalue, largest_penalty, solve_lasso
 from ._statistics import Statistics, standardize
-
-# --- Label nodes: which features tell a class, by logistic regression with a lasso penalty ---
-#     minimize over b, intercept:  sum of log(1 + exp(z)) - y z + penalty * ||b||_1 over observations,
-#     z = X b + intercept
-#
-# scikit-learn's `LogisticRegression(penalty="l1", C=1 / penalty)`, the intercept free. Several labels are several
-# independent regressions (one against the rest). A squared-error label is `solve_lasso` with the labels as targets.
-# Source: METHODS 3.1 (label node).
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class LabelSolution:
-    """Weights of standardized features for each label, and the intercepts."""
-
-    penalty: float
-    weights: Float64[Tensor, "source label"]
-    intercept: Float64[Tensor, " label"]
-    gap: Float64[Tensor, " label"]
-    """Duality gap over the loss of the intercept alone."""
-    mean: Float64[Tensor, " source"]
-    scale: Float64[Tensor, " source"]
-
-    def log_odds(self, x: Float[Tensor, "n source"]) -> Float64[Tensor, "n label"]:
-        """Log odds of every label on raw features."""
-        return (x.double() - self.mean) / self.scale @ self.weights + self.intercept
-
-    def __repr__(self) -> str:
-        sources, labels = self.weights.shape
-        used = int(self.weights.count_nonzero())
-        return f"LabelSolution(penalty {self.penalty:g}, {sources:,} x {labels}, {used} not zero)"
-
-
-def solve_labels(
-    x: Float[Tensor, "n source"],
-    y: Float[Tensor, "n label"],
-    penalty: float,
-    *,
-    floor: float = 1e-4,
-    tolerance: float = 1e-8,
-    max_steps: int = 20_000,
-    start: LabelSolution | None = None,
-) -> LabelSolution:
-    """Fit every label (columns of zeros and ones) on standardized features, from `start` if given (a larger penalty's).
-
-    Raises:
-        SettingsError: labels are not zeros and ones, one is the same everywhere, or the penalty is not positive.
-        NumericalError: a value is not finite, or `tolerance` was not reached.
-    """
-    check_penalty(penalty)
-    statistics = Statistics.from_rows(x)
-    problem = standardize(statistics, floor)
-    y = _labels(y.double())
-    n = len(y)
-    standard = (x.double() - statistics.mean) / problem.scale * ~problem.constant
-    alpha = penalty / n
-    share = y.mean(0)
-    entropy = -(share * share.log() + (1 - share) * (1 - share).log())
-
-    def split(augmented: Tensor) -> tuple[Tensor, Tensor]:
-        return augmented[:-1], augmented[-1]
-
-    def gradient(augmented: Tensor) -> Tensor:
-        weights, intercept = split(augmented)
-        residual = torch.sigmoid(standard @ weights + intercept) - y
-        return torch.cat([standard.T @ residual, residual.sum(0, keepdim=True)]) / n
-
-    def shrink(augmented: Tensor, step: float) -> Tensor:
-        weights, intercept = split(augmented)
-        return torch.cat([torch.nn.functional.softshrink(weights, step * alpha), intercept[None]])
-
-    def gap(augmented: Tensor) -> Tensor:
-        weights, intercept = split(augmented)
-        z = standard @ weights
-        z = z + _best_intercept(z, y, intercept)
-        residual = y - torch.sigmoid(z)
-        pull = (standard.T @ residual).abs().amax(0) / n
-        shrunk = (alpha / pull.clamp(min=1e-300)).clamp(max=1.0)
-        primal = (torch.nn.functional.softplus(z) - y * z).mean(0) + alpha * weights.abs().sum(0)
-        dual = _entropy(y - shrunk * residual).mean(0)
-        return (primal - dual) / entropy
-
-    first = torch.cat([standard.new_zeros(standard.shape[1], y.shape[1]), torch.logit(share)[None]])
-    if start is not None:
-        first = torch.cat([start.weights, start.intercept[None]])
-    step = 4 / max(largest_eigenvalue(problem.gram), 1.0)
-    labels = torch.arange(y.shape[1], device=y.device)
-    found, gaps = fista(first, step, gradient, shrink, gap, labels, tolerance, max_steps)
-    if not float(gaps.max()) <= tolerance:
-        raise NumericalError(
-            f"the labels' regression did not converge: relative duality gap {float(gaps.max()):.1e}, expected "
-            f"{tolerance:.1e}. Raise the penalty, max_steps or tolerance."
-        )
-    weights, intercept = split(found)
-    return LabelSolution(
-        penalty, weights, _best_intercept(standard @ weights, y, intercept), gaps, statistics.mean, problem.scale
-    )
-
-
-def _best_intercept(z: Tensor, y: Tensor, start: Tensor) -> Tensor:
-    """The intercepts at which residuals sum to zero, by Newton's method."""
-    intercept = start.clone()
-    for _ in range(50):
-        p = torch.sigmoid(z + intercept)
-        change = (y - p).sum(0) / (p * (1 - p)).sum(0).clamp(min=1e-12)
-        intercept = intercept + change.clamp(-1, 1)
-        if float(change.abs().max()) < 1e-13:
-            break
-    return intercept
-
-
-def _entropy(u: Tensor) -> Tensor:
-    return -(torch.xlogy(u, u) + torch.xlogy(1 - u, 1 - u))
-
-
-def _labels(y: Tensor) -> Tensor:
-    if not bool(((y == 0) | (y == 1)).all()):
-        raise SettingsError(
-            f"expected labels of zeros and ones, one column a label; got {y.unique()[:5].tolist()}. "
-            "Give classes as columns: torch.nn.functional.one_hot(classes)."
-        )
-    same = (y.mean(0) % 1 == 0).nonzero().flatten().tolist()
-    if same:
-        raise SettingsError(
-            f"labels {same} are the same for all {len(y)} observations: nothing to tell apart. Leave them out."
-        )
-    return y
-
-
-# --- Rankings of features by label nodes ---
-
 
 Pool = Literal["mean", "max", "last"]
 Loss = Literal["logistic", "squared"]
@@ -224,13 +93,13 @@ def pooled_features(
     if skip >= min(tokens.lengths):
         raise SettingsError(f"skip_positions={skip} leaves nothing of a prompt of {min(tokens.lengths)} tokens.")
     sites = sites_of(model, basis)
-    rows: list[Tensor | None] = [None] * len(tokens)
+    rows, widths = [torch.empty(0)] * len(tokens), []
     for batch in tokens.batches(batch_size):
         values = run_values(model, batch, reads_of(sites))
-        parts = torch.cat([_pool(site.take_apart(values).nodes[:, skip:], pool).float().cpu() for site in sites], 1)
-        for row, part in zip(batch.index.tolist(), parts, strict=True):
-            rows[row] = part
-    widths = _widths(model, tokens, sites)
+        parts = [_pool(site.take_apart(values).nodes[:, skip:], pool).float().cpu() for site in sites]
+        widths = [part.shape[1] for part in parts]
+        for row, pooled in zip(batch.index.tolist(), torch.cat(parts, 1), strict=True):
+            rows[row] = pooled
     nodes = pd.DataFrame(
         [
             (node_label(site.layer, site.letter, unit, -1, "node"), site.hook, site.layer, unit)
@@ -240,18 +109,13 @@ def pooled_features(
         columns=["label", "hook", "layer", "unit"],
     )
     keys = tuple(" ".join(map(str, prompt.tolist())) for prompt in tokens.clean)
-    return PooledFeatures(torch.stack([row for row in rows if row is not None]), nodes, keys, pool)
+    return PooledFeatures(torch.stack(rows), nodes, keys, pool)
 
 
 def _pool(nodes: Tensor, pool: Pool) -> Tensor:
     if pool == "mean":
         return nodes.mean(1)
     return nodes.amax(1) if pool == "max" else nodes[:, -1]
-
-
-def _widths(model: TransformerLensModel, tokens: TokenizedPairs, sites: Sequence[Any]) -> list[int]:
-    values = run_values(model, next(tokens.batches(1)), reads_of(sites))
-    return [site.take_apart(values).nodes.shape[2] for site in sites]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -292,7 +156,7 @@ class FeatureRanking:
         return self.features.head(k)
 
     def prompt_scores(self, pooled: PooledFeatures) -> PromptScores:
-        """|A| x |z| of the ranked features on other prompts: a column per feature, strongest of the data first.
+        """|A| x |z| of the ranked features on other prompts: one column per feature, strongest over the data first.
 
         Raises:
             SettingsError: the features are of other hook points.
@@ -334,7 +198,7 @@ def rank_features(
 
     Args:
         pooled: from `pooled_features`.
-        labels: one a prompt: 0 and 1 (logistic), or numbers (squared).
+        labels: one per prompt: 0 and 1 (logistic), or numbers (squared).
         n_features: without a penalty: the largest (on a path of 11, each .6 of the last) that gives so many
             features a weight; fewer where there are no more to be had.
         penalty: the paper's lambda.
@@ -356,7 +220,7 @@ def rank_features(
     if len(labels) != len(pooled.values):
         raise SettingsError(f"expected one label per prompt; got {len(labels)} for {len(pooled.values)} prompts.")
     if len(set(labels)) < 2:
-        raise SettingsError(f"the labels are all {labels[0]!r}: the same for all prompts, so nothing tells them apart.")
+        raise SettingsError(f"all labels are {labels[0]!r}, so there is nothing to tell apart.")
     if n_features < 1:
         raise SettingsError(f"expected n_features of at least 1; got {n_features}.")
     y = torch.tensor(np.asarray(labels, dtype=float))[:, None]
@@ -369,36 +233,138 @@ def rank_features(
             "alike. Give other prompts, or another dictionary."
         )
     x = pooled.values[:, live].double()
-    found, scale, used = _weights(x, y, penalty, n_features, loss)
-    order = found.abs().argsort(descending=True, stable=True)
-    order = order[found[order] != 0]
+    squared = standardize(Statistics.from_rows(x, y))
+    largest = largest_penalty(squared)
+    if loss == "logistic":  # the gradient where only the intercept is fitted: in the label's own units, without the 2
+        largest = float((squared.cross * squared.target_scale).abs().max()) * len(x)
+    path = [penalty] if penalty is not None else [largest * 0.6**k for k in range(1, 12)]
+    weights, used, start = torch.zeros(x.shape[1], dtype=torch.float64), path[0], None
+    for used in path:
+        if loss == "squared":
+            start = solve_lasso(squared, used, start=None if start is None else start.weights)
+        else:
+            start = solve_labels(x, y, used, tolerance=1e-4, start=start)
+        weights = start.weights[:, 0]
+        if int((weights != 0).sum()) >= n_features:
+            break
+    order = weights.abs().argsort(descending=True, stable=True)
+    order = order[weights[order] != 0]
     rows = pooled.nodes.iloc[live[order].tolist()].reset_index(drop=True)
     rows = rows.assign(
-        weight=found[order].numpy(),
-        raw_weight=(found / scale)[order].numpy(),
+        weight=weights[order].numpy(),
+        raw_weight=(weights / squared.scale)[order].numpy(),
         share=(pooled.values[:, live[order]] != 0).double().mean(0).numpy(),
     )
     return FeatureRanking(rows, used, loss, pooled.pool, len(pooled.nodes), silent)
 
 
-def _weights(
-    x: Float64[Tensor, "n p"], y: Float64[Tensor, "n 1"], penalty: float | None, n_features: int, loss: Loss
-) -> tuple[Float64[Tensor, " p"], Float64[Tensor, " p"], float]:
-    """Standardized weights, the columns' scales, and the penalty."""
-    squared = standardize(Statistics.from_rows(x, y))
-    if loss == "squared":
-        largest = largest_penalty(squared)
-    else:
-        largest = float((squared.cross * squared.target_scale).abs().max()) * len(x)
-    path = [penalty] if penalty is not None else [largest * 0.6**k for k in range(1, 12)]
-    weights, used, start, last = torch.zeros(x.shape[1], dtype=torch.float64), path[0], None, None
-    for used in path:
-        if loss == "squared":
-            start = solve_lasso(squared, used, start=start).weights
-            weights = start[:, 0]
-        else:
-            last = solve_labels(x, y, used, tolerance=1e-4, start=last)
-            weights = last.weights[:, 0]
-        if int((weights != 0).sum()) >= n_features:
+# --- Label nodes: which features tell a class, by logistic regression with a lasso penalty ---
+#     minimize over b, intercept:  sum of log(1 + exp(z)) - y z + penalty * ||b||_1 over observations,
+#     z = X b + intercept
+#
+# scikit-learn's `LogisticRegression(penalty="l1", C=1 / penalty)`, the intercept free. Several labels are several
+# independent regressions (one against the rest). A squared-error label is `solve_lasso` with the labels as targets.
+# Source: METHODS 3.1 (label node).
+
+
+@dataclass(frozen=True, eq=False)
+class LabelSolution:
+    """Weights of standardized features for each label, the intercepts, and duality gaps over the intercept's loss."""
+
+    weights: Float64[Tensor, "source label"]
+    intercept: Float64[Tensor, " label"]
+    gap: Float64[Tensor, " label"]
+
+
+def solve_labels(
+    x: Float[Tensor, "n source"],
+    y: Float[Tensor, "n label"],
+    penalty: float,
+    *,
+    floor: float = 1e-4,
+    tolerance: float = 1e-8,
+    max_steps: int = 20_000,
+    start: LabelSolution | None = None,
+) -> LabelSolution:
+    """Fit every label (columns of zeros and ones) on standardized features, from `start` if given (a larger penalty's).
+
+    Raises:
+        SettingsError: labels are not zeros and ones, one is the same everywhere, or the penalty is not positive.
+        NumericalError: a value is not finite, or `tolerance` was not reached.
+    """
+    check_penalty(penalty)
+    statistics = Statistics.from_rows(x)
+    problem = standardize(statistics, floor)
+    y = _check_labels(y.double())
+    n = len(y)
+    standard = (x.double() - statistics.mean) / problem.scale * ~problem.constant
+    alpha = penalty / n
+    share = y.mean(0)
+    entropy = -(share * share.log() + (1 - share) * (1 - share).log())
+
+    def split(augmented: Tensor) -> tuple[Tensor, Tensor]:
+        return augmented[:-1], augmented[-1]
+
+    def gradient(augmented: Tensor) -> Tensor:
+        weights, intercept = split(augmented)
+        residual = torch.sigmoid(standard @ weights + intercept) - y
+        return torch.cat([standard.T @ residual, residual.sum(0, keepdim=True)]) / n
+
+    def shrink(augmented: Tensor, step: float) -> Tensor:
+        weights, intercept = split(augmented)
+        return torch.cat([torch.nn.functional.softshrink(weights, step * alpha), intercept[None]])
+
+    def gap(augmented: Tensor) -> Tensor:
+        weights, intercept = split(augmented)
+        z = standard @ weights
+        z = z + _best_intercept(z, y, intercept)
+        residual = y - torch.sigmoid(z)
+        pull = (standard.T @ residual).abs().amax(0) / n
+        shrunk = (alpha / pull.clamp(min=1e-300)).clamp(max=1.0)
+        primal = (torch.nn.functional.softplus(z) - y * z).mean(0) + alpha * weights.abs().sum(0)
+        dual = _entropy(y - shrunk * residual).mean(0)
+        return (primal - dual) / entropy
+
+    first = torch.cat([standard.new_zeros(standard.shape[1], y.shape[1]), torch.logit(share)[None]])
+    if start is not None:
+        first = torch.cat([start.weights, start.intercept[None]])
+    step = 4 / max(largest_eigenvalue(problem.gram), 1.0)
+    labels = torch.arange(y.shape[1], device=y.device)
+    found, gaps = fista(first, step, gradient, shrink, gap, labels, tolerance, max_steps)
+    if not float(gaps.max()) <= tolerance:
+        raise NumericalError(
+            f"the labels' regression did not converge: relative duality gap {float(gaps.max()):.1e}, expected "
+            f"{tolerance:.1e}. Raise the penalty, max_steps or tolerance."
+        )
+    weights, intercept = split(found)
+    return LabelSolution(weights, _best_intercept(standard @ weights, y, intercept), gaps)
+
+
+def _best_intercept(z: Tensor, y: Tensor, start: Tensor) -> Tensor:
+    """The intercepts at which residuals sum to zero, by Newton's method."""
+    intercept = start.clone()
+    for _ in range(50):
+        p = torch.sigmoid(z + intercept)
+        change = (y - p).sum(0) / (p * (1 - p)).sum(0).clamp(min=1e-12)
+        intercept = intercept + change.clamp(-1, 1)
+        if float(change.abs().max()) < 1e-13:
             break
-    return weights, squared.scale, used
+    return intercept
+
+
+def _entropy(u: Tensor) -> Tensor:
+    return -(torch.xlogy(u, u) + torch.xlogy(1 - u, 1 - u))
+
+
+def _check_labels(y: Tensor) -> Tensor:
+    if not bool(((y == 0) | (y == 1)).all()):
+        raise SettingsError(
+            f"expected labels of zeros and ones, one column a label; got {y.unique()[:5].tolist()}. "
+            "Give classes as columns: torch.nn.functional.one_hot(classes)."
+        )
+    same = (y.mean(0) % 1 == 0).nonzero().flatten().tolist()
+    if same:
+        raise SettingsError(
+            f"labels {same} are the same for all {len(y)} observations: nothing to tell apart. Leave them out."
+        )
+    return y

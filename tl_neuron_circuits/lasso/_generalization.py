@@ -148,7 +148,7 @@ class Ablation:
     batch_size: int
     errors: bool = True
 
-    def of(self, features: pd.DataFrame) -> "Ablation":
+    def with_features(self, features: pd.DataFrame) -> "Ablation":
         """The same with these features (columns hook and unit) at zero."""
         units = {str(hook): rows["unit"].tolist() for hook, rows in features.groupby("hook")}
         return replace(self, units=units)
@@ -208,9 +208,9 @@ def probe_support(
         values = fired(store, names, model)
         pooled = values[ablation.hook].flatten(2)[:, ablation.skip :].mean(1)
         sign = 2.0 * label[batch.index.cpu()].to(pooled) - 1
-        goal = (sign * (pooled @ probe.weights.to(pooled))).sum()
+        target = (sign * (pooled @ probe.weights.to(pooled))).sum()
         hooks = [site.hook for site in ablation.sites]
-        gradients = torch.autograd.grad(goal, [values[hook] for hook in hooks], allow_unused=True)
+        gradients = torch.autograd.grad(target, [values[hook] for hook in hooks], allow_unused=True)
         parts = []
         for site, gradient in zip(ablation.sites, gradients, strict=True):
             nodes = site.take_apart({name: values[name].detach() for name in site.reads}).nodes[:, ablation.skip :]
@@ -218,8 +218,8 @@ def probe_support(
                 parts.append(nodes.new_zeros(nodes.shape[2]))
             else:
                 parts.append((nodes * site.node_gradient(gradient)[:, ablation.skip :]).sum((0, 1)))
-        found = torch.cat([part.double().cpu() for part in parts])
-        total = found if total is None else total + found
+        batch_sum = torch.cat([part.double().cpu() for part in parts])
+        total = batch_sum if total is None else total + batch_sum
     assert total is not None  # there is at least one text
     return total / len(tokens)
 
@@ -234,8 +234,11 @@ def _leaf(store: Values, name: str) -> tuple[str, Any]:
     return name, keep
 
 
-# --- Features ranked by a label node, by support for a probe or by chance, and which of them a judge finds spurious ---
+# --- The protocol ---
 
+
+RANKINGS = ("lasso", "lasso_rounds", "attribution", "random")
+_ROUNDS = 10
 
 Judge = Callable[[pd.DataFrame], Sequence[str]]
 """From candidates (label, hook, layer, unit, weight, share, contrast) to the labels of those about the attribute."""
@@ -264,67 +267,6 @@ def contrast_judge(threshold: float = 0.75) -> Judge:
         return candidates.loc[(candidates["contrast"] - 0.5).abs() >= threshold - 0.5, "label"].tolist()
 
     return judge
-
-
-@dataclass(frozen=True, eq=False)
-class Jury:
-    """The judge, what it is told about every feature, and how many features it is shown."""
-
-    judge: Judge
-    contrast: Mapping[str, float]
-    n_candidates: int
-
-    def verdict(self, features: pd.DataFrame) -> pd.DataFrame:
-        """The first candidates, with columns contrast and chosen."""
-        shown = features.head(self.n_candidates).reset_index(drop=True)
-        shown = shown.assign(contrast=shown["label"].map(self.contrast))
-        return shown.assign(chosen=shown["label"].isin(list(self.judge(shown))))
-
-
-def contrasts(features: PooledFeatures, attribute: Sequence[int]) -> dict[str, float]:
-    """AUROC of every feature for the attribute; .5 where it never differs."""
-    area = auroc(features.values, (torch.tensor(attribute) == 1)[:, None])[0]
-    return dict(zip(features.nodes["label"], area.tolist(), strict=True))
-
-
-def by_label_node(features: PooledFeatures, texts: LabeledTexts, jury: Jury, rounds: int) -> pd.DataFrame:
-    """By |weight| in the label's regression; in further rounds without what was chosen before, until nothing is."""
-    tables: list[pd.DataFrame] = []
-    for _ in range(rounds):
-        taken = [label for table in tables for label in table.loc[table["chosen"], "label"]]
-        ranked = rank_features(features, list(texts.label), n_features=jury.n_candidates, without=taken)
-        tables.append(jury.verdict(ranked.features))
-        if not tables[-1]["chosen"].any():
-            break
-    rows = [table[table["chosen"]] for table in tables[:-1]]
-    return pd.concat([*rows, tables[-1]], ignore_index=True)
-
-
-def by_support(features: PooledFeatures, support: Tensor, jury: Jury) -> pd.DataFrame:
-    """By their support for the probe; those that do not support it are left out."""
-    order = support.argsort(descending=True, stable=True)
-    return jury.verdict(_rows(features, order[support[order] > 0], support))
-
-
-def drawn(features: PooledFeatures, count: int, seed: int, jury: Jury) -> pd.DataFrame:
-    """`count` features that differ between texts, by chance; all of them chosen."""
-    live = (features.values != features.values[:1]).any(0).nonzero().flatten()
-    chosen = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))[:count]]
-    found = _rows(features, chosen, torch.zeros(len(features.nodes)))
-    return found.assign(contrast=found["label"].map(jury.contrast), chosen=True)
-
-
-def _rows(features: PooledFeatures, places: Tensor, weight: Tensor) -> pd.DataFrame:
-    share = (features.values[:, places] != 0).double().mean(0)
-    rows = features.nodes.iloc[places.tolist()].reset_index(drop=True)
-    return rows.assign(weight=weight[places].numpy(), share=share.numpy())
-
-
-# --- The protocol: probe, rankings, ablation, and what generalizes ---
-
-
-RANKINGS = ("lasso", "lasso_rounds", "attribution", "random")
-_ROUNDS = 10
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -428,25 +370,82 @@ def generalize(
     tokens = {name: tokenize_inputs(model, list(some.texts), prepend_bos) for name, some in texts.items()}
     skip = shared_start(tokens["biased"])
     plain = Ablation(sites, {}, sites[-1].hook if hook is None else hook, skip, batch_size, errors)
-    run = _Run(model, texts, tokens, plain, ridge)
-    table, probes = _baselines(run)
+    table: list[dict[str, Any]] = []
+
+    def train_probe(x: Tensor, name: str) -> Probe:
+        return fit_probe(x, torch.tensor(texts[name].label), ridge)
+
+    def add_row(method: str, probe: Probe, x: Tensor, n_ablated: int = 0, seconds: float = 0.0) -> None:
+        """What a probe does on the test texts' activations."""
+        predicted, label, spurious = probe.predictions(x), torch.tensor(tested.label), torch.tensor(tested.spurious)
+        right = (predicted == label).double()
+        groups = [right[(label == a) & (spurious == b)].mean() for a in (0, 1) for b in (0, 1)]
+        table.append(
+            {
+                "method": method,
+                "label_accuracy": float(right.mean()),
+                "spurious_accuracy": float((predicted == spurious).double().mean()),
+                "worst_group": float(min(groups)),
+                "n_ablated": n_ablated,
+                "seconds": seconds,
+            }
+        )
+
+    tested = texts["test"]
+    x = {name: pooled_activations(model, some, plain) for name, some in tokens.items()}
+    probes = {"original": train_probe(x["biased"], "biased"), "oracle": train_probe(x["oracle"], "oracle")}
+    for name, probe in probes.items():
+        add_row(name, probe, x["test"])
+    start = time.process_time()
+    erase = eraser(x["concept"], torch.tensor(concept.spurious))
+    blind = train_probe(erase(x["biased"]), "biased")
+    add_row("concept_blind", blind, erase(x["test"]), seconds=time.process_time() - start)
+
     given: Any = {"skip_positions": skip, "batch_size": batch_size}
     features, shown = (pooled_features(model, tokens[name], basis, **given) for name in ("biased", "concept"))
-    see = Jury(judge or contrast_judge(), contrasts(shown, concept.spurious), n_candidates)
+    area = auroc(shown.values, (torch.tensor(concept.spurious) == 1)[:, None])[0]  # .5 where it never differs
+    contrast = dict(zip(shown.nodes["label"], area.tolist(), strict=True))
+    decide = judge or contrast_judge()
+
+    def ask_judge(ranked: pd.DataFrame) -> pd.DataFrame:
+        """The first candidates, with columns contrast and chosen."""
+        seen = ranked.head(n_candidates).reset_index(drop=True)
+        seen = seen.assign(contrast=seen["label"].map(contrast))
+        return seen.assign(chosen=seen["label"].isin(list(decide(seen))))
+
     candidates: dict[str, pd.DataFrame] = {}
     for ranking in RANKINGS:
         start = time.process_time()
         if ranking.startswith("lasso"):
-            found = by_label_node(features, texts["biased"], see, 1 if ranking == "lasso" else _ROUNDS)
+            rounds: list[pd.DataFrame] = []
+            for _ in range(1 if ranking == "lasso" else _ROUNDS):
+                taken = [label for part in rounds for label in part.loc[part["chosen"], "label"]]
+                labels = list(texts["biased"].label)
+                rounds.append(
+                    ask_judge(rank_features(features, labels, n_features=n_candidates, without=taken).features)
+                )
+                if not rounds[-1]["chosen"].any():
+                    break
+            chosen_before = [part[part["chosen"]] for part in rounds[:-1]]
+            judged = pd.concat([*chosen_before, rounds[-1]], ignore_index=True)
         elif ranking == "attribution":
             label = torch.tensor(texts["biased"].label)
             support = probe_support(model, tokens["biased"], plain, probes["original"], label, rules)
-            found = by_support(features, support, see)
+            order = support.argsort(descending=True, stable=True)
+            judged = ask_judge(_candidate_rows(features, order[support[order] > 0], support))
         else:
             count = max(int(frame["chosen"].sum()) for frame in candidates.values())
-            found = drawn(features, count, seed, see)
-        candidates[ranking] = found
-        table += _ablated(run, ranking, found, probes["original"], time.process_time() - start)
+            live = (features.values != features.values[:1]).any(0).nonzero().flatten()
+            drawn = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))[:count]]
+            judged = _candidate_rows(features, drawn, torch.zeros(len(features.nodes)))
+            judged = judged.assign(contrast=judged["label"].map(contrast), chosen=True)
+        candidates[ranking] = judged
+        seconds, chosen = time.process_time() - start, judged[judged["chosen"]]
+        ablated = plain.with_features(chosen)
+        without = pooled_activations(model, tokens["test"], ablated)
+        again = train_probe(pooled_activations(model, tokens["biased"], ablated), "biased")
+        add_row(ranking, probes["original"], without, len(chosen), seconds)
+        add_row(f"{ranking}, retrained", again, without, len(chosen), seconds)
     settings = {
         "hook": plain.hook, "basis": name_of(basis), "n_candidates": n_candidates, "rules": list(rules),
         "errors": errors, "ridge": ridge, "skip_positions": skip, "seed": seed, "versions": versions(),
@@ -456,53 +455,7 @@ def generalize(
     return Generalization(pd.DataFrame(table), candidates, probes, settings)
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """What stays the same for every method."""
-
-    model: TransformerLensModel
-    texts: Mapping[str, LabeledTexts]
-    tokens: Mapping[str, TokenizedPairs]
-    plain: Ablation
-    ridge: float
-
-    def pooled(self, name: str, ablation: Ablation | None = None) -> Tensor:
-        return pooled_activations(self.model, self.tokens[name], ablation or self.plain)
-
-    def probe(self, x: Tensor, name: str) -> Probe:
-        return fit_probe(x, torch.tensor(self.texts[name].label), self.ridge)
-
-    def row(self, method: str, probe: Probe, x: Tensor, n_ablated: int = 0, seconds: float = 0.0) -> dict[str, Any]:
-        """What a probe does on the test texts' activations."""
-        test = self.texts["test"]
-        predicted, label, spurious = probe.predictions(x), torch.tensor(test.label), torch.tensor(test.spurious)
-        right = (predicted == label).double()
-        groups = [right[(label == a) & (spurious == b)].mean() for a in (0, 1) for b in (0, 1)]
-        return {
-            "method": method,
-            "label_accuracy": float(right.mean()),
-            "spurious_accuracy": float((predicted == spurious).double().mean()),
-            "worst_group": float(min(groups)),
-            "n_ablated": n_ablated,
-            "seconds": seconds,
-        }
-
-
-def _baselines(run: _Run) -> tuple[list[dict[str, Any]], dict[str, Probe]]:
-    x = {name: run.pooled(name) for name in run.texts}
-    probes = {"original": run.probe(x["biased"], "biased"), "oracle": run.probe(x["oracle"], "oracle")}
-    rows = [run.row(name, probe, x["test"]) for name, probe in probes.items()]
-    start = time.process_time()
-    erase = eraser(x["concept"], torch.tensor(run.texts["concept"].spurious))
-    blind = run.probe(erase(x["biased"]), "biased")
-    seconds = time.process_time() - start
-    return [*rows, run.row("concept_blind", blind, erase(x["test"]), 0, seconds)], probes
-
-
-def _ablated(run: _Run, ranking: str, found: pd.DataFrame, probe: Probe, seconds: float) -> list[dict[str, Any]]:
-    """The original probe without the chosen features, and one that is trained without them."""
-    without = run.plain.of(found[found["chosen"]])
-    test = run.pooled("test", without)
-    again = run.probe(run.pooled("biased", without), "biased")
-    both = ((ranking, probe), (f"{ranking}, retrained", again))
-    return [run.row(name, one, test, int(found["chosen"].sum()), seconds) for name, one in both]
+def _candidate_rows(features: PooledFeatures, places: Tensor, weight: Tensor) -> pd.DataFrame:
+    share = (features.values[:, places] != 0).double().mean(0)
+    rows = features.nodes.iloc[places.tolist()].reset_index(drop=True)
+    return rows.assign(weight=weight[places].numpy(), share=share.numpy())
