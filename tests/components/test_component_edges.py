@@ -1,5 +1,6 @@
 """Edges between components: what is exact is exact on both model classes, and gradients are its derivative."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tl_neuron_circuits.components import (
     metric_of_edges,
 )
 from tl_neuron_circuits.components._eap import read_gradients
-from tl_neuron_circuits.components._streams import Streams, output_weights, run_with_edges, streams
+from tl_neuron_circuits.components._streams import paired_streams, run_with_edges
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
@@ -124,10 +125,9 @@ def test_eap_is_the_derivative_of_patching(case: ModelCase) -> None:
     pairs = some_pairs(model, n=2)
     batch = next(pairs.batches(2))
     graph = component_graph(model, attention)
-    weights = output_weights(model, graph)
-    clean, corrupt = streams(model, graph, batch, weights), streams(model, graph, batch.on_corrupt(), weights)
+    clean, corrupt = paired_streams(model, graph, batch)
     share = 1e-4 if case.tolerance < 1e-6 else 2e-3
-    near = Streams(torch.lerp(clean.writes, corrupt.writes, share), corrupt.rest)
+    near = replace(corrupt, writes=torch.lerp(clean.writes, corrupt.writes, share))
     scores = component_edges(model, pairs, method="eap", attention=attention).scores
     edges = graph.edges.nonzero()[::7]
     kept = torch.ones(len(edges), len(graph), len(graph), dtype=torch.bool)
@@ -135,7 +135,7 @@ def test_eap_is_the_derivative_of_patching(case: ModelCase) -> None:
     with torch.no_grad():
         start = logit_difference(model(batch.clean), batch)
     for mask, (source, target) in zip(kept, edges.tolist(), strict=True):
-        logits = run_with_edges(model, graph, batch, mask[None], clean, near, weights)[0]
+        logits = run_with_edges(model, graph, batch, mask[None], clean, near)[0]
         slope = float((start - logit_difference(logits, batch)).mean()) / share
         assert slope == pytest.approx(float(scores[source, target]), rel=0.03, abs=5e-3)
 
@@ -169,7 +169,6 @@ def test_ig_is_the_mean_of_gradients_along_the_path(case: ModelCase) -> None:
     model = case.build()
     pairs = some_pairs(model)
     batch, graph = next(pairs.batches(4)), component_graph(model)
-    weights = output_weights(model, graph)
     with torch.no_grad():
         ends = [model.run_with_cache(tokens)[1]["hook_embed"] for tokens in (batch.clean, batch.corrupt)]
     total = 0
@@ -178,7 +177,8 @@ def test_ig_is_the_mean_of_gradients_along_the_path(case: ModelCase) -> None:
         with relp(model, ()):
             hook = ("hook_embed", lambda value, hook, point=point: point.clone().requires_grad_(True))
             total = total + read_gradients(model, graph, batch, logit_difference, [hook]) / 3
-    change = streams(model, graph, batch, weights).writes - streams(model, graph, batch.on_corrupt(), weights).writes
+    clean, corrupt = paired_streams(model, graph, batch)
+    change = clean.writes - corrupt.writes
     expected = torch.einsum("sbtd,rbtd->sr", change, total.to(change)) / 4
     found = component_edges(model, pairs, method="eap_ig_inputs(steps=3)").scores
     assert torch.allclose(found[:-1][graph.edges[:-1]], expected[graph.edges[:-1]], atol=1e-9)

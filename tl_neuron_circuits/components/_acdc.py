@@ -21,7 +21,7 @@ from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
 from ._graph import ComponentGraph
 from ._method import EdgeMethod, EdgeQuestion, EdgeSums
-from ._streams import run_with_edges, streams
+from ._streams import paired_streams, run_with_edges
 
 Divergence = Literal["kl", "metric"]
 
@@ -46,16 +46,16 @@ class ACDC(EdgeMethod):
         """The edges that are left, and by how much each moved the output when it was tried."""
         if self.divergence not in ("kl", "metric"):
             raise SettingsError(f"expected divergence 'kl' or 'metric'; got {self.divergence!r}.")
-        model, graph, weights = question.model, question.graph, question.weights
+        model, graph = question.model, question.graph
         batches = list(question.tokens.batches(question.batch_size))
-        runs = [(b, streams(model, graph, b, weights), streams(model, graph, b.on_corrupt(), weights)) for b in batches]
+        pairs = [paired_streams(model, graph, batch) for batch in batches]
         with torch.no_grad():
             whole = [logits_of(model, batch.clean) for batch in batches]
 
         def distance(kept: Tensor) -> float:
             total, count = 0.0, 0
-            for (batch, clean, corrupt), original in zip(runs, whole, strict=True):
-                logits = run_with_edges(model, graph, batch, kept[None], clean, corrupt, weights)[0]
+            for batch, (clean, corrupt), original in zip(batches, pairs, whole, strict=True):
+                logits = run_with_edges(model, graph, batch, kept[None], clean, corrupt)[0]
                 total += float(_distance(original, logits, batch, question.metric, self.divergence).sum())
                 count += len(batch)
             return total / count

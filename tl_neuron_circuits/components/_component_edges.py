@@ -30,7 +30,7 @@ from ._eap import EAP, EAPIGInputs, RelP
 from ._graph import AttentionUnit, component_graph
 from ._method import EdgeMethod, EdgeQuestion, Random
 from ._patching import Patching, metric_with_edges
-from ._streams import output_weights, streams
+from ._streams import paired_streams
 
 SCHEMA = 2
 
@@ -160,7 +160,7 @@ def component_edges(
     chosen = parse_options(method, METHODS, what="a method") if isinstance(method, str) else method
     tokens = _paired(model, pairs)
     graph = component_graph(model, attention)
-    question = EdgeQuestion(model, graph, tokens, metric, output_weights(model, graph), batch_size, verbose)
+    question = EdgeQuestion(model, graph, tokens, metric, batch_size, verbose)
     sums = chosen.score(question)
     scores = sums.scores / len(tokens)
     if not bool(torch.isfinite(scores[graph.edges]).all()):
@@ -201,12 +201,11 @@ def metric_of_edges(
     """
     tokens = _paired(model, pairs)
     graph = component_graph(model, attention)
-    weights = output_weights(model, graph)
     out = torch.zeros(len(kept), len(tokens), dtype=torch.float64)
     for batch in tokens.batches(batch_size):
-        clean, corrupt = streams(model, graph, batch, weights), streams(model, graph, batch.on_corrupt(), weights)
+        clean, corrupt = paired_streams(model, graph, batch)
         for k, mask in enumerate(kept):
-            values = metric_with_edges(model, graph, batch, metric, mask[None], clean, corrupt, weights)
+            values = metric_with_edges(model, graph, batch, metric, mask[None], clean, corrupt)
             out[k, batch.index.cpu()] = values[0].double().cpu()
     return out
 

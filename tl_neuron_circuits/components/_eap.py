@@ -27,7 +27,7 @@ from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
 from ._graph import ComponentGraph, split_heads
 from ._method import EdgeMethod, EdgeQuestion, EdgeSums
-from ._streams import hook_names, streams
+from ._streams import hook_names, paired_streams
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,11 @@ class EAPIGInputs(EdgeMethod):
 def _sum_over_batches(
     question: EdgeQuestion, rules: str | tuple[str, ...], steps: int, label: str
 ) -> Float[Tensor, "source target"]:
-    """Scores summed over pairs; the last source (logits) and pairs that are no edge are meaningless."""
+    """Scores summed over pairs; the row of the logits and pairs that are not edges mean nothing."""
     model, graph = question.model, question.graph
     scores = torch.zeros(len(graph), len(graph))
     for batch in question.batches(label):
-        clean = streams(model, graph, batch, question.weights)
-        corrupt = streams(model, graph, batch.on_corrupt(), question.weights)
+        clean, corrupt = paired_streams(model, graph, batch)
         change = (clean.writes - corrupt.writes).flatten(1)
         gradient = _mean_gradient(question, batch, rules, steps).flatten(1).to(change)
         part = change.new_zeros(len(graph), len(graph))

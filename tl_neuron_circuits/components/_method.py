@@ -1,6 +1,6 @@
 """What the methods of `component_edges` are asked, and what they answer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,8 +23,6 @@ class EdgeQuestion:
     graph: ComponentGraph
     tokens: TokenizedPairs
     metric: Metric
-    weights: Mapping[int, Tensor]
-    """Output matrices of the layers whose heads are components."""
     batch_size: int
     verbose: bool
 

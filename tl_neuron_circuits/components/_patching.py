@@ -6,7 +6,6 @@ Sign: positive supports the answer. Cost: one forward row per edge, prompt and h
 Source: Vig et al. 2020; METHODS 5.5.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +20,7 @@ from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
 from ._graph import ComponentGraph
 from ._method import EdgeMethod, EdgeQuestion, EdgeSums
-from ._streams import Streams, run_with_edges, streams
+from ._streams import Streams, paired_streams, run_with_edges
 
 _ROWS = 32  # forward rows per prompt of `batch_size`
 
@@ -43,13 +42,13 @@ class Patching(EdgeMethod):
         graph = question.graph
         scores = torch.zeros(len(graph), len(graph))
         for batch in question.batches(self.label):
-            part = self._of_batch(question, batch)
+            part = self._score_batch(question, batch)
             scores = scores.to(torch.promote_types(scores.dtype, part.dtype)) + part.cpu()
         return EdgeSums(scores)
 
-    def _of_batch(self, question: EdgeQuestion, batch: Batch) -> Float[Tensor, "source target"]:
-        model, graph, metric, weights = question.model, question.graph, question.metric, question.weights
-        clean, corrupt = streams(model, graph, batch, weights), streams(model, graph, batch.on_corrupt(), weights)
+    def _score_batch(self, question: EdgeQuestion, batch: Batch) -> Float[Tensor, "source target"]:
+        model, graph, metric = question.model, question.graph, question.metric
+        clean, corrupt = paired_streams(model, graph, batch)
         with torch.no_grad():
             start = measure(metric, logits_of(model, batch.clean), batch)
         edges = graph.edges.nonzero()
@@ -58,7 +57,7 @@ class Patching(EdgeMethod):
         for chunk in tqdm(edges.split(at_once), desc="patched edges", disable=not question.verbose, leave=False):
             kept = torch.ones(len(chunk), len(graph), len(graph), dtype=torch.bool)
             kept[torch.arange(len(chunk)), chunk[:, 0], chunk[:, 1]] = False
-            changed = metric_with_edges(model, graph, batch, metric, kept, clean, corrupt, weights)
+            changed = metric_with_edges(model, graph, batch, metric, kept, clean, corrupt)
             scores[chunk[:, 0], chunk[:, 1]] = (start - changed).sum(1)
         return scores
 
@@ -71,9 +70,8 @@ def metric_with_edges(
     kept: Bool[Tensor, "mask source target"],
     clean: Streams,
     corrupt: Streams,
-    weights: Mapping[int, Tensor],
 ) -> Float[Tensor, "mask batch"]:
     """The metric with only the kept edges live."""
-    logits = run_with_edges(model, graph, batch, kept, clean, corrupt, weights)
+    logits = run_with_edges(model, graph, batch, kept, clean, corrupt)
     with torch.no_grad():
         return torch.stack([measure(metric, one, batch) for one in logits])

@@ -17,10 +17,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .._errors import UnsupportedModelError
-from ..bases._runs import Values, logits_of, run_values
+from ..bases._runs import logits_of, run_values
 from ..models._protocol import TransformerLensModel, submodule
 from ..tasks._tokenized import Batch
 from ._graph import Component, ComponentGraph, split_heads
+
+OutputWeights = Mapping[int, Float[Tensor, "head d_head d_model"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +31,10 @@ class Streams:
 
     writes: Float[Tensor, "source batch pos d_model"]
     rest: Mapping[str, Float[Tensor, "batch pos d_model"]]
+    output_weights: OutputWeights
 
 
-def output_weights(
-    model: TransformerLensModel, graph: ComponentGraph
-) -> dict[int, Float[Tensor, "head d_head d_model"]]:
+def _output_weights(model: TransformerLensModel, graph: ComponentGraph) -> OutputWeights:
     """The output matrices of every layer whose heads are nodes, each on its layer's device."""
     layers = {component.layer for component in graph.components if component.kind == "head"}
     modules: dict[int, Any] = {layer: submodule(model, f"blocks.{layer}.attn") for layer in layers}
@@ -47,47 +48,47 @@ def hook_names(graph: ComponentGraph) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def write_of(component: Component, values: Mapping[str, Tensor], weights: Mapping[int, Tensor], n_heads: int) -> Tensor:
-    """What a component adds to the residual stream, from the values at its hook."""
-    value = values[component.hook]
+def _write(component: Component, value: Tensor, weights: OutputWeights, n_heads: int) -> Tensor:
+    """What a component adds to the residual stream, from the value at its hook."""
     if component.kind != "head":
         return value
     z = split_heads(value, n_heads)[:, :, component.head]
     return z @ weights[component.layer][component.head].to(z)
 
 
-def streams(model: TransformerLensModel, graph: ComponentGraph, batch: Batch, weights: Mapping[int, Tensor]) -> Streams:
+def paired_streams(model: TransformerLensModel, graph: ComponentGraph, batch: Batch) -> tuple[Streams, Streams]:
+    """Writes and reads on the batch's clean prompts, and on its corrupt ones.
+
+    Raises:
+        UnsupportedModelError: a hook point did not fire, or the stream is not a sum of the components' writes.
+    """
+    return streams(model, graph, batch), streams(model, graph, batch.on_corrupt())
+
+
+def streams(model: TransformerLensModel, graph: ComponentGraph, batch: Batch) -> Streams:
     """Writes and reads on the batch's clean prompts, gathered where the last of them is read.
 
     Raises:
         UnsupportedModelError: a hook point did not fire, or the stream is not a sum of the components' writes.
     """
-    values = run_values(model, batch, hook_names(graph))
+    values, weights = run_values(model, batch, hook_names(graph)), _output_weights(model, graph)
     senders = graph.components[:-1]
     home = values[graph.components[-1].reads].device
-    writes = torch.stack([write_of(component, values, weights, graph.n_heads).to(home) for component in senders])
+    writes = torch.stack([_write(c, values[c.hook], weights, graph.n_heads).to(home) for c in senders])
     rest = {}
     for component in graph.components[1:]:
         if component.reads not in rest:
             before = torch.tensor([sender.stage < component.stage for sender in senders], device=home)
             rest[component.reads] = values[component.reads].to(home) - writes[before].sum(0)
-    found = Streams(writes, rest)
-    _require_sum(model, graph, found, values)
-    return found
-
-
-def _require_sum(model: TransformerLensModel, graph: ComponentGraph, found: Streams, values: Values) -> None:
-    """What is left beside the writes is biases: the same vector at every position of every prompt."""
-    for component in graph.components[1:]:
-        rest = found.rest[component.reads]
-        size = values[component.reads].abs().amax()
-        spread = (rest - rest[:1, :1]).abs().amax()
+    for name, left in rest.items():  # biases: the same vector at every position of every prompt
+        size, spread = values[name].abs().amax(), (left - left[:1, :1]).abs().amax()
         if float(spread) > 1e-3 * float(size):
             raise UnsupportedModelError(
-                f"expected the residual stream at {component.reads} to be the sum of components' writes and biases; "
+                f"expected the residual stream at {name} to be the sum of components' writes and biases; "
                 f"on this {type(model).__name__} it differs by {float(spread):.2g} (values up to {float(size):.2g}). A "
                 "norm after attention does this to single heads: use attention='layers'."
             )
+    return Streams(writes, rest, weights)
 
 
 def run_with_edges(
@@ -97,31 +98,27 @@ def run_with_edges(
     kept: Bool[Tensor, "mask source target"],
     clean: Streams,
     corrupt: Streams,
-    weights: Mapping[int, Tensor],
 ) -> Float[Tensor, "mask batch pos d_vocab"]:
     """Logits of the clean prompts with only the edges in `kept` live, once for every mask.
 
-    `kept` covers all components on both sides; entries that are no edge are ignored. Rows of one forward pass: masks x
-    batch x (readers of the busiest hook point).
+    `kept` covers all components on both sides; entries that are not edges are ignored. Rows of one forward pass:
+    masks x batch x (readers of the busiest hook point).
     """
-    run = _Run(graph, kept.to(clean.writes.device), clean, corrupt, weights)
-    # TransformerBridge tells hooks another of a point's names than the one they were added under
-    hooks = [(name, partial(run.read, name)) for name in run.readers]
-    hooks += [(name, partial(run.write, name)) for name in run.writers]
-    rows = batch.clean.repeat(len(kept) * run.copies, 1)
+    mixed = _MixedStreams(graph, kept.to(clean.writes.device), clean, corrupt)
+    # not by hook.name: TransformerBridge may give a hook another of the point's names than the one it was added under
+    hooks = [(name, partial(mixed.read, name)) for name in mixed.readers]
+    hooks += [(name, partial(mixed.write, name)) for name in mixed.writers]
+    rows = batch.clean.repeat(len(kept) * mixed.copies, 1)
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         logits = logits_of(model, rows)
-    return logits.unflatten(0, (len(kept), run.copies, len(batch)))[:, 0]
+    return logits.unflatten(0, (len(kept), mixed.copies, len(batch)))[:, 0]
 
 
-class _Run:
-    """The live writes of one forward pass, filled in as components compute them."""
+class _MixedStreams:
+    """The live writes of one forward pass, filled in as components compute them, mixed with the corrupt run's."""
 
-    def __init__(
-        self, graph: ComponentGraph, kept: Tensor, clean: Streams, corrupt: Streams, weights: Mapping[int, Tensor]
-    ) -> None:
-        self._graph, self._kept, self._corrupt, self._weights = graph, kept, corrupt.writes, weights
-        self._rest = clean.rest
+    def __init__(self, graph: ComponentGraph, kept: Tensor, clean: Streams, corrupt: Streams) -> None:
+        self._graph, self._kept, self._clean, self._corrupt = graph, kept, clean, corrupt.writes
         self._live = clean.writes[None].repeat(len(kept), 1, 1, 1, 1)
         self.readers: dict[str, list[int]] = {}
         self.writers: dict[str, list[int]] = {}
@@ -130,10 +127,10 @@ class _Run:
                 self.readers.setdefault(component.reads, []).append(index)
                 if component.hook:
                     self.writers.setdefault(component.hook, []).append(index)
-        self.copies = max(len(found) for found in self.readers.values())
+        self.copies = max(len(readers) for readers in self.readers.values())
 
     def read(self, name: str, value: Tensor, hook: Any) -> Tensor:
-        """Every copy of the rows reads what its component is to see."""
+        """Let every copy of the rows read the stream of its own component."""
         indices = self.readers[name]
         views = [self._view(index) for index in indices]
         views += [views[0]] * (self.copies - len(views))
@@ -144,7 +141,7 @@ class _Run:
         for index in self.writers[name]:
             component = self._graph.components[index]
             copy = self.readers[component.reads].index(index)
-            written = write_of(component, {component.hook: value}, self._weights, self._graph.n_heads)
+            written = _write(component, value, self._clean.output_weights, self._graph.n_heads)
             self._live[:, index] = written.unflatten(0, (len(self._kept), self.copies, -1))[:, copy]
         return value
 
@@ -154,4 +151,4 @@ class _Run:
         kept = self._kept[:, before, index].to(self._live.dtype)
         live = torch.einsum("ks,ksbtd->kbtd", kept, self._live[:, before])
         cut = torch.einsum("ks,sbtd->kbtd", 1 - kept, self._corrupt[before])
-        return live + cut + self._rest[component.reads]
+        return live + cut + self._clean.rest[component.reads]
