@@ -10,9 +10,11 @@ from torch import Tensor
 
 from tests.families import ModelCase, all_models, model_cases, random_tokens
 from tests.propagation.readings import settled
-from tl_neuron_circuits._errors import PairsError, UnsupportedModelError
+from tl_neuron_circuits._errors import PairsError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.components import (
     ACDC,
+    EAP,
+    EAPIGInputs,
     EdgeScores,
     Random,
     RelP,
@@ -162,6 +164,37 @@ def test_relp_without_rules_and_ig_of_one_step_are_eap(case: ModelCase) -> None:
     ruled = component_edges(model, pairs, method="relp").scores
     assert torch.equal(eap.nan_to_num(), ig.nan_to_num()) and torch.equal(eap.nan_to_num(), plain.nan_to_num())
     assert not torch.allclose(eap.nan_to_num(), ruled.nan_to_num(), atol=1e-3)
+
+
+def test_eap_under_relps_rules_is_relp() -> None:
+    model = model_cases("gpt2")[0].build()
+    pairs = some_pairs(model)
+    for rules in ("relp", ("ln", "half")):
+        ruled, relp_scores = (component_edges(model, pairs, method=m(rules=rules)).scores for m in (EAP, RelP))
+        assert torch.equal(ruled.nan_to_num(), relp_scores.nan_to_num())
+
+
+@pytest.mark.parametrize("method", [EAP(("ln", "half")), EAPIGInputs(3, "relp"), ACDC(0.5, "metric"), Random(2)])
+def test_a_method_is_its_label(method: Any) -> None:
+    model = model_cases("gpt2")[0].build()
+    pairs = some_pairs(model, n=1)
+    by_object, by_label = (component_edges(model, pairs, method=m) for m in (method, method.label))
+    assert torch.equal(by_object.scores.nan_to_num(), by_label.scores.nan_to_num())
+    assert by_label.settings["method"] == method.label and by_label.settings["method_options"] == method.to_json()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("eap_ig", "expected a method out of"),
+        ("eap(steps=2)", "expected options of eap"),
+        ("eap_ig_inputs(steps=0)", "at least 1"),
+    ],
+)
+def test_what_a_method_does_not_have_is_refused(method: Any, message: str) -> None:
+    model = model_cases("gpt2")[0].build()
+    with pytest.raises(SettingsError, match=message):
+        component_edges(model, some_pairs(model, n=1), method=method)
 
 
 @pytest.mark.parametrize("case", all_models("gpt2"))

@@ -106,7 +106,7 @@ def test_scores_of_other_components_are_refused() -> None:
         edge_auroc(truth, {("n0", "n1"): float("nan")})
     with pytest.raises(SettingsError, match="source, target and score"):
         edge_auroc(truth, pd.DataFrame({"a": [1]}))
-    with pytest.raises(SettingsError, match="two are needed"):
+    with pytest.raises(SettingsError, match="at least two"):
         judge_edges([(truth, scores)])
     with pytest.raises(SettingsError, match="among the possible ones"):
         GroundTruth("t", frozenset({("a", "b")}), POSSIBLE)

@@ -62,13 +62,13 @@ class ACDC(EdgeMethod):
 
         kept = graph.edges.clone()
         scores = torch.zeros(len(graph), len(graph))
-        now = distance(kept)
+        current = distance(kept)
         for source, target in tqdm(list(_backwards(graph)), desc="acdc", disable=not question.verbose, leave=False):
             kept[source, target] = False
-            then = distance(kept)
-            scores[source, target] = then - now
-            if then - now < self.threshold:
-                now = then
+            without = distance(kept)
+            scores[source, target] = without - current
+            if without - current < self.threshold:
+                current = without
             else:
                 kept[source, target] = True
         return EdgeSums(scores * len(question.tokens), kept)

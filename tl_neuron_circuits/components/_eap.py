@@ -128,15 +128,17 @@ def read_gradients(
     outputs = [c.hook for c in graph.components[1:-1]]
     unique = list(dict.fromkeys(outputs))
     last = graph.components[-1]
-    found = torch.autograd.grad(total, [*(store[n] for n in unique), store[last.reads]], retain_graph=True)
-    at_output = dict(zip(unique, found[:-1], strict=True))
-    gradients = [torch.zeros_like(found[-1])]
+    *at_outputs, at_end = torch.autograd.grad(
+        total, [*(store[n] for n in unique), store[last.reads]], retain_graph=True
+    )
+    at_output = dict(zip(unique, at_outputs, strict=True))
+    gradients = [torch.zeros_like(at_end)]
     for component in graph.components[1:-1]:
         output, gradient = store[component.hook], at_output[component.hook]
         if component.kind == "head":
-            mine = split_heads(gradient, graph.n_heads)[:, :, component.head]
-            gradient = torch.zeros_like(gradient)
-            split_heads(gradient, graph.n_heads)[:, :, component.head] = mine
+            own_part = split_heads(gradient, graph.n_heads)[:, :, component.head]
+            gradient = torch.zeros_like(gradient)  # one hook holds all heads: let this head's part alone go back
+            split_heads(gradient, graph.n_heads)[:, :, component.head] = own_part
         (back,) = torch.autograd.grad(output, store[component.reads], gradient, retain_graph=True)
         gradients.append(back)
-    return torch.stack([gradient.to(found[-1].device) for gradient in (*gradients, found[-1])]).detach()
+    return torch.stack([gradient.to(at_end.device) for gradient in (*gradients, at_end)]).detach()

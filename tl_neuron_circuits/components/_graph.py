@@ -85,16 +85,16 @@ def component_graph(model: TransformerLensModel, attention: AttentionUnit = "hea
     """
     points = hook_points(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    found = [Component("embedding", "embedding", -1, -1, 0, "blocks.0.hook_resid_pre", "")]
+    components = [Component("embedding", "embedding", -1, -1, 0, "blocks.0.hook_resid_pre", "")]
     stage = 0
     for layer in range(n_layers):
         path, before = f"blocks.{layer}", f"blocks.{layer}.hook_resid_pre"
         stage += 1
         if attention == "heads":
             hook = f"{path}.attn.hook_z"
-            found += [Component(f"L{layer}/H{h}", "head", layer, h, stage, hook, before) for h in range(n_heads)]
+            components += [Component(f"L{layer}/H{h}", "head", layer, h, stage, hook, before) for h in range(n_heads)]
         else:
-            found.append(
+            components.append(
                 Component(f"L{layer}/attention", "attention", layer, -1, stage, f"{path}.hook_attn_out", before)
             )
         if not _has_mlp(model):
@@ -102,17 +102,17 @@ def component_graph(model: TransformerLensModel, attention: AttentionUnit = "hea
         parallel = f"{path}.hook_resid_mid" not in points
         stage += 0 if parallel else 1
         between = before if parallel else f"{path}.hook_resid_mid"
-        found.append(Component(f"L{layer}/MLP", "mlp", layer, -1, stage, f"{path}.hook_mlp_out", between))
+        components.append(Component(f"L{layer}/MLP", "mlp", layer, -1, stage, f"{path}.hook_mlp_out", between))
     end = f"blocks.{n_layers - 1}.hook_resid_post"
-    found.append(Component("logits", "logits", n_layers, -1, stage + 1, "", end))
-    missing = sorted({n for c in found for n in (c.hook, c.reads) if n and n not in points})
+    components.append(Component("logits", "logits", n_layers, -1, stage + 1, "", end))
+    missing = sorted({n for c in components for n in (c.hook, c.reads) if n and n not in points})
     if missing:
         raise UnsupportedModelError(
             f"the component graph expects the hook points {missing[:3]}, which this {type(model).__name__} lacks "
             f"({len(missing)} in all). check_model(model) lists the sites that exist."
         )
     bidirectional = getattr(model.cfg, "attention_dir", "causal") == "bidirectional"
-    return ComponentGraph(tuple(found), n_heads, bidirectional)
+    return ComponentGraph(tuple(components), n_heads, bidirectional)
 
 
 def split_heads(value: Tensor, n_heads: int) -> Tensor:

@@ -3,7 +3,7 @@
     AUROC      probability that a true edge scores above another possible one (|score|; ties count half)
     SHD        edges wrongly there + edges wrongly missing: the structural Hamming distance; order is given, so no edge
                can point the wrong way. The empty graph's SHD is the number of true edges: a method above it is worse
-               than saying nothing
+               than no answer
     threshold  edges with |score| above it, as a share of the case's largest |score|; chosen on the other cases, never
                on the one that is judged
 
@@ -59,7 +59,7 @@ class GroundTruth:
         return len(self.edges)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Columns source, target, true: one row a possible edge."""
+        """Columns source, target, true: one row per possible edge."""
         rows = [(source, target, (source, target) in self.edges) for source, target in sorted(self.possible)]
         return pd.DataFrame(rows, columns=["source", "target", "true"])
 
@@ -75,7 +75,7 @@ Scores = EdgeScores | pd.DataFrame | Mapping[Edge, float]
 
 
 def edge_auroc(truth: GroundTruth, scores: Scores) -> float:
-    """AUROC of |score|; edges without a score count zero. nan where all possible edges are true, or none.
+    """AUROC of |score|; an edge without a score counts as zero. nan where all possible edges are true, or none.
 
     Raises:
         SettingsError: a score for an edge that is not possible, or one that is not a number.
@@ -91,10 +91,10 @@ def edge_auroc(truth: GroundTruth, scores: Scores) -> float:
 
 
 def edge_precision_recall(truth: GroundTruth, scores: Scores) -> pd.DataFrame:
-    """One row a distinct |score|, largest first: threshold; n_edges, precision, recall, shd of edges at or above it.
+    """One row per distinct |score|, largest first: threshold; n_edges, precision, recall, shd of edges at or above it.
 
     Raises:
-        SettingsError: as of `edge_auroc`.
+        SettingsError: as in `edge_auroc`.
 
     Example:
         >>> from tl_neuron_circuits.components import GroundTruth, edge_precision_recall
@@ -122,10 +122,10 @@ def edge_precision_recall(truth: GroundTruth, scores: Scores) -> pd.DataFrame:
 
 
 def edge_average_precision(truth: GroundTruth, scores: Scores) -> float:
-    """Precision, averaged over the recall it is reached at.
+    """Average precision: the area under the steps of precision over recall.
 
     Raises:
-        SettingsError: as of `edge_auroc`.
+        SettingsError: as in `edge_auroc`.
 
     Example:
         >>> from tl_neuron_circuits.components import GroundTruth, edge_average_precision
@@ -138,7 +138,7 @@ def edge_average_precision(truth: GroundTruth, scores: Scores) -> float:
 
 
 def structural_hamming_distance(truth: GroundTruth, edges: Sequence[Edge] | frozenset[Edge]) -> int:
-    """Edges wrongly there plus edges wrongly missing.
+    """How many edges are wrongly there, plus how many are wrongly missing.
 
     Raises:
         SettingsError: an edge that is not possible.
@@ -149,20 +149,20 @@ def structural_hamming_distance(truth: GroundTruth, edges: Sequence[Edge] | froz
         >>> structural_hamming_distance(truth, [("a", "c")])
         2
     """
-    found = frozenset(edges)
-    _require_possible(truth, found)
-    return len(found ^ truth.edges)
+    chosen = frozenset(edges)
+    _require_possible(truth, chosen)
+    return len(chosen ^ truth.edges)
 
 
 def judge_edges(cases: Sequence[tuple[GroundTruth, Scores]]) -> pd.DataFrame:
-    """One row a case: AUROC, average precision, and SHD, precision and recall at a threshold chosen on the other cases.
+    """One row per case: AUROC, average precision; SHD, precision and recall at a threshold chosen on the other cases.
 
     The threshold is the one of least mean SHD over the others, as a share of each case's largest |score|; with several
     as good, the middle of their range. `shd_best` is the least SHD at any threshold of the case itself: what a perfect
     choice of the threshold would give. `shd_empty` is the empty graph's.
 
     Raises:
-        SettingsError: fewer than two cases, or as of `edge_auroc`.
+        SettingsError: fewer than two cases, or as in `edge_auroc`.
 
     Example:
         >>> from tl_neuron_circuits.components import GroundTruth, judge_edges
@@ -171,7 +171,9 @@ def judge_edges(cases: Sequence[tuple[GroundTruth, Scores]]) -> pd.DataFrame:
         [0, 0]
     """
     if len(cases) < 2:
-        raise SettingsError(f"a threshold is chosen on other cases, so two are needed at least; got {len(cases)}.")
+        raise SettingsError(
+            f"the threshold is chosen on the other cases, so at least two are needed; got {len(cases)}."
+        )
     aligned = [_relative(*_aligned(truth, scores)) for truth, scores in cases]
     levels = np.unique(np.concatenate([size for size, _ in aligned] + [[0.0, 1.0]]))
     middles = np.concatenate([(levels[:-1] + levels[1:]) / 2, [1.5]])  # the last leaves the graph empty
@@ -214,10 +216,10 @@ def _relative(size: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _aligned(truth: GroundTruth, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
     """|score| and truth of every possible edge, in one order."""
-    found = _as_mapping(scores)
-    _require_possible(truth, frozenset(found))
+    known = _as_mapping(scores)
+    _require_possible(truth, frozenset(known))
     order = sorted(truth.possible)
-    size = np.abs(np.array([found.get(edge, 0.0) for edge in order], dtype=float))
+    size = np.abs(np.array([known.get(edge, 0.0) for edge in order], dtype=float))
     if not np.isfinite(size).all():
         wrong = [edge for edge, value in zip(order, size, strict=True) if not np.isfinite(value)]
         raise SettingsError(f"{truth.name}: expected a number for every edge; {wrong[:3]} have none.")

@@ -1,6 +1,6 @@
 """Known circuits of compiled models (tracr) and of InterpBench, as `GroundTruth`.
 
-A compiled component reads and writes named directions of the residual stream, and an edge is there where one writes
+A compiled component reads and writes named directions of the residual stream, and there is an edge where one writes
 what the other reads. Directions that never vary ("one") carry nothing and are left out.
 """
 
@@ -30,7 +30,7 @@ def tracr_ground_truth(
 
     Args:
         path: of the folder.
-        granularity: MLPs as one node, or one node a neuron ("L0/N3").
+        granularity: MLPs as one node, or one node per neuron ("L0/N3").
         constant: residual directions that carry no information.
 
     Raises:
@@ -63,7 +63,7 @@ def tracr_ground_truth(
         ) from error
     if "residual_labels" not in truth or len(truth["residual_labels"]) != config.get("d_model"):
         raise FileFormatError(
-            f"expected one residual label a dimension in {path / 'ground_truth.json'}; "
+            f"expected one residual label per dimension in {path / 'ground_truth.json'}; "
             f"got {len(truth.get('residual_labels', []))} for {config.get('d_model')}. Compile the model again."
         )
     labels = truth["residual_labels"]
@@ -110,15 +110,15 @@ def _from_directions(name: str, nodes: Sequence[tuple[str, int, frozenset[str], 
 
 
 def _on_a_path(edges: set[Edge]) -> frozenset[Edge]:
-    """Edges on some path from the embedding to the logits: the rest moves nothing that anyone sees."""
+    """Edges on some path from the embedding to the logits: the rest has no effect on the output."""
 
     def reached(start: str, step: Mapping[str, set[str]]) -> set[str]:
-        found, todo = {start}, [start]
+        reachable, todo = {start}, [start]
         while todo:
-            new = step.get(todo.pop(), set()) - found
-            found |= new
+            new = step.get(todo.pop(), set()) - reachable
+            reachable |= new
             todo += sorted(new)
-        return found
+        return reachable
 
     forward: dict[str, set[str]] = {}
     backward: dict[str, set[str]] = {}
@@ -133,7 +133,7 @@ def interpbench_ground_truth(name: str, edges: Iterable[Sequence[Any]], n_layers
     """A case of InterpBench from the content of its `edges.pkl`, at the granularity of heads and MLPs.
 
     This package reads no pickles: load the file with InterpBench's own code, in which its nodes are classes, and pass
-    the list here (or pairs of their texts that you kept as JSON). Nodes are named by hook and index, such as
+    the list here (or pairs of node names that you kept as JSON). Nodes are named by hook and index, such as
     "blocks.0.attn.hook_result[3]"; q, k and v of a head count as the head, as its authors ask.
 
     Args:
@@ -154,28 +154,23 @@ def interpbench_ground_truth(name: str, edges: Iterable[Sequence[Any]], n_layers
         >>> sorted(interpbench_ground_truth("case", edges, n_layers=1, n_heads=2).edges)
         [('L0/H1', 'logits'), ('embedding', 'L0/H1')]
     """
-    names = ["embedding"]
-    stages = [0]
+    stage = {"embedding": 0, "logits": 2 * n_layers + 1}
     for layer in range(n_layers):
-        names += [f"L{layer}/H{head}" for head in range(n_heads)] + [f"L{layer}/MLP"]
-        stages += [2 * layer + 1] * n_heads + [2 * layer + 2]
-    names, stages = [*names, "logits"], [*stages, 2 * n_layers + 1]
-    pairs = zip(names, stages, strict=True)
-    order = dict(pairs)
-    possible = frozenset((a, b) for a in names for b in names if order[a] < order[b])
-    found = set()
+        stage |= {f"L{layer}/H{head}": 2 * layer + 1 for head in range(n_heads)} | {f"L{layer}/MLP": 2 * layer + 2}
+    possible = frozenset((a, b) for a in stage for b in stage if stage[a] < stage[b])
+    between = set()
     for pair in edges:
         if len(pair) != 2:
             raise SettingsError(f"{name}: expected pairs of nodes; got {pair!r}.")
         source, target = (_component_of(str(node), n_layers) for node in pair)
         if source != target:  # inside a head, or inside an MLP
-            found.add((source, target))
-    unknown = sorted(found - possible)
+            between.add((source, target))
+    unknown = sorted(between - possible)
     if unknown:
         raise SettingsError(
-            f"{name}: the edge {unknown[0]} points back, or is none of {n_layers} layers with {n_heads} heads."
+            f"{name}: the edge {unknown[0]} points back, or is outside {n_layers} layers of {n_heads} heads."
         )
-    return GroundTruth(name, frozenset(found), possible)
+    return GroundTruth(name, frozenset(between), possible)
 
 
 def _component_of(node: str, n_layers: int) -> str:

@@ -74,4 +74,4 @@ def metric_with_edges(
     """The metric with only the kept edges live."""
     logits = run_with_edges(model, graph, batch, kept, clean, corrupt)
     with torch.no_grad():
-        return torch.stack([measure(metric, one, batch) for one in logits])
+        return torch.stack([measure(metric, rows, batch) for rows in logits])

@@ -73,7 +73,7 @@ class Share:
 
 @dataclass(frozen=True)
 class MostEdges:
-    """The smallest penalty with at most so many edges.
+    """The smallest penalty with at most `count` edges.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -116,13 +116,13 @@ class CircuitLasso:
         joint: regress on all earlier sites jointly, on one site at a time ("pairs"), or on the nearest earlier stage.
         groups: penalize blocks from site to site as wholes (group lasso), where sites are vectors.
         shares: the path of penalties.
-        blocks: prompts are dealt into so many blocks, for held-out error and bootstrap.
-        bootstrap: resamples of the blocks for the stability of edges; 0 leaves it out.
+        blocks: how many blocks the prompts are dealt into, for held-out error and bootstrap.
+        bootstrap: how many resamples of the blocks to measure the stability of edges with; 0 for none.
         skip_positions: positions at the start that are not observed; None skips the first where all prompts begin with
             the same token (BOS), whose activations dwarf all others.
-        noise: for components: disturb every unit of every component, as the model runs, by independent noise of so many
-            of its standard deviations. Ours, not the paper's: components that are functions of one token predict each
-            other exactly, so without noise nothing tells which of them the next one reads. 0 observes alone.
+        noise: for components: as the model runs, disturb every unit of every component by independent noise of this
+            many of its standard deviations. Ours, not the paper's: components that are functions of one token predict
+            each other exactly, so without noise nothing tells which of them the next one reads. 0 only observes.
         floor: standard deviations below this share of the largest count as this share.
         tolerance: relative duality gap of every target.
         seed: of the blocks and the bootstrap.
@@ -198,7 +198,7 @@ class CircuitLasso:
             verbose: show progress.
 
         Raises:
-            SettingsError: too few or too short prompts, or what the settings ask for is not there.
+            SettingsError: too few or too short prompts, or the settings do not fit them.
             UnsupportedModelError: a hook point is missing or did not fire.
             NumericalError: an activation is not finite, or a solve did not converge.
         """
@@ -217,7 +217,7 @@ class CircuitLasso:
         resume: str | Path | None = None,
         verbose: bool = False,
     ) -> Observations:
-        """The statistics alone; `+` joins those of several processes before `solve`. Arguments as of `fit`."""
+        """The statistics alone; `+` joins those of several processes before `solve`. Arguments as in `fit`."""
         tokens = tokenize_inputs(model, inputs, prepend_bos)
         readout = self.readout or ("answers" if isinstance(inputs, PromptPairs | TokenizedPairs) else "logits")
         if readout in ("answers", "metric") and not isinstance(inputs, PromptPairs | TokenizedPairs):

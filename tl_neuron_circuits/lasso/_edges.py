@@ -9,8 +9,8 @@ on how collinear the columns of i are, which `weight` does not.
 
     reach(i -> j) = |weight(i -> j)| * the largest product of |weights| (each at most 1) on a path from j to the readout
 
-An observational edge into a component that nothing later depends on is as real as any other, but is not part of what
-the model answers: `weight` ranks dependencies, `reach` those that the answer hangs on. It is ours, not the paper's.
+An edge into a component that nothing later depends on is as real as any other, but is not part of what the model
+answers: `weight` ranks dependencies, `reach` those that the answer hangs on. It is ours, not the paper's.
 """
 
 from collections.abc import Sequence

@@ -79,7 +79,7 @@ def pooled_features(
         prepend_bos: None means the model's default.
 
     Raises:
-        SettingsError: no prompts, or nothing is left of one.
+        SettingsError: no prompts, or one of them is skipped whole.
         UnsupportedModelError: a hook point did not fire.
 
     Example:
@@ -194,16 +194,16 @@ def rank_features(
     loss: Loss = "logistic",
     without: Sequence[str] = (),
 ) -> FeatureRanking:
-    """Regress a label on the features of the same prompts, with few of them.
+    """Regress a label on few features of the same prompts.
 
     Args:
         pooled: from `pooled_features`.
         labels: one per prompt: 0 and 1 (logistic), or numbers (squared).
         n_features: without a penalty: the largest (on a path of 11, each .6 of the last) that gives so many
-            features a weight; fewer where there are no more to be had.
+            features a weight; fewer where no penalty of the path gives that many.
         penalty: the paper's lambda.
         loss: "logistic" for two classes, "squared" for numbers.
-        without: nodes that may not be used, such as those found before: what they said, others may say too.
+        without: nodes that may not be used, such as those of an earlier ranking: others may say the same.
 
     Raises:
         SettingsError: labels do not fit the prompts, are all the same, or no feature ever differs.
@@ -230,7 +230,7 @@ def rank_features(
     if len(live) == 0:
         raise SettingsError(
             f"none of the {len(pooled.nodes):,} features differs between these prompts: they never fire, or always "
-            "alike. Give other prompts, or another dictionary."
+            "fire alike. Give other prompts, or another dictionary."
         )
     x = pooled.values[:, live].double()
     squared = standardize(Statistics.from_rows(x, y))
@@ -330,13 +330,13 @@ def solve_labels(
         first = torch.cat([start.weights, start.intercept[None]])
     step = 4 / max(largest_eigenvalue(problem.gram), 1.0)
     labels = torch.arange(y.shape[1], device=y.device)
-    found, gaps = fista(first, step, gradient, shrink, gap, labels, tolerance, max_steps)
+    solution, gaps = fista(first, step, gradient, shrink, gap, labels, tolerance, max_steps)
     if not float(gaps.max()) <= tolerance:
         raise NumericalError(
             f"the labels' regression did not converge: relative duality gap {float(gaps.max()):.1e}, expected "
             f"{tolerance:.1e}. Raise the penalty, max_steps or tolerance."
         )
-    weights, intercept = split(found)
+    weights, intercept = split(solution)
     return LabelSolution(weights, _best_intercept(standard @ weights, y, intercept), gaps)
 
 
@@ -359,7 +359,7 @@ def _entropy(u: Tensor) -> Tensor:
 def _check_labels(y: Tensor) -> Tensor:
     if not bool(((y == 0) | (y == 1)).all()):
         raise SettingsError(
-            f"expected labels of zeros and ones, one column a label; got {y.unique()[:5].tolist()}. "
+            f"expected labels of zeros and ones, one column per label; got {y.unique()[:5].tolist()}. "
             "Give classes as columns: torch.nn.functional.one_hot(classes)."
         )
     same = (y.mean(0) % 1 == 0).nonzero().flatten().tolist()

@@ -1,8 +1,8 @@
 """Unlearning a spurious attribute by ablating dictionary features: the protocol of Bias in Bios, on any texts.
 
 A probe is trained on texts in which the label and a spurious attribute always agree, and judged on texts in which they
-are independent. Features are ranked, a judge says which of the best ones are about the attribute, those are set to
-zero at every position, and the probe is used again as it is, or trained anew on the same biased texts.
+are independent. Features are ranked, a judge says which of the best are about the attribute, those are set to zero at
+every position, and the probe is used again as it is, or retrained on the same biased texts.
 
     original        the probe, nothing done                        oracle    the probe of balanced texts: the ceiling
     lasso           features by |weight| in the regression of the label node on pooled features
@@ -12,7 +12,7 @@ zero at every position, and the probe is used again as it is, or trained anew on
     random          as many live features as were ablated at most, drawn by chance
     concept_blind   no features: the attribute's direction, from the concept texts, is projected out (LEACE)
 
-The judge is a human's part in the paper. Here it is a callable, by default one that looks at `concept`: other texts
+In the paper the judge is a person. Here it is a callable, by default one that looks at `concept`: other texts
 that show the attribute but say nothing about the label. Nothing but the oracle sees training texts where they disagree.
 Source: Marks et al. 2025, arXiv 2403.19647 (SHIFT); Yin et al. 2026; Belrose et al. 2023 (LEACE); METHODS 3.2, 5.1.
 """
@@ -109,7 +109,7 @@ def fit_probe(x: Float[Tensor, "n d"], y: Tensor, ridge: float = 1e-2, steps: in
 
 
 def eraser(x: Tensor, attribute: Tensor) -> Callable[[Tensor], Tensor]:
-    """A projection after which no linear probe tells the attribute on `x` better than its intercept: LEACE's, rank one.
+    """The projection after which no linear probe predicts the attribute on `x`: LEACE's, of rank one.
 
     x - d (v . (x - mean)) / (v . d),   d the difference of class means, v = covariance^-1 d
 
@@ -125,7 +125,9 @@ def eraser(x: Tensor, attribute: Tensor) -> Callable[[Tensor], Tensor]:
     covariance.diagonal().add_(1e-6 * covariance.diagonal().mean())
     difference = x[attribute == 1].mean(0) - x[attribute == 0].mean(0)
     if not bool(torch.isfinite(difference).all()):
-        raise SettingsError("the concept texts all have one value of the attribute: nothing to contrast.")
+        raise SettingsError(
+            "all concept texts have the same value of the attribute, so there is nothing to contrast. Give both values."
+        )
     v = torch.linalg.solve(covariance, difference)
     scale = (v @ difference).clamp(min=torch.finfo(torch.float64).tiny)
     return lambda values: values.double() - ((values.double() - mean) @ v / scale)[:, None] * difference
@@ -192,7 +194,7 @@ def probe_support(
     ablation: Ablation,
     probe: Probe,
     label: Tensor,
-    rules: Sequence[str],
+    rules: str | Sequence[str],
 ) -> Float[Tensor, " node"]:
     """Mean over texts of sum over positions of activation * d(log odds of the text's label) / d activation, by node.
 
@@ -225,7 +227,7 @@ def probe_support(
 
 
 def _leaf(store: Values, name: str) -> tuple[str, Any]:
-    """Keep the value in the graph; where parameters are frozen and no graph began, begin one."""
+    """Keep the value in the graph; parameters are frozen inside `relp`, so where no graph has begun, begin one."""
 
     def keep(value: Tensor, hook: Any) -> Tensor:
         store[name] = value if value.requires_grad else value.detach().requires_grad_(True)
@@ -245,7 +247,7 @@ Judge = Callable[[pd.DataFrame], Sequence[str]]
 
 
 def contrast_judge(threshold: float = 0.75) -> Judge:
-    """A judge that takes a feature to be about the attribute if it tells it on the concept texts.
+    """A judge by whom a feature is about the attribute if it predicts it on the concept texts.
 
     Args:
         threshold: AUROC of the pooled feature, in either direction.
@@ -271,7 +273,7 @@ def contrast_judge(threshold: float = 0.75) -> Judge:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Generalization:
-    """What every method makes of the probe on balanced texts.
+    """How the probe does on balanced texts under every method.
 
     `table`: method; label_accuracy (higher is better); spurious_accuracy (share of predictions that equal the
     attribute, .5 is blind to it); worst_group (least accuracy of the four groups); n_ablated; seconds (of ranking, or
@@ -295,7 +297,7 @@ class Generalization:
     settings: Mapping[str, Any]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a method."""
+        """One row per method."""
         return self.table
 
     def __repr__(self) -> str:
@@ -319,14 +321,14 @@ def generalize(
     judge: Judge | None = None,
     hook: str | None = None,
     n_candidates: int = 50,
-    rules: Sequence[str] = (),
+    rules: str | Sequence[str] = (),
     errors: bool = True,
     ridge: float = 1e-2,
     batch_size: int = 32,
     prepend_bos: bool | None = None,
     seed: int = 0,
 ) -> Generalization:
-    """Train a probe on biased texts, ablate what its judge finds spurious, and see what it does on balanced ones.
+    """Train a probe on biased texts, ablate what the judge finds spurious, and test it on balanced texts.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -337,9 +339,9 @@ def generalize(
         judge: which candidates are about the attribute; `contrast_judge()` unless given.
         hook: where the probe reads, mean over positions; where the last dictionary writes unless given.
         n_candidates: how many of the best features the judge sees, of each ranking.
-        rules: RelP's rules for the attribution; none is the plain gradient.
-        errors: keep what the dictionaries miss in what the probe reads. A probe that is trained anew may find the
-            attribute there; without errors every method reads reconstructions alone.
+        rules: for the attribution, as in `relp`: a named set or a tuple of rules; () is the plain gradient.
+        errors: keep what the dictionaries miss in what the probe reads. A retrained probe may find the attribute
+            there; without errors every method reads reconstructions alone.
         ridge: of the probe.
         batch_size: texts in one pass.
         prepend_bos: None means the model's default.
@@ -447,7 +449,8 @@ def generalize(
         add_row(ranking, probes["original"], without, len(chosen), seconds)
         add_row(f"{ranking}, retrained", again, without, len(chosen), seconds)
     settings = {
-        "hook": plain.hook, "basis": name_of(basis), "n_candidates": n_candidates, "rules": list(rules),
+        "hook": plain.hook, "basis": name_of(basis), "n_candidates": n_candidates,
+        "rules": rules if isinstance(rules, str) else list(rules),
         "errors": errors, "ridge": ridge, "skip_positions": skip, "seed": seed, "versions": versions(),
         "model": model_name(model),
         **{f"n_{name}": len(some) for name, some in texts.items()},

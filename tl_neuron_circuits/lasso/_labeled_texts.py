@@ -1,7 +1,7 @@
 """Texts with a label and with an attribute that a classifier should not use; the reader of Bias in Bios.
 
     biased      label and attribute agree in every text: nothing in it tells which of the two to learn
-    balanced    the four groups (label x attribute) are of one size: what the classifier is judged on
+    balanced    the four groups (label x attribute) have one size: what the classifier is judged on
 
 Source: De-Arteaga et al. 2019 (Bias in Bios); Marks et al. 2025, arXiv 2403.19647 (professor and nurse); METHODS 5.1.
 """
@@ -48,7 +48,9 @@ class LabeledTexts:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         lengths = {name: len(getattr(self, name)) for name in ("texts", "label", "spurious")}
         if len(set(lengths.values())) > 1 or not self.texts:
-            raise SettingsError(f"expected one label and one spurious attribute a text, and a text; got {lengths}.")
+            raise SettingsError(
+                f"expected at least one text, with one label and one spurious attribute per text; got {lengths}."
+            )
         wrong = (set(self.label) | set(self.spurious)) - {0, 1}
         if wrong:
             raise SettingsError(f"expected labels and attributes of 0 and 1; got {sorted(map(repr, wrong))[:5]}.")

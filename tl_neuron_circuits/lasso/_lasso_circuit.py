@@ -49,7 +49,7 @@ class LassoCircuit(Circuit):
     path: pd.DataFrame
 
     def __post_init__(self) -> None:
-        """Give the columns one type each, and keep those of the regression."""
+        """Give every column its type, and keep the regression's own."""
         nodes, edges = self.nodes, self.edges
         super().__post_init__()
         for name, before, extra in (("nodes", nodes, NODE_EXTRA), ("edges", edges, EDGE_EXTRA)):
@@ -76,7 +76,7 @@ class LassoCircuit(Circuit):
         node_influence: float | None = None,
         edge_influence: float | None = None,
     ) -> "LassoCircuit":
-        """Fewer nodes and edges; then chosen nodes from which nothing leads on go, until none is left.
+        """Fewer nodes and edges; then chosen nodes that lead nowhere go, until none is left.
 
         Weights stay those of the whole regression: to have the others make up for what is cut, fit with a larger
         penalty.
@@ -131,7 +131,7 @@ class LassoCircuit(Circuit):
         return replace(self, nodes=nodes, edges=edges.reset_index(drop=True))
 
     def collapse(self) -> Circuit:
-        """One supernode a group, as a plain `Circuit`: weights of edges are added up."""
+        """One supernode per group, as a plain `Circuit`: weights of edges are added up."""
         return self.to_circuit().collapse()
 
     def sum_positions(self) -> Circuit:
@@ -140,7 +140,7 @@ class LassoCircuit(Circuit):
 
     @classmethod
     def merge(cls, circuits: Sequence[Circuit], *, how: Literal["any", "all"] = "any") -> Circuit:
-        """Refused: means of regression weights are no regression.
+        """Refused: a mean of regression weights is not a regression.
 
         Raises:
             SettingsError: always.
@@ -162,7 +162,7 @@ class LassoCircuit(Circuit):
         """Write a directory that `LassoCircuit.load` reads: a circuit in `circuit`, and the regression's columns.
 
         Raises:
-            FileFormatError: the path is something else than a directory of ours.
+            FileFormatError: something else is at the path.
         """
         tensors = {f"nodes/{name}": _tensor(self.nodes[name]) for name in NODE_EXTRA}
         tensors |= {f"edges/{name}": _tensor(self.edges[name]) for name in EDGE_EXTRA}

@@ -24,7 +24,7 @@ from ._statistics import Standardized
 # --- All targets on working sets ---
 
 
-_SPARSER = 8  # a multiplication by single rows costs so many times one of a full product
+_SPARSER = 8  # multiplying by gathered rows costs this many times a full product, entry by entry
 _CHUNK = 2**25  # numbers in the gradients of a chunk of targets: 256 MB
 _GATHERED = 2**20  # numbers in gathered sub-matrices: 8 MB, which caches hold
 
@@ -160,14 +160,14 @@ def lasso_path(
         [1, 2]
     """
     order = sorted(range(len(penalties)), key=lambda k: -penalties[k])
-    found: dict[int, LassoSolution] = {}
+    solutions: dict[int, LassoSolution] = {}
     start = None
     for k in tqdm(order, desc="penalties", disable=not verbose, leave=False):
-        found[k] = solve_lasso(
+        solutions[k] = solve_lasso(
             problem, penalties[k], allowed=allowed, start=start, tolerance=tolerance, max_rounds=max_rounds
         )
-        start = found[k].weights
-    return [found[k] for k in range(len(penalties))]
+        start = solutions[k].weights
+    return [solutions[k] for k in range(len(penalties))]
 
 
 def r_squared(problem: Standardized, weights: Float64[Tensor, "source target"]) -> Float64[Tensor, " target"]:
@@ -188,7 +188,7 @@ def check_penalty(penalty: float) -> float:
         SettingsError: it is not.
     """
     if not 0 < penalty < float("inf"):
-        raise SettingsError(f"expected a positive penalty; got {penalty}. Without penalty this is least squares.")
+        raise SettingsError(f"expected a positive penalty; got {penalty}. Without a penalty this is least squares.")
     return penalty
 
 
@@ -294,9 +294,9 @@ def _solve_gathered(
     gram = part.gram[columns[:, :, None], columns[:, None, :]].mul_(both)
     cross = part.cross.T[targets].gather(1, columns) * inside
     start = weights.T[targets].gather(1, columns) * inside
-    found = descend(gram, cross, part.squares[targets], part.alpha, start, tolerance)
+    solved = descend(gram, cross, part.squares[targets], part.alpha, start, tolerance)
     fresh = torch.zeros_like(weights[:, targets]).T.contiguous()
-    return fresh.scatter_add_(1, columns, found * inside).T
+    return fresh.scatter_add_(1, columns, solved * inside).T
 
 
 # --- Coordinate descent for many small lassos at once, with exact steps on the support between sweeps ---

@@ -41,7 +41,7 @@ class Statistics:
 
         Raises:
             NumericalError: a value is NaN or infinite.
-            SettingsError: no observation at all.
+            SettingsError: no observations.
         """
         x = _finite(x, "sources")
         mean = x.mean(0)
