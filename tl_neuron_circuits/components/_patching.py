@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..bases._runs import logits_of
+from ..bases._runs import run_logits
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
@@ -51,7 +51,7 @@ class Patching(EdgeMethod):
         model, graph, metric, weights = question.model, question.graph, question.metric, question.weights
         clean, corrupt = streams(model, graph, batch, weights), streams(model, graph, batch.on_corrupt(), weights)
         with torch.no_grad():
-            start = measure(metric, logits_of(model, batch.clean), batch)
+            start = measure(metric, run_logits(model, batch.clean), batch)
         edges = graph.edges.nonzero()
         scores = torch.zeros(len(graph), len(graph), dtype=start.dtype, device=start.device)
         at_once = max(1, _ROWS * question.batch_size // (len(batch) * max(1, graph.n_heads)))

@@ -19,7 +19,7 @@ import torch
 from .._errors import SettingsError
 from .._files import versions
 from .._typing import checked
-from ..bases._site import name_of
+from ..bases._site import basis_name
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
@@ -232,7 +232,7 @@ class CircuitLasso:
         settings = {
             "method": "circuit_lasso",
             "model": model_name(model),
-            "basis": "components" if isinstance(self.nodes, Components) else name_of(self.nodes),
+            "basis": "components" if isinstance(self.nodes, Components) else basis_name(self.nodes),
             "readout": readout,
             "metric": metric_name(metric),
             "answers": list(watch.answers),

@@ -22,8 +22,8 @@ from torch import Tensor
 from .. import _html
 from .._errors import NumericalError, SettingsError
 from .._typing import checked
-from ..bases._runs import reads_of, run_values
-from ..bases._site import Basis, sites_of
+from ..bases._runs import list_reads, run_values
+from ..bases._site import Basis, basis_sites
 from ..explain._prompt_scores import PromptScores
 from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label as node_label
@@ -223,10 +223,10 @@ def pooled_features(
     skip = same_start(tokens) if skip_positions is None else skip_positions
     if skip >= min(tokens.lengths):
         raise SettingsError(f"skip_positions={skip} leaves nothing of a prompt of {min(tokens.lengths)} tokens.")
-    sites = sites_of(model, basis)
+    sites = basis_sites(model, basis)
     rows: list[Tensor | None] = [None] * len(tokens)
     for batch in tokens.batches(batch_size):
-        values = run_values(model, batch, reads_of(sites))
+        values = run_values(model, batch, list_reads(sites))
         parts = torch.cat([_pool(site.take_apart(values).nodes[:, skip:], pool).float().cpu() for site in sites], 1)
         for row, part in zip(batch.index.tolist(), parts, strict=True):
             rows[row] = part
@@ -250,7 +250,7 @@ def _pool(nodes: Tensor, pool: Pool) -> Tensor:
 
 
 def _widths(model: TransformerLensModel, tokens: TokenizedPairs, sites: Sequence[Any]) -> list[int]:
-    values = run_values(model, next(tokens.batches(1)), reads_of(sites))
+    values = run_values(model, next(tokens.batches(1)), list_reads(sites))
     return [site.take_apart(values).nodes.shape[2] for site in sites]
 
 

@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from .._errors import FileFormatError, SettingsError
 from .._files import read_directory, write_directory
-from .._processes import Processes, here
+from .._processes import Processes, current_processes
 from ..bases._activations import Neurons
-from ..bases._runs import Values, capture, fired, logits_of, run_values, values_at
-from ..bases._site import Basis, sites_of
+from ..bases._runs import Values, capture, require_fired, run_logits, run_values, values_at
+from ..bases._site import Basis, basis_sites
 from ..bases._site import Site as BasisSite
 from ..components._graph import ComponentGraph, component_graph, split_heads
 from ..models._protocol import TransformerLensModel
@@ -145,8 +145,8 @@ class Observer:
         store: Values = {}
         hooks = [*disturbing, *(capture(store, name) for name in names)]
         with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
-            logits = logits_of(self.model, batch.clean, batch.attention_mask)
-            store = fired(store, names, self.model)
+            logits = run_logits(self.model, batch.clean, batch.attention_mask)
+            store = require_fired(store, names, self.model)
             home, found = store[names[-1]].device, self._gathered(store, logits)
             if self.readout == "metric":
                 return found, measure(self.metric, logits, batch)[:, None].to(home)
@@ -200,12 +200,12 @@ def component_sites(graph: ComponentGraph, model: TransformerLensModel, neurons:
         yield Site(c.name, c.kind, c.layer, c.stage, attends, single is not None, c.hook, c.head, single)
 
 
-def basis_sites(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> Iterator[Site]:
+def unit_sites(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> Iterator[Site]:
     """Every scalar node of a basis; sites of one layer are one stage. Attention lies between stages, so all attend.
 
-    Error and skip nodes are vectors, no features: they are left out.
+    Error and skip nodes are vectors, not features: they are left out.
     """
-    for site in sites_of(model, basis):
+    for site in basis_sites(model, basis):
         yield Site(site.hook, "unit", site.layer, site.layer, True, True, site.hook, basis_site=site)
 
 
@@ -226,7 +226,7 @@ def observer(
         UnsupportedModelError: a hook point is missing.
     """
     graph = component_graph(model, attention)
-    sites = list(component_sites(graph, model, mlp == "neurons") if basis is None else basis_sites(model, basis))
+    sites = list(component_sites(graph, model, mlp == "neurons") if basis is None else unit_sites(model, basis))
     if readout == "logits":
         last = graph.components[-1]
         sites.append(Site("logits", "logits", last.layer, max(s.stage for s in sites) + 1, False))
@@ -339,7 +339,7 @@ def observe(
     _check(tokens, regressors, n_blocks, skip)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
     dealt = [sorted(order[block::n_blocks].tolist()) for block in range(n_blocks)]
-    processes = here()
+    processes = current_processes()
     with processes.together("CircuitLasso.observe", settings):
         first = _subset(tokens, dealt[0])
         regressions = _regressions(watch, next(first.batches(1)), regressors, skip)
