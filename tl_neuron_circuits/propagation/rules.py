@@ -15,8 +15,8 @@ the network, biases included, gives the metric, where that is linear in the logi
 on what it gets: x * gradient(x), summed over a piece's inputs, equals y * g, less the share of a bias. That holds for
 what is linear once its constants are fixed (norm, activation, attention with a fixed pattern) and for a halved product;
 it does not for the plain gradient of a softmax or of an activation, in which x * f'(x) is not f(x).
-RelP on these operations is CP-LRP by another name;
-LXT's implementation of CP-LRP differs on gated MLPs, where it cuts the gate and gives everything to the linear branch.
+RelP on these operations is CP-LRP by another name; LXT's implementation of CP-LRP differs on gated MLPs, where it cuts
+the gate and gives everything to the linear branch.
 
 Sources: Ali et al. 2022, arXiv 2202.07304 (cp, ln); Rezaei Jafari et al. 2025, arXiv 2508.21258 (relp); Arora et al.
 2026, arXiv 2601.22594 (neurons; frozen attention); Achtibat et al. 2024, arXiv 2402.05602 (attnlrp); 2505.17630 (gim).
@@ -314,7 +314,7 @@ RULE_SETS = {
 
 
 def rule_set(rules: str | Sequence[str], stabilizer: float | None = None) -> RuleSet:
-    """The set called `rules`, or a set of the rules of these names ("ln" alone too); an empty one is the plain gradient.
+    """The set called `rules`, or a set of the rules of these names ("ln" alone too); an empty one is the gradient.
 
     Raises:
         SettingsError: an unknown name, or a stabilizer out of range.
