@@ -157,7 +157,7 @@ def test_auto_halves_where_memory_runs_out(error: Exception, caplog: Any) -> Non
 
     found = attribute(model, PAIRS, metric=metric, batch_size="auto")
     torch.testing.assert_close(found.flat(), expected.flat(), rtol=0, atol=1e-6 * float(expected.flat().abs().max()))
-    assert found.settings["batch_size"] == 2 and "no memory for 8 prompts" in caplog.text
+    assert found.settings["batch_size"] == 2 and "not enough memory for 8 prompts" in caplog.text
     with pytest.raises(type(error)):
         attribute(model, PAIRS, metric=metric, batch_size=8)
 

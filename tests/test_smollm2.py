@@ -30,6 +30,13 @@ from tl_neuron_circuits.tasks import PromptPair
 Untouched = Callable[[Any], AbstractContextManager[None]]
 N_LAYERS, D_MLP = 30, 1536
 PROMPT = "The capital of France is"
+PARAGRAPH = (
+    "The history of the city begins in the early Middle Ages, when a small group of fishermen settled on the banks of "
+    "the river. Over the following centuries the town grew into an important center of trade, and its merchants became "
+    "some of the richest people in the country. In the nineteenth century the railway arrived, and with it came new "
+    "factories, new schools, and thousands of workers from the countryside. Today the city is known for its "
+    "university, its museums, and its annual music festival, which attracts visitors from all over the world."
+)
 
 
 # The model itself
@@ -61,10 +68,13 @@ def test_the_model_is_smollm2(smollm2: Any) -> None:
     assert not smollm2.training
 
 
-def test_it_knows_the_capital_of_france(smollm2: Any) -> None:
+def test_it_knows_the_capital_of_france_and_reads_english(smollm2: Any) -> None:
     with torch.no_grad():
         best = smollm2(PROMPT)[0, -1].argmax()
+        loss = smollm2(PARAGRAPH, return_type="loss")
     assert smollm2.tokenizer.decode([int(best)]) == " Paris"
+    # With queries and keys in the order of GGUF it still says Paris, and loses 4.2 nats a token instead of 2.3.
+    assert float(loss) < 2.5
 
 
 def test_the_hub_name_boots_offline(smollm2_folder: Path) -> None:
@@ -287,6 +297,17 @@ def test_steering_a_circuit_takes_paris_away(smollm2: Any, circuit: tnc.Circuit,
         same = tnc.steer(smollm2, PROMPT, circuit, scale=1.0)
     assert result.top_before == [" Paris"] and result.top_after != [" Paris"]
     assert float(same.kl[0]) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_chat_is_continued_as_transformers_continues_it(smollm2: Any, untouched: Untouched) -> None:
+    # TransformerBridge.generate does not with its default cache on transformers 5.24: "The---------".
+    # The template brings its own BOS; after a second one the model begins with "L".
+    chat = smollm2.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], tokenize=False, add_generation_prompt=True
+    )
+    with untouched(smollm2):
+        result = tnc.steer(smollm2, chat, ["L29/N0"], scale=1.0, generate=12, prepend_bos=False)
+    assert result.continuations == (("The capital of France is Paris.",) * 2,)
 
 
 # How the model is made, on any machine

@@ -16,7 +16,7 @@ from tests.families import model_cases, random_tokens
 from tests.nodes.plain import random_pairs
 from tests.transcoders.two_processes import train_and_save
 from tl_neuron_circuits import NeuronCircuitsError, Random, attribute, compare, evaluate
-from tl_neuron_circuits._processes import here, single_process
+from tl_neuron_circuits._processes import current_processes, single_process
 from tl_neuron_circuits.bases import MLPOutputs, Neurons
 from tl_neuron_circuits.lasso import CircuitLasso, Share
 from tl_neuron_circuits.tasks import logit_difference
@@ -53,13 +53,13 @@ def curves(of: Any, pairs: Any, directory: Path | None) -> Any:
 
 
 def broken_on_second(logits: Any, batch: Any) -> Any:
-    if here().rank == 1:
+    if current_processes().rank == 1:
         raise ArithmeticError("the second process cannot count")
     return logit_difference(logits, batch)
 
 
 def deadly_on_second(logits: Any, batch: Any) -> Any:
-    if here().rank == 1:
+    if current_processes().rank == 1:
         os.kill(os.getpid(), 9)
     return logit_difference(logits, batch)
 
@@ -76,7 +76,7 @@ def failure(work: Any) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    of, mine = model(), here()
+    of, mine = model(), current_processes()
     own = folder / str(mine.rank)
     LASSO.fit(of, random_tokens(of, batch=15, pos=4), resume=folder / "resume" / "lasso").save(own / "lasso")
     for name, settings in CALLS.items():

@@ -3,7 +3,7 @@
 Started by `accelerate launch`, `torchrun` or anything that sets RANK and WORLD_SIZE, every process runs the same script
 and makes the same calls. A call of ours then goes
 
-    processes = here()
+    processes = current_processes()
     with processes.together("attribute", settings):     # checks that all make the same call; errors reach all
         for batch in processes.share(batches):          # its own part of the work
             sums += ...
@@ -159,7 +159,7 @@ class Processes:
             pass
 
 
-def here() -> Processes:
+def current_processes() -> Processes:
     """The processes that this one works with: one, unless a launcher started several.
 
     The first call joins them (through accelerate, which also chooses the process' GPU), so all must make it.

@@ -14,8 +14,8 @@ from tests.methods import with_steps
 from tl_neuron_circuits import as_dictionary, attribute, compare, evaluate
 from tl_neuron_circuits._errors import DictionaryError, FileFormatError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.bases import Dictionaries, HeadOutputs, MLPOutputs, Neurons, load_dictionary, save_dictionary
-from tl_neuron_circuits.bases._runs import reads_of, run_values
-from tl_neuron_circuits.bases._site import sites_of
+from tl_neuron_circuits.bases._runs import list_reads, run_values
+from tl_neuron_circuits.bases._site import basis_sites
 from tl_neuron_circuits.models._protocol import submodule
 from tl_neuron_circuits.nodes import NodeScores
 from tl_neuron_circuits.tasks import logit_difference
@@ -93,9 +93,9 @@ def test_a_post_norm_separates_neurons_from_mlp_outputs_unless_its_scale_is_froz
 def test_the_splice_changes_nothing(case: ModelCase, place: str) -> None:
     """Every site taken apart and put together again, all in one forward, gives the original's logits."""
     model = built(case, torch.float32)
-    sites = sites_of(model, dictionaries(place, dtype=torch.float32))
+    sites = basis_sites(model, dictionaries(place, dtype=torch.float32))
     (batch,) = pairs(model).batches(8)
-    values = run_values(model, batch, reads_of(sites))
+    values = run_values(model, batch, list_reads(sites))
     hooks = []
     for site in sites:
         parts = site.take_apart(values)
@@ -115,7 +115,7 @@ def test_exact_patching_through_a_dictionary_is_a_naive_loop(case: ModelCase, pl
     tokens = pairs(model, n=2, length=3)
     exact = attribute(model, tokens, method="patching", basis=dictionaries(place, [1]))
     made, (batch,) = dictionary(place, 1), tokens.batches(8)
-    (site,) = sites_of(model, Dictionaries([made]))
+    (site,) = basis_sites(model, Dictionaries([made]))
     clean, corrupt = (run_values(model, run, site.reads) for run in (batch, batch.on_corrupt()))
 
     def metric(output: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def test_a_curve_of_halved_batches_is_that_of_small_ones(
             model, pairs, scores, sizes=[0, 3, 48], ablation=ablation, metric=short_of_memory, batch_size="auto"
         )
     assert_same(found, expected)
-    assert found.settings["batch_size"] == 2 and caplog.text.count("no memory") == 2
+    assert found.settings["batch_size"] == 2 and caplog.text.count("not enough memory") == 2
 
 
 @models
@@ -63,7 +63,7 @@ def test_baselines_that_memory_does_not_hold_are_computed_in_smaller_batches(cas
 
     with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_post", fail)]):
         assert_same(evaluate(model, pairs, scores, sizes=[3], batch_size="auto"), expected)
-    assert "no memory for 5 prompts (MemoryError)" in caplog.text
+    assert "not enough memory for 5 prompts (MemoryError)" in caplog.text
 
 
 @one_model

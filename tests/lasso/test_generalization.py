@@ -10,7 +10,7 @@ import torch
 
 import tl_neuron_circuits as tnc
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
-from tl_neuron_circuits.bases._site import sites_of
+from tl_neuron_circuits.bases._site import basis_sites
 from tl_neuron_circuits.lasso import LabeledTexts, bias_in_bios, contrast_judge, generalize, pooled_features
 from tl_neuron_circuits.lasso._generalization import Ablation, eraser, fit_probe, pooled_activations, probe_support
 from tl_neuron_circuits.lasso._observations import tokenize_inputs
@@ -38,7 +38,7 @@ def basis():
 
 @pytest.fixture(scope="module")
 def plain(model, basis) -> Ablation:
-    return Ablation(sites_of(model, basis), {}, HOOK, 1, 8)
+    return Ablation(basis_sites(model, basis), {}, HOOK, 1, 8)
 
 
 def test_ablating_a_feature_takes_its_own_vector_out(model, basis, plain: Ablation) -> None:
@@ -102,7 +102,7 @@ def test_what_is_erased_no_probe_finds() -> None:
     difference = gone[attribute == 1].mean(0) - gone[attribute == 0].mean(0)
     assert float(difference.abs().max()) < 1e-5
     assert float(fit_probe(gone, attribute, ridge=1e-6).log_odds(gone).abs().max()) < 1e-3
-    with pytest.raises(SettingsError, match="one value"):
+    with pytest.raises(SettingsError, match="same value of the attribute"):
         eraser(x, 0 * attribute)
 
 

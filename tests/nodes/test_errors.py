@@ -145,7 +145,7 @@ def test_metrics_that_cannot_be_differentiated_are_refused(case: ModelCase) -> N
     for message, metric in wrong.items():
         with pytest.raises(SettingsError, match=message):
             attribute(model, pairs, metric=metric)
-    with pytest.raises(NumericalError, match="is not finite for pairs"):
+    with pytest.raises(NumericalError, match="returned NaN or inf for pairs"):
         attribute(model, pairs, metric=lambda logits, batch: logits[:, -1, 0] / 0)
     with pytest.raises(PairsError, match="needs wrong answers"):
         attribute(model, TokenizedPairs.from_tokens(pairs.clean, pairs.answer, pairs.corrupt), metric=logit_difference)

@@ -17,12 +17,12 @@ from ._site import Parts, Site
 Values = dict[str, Tensor]
 
 
-def reads_of(sites: Iterable[Site]) -> list[str]:
+def list_reads(sites: Iterable[Site]) -> list[str]:
     """Every hook point that some site reads, once each."""
     return list(dict.fromkeys(name for site in sites for name in site.reads))
 
 
-def logits_of(model: TransformerLensModel, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def run_logits(model: TransformerLensModel, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Run the model on tokens."""
     return model(tokens) if attention_mask is None else model(tokens, attention_mask=attention_mask)
 
@@ -104,15 +104,15 @@ def values_at(
         return hook
 
     with suppress(_AllRead), torch.no_grad(), model.hooks(fwd_hooks=[*hooks, *((name, read(name)) for name in wanted)]):
-        logits_of(model, tokens, attention_mask)
-    return fired(store, wanted, model)
+        run_logits(model, tokens, attention_mask)
+    return require_fired(store, wanted, model)
 
 
 class _AllRead(Exception):
     """Every value that was asked for is there: ends the forward pass."""
 
 
-def fired(store: Mapping[str, Tensor], names: Iterable[str], model: TransformerLensModel) -> Values:
+def require_fired(store: Mapping[str, Tensor], names: Iterable[str], model: TransformerLensModel) -> Values:
     """The values, once it is known that every hook point in `names` fired.
 
     Raises:
@@ -147,7 +147,7 @@ def mean_parts(
     for batch in batches:
         length = batch.clean.shape[1]
         counts[length] = counts.get(length, 0) + len(batch)
-        for hook, parts in take_apart(sites, run_values(model, batch, reads_of(sites))).items():
+        for hook, parts in take_apart(sites, run_values(model, batch, list_reads(sites))).items():
             part = parts.map(lambda t: t.sum(0, keepdim=True, dtype=torch.promote_types(t.dtype, torch.float32)))
             before = sums.get((hook, length))
             sums[hook, length] = part if before is None else before.plus(part)

@@ -112,7 +112,7 @@ class Basis(Protocol):
         ...
 
 
-def sites_of(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tuple[Site, ...]:
+def basis_sites(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tuple[Site, ...]:
     """The sites of one basis or of several together.
 
     Raises:
@@ -128,6 +128,6 @@ def sites_of(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tup
     return sites
 
 
-def name_of(basis: Basis | Sequence[Basis]) -> str:
+def basis_name(basis: Basis | Sequence[Basis]) -> str:
     """One name for one basis or several."""
     return basis.name if isinstance(basis, Basis) else "+".join(each.name for each in basis)

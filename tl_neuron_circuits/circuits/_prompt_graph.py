@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import PropagationError
-from ..bases._runs import fired, logits_of
+from ..bases._runs import require_fired, run_logits
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..tasks._tokenized import Batch
 from ._slots import Seen, Slot, SlotRun, leaves_of, note_input
@@ -91,13 +91,13 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot])
             if place is not None:
                 stack.callback(place.register_forward_pre_hook(hook).remove)
         stack.enter_context(model.hooks(fwd_hooks=hooks))
-        logits = logits_of(model, batch.clean, batch.attention_mask)
+        logits = run_logits(model, batch.clean, batch.attention_mask)
     if not unembedded:
         raise PropagationError(
             "expected the unembedding to run as a module; it did not, so its logits were not seen. Use a model whose "
             "forward calls model.unembed."
         )
-    fired({**noted, **embeddings}, [name for name, _ in hooks], model)
+    require_fired({**noted, **embeddings}, [name for name, _ in hooks], model)
     final, raw_logits = unembedded[-1]
     return PromptRun(
         slots=[slot.run(record) for slot, record in zip(slots, seen, strict=True)],

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .._errors import SettingsError
 from ..bases._activations import ActivationSite, Neurons
 from ..bases._dictionary_basis import DictionarySite
-from ..bases._site import Basis, name_of, sites_of
+from ..bases._site import Basis, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._sites import MLPSites, bias_after_product, find_sites
 from ._linear_encoder import LinearEncoder, NormReader, PlainReader, find_reader, linear_encoder
@@ -435,14 +435,14 @@ def find_slots(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> t
     """
     mlps = {mlp.post: mlp for mlp in find_sites(model).mlps}
     slots: list[Slot] = []
-    for site in sites_of(model, basis):
+    for site in basis_sites(model, basis):
         if isinstance(site, DictionarySite):
             slots.append(DictionarySlot(site, linear_encoder(site.dictionary), find_reader(model, site)))
         elif isinstance(site, ActivationSite) and site.letter == Neurons.letter and site.hook in mlps:
             slots.append(neuron_slot(model, mlps[site.hook]))
         else:
             raise SettingsError(
-                f"the nodes of a circuit are neurons or features of dictionaries; got the basis {name_of(basis)}. "
+                f"the nodes of a circuit are neurons or features of dictionaries; got the basis {basis_name(basis)}. "
                 "attribute(model, pairs, basis=...) scores the components of other activations."
             )
     layers = [slot.layer for slot in slots]

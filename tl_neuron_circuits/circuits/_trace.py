@@ -17,8 +17,8 @@ from .._errors import PairsError, SettingsError
 from .._files import versions
 from .._typing import checked
 from ..bases._activations import Neurons
-from ..bases._runs import logits_of
-from ..bases._site import Basis, name_of
+from ..bases._runs import run_logits
+from ..bases._site import Basis, basis_name
 from ..interventions._steering_prompts import text_pieces
 from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label
@@ -146,7 +146,7 @@ def trace(
     table = complete(table, edges, effects.totals.target)
     settings = {
         "model": model_name(model), "n_layers": int(model.cfg.n_layers),
-        "basis": name_of(basis), "n_prompts": len(pairs),
+        "basis": basis_name(basis), "n_prompts": len(pairs),
         "sites": [
             {"hook": s.hook, "layer": s.layer, "letter": s.letter, "width": int(score.shape[-1]), "errors": s.has_error}
             for s, score in zip(slots, effects.totals.score, strict=True)
@@ -261,7 +261,7 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, 
     answer = torch.zeros(1, dtype=torch.long, device=tokens.device)
     if answered:
         with torch.no_grad():
-            answer = logits_of(model, tokens)[0, -1].topk(1).indices
+            answer = run_logits(model, tokens)[0, -1].topk(1).indices
     return TokenizedPairs.from_tokens(list(tokens), answer)
 
 

@@ -52,7 +52,7 @@ def attribute(
     as_json: AsJson = False,
 ) -> None:
     """Score every node of a basis by its effect on the logit difference, on pairs from a file."""
-    from .._processes import here
+    from .._processes import current_processes
     from ..bases._activations import ACTIVATION_BASES
     from ..nodes._attribute import attribute as score
     from ..tasks._pairs import PromptPairs
@@ -61,7 +61,7 @@ def attribute(
     if basis not in ACTIVATION_BASES:
         raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {basis!r}.")
     read = PromptPairs.from_jsonl(pairs)
-    processes = here()  # under `accelerate launch` before the model is loaded: it chooses this process' GPU
+    processes = current_processes()  # before the model is loaded: under `accelerate launch` it chooses the GPU
     loaded = load_model(model, backend, device, dtype)
     scores = score(
         loaded,

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import SettingsError
-from ..bases._runs import logits_of
+from ..bases._runs import run_logits
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
 from ._graph import ComponentGraph
@@ -50,7 +50,7 @@ class ACDC(EdgeMethod):
         batches = list(question.tokens.batches(question.batch_size))
         pairs = [paired_streams(model, graph, batch) for batch in batches]
         with torch.no_grad():
-            whole = [logits_of(model, batch.clean) for batch in batches]
+            whole = [run_logits(model, batch.clean) for batch in batches]
 
         def distance(kept: Tensor) -> float:
             total, count = 0.0, 0

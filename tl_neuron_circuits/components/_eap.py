@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..bases._runs import Values, capture, fired, logits_of, run_values
+from ..bases._runs import Values, capture, require_fired, run_logits, run_values
 from ..models._protocol import TransformerLensModel
 from ..propagation._relp import relp
 from ..tasks._metrics import Metric, measure
@@ -122,8 +122,8 @@ def read_gradients(
     store: Values = {}
     names = hook_names(graph)
     with model.hooks(fwd_hooks=[*hooks, *(capture(store, name) for name in names)]):
-        logits = logits_of(model, batch.clean, batch.attention_mask)
-    fired(store, names, model)
+        logits = run_logits(model, batch.clean, batch.attention_mask)
+    require_fired(store, names, model)
     total = measure(metric, logits, batch).sum()
     outputs = [c.hook for c in graph.components[1:-1]]
     unique = list(dict.fromkeys(outputs))

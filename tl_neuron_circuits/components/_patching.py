@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..bases._runs import logits_of
+from ..bases._runs import run_logits
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
@@ -50,7 +50,7 @@ class Patching(EdgeMethod):
         model, graph, metric = question.model, question.graph, question.metric
         clean, corrupt = paired_streams(model, graph, batch)
         with torch.no_grad():
-            start = measure(metric, logits_of(model, batch.clean), batch)
+            start = measure(metric, run_logits(model, batch.clean), batch)
         edges = graph.edges.nonzero()
         scores = torch.zeros(len(graph), len(graph), dtype=start.dtype, device=start.device)
         at_once = max(1, _ROWS * question.batch_size // (len(batch) * max(1, graph.n_heads)))

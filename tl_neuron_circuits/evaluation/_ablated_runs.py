@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .._memory import Halving, available_memory, first_batch, growth
 from .._meter import Meter
 from .._processes import Processes
-from ..bases._runs import answers_only, logits_of, reads_of, run_values, take_apart
+from ..bases._runs import answers_only, list_reads, run_logits, run_values, take_apart
 from ..bases._site import Parts, Site
 from ..interventions._ablation import Ablation, AblationSwitch, Kept
 from ..models._protocol import TransformerLensModel
@@ -82,7 +82,7 @@ class Evaluation:
             with narrow as seen, model.hooks(fwd_hooks=switch.hooks):
                 for chosen in sets:
                     switch.keep(chosen())
-                    found.append(read(logits_of(model, batch.clean, batch.attention_mask), seen))
+                    found.append(read(run_logits(model, batch.clean, batch.attention_mask), seen))
             return found
 
         return self.measured(runs, len(sets))
@@ -121,7 +121,7 @@ class Evaluation:
         if self._sources is not None:
             prompts, others = self._tokens.corrupt or (), [self._sources[row] for row in batch.index.tolist()]
             corrupt = replace(corrupt, clean=torch.stack([prompts[row] for row in others]))
-        return take_apart(sites, run_values(self._ablated.model, corrupt, reads_of(sites)))
+        return take_apart(sites, run_values(self._ablated.model, corrupt, list_reads(sites)))
 
     def _mean_values(self) -> Mapping[tuple[str, int], Parts]:
         corrupt = [batch.on_corrupt() for batch in self._batches]

@@ -10,10 +10,10 @@ from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import fingerprint, versions
-from .._processes import here
+from .._processes import current_processes
 from .._typing import checked
 from ..bases._activations import MLPOutputs, Neurons
-from ..bases._site import Basis, sites_of
+from ..bases._site import Basis, basis_sites
 from ..interventions._ablation import Ablation
 from ..models._protocol import TransformerLensModel
 from ..nodes._attribute import attribute
@@ -117,7 +117,7 @@ def compare(
     by_name = {basis.name: basis for basis in chosen}
     common = {"metric": metric, "batch_size": batch_size}
     judge = {**common, "ablation": ablation, "error_nodes": error_nodes, "seed": seed}
-    processes = here()
+    processes = current_processes()
     with processes.together("compare", settings):
         found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)  # noqa: E731
         done = processes.from_first(found)
@@ -153,7 +153,7 @@ def _provenance(
         "model": model_name(model),
         "weights": fingerprint(model.parameters()),
         "bases": [basis.name for basis in bases],
-        "sites": {basis.name: [site.identity for site in sites_of(model, basis)] for basis in bases},
+        "sites": {basis.name: [site.identity for site in basis_sites(model, basis)] for basis in bases},
         "attribution": {task: pairs.hash for task, pairs in train.items()},
         "evaluation": {task: pairs.hash for task, pairs in test.items()},
         "versions": versions(),
@@ -197,7 +197,7 @@ def _check(
             logger.warning(
                 "%s: %d evaluation prompts are attribution prompts too: results are in-sample.", task, len(shared)
             )
-    layers = {basis.name: sorted({site.layer for site in sites_of(model, basis)}) for basis in bases}
+    layers = {basis.name: sorted({site.layer for site in basis_sites(model, basis)}) for basis in bases}
     if len({tuple(found) for found in layers.values()}) > 1:
         raise SettingsError(
             f"expected every basis to cover the same layers; got {layers}. Restrict the others, for example "

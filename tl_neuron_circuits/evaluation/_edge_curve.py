@@ -22,7 +22,7 @@ from .._errors import SettingsError
 from .._files import versions
 from .._processes import Processes
 from .._typing import checked
-from ..bases._site import sites_of
+from ..bases._site import basis_sites
 from ..circuits._circuit import Circuit
 from ..interventions._ablation import Ablation, Kept
 from ..interventions._edge_ablation import Edge, EdgeMode, run_with_edges
@@ -102,7 +102,7 @@ def evaluate_edges(
     def probe(run: Evaluation) -> object:
         return _patched(run, model, chosen[-1:]) if chosen else run.metrics([lambda: masks[-1]])
 
-    ablated = Ablated(model, sites_of(model, scores.basis), metric, ablation, seed)
+    ablated = Ablated(model, basis_sites(model, scores.basis), metric, ablation, seed)
     run = Evaluation(ablated, tokens, batch_size, Processes(), probe, shown=verbose)
     sets: list[Kept | None] = [None, _masks(scores, nodes.iloc[:0])]
     if protocol == "nodes":

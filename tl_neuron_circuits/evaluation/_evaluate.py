@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .._errors import NumericalError, PairsError, SettingsError
 from .._files import versions
-from .._processes import here
+from .._processes import current_processes
 from .._typing import checked
-from ..bases._site import Basis, Site, name_of, sites_of
+from ..bases._site import Basis, Site, basis_name, basis_sites
 from ..circuits._circuit import Circuit
 from ..interventions._ablation import Ablation
 from ..models._protocol import TransformerLensModel
@@ -90,15 +90,15 @@ def evaluate(
     basis = scores.basis if basis is None else basis
     if basis is None:
         raise SettingsError("these scores were loaded without their dictionaries: pass basis= as given to attribute.")
-    processes = here()
+    processes = current_processes()
     tokens = tokenize(model, pairs)
-    sites = _matching_sites(sites_of(model, basis), scores)
+    sites = _matching_sites(basis_sites(model, basis), scores)
     _check(tokens, scores, ablation)
     fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "rank": {}}[error_nodes]
     ranked = RankedNodes(scores, ranking, **fixed)
     sizes = chosen_sizes(sizes, len(ranked))
     settings = {
-        "basis": name_of(basis),
+        "basis": basis_name(basis),
         "ablation": ablation,
         "ranking": ranking,
         "error_nodes": error_nodes,

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
-from ..bases._runs import Values, capture, fired
+from ..bases._runs import Values, capture, require_fired
 from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, text_pieces, token_names
 from ..models._protocol import TransformerLensModel
@@ -121,7 +121,7 @@ def _run(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"], hooks: l
     store: Values = {}
     with model.hooks(fwd_hooks=[capture(store, name) for name in hooks]):
         logits = model(tokens)
-    return logits, fired(store, hooks, model)
+    return logits, require_fired(store, hooks, model)
 
 
 def _contributions(

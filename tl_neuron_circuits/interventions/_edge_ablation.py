@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from ..bases._activations import Neurons
-from ..bases._runs import logits_of
+from ..bases._runs import run_logits
 from ..models._protocol import TransformerLensModel
 from ._ablation import Hooks
 
@@ -68,7 +68,7 @@ def run_with_edges(
     rows = len(views) + 1
     mask = None if attention_mask is None else attention_mask.repeat(rows, 1)
     with torch.no_grad(), model.hooks(fwd_hooks=ablation.hooks()):
-        logits = logits_of(model, tokens.repeat(rows, 1), mask)
+        logits = run_logits(model, tokens.repeat(rows, 1), mask)
     return logits.reshape(rows, len(tokens), *logits.shape[1:])[_OUTPUT]
 
 

@@ -15,7 +15,7 @@ from .._errors import SettingsError, UnsupportedModelError
 from ..bases._activations import ACTIVATION_BASES, Neurons
 from ..bases._dictionary_basis import DictionarySite
 from ..bases._runs import Values
-from ..bases._site import Basis, sites_of
+from ..bases._site import Basis, basis_sites
 from ..models._protocol import TransformerLensModel, hook_point
 from ..models._sites import find_sites
 
@@ -97,7 +97,7 @@ class _Features:
 
     def site(self, name: str, *, layer: int | None = None, hook: str | None = None) -> DictionarySite:
         if self._sites is None:
-            found = () if self._basis is None else sites_of(self._model, self._basis)
+            found = () if self._basis is None else basis_sites(self._model, self._basis)
             self._sites = [site for site in found if isinstance(site, DictionarySite)]
         fits = [site for site in self._sites if site.layer == layer or site.hook == hook]
         if len(fits) != 1:

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .._errors import PairsError
-from ..bases._runs import Values, capture, fired
+from ..bases._runs import Values, capture, require_fired
 from ..models._protocol import TransformerLensModel
 from ._ablation import Hooks
 
@@ -66,7 +66,7 @@ def run(
     store: Values = {}
     with torch.no_grad(), model.hooks(fwd_hooks=[*(hooks or ()), *(capture(store, name) for name in names)]):
         logits = model(tokens)
-    return logits, fired(store, names, model)
+    return logits, require_fired(store, names, model)
 
 
 def text_of(model: Any, tokens: Int[Tensor, " pos"]) -> str:

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import versions
-from .._processes import here
+from .._processes import current_processes
 from .._typing import checked
-from ..bases._site import Basis, name_of
+from ..bases._site import Basis, basis_name
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
@@ -229,7 +229,7 @@ class CircuitLasso:
         settings = {
             "method": "circuit_lasso",
             "model": model_name(model),
-            "basis": "components" if isinstance(self.nodes, Components) else name_of(self.nodes),
+            "basis": "components" if isinstance(self.nodes, Components) else basis_name(self.nodes),
             "readout": readout,
             "metric": metric_name(metric),
             "answers": list(watch.answers),
@@ -244,7 +244,7 @@ class CircuitLasso:
         }
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.seed))
         dealt = [select_prompts(tokens, sorted(order[block :: self.blocks].tolist())) for block in range(self.blocks)]
-        processes = here()
+        processes = current_processes()
         with processes.together("CircuitLasso.observe", settings):
             regressions = build_regressions(watch, next(dealt[0].batches(1)), self.regressors, skip)
             # the size of the noise is measured once, on the first prompts; draws start anew with every block, so that

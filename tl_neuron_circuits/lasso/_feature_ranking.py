@@ -22,8 +22,8 @@ from torch import Tensor
 from .. import _html
 from .._errors import NumericalError, SettingsError
 from .._typing import checked
-from ..bases._runs import reads_of, run_values
-from ..bases._site import Basis, sites_of
+from ..bases._runs import list_reads, run_values
+from ..bases._site import Basis, basis_sites
 from ..explain._prompt_scores import PromptScores
 from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label as node_label
@@ -92,10 +92,10 @@ def pooled_features(
     skip = shared_start(tokens) if skip_positions is None else skip_positions
     if skip >= min(tokens.lengths):
         raise SettingsError(f"skip_positions={skip} leaves nothing of a prompt of {min(tokens.lengths)} tokens.")
-    sites = sites_of(model, basis)
+    sites = basis_sites(model, basis)
     rows, widths = [torch.empty(0)] * len(tokens), []
     for batch in tokens.batches(batch_size):
-        values = run_values(model, batch, reads_of(sites))
+        values = run_values(model, batch, list_reads(sites))
         parts = [_pool(site.take_apart(values).nodes[:, skip:], pool).float().cpu() for site in sites]
         widths = [part.shape[1] for part in parts]
         for row, pooled in zip(batch.index.tolist(), torch.cat(parts, 1), strict=True):
@@ -238,15 +238,16 @@ def rank_features(
     if loss == "logistic":  # the gradient where only the intercept is fitted: in the label's own units, without the 2
         largest = float((squared.cross * squared.target_scale).abs().max()) * len(x)
     path = [penalty] if penalty is not None else [largest * 0.6**k for k in range(1, 12)]
-    weights, used, start = torch.zeros(x.shape[1], dtype=torch.float64), path[0], None
+    weights, used, solution = torch.zeros(x.shape[1], 1, dtype=torch.float64), path[0], None
     for used in path:
         if loss == "squared":
-            start = solve_lasso(squared, used, start=None if start is None else start.weights)
+            weights = solve_lasso(squared, used, start=weights).weights
         else:
-            start = solve_labels(x, y, used, tolerance=1e-4, start=start)
-        weights = start.weights[:, 0]
+            solution = solve_labels(x, y, used, tolerance=1e-4, start=solution)
+            weights = solution.weights
         if int((weights != 0).sum()) >= n_features:
             break
+    weights = weights[:, 0]
     order = weights.abs().argsort(descending=True, stable=True)
     order = order[weights[order] != 0]
     rows = pooled.nodes.iloc[live[order].tolist()].reset_index(drop=True)

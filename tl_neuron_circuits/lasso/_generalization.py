@@ -32,8 +32,8 @@ from .._auroc import auroc
 from .._errors import NumericalError, SettingsError
 from .._files import versions
 from .._typing import checked
-from ..bases._runs import Values, capture, fired, logits_of, reads_of, values_at
-from ..bases._site import Basis, Parts, Site, name_of, sites_of
+from ..bases._runs import Values, capture, list_reads, require_fired, run_logits, values_at
+from ..bases._site import Basis, Parts, Site, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
 from ..propagation._relp import relp
 from ..tasks._provenance import model_name
@@ -158,7 +158,7 @@ class Ablation:
     def hooks(self, store: Values) -> list[tuple[str, Any]]:
         """What a site reads is kept on the way; where it writes, its units are taken out of the value."""
         ablated = [site for site in self.sites if self.units.get(site.hook) or not self.errors]
-        reads = [name for name in reads_of(ablated) if name not in {site.hook for site in ablated}]
+        reads = [name for name in list_reads(ablated) if name not in {site.hook for site in ablated}]
         return [*(capture(store, name) for name in reads), *(self._take_out(site, store) for site in ablated)]
 
     def _take_out(self, site: Site, store: Values) -> tuple[str, Any]:
@@ -201,13 +201,13 @@ def probe_support(
     The gradient is the model's own, or RelP's with `rules`. Nothing is ablated, and errors are kept.
     """
     total: Tensor | None = None
-    names = list(dict.fromkeys([*reads_of(ablation.sites), ablation.hook]))
+    names = list(dict.fromkeys([*list_reads(ablation.sites), ablation.hook]))
     for batch in tokens.batches(ablation.batch_size):
         store: Values = {}
         hooks = [_leaf(store, name) for name in names]
         with torch.enable_grad(), relp(model, rules), model.hooks(fwd_hooks=hooks):
-            logits_of(model, batch.clean, batch.attention_mask)
-        values = fired(store, names, model)
+            run_logits(model, batch.clean, batch.attention_mask)
+        values = require_fired(store, names, model)
         pooled = values[ablation.hook].flatten(2)[:, ablation.skip :].mean(1)
         sign = 2.0 * label[batch.index.cpu()].to(pooled) - 1
         target = (sign * (pooled @ probe.weights.to(pooled))).sum()
@@ -362,7 +362,7 @@ def generalize(
         >>> found.table["method"].tolist()[:3]
         ['original', 'oracle', 'concept_blind']
     """
-    sites = sites_of(model, basis)
+    sites = basis_sites(model, basis)
     texts = {
         "biased": train.biased(seed=seed),
         "oracle": train.balanced(seed=seed),
@@ -449,7 +449,7 @@ def generalize(
         add_row(ranking, probes["original"], without, len(chosen), seconds)
         add_row(f"{ranking}, retrained", again, without, len(chosen), seconds)
     settings = {
-        "hook": plain.hook, "basis": name_of(basis), "n_candidates": n_candidates,
+        "hook": plain.hook, "basis": basis_name(basis), "n_candidates": n_candidates,
         "rules": rules if isinstance(rules, str) else list(rules),
         "errors": errors, "ridge": ridge, "skip_positions": skip, "seed": seed, "versions": versions(),
         "model": model_name(model),

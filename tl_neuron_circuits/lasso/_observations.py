@@ -25,8 +25,8 @@ from .._errors import FileFormatError, SettingsError
 from .._files import read_directory, write_directory
 from .._processes import Processes
 from ..bases._activations import Neurons
-from ..bases._runs import Values, capture, fired, logits_of, run_values, values_at
-from ..bases._site import Basis, sites_of
+from ..bases._runs import Values, capture, require_fired, run_logits, run_values, values_at
+from ..bases._site import Basis, basis_sites
 from ..bases._site import Site as BasisSite
 from ..components._graph import component_graph, split_heads
 from ..models._protocol import TransformerLensModel
@@ -175,8 +175,8 @@ class Observer:
                 torch.no_grad(),
                 self.model.hooks(fwd_hooks=[*disturbing, *(capture(kept, name) for name in names)]),
             ):
-                logits = logits_of(self.model, batch.clean, mask)
-            store = fired(kept, names, self.model)
+                logits = run_logits(self.model, batch.clean, mask)
+            store = require_fired(kept, names, self.model)
         home = store[names[-1]].device
         values = [self._value(site, store, logits).to(home) for site in self.sites]
         if logits is None or self.readout == "logits":  # then the logits are a site like any other
@@ -223,7 +223,7 @@ def build_observer(
             sites.append(Site(c.name, c.kind, c.layer, c.stage, attends, split, c.hook, c.head, in_place))
     else:
         sites = [
-            Site(s.hook, "unit", s.layer, s.layer, True, True, s.hook, basis_site=s) for s in sites_of(model, nodes)
+            Site(s.hook, "unit", s.layer, s.layer, True, True, s.hook, basis_site=s) for s in basis_sites(model, nodes)
         ]
     if readout == "logits":
         last = graph.components[-1]

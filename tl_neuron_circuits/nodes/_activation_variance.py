@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .._errors import NumericalError
-from .._processes import here
+from .._processes import current_processes
 from .._typing import checked
 from ..bases._activations import Neurons
-from ..bases._runs import reads_of, run_values, take_apart
-from ..bases._site import Basis, Parts, name_of, sites_of
+from ..bases._runs import list_reads, run_values, take_apart
+from ..bases._site import Basis, Parts, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance
@@ -65,15 +65,15 @@ def activation_variance(
         (0, 16, 512)
     """
     nodes_of = Neurons() if basis is None else basis
-    sites = sites_of(model, nodes_of)
+    sites = basis_sites(model, nodes_of)
     tokens = tokenize(model, pairs)
     if len(tokens) < 2:
         raise NumericalError(f"expected at least two prompts to vary over; got {len(tokens)}.")
-    processes = here()
-    with processes.together("activation_variance", {"basis": name_of(nodes_of), "pairs": tokens.hash}):
+    processes = current_processes()
+    with processes.together("activation_variance", {"basis": basis_name(nodes_of), "pairs": tokens.hash}):
         sums: dict[tuple[str, str, str], Tensor] = {}
         for batch in processes.share(tokens.batches(processes.fair(batch_size, len(tokens)))):
-            _add(sums, take_apart(sites, run_values(model, batch, reads_of(sites))), batch)
+            _add(sums, take_apart(sites, run_values(model, batch, list_reads(sites))), batch)
         variances = _variances(processes.total(sums), len(tokens))
     settings = {
         "method": "activation_variance",
@@ -81,7 +81,7 @@ def activation_variance(
         "units": "keep",
         "baseline": "none",
         "metric": "none",
-        "basis": name_of(nodes_of),
+        "basis": basis_name(nodes_of),
         "method_options": {"name": "activation_variance"},
         **provenance(model, tokens),
     }

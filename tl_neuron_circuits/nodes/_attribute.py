@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from .._errors import PairsError, SettingsError
 from .._files import fingerprint
 from .._memory import Halving
-from .._processes import Processes, here
+from .._processes import Processes, current_processes
 from .._typing import checked
 from ..bases._activations import Neurons
-from ..bases._site import Basis, name_of, sites_of
+from ..bases._site import Basis, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
@@ -108,11 +108,11 @@ def attribute(
     """
     method = as_method(method)
     basis = Neurons() if basis is None else basis
-    scope = Scope(model, sites_of(model, basis), metric, baseline, direction, positions, units)
+    scope = Scope(model, basis_sites(model, basis), metric, baseline, direction, positions, units)
     check_scope(scope, method, batch_size)
-    processes = here()
+    processes = current_processes()
     tokens = tokenize(model, pairs)
-    settings = _provenance(scope, method, tokens, name_of(basis))
+    settings = _provenance(scope, method, tokens, basis_name(basis))
     with processes.together("attribute", settings):
         check_pairs(tokens, scope)
         identity = {} if resume is None else _identity(scope, settings, batch_size)
@@ -263,7 +263,7 @@ def estimate_memory(
     given = bound.arguments
     method = as_method(given["method"])
     basis = Neurons() if given["basis"] is None else given["basis"]
-    sites = sites_of(model, basis)
+    sites = basis_sites(model, basis)
     scope = Scope(model, sites, *(given[name] for name in ("metric", "baseline", "direction", "positions", "units")))
     check_scope(scope, method, batch_size)
     tokens = tokenize(model, pairs)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._errors import PairsError, SettingsError
-from ..bases._runs import Values, answers_only, logits_of, run_values
+from ..bases._runs import Values, answers_only, run_logits, run_values
 from ..bases._site import Parts, Site
 from ..propagation._relp import relp
 from ..propagation.rules import rule_set
@@ -67,7 +67,7 @@ class IntegratedGradients(Method):
             replace = [(site.hook, lambda value, hook, point=point: point)]
             with relp(scope.model, self.rules):
                 with answers_only(scope.model, batch, scope.metric) as narrowed, scope.model.hooks(fwd_hooks=replace):
-                    logits = logits_of(scope.model, batch.clean, batch.attention_mask)
+                    logits = run_logits(scope.model, batch.clean, batch.attention_mask)
                 (gradient,) = torch.autograd.grad(measure(scope.metric, logits, narrowed).sum(), point)
             mean += gradient / self.steps
         return mean

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import SettingsError
-from ..bases._runs import Values, answers_only, logits_of
+from ..bases._runs import Values, answers_only, run_logits
 from ..bases._site import Parts, Site
 from ..tasks._metrics import measure
 from ..tasks._tokenized import Batch
@@ -87,7 +87,7 @@ class Patching(Method):
         run = scope.first_run(batch)
         values = scope.values(run)
         with torch.no_grad(), answers_only(scope.model, run, scope.metric) as narrowed:
-            start = measure(scope.metric, logits_of(scope.model, run.clean, run.attention_mask), narrowed)
+            start = measure(scope.metric, run_logits(scope.model, run.clean, run.attention_mask), narrowed)
         blocks: Blocks = {}
         for site in tqdm(scope.sites, desc="patched sites", disable=not verbose, leave=False):
             parts = site.take_apart(values)
@@ -154,7 +154,7 @@ def _fall(
     replace = [(site.hook, lambda value, hook: site.put_together(patched, value))]
     narrow = answers_only(scope.model, repeated, scope.metric)
     with torch.no_grad(), narrow as narrowed, scope.model.hooks(fwd_hooks=replace):
-        metric = measure(scope.metric, logits_of(scope.model, repeated.clean, repeated.attention_mask), narrowed)
+        metric = measure(scope.metric, run_logits(scope.model, repeated.clean, repeated.attention_mask), narrowed)
     return (start[None] - metric.reshape(n, len(batch))).sum(1)
 
 

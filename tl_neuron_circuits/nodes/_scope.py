@@ -15,7 +15,17 @@ from torch import Tensor
 
 from .._memory import Halving
 from .._processes import Processes
-from ..bases._runs import Values, answers_only, capture, fired, logits_of, mean_parts, reads_of, run_values, take_apart
+from ..bases._runs import (
+    Values,
+    answers_only,
+    capture,
+    list_reads,
+    mean_parts,
+    require_fired,
+    run_logits,
+    run_values,
+    take_apart,
+)
 from ..bases._site import Parts, Site
 from ..models._protocol import TransformerLensModel
 from ..propagation._relp import relp
@@ -56,7 +66,7 @@ class Scope:
         """What each node of the first run is compared with, by hook; None is zero."""
         if self.baseline == "corrupt":
             second = batch.on_corrupt() if self.direction == "noising" else batch
-            return take_apart(self.sites, run_values(self.model, second, reads_of(self.sites)))
+            return take_apart(self.sites, run_values(self.model, second, list_reads(self.sites)))
         if self.baseline == "zero" or means is None:
             return dict.fromkeys((site.hook for site in self.sites), None)
         n, length = batch.clean.shape
@@ -64,7 +74,7 @@ class Scope:
 
     def values(self, batch: Batch) -> Values:
         """What every site reads, without a graph."""
-        return run_values(self.model, batch, reads_of(self.sites))
+        return run_values(self.model, batch, list_reads(self.sites))
 
     def change_times(self, values: Values, baselines: Mapping[str, Parts | None], gradients: Gradients) -> Blocks:
         """(a - a_baseline) * gradient of every node, summed over the batch."""
@@ -101,13 +111,13 @@ def gradients_at(
     `hooks` are forward hooks that run before values are captured.
     """
     sites = tuple(sites)
-    names = reads_of(sites)
+    names = list_reads(sites)
     store: Values = {}
     reading = [*hooks, *(capture(store, name) for name in names)]
     with relp(model, rules, stabilizer=stabilizer):
         with answers_only(model, batch, metric) as narrowed, model.hooks(fwd_hooks=reading):
-            logits = logits_of(model, batch.clean, batch.attention_mask)
-        fired(store, names, model)
+            logits = run_logits(model, batch.clean, batch.attention_mask)
+        require_fired(store, names, model)
         total = measure(metric, logits, narrowed).sum()
         del logits
         gradients = torch.autograd.grad(total, [store[site.hook] for site in sites])

@@ -10,9 +10,13 @@ never change. Rules are pure functions of g and of what the piece was given, out
     "attnlrp"  scale frozen   identity     half            1/4 to queries and keys, 1/2 to values       no
     "gim"      scale frozen   plain        half            as attnlrp, softmax at temperature 2         no
 
-"Conserves" means: the gradient times the activation, summed over any cut of the network, biases included, gives the
-metric's logits. RelP on these operations is CP-LRP by another name;
-LXT's implementation of CP-LRP differs on gated MLPs, where it cuts the gate and gives everything to the linear branch.
+sg is stop-gradient: a factor held fixed. "Conserves" means: the gradient times the activation, summed over any cut of
+the network, biases included, gives the metric, where that is linear in the logits. It does so where every piece passes
+on what it gets: x * gradient(x), summed over a piece's inputs, equals y * g, less the share of a bias. That holds for
+what is linear once its constants are fixed (norm, activation, attention with a fixed pattern) and for a halved product;
+it does not for the plain gradient of a softmax or of an activation, in which x * f'(x) is not f(x).
+RelP on these operations is CP-LRP by another name; LXT's implementation of CP-LRP differs on gated MLPs, where it cuts
+the gate and gives everything to the linear branch.
 
 Sources: Ali et al. 2022, arXiv 2202.07304 (cp, ln); Rezaei Jafari et al. 2025, arXiv 2508.21258 (relp); Arora et al.
 2026, arXiv 2601.22594 (neurons; frozen attention); Achtibat et al. 2024, arXiv 2402.05602 (attnlrp); 2505.17630 (gim).
@@ -52,7 +56,7 @@ class IdentityRule:
     """An activation is its input times a constant: f(x) = x * sg(f(x) / x).
 
     The ratio is exact, from closed forms such as Phi(x) for GELU. `stabilizer` gives f(x) / (x + sign(x) * stabilizer)
-    instead, as the published fork has it, whose gradients differ by up to 7e-3 near zero.
+    instead, as the fork of TransformerLens by RelP's authors has it, whose gradients differ by up to 7e-3 near zero.
 
     Example:
         >>> from tl_neuron_circuits.propagation import IdentityRule
@@ -82,7 +86,7 @@ class IdentityRule:
 
 @dataclass(frozen=True)
 class PlainActivation:
-    """No rule: g * f'(x). Stands where a gated product has a rule and its activation has none."""
+    """No rule: g * f'(x). Stands where a gated product has a rule and its activation has none, as in gim."""
 
     def value(self, x: Float[Tensor, "*pos d_mlp"], activation: Activation) -> Float[Tensor, "*pos d_mlp"]:
         """f(x)."""
@@ -115,7 +119,7 @@ class HalfRule:
 
 @dataclass(frozen=True)
 class PlainProduct:
-    """No rule: g * b to a, g * a to b. With the identity rule this counts the product's relevance twice."""
+    """No rule: g * b to a, g * a to b. With the identity rule but not the half rule, relevance is counted twice."""
 
     def gradients(
         self, g: Float[Tensor, "*batch d_mlp"], a: Float[Tensor, "*pos d_mlp"], b: Float[Tensor, "*pos d_mlp"]
@@ -128,6 +132,9 @@ class PlainProduct:
 class AttentionRule:
     """The attention pattern is a constant: the gradient of queries and keys is cut, that of values is plain.
 
+    It has factors instead of a formula: the gradients at `hook_q`, `hook_k` and `hook_v` are multiplied by them. Where
+    queries and keys are not cut, `temperature` makes a `SoftmaxRule`.
+
     Example:
         >>> from tl_neuron_circuits.propagation import AttentionRule
         >>> rule = AttentionRule()
@@ -138,7 +145,6 @@ class AttentionRule:
     query: float = 0.0
     key: float = 0.0
     value: float = 1.0
-    """Factors of the gradients at `hook_q`, `hook_k` and `hook_v`."""
     temperature: float = 1.0
     """Of the softmax in the backward pass."""
 
@@ -148,8 +154,9 @@ class SplitAttentionRule(AttentionRule):
     """Both products of attention split in half: pattern * values, then, of the pattern's half, queries * keys.
 
     So 1/2 to values and 1/4 to queries and to keys; the softmax and a soft cap between have their plain gradients.
-    The scales of norms on queries and keys are frozen too: else q * g sums to zero at every head, and nothing could
-    flow through queries and keys. Achtibat et al. 2024.
+    With `LnRule` the norms that some models put on queries and keys are frozen too: the plain gradient at such a norm's
+    input is orthogonal to it, so x * gradient(x) would sum to zero, and no relevance could flow there. Achtibat et al.
+    2024.
 
     Example:
         >>> from tl_neuron_circuits.propagation import SplitAttentionRule
@@ -209,7 +216,10 @@ class NormPiece:
 
 @dataclass(frozen=True)
 class ActivationPiece:
-    """The activation of an MLP without a gate, from `hook_pre` to `hook_post` (`hook_mid` before a norm)."""
+    """The activation of an MLP without a gate, from `hook_pre` to `hook_post` (`hook_mid` before a norm).
+
+    Without the identity rule there is no such piece: autograd has the plain gradient already.
+    """
 
     rule: IdentityRule
     activation: Activation
@@ -240,7 +250,8 @@ class GatedPiece:
 
     def gradients(self, g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients at the gate and at the linear branch."""
-        to_activated, to_up = self.product_rule.gradients(g, self.activation.value(gate), up)
+        activated = self.gate_rule.value(gate, self.activation)
+        to_activated, to_up = self.product_rule.gradients(g, activated, up)
         return self.gate_rule.gradients(to_activated, gate, self.activation), to_up
 
 
@@ -296,14 +307,14 @@ RULES = {"ln": LnRule(), "identity": IdentityRule(), "half": HalfRule(), "attent
 ALL_RULES = tuple(RULES)
 RULE_SETS = {
     "relp": RuleSet(LnRule(), IdentityRule(), HalfRule(), AttentionRule()),
-    "cp": RuleSet(LnRule(), IdentityRule(), HalfRule(), AttentionRule()),
+    "cp": RuleSet(LnRule(), IdentityRule(), HalfRule(), AttentionRule()),  # the same rules, under their older name
     "attnlrp": RuleSet(LnRule(), IdentityRule(), HalfRule(), SplitAttentionRule()),
     "gim": RuleSet(LnRule(), None, HalfRule(), SplitAttentionRule(temperature=2.0)),
 }
 
 
 def rule_set(rules: str | Sequence[str], stabilizer: float | None = None) -> RuleSet:
-    """The set called `rules`, or RelP's rules of these names; an empty sequence is the plain gradient.
+    """The set called `rules`, or a set of the rules of these names ("ln" alone too); an empty one is the gradient.
 
     Raises:
         SettingsError: an unknown name, or a stabilizer out of range.

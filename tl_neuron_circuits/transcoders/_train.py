@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from .. import _html
 from .._errors import FileFormatError, NeuronCircuitsError, SettingsError
 from .._files import fingerprint, read_directory, versions, write_directory
-from .._processes import Processes, here
+from .._processes import Processes, current_processes
 from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..bases._dictionary_files import save_dictionary
@@ -154,7 +154,7 @@ def train(
     folder = None if directory is None else Path(directory)
     if resume and folder is None:
         raise SettingsError("resume=True needs the directory with the checkpoints: train(..., directory=...).")
-    processes = here()
+    processes = current_processes()
     with processes.together("train", config.to_json()):
         training = _Training(model, tokens, config, processes)
         if resume and folder is not None:
