@@ -1,7 +1,7 @@
 """`attribute`: score every node of a basis by its effect on a metric.
 
-The stations from here to a rule's formula; the loop over batches (`_sum_over_pairs`, `Halving.over`, `score_batch`) lies
-between the first two:
+The stations from here to a rule's formula. The loop over batches (`_sum_over_pairs`, `Halving.over`, `score_batch`)
+lies between the first two:
 
     attribute            this file: batches, sums, means over pairs
     RelP.score           nodes/_relp.py: gradient times change
