@@ -1,6 +1,10 @@
 """Models of Llama's true shapes, scaled down: 32 layers, four queries a key-value head, 3.5 times as many neurons."""
 
+import inspect
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +15,11 @@ from tests.methods import with_steps
 from tests.nodes.plain import random_pairs
 from tl_neuron_circuits import Patching, attribute, check_model, estimate_memory
 from tl_neuron_circuits._errors import PropagationError, SettingsError
-from tl_neuron_circuits._memory import out_of_memory
+from tl_neuron_circuits._memory import Halving
 from tl_neuron_circuits._meter import Meter
 from tl_neuron_circuits.tasks import logit_difference
 
+ROOT = Path(__file__).parents[1]
 LAYERS, WIDTH, HEADS = 32, 32, 8
 PAIRS = random_pairs(*[6] * 8)
 needs_bridge = pytest.mark.skipif("llama" not in AVAILABLE_BRIDGES, reason="TransformerLens 2 has no TransformerBridge")
@@ -163,9 +168,47 @@ def test_auto_halves_where_memory_runs_out(error: Exception, caplog: Any) -> Non
 
 
 def test_other_errors_do_not_halve() -> None:
+    halving = Halving(8, allowed=True)
+    (batch,) = PAIRS.batches(100)
     with pytest.raises(RuntimeError, match="of mine"):
-        out_of_memory(_raise, last=False)
+        for attempt in halving.pieces(batch):
+            with attempt:
+                _raise()
+    assert halving.size == 8
 
 
 def _raise() -> None:
     raise RuntimeError("an error of mine")
+
+
+def test_an_estimate_checks_the_types_of_attributes_arguments() -> None:
+    """In a user's process: pytest's hook also checks types inside the package, which hides what a call lets through."""
+    script = """
+import jaxtyping, tl_neuron_circuits as tnc
+model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
+for arguments in ({"positions": "bogus"}, {"baseline": "noise"}, {"metric": 3}, {"batch_size": "auto"}):
+    try:
+        tnc.estimate_memory(model, pairs, **arguments)
+    except jaxtyping.TypeCheckError as error:
+        assert next(iter(arguments)) in str(error), error
+    else:
+        raise AssertionError(f"{arguments} were accepted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_on_an_estimate_lists_attributes_arguments() -> None:
+    shown, known = (inspect.signature(function).parameters for function in (estimate_memory, attribute))
+    assert list(shown) == [*known, "available"]
+    assert all(shown[name].annotation == known[name].annotation for name in known if name != "batch_size")
+
+
+def test_what_nodes_are_compared_with_is_not_held_beside_the_graph() -> None:
+    """Corrupt values are computed when the graph is gone, so they do not add to its peak."""
+    model, peaks = scaled_llama("HookedTransformer", layers=6), []
+    for baseline in ("zero", "corrupt"):
+        with Meter() as meter:
+            attribute(model, PAIRS, baseline=baseline)
+        peaks.append(meter.peak)
+    assert peaks[1] <= 1.1 * peaks[0]

@@ -16,7 +16,8 @@ from tests import worker_of_two as worker
 from tests.families import random_tokens
 from tests.transcoders.two_processes import CASES, IN_ORDER, TOKENS
 from tl_neuron_circuits import Comparison, NodeScores, SparsityCurve, attribute, evaluate
-from tl_neuron_circuits._processes import TIMEOUT, Processes
+from tl_neuron_circuits._errors import ProcessesError
+from tl_neuron_circuits._processes import TIMEOUT, Processes, _connected
 from tl_neuron_circuits.bases import load_dictionary
 from tl_neuron_circuits.lasso import LassoCircuit
 from tl_neuron_circuits.transcoders import train
@@ -158,3 +159,11 @@ def test_a_killed_process_is_an_error_and_not_a_hang(folder: Path) -> None:
 def test_shares_are_a_partition() -> None:
     parts = [list(Processes(rank, 3).share(range(10))) for rank in range(3)]
     assert sorted(item for part in parts for item in part) == list(range(10)) and Processes(0, 3).fair(8, 10) == 4
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate")])
+def test_running_out_of_memory_in_a_sum_is_no_lost_connection(error: Exception) -> None:
+    with pytest.raises(type(error)), _connected():
+        raise error
+    with pytest.raises(ProcessesError, match="did not answer"), _connected():
+        raise RuntimeError("Connection closed by peer")

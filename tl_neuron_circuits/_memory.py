@@ -9,11 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 T = TypeVar("T")
+P = TypeVar("P")
 logger = logging.getLogger(__name__)
 FILL = 0.8  # of what is available, for "auto"
 _LARGEST = 128  # a larger batch is not faster
@@ -41,51 +42,71 @@ class Halving:
     size: int
     allowed: bool
 
-    def over(self, batch: B, work: Callable[[B], T]) -> Iterator[T]:
-        """Yield the results of `work` for pieces of the batch, in order; a piece that did not fit is split in two."""
-        if not self.allowed:
-            yield work(batch)
-            return
-        pieces = deque([batch])
-        while pieces:
-            piece, *rest = pieces.popleft().split(self.size)  # which may have fallen since
-            pieces.extendleft(reversed(rest))
-            results: list[T] = []
-            if self._fits(lambda piece=piece, results=results: results.append(work(piece)), len(piece)):
-                yield results.pop()
-            else:
-                pieces.appendleft(piece)
+    def pieces(self, batch: B) -> "Iterator[Attempt[B]]":
+        """Yield pieces of the batch, in order, each to be worked on in a `with` block; one that did not fit is split.
+
+        Work that ran out of memory leaves its block early and is tried again on smaller pieces: what it adds to must
+        be added to last.
+        """
+        waiting = deque([batch])
+        while waiting:
+            piece = waiting.popleft()
+            if self.allowed:  # the size may have fallen since this piece was cut
+                piece, *rest = piece.split(self.size)
+                waiting.extendleft(reversed(rest))
+            attempt = Attempt(piece, last=not self.allowed or len(piece) == 1)
+            yield attempt
+            if attempt.shortage is not None:  # here the error is gone, and with it the frames that held the tensors
+                self._halve(len(piece), attempt.shortage)
+                waiting.appendleft(piece)
 
     def whole(self, work: Callable[[int], T]) -> T:
         """The result of `work` at this batch size, restarted with smaller ones until it fits."""
-        results: list[T] = []
-        while not self._fits(lambda: results.append(work(self.size)), self.size):
-            pass
-        return results.pop()
+        while True:
+            results: list[T] = []
+            attempt = Attempt(self.size, last=not self.allowed or self.size == 1)
+            with attempt as size:
+                results.append(work(size))
+            if attempt.shortage is None:
+                return results.pop()
+            self._halve(self.size, attempt.shortage)
 
-    def _fits(self, work: Callable[[], None], rows: int) -> bool:
-        shortage = out_of_memory(work, last=rows == 1 or not self.allowed)
-        if shortage is None:
-            return True
+    def _halve(self, rows: int, shortage: str) -> None:
+        _empty_cache()
         self.size = max(1, rows // 2)
         logger.warning("not enough memory for %d prompts (%s); continuing with %d", rows, shortage, self.size)
-        return False
 
 
-def out_of_memory(work: Callable[[], None], *, last: bool) -> str | None:
-    """Do the work. None if that went well, else how memory ran out; on the `last` chance the error is raised."""
-    try:
-        work()
-    except (RuntimeError, MemoryError) as error:  # torch.cuda.OutOfMemoryError is a RuntimeError
-        message = str(error)
-        known = ("out of memory", "not enough memory", "can't allocate")
-        if last or not (isinstance(error, MemoryError) or any(words in message for words in known)):
-            raise
-    else:
-        return None
-    if torch.cuda.is_available():  # only here, when the frames that hold the batch's tensors are gone
+class Attempt(Generic[P]):
+    """One piece of work in a `with` block that running out of memory ends early, unless it is the last chance."""
+
+    def __init__(self, piece: P, *, last: bool) -> None:
+        self._piece, self._last = piece, last
+        self.shortage: str | None = None
+        """How memory ran out; None while it has not."""
+
+    def __enter__(self) -> P:
+        return self._piece
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if error is None or self._last or not is_out_of_memory(error):
+            return False
+        message = str(error).strip()
+        self.shortage = message.splitlines()[0][:200] if message else type(error).__name__
+        return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is a lack of memory, and not another error of the kind that torch raises for it."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    known = ("out of memory", "not enough memory", "can't allocate")  # the CPU's allocator, MPS: a plain RuntimeError
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in known)
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return message.strip().splitlines()[0][:200] if message.strip() else "MemoryError"
 
 
 def growth(peak: Callable[[int], int], available: int | None, wanted: int) -> tuple[int, int]:
@@ -99,9 +120,12 @@ def growth(peak: Callable[[int], int], available: int | None, wanted: int) -> tu
     fixed, many = max(one - each, 0), min(8, wanted)
     if many < 4 or (available is not None and 2 * (fixed + many * each) >= available):
         return fixed, each
-    larger: list[int] = []
-    if out_of_memory(lambda: larger.extend((peak(many // 2), peak(many))), last=False) is None:
-        each = max(each, -(-(larger[1] - larger[0]) // (many - many // 2)))
+    attempt = Attempt(many, last=False)
+    with attempt:
+        half, full = peak(many // 2), peak(many)
+        each = max(each, -(-(full - half) // (many - many // 2)))
+    if attempt.shortage is not None:
+        _empty_cache()
     return fixed, each
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, distributed
 
 from ._errors import ProcessesError
+from ._memory import is_out_of_memory
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -218,6 +219,8 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ProcessesError(
             f"another process died, or did not answer within {_timeout().total_seconds():g} s "
             f"({TIMEOUT} in the environment sets it): {str(error).strip().splitlines()[0][:300]}",

@@ -1,11 +1,24 @@
 """`checked`: public functions verify types and tensor shapes at the call (jaxtyping with beartype)."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable)
 _EVERY_ARGUMENT_IN_FULL = "\n----------------------\n"
+
+
+def check_arguments(function: Callable, arguments: Mapping[str, Any]) -> None:
+    """Check these arguments, by name, against the annotations of a `checked` function that shares them."""
+    from beartype.door import is_bearable
+    from jaxtyping import TypeCheckError
+
+    annotations = inspect.signature(function, eval_str=True).parameters
+    for name, value in arguments.items():
+        expected = annotations[name].annotation
+        if not is_bearable(value, expected):
+            raise TypeCheckError(f"expected {name} to be {expected}; got {value!r}, a {type(value).__name__}.")
 
 
 def checked(function: F) -> F:

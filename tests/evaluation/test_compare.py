@@ -13,7 +13,7 @@ import torch
 from tests.bases.site_dictionaries import dictionaries, pairs
 from tests.evaluation.curves import comparison, curve
 from tests.families import ModelCase, all_models
-from tl_neuron_circuits import Comparison, attribute, compare, evaluate
+from tl_neuron_circuits import Comparison, Patching, attribute, compare, evaluate
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.bases import Dictionaries, MLPOutputs, Neurons
 from tl_neuron_circuits.evaluation import _compare as module
@@ -211,3 +211,12 @@ def test_settings_that_do_not_fit_are_refused(model: Any, caplog: Any) -> None:
         compare(model, {"a": tokens}, {"b": tokens})
     compare(model, tokens, tokens, methods=["random"], bases=[Neurons()], sizes=[3], bootstrap=2)
     assert "in-sample" in caplog.text
+
+
+def test_two_methods_of_one_label_are_refused(model: Any) -> None:
+    tokens = pairs(model)
+    some, others = (Patching(attribute(model, tokens, method=method).top(3)) for method in ("relp", "random"))
+    common: dict[str, Any] = {"bases": [Neurons()], "sizes": [3], "bootstrap": 2}
+    with pytest.raises(SettingsError, match="both 'patching'"):
+        compare(model, tokens, tokens, methods=[some, others], **common)
+    assert len(compare(model, tokens, tokens, methods=["gradient", "gradient"], **common).curves) == 1

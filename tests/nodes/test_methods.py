@@ -1,10 +1,15 @@
 """Methods as small objects: names, labels, JSON, the form of a command line."""
 
 import json
+import traceback
+from pathlib import Path
 
 import pytest
 
 import tl_neuron_circuits as tnc
+from tests.families import all_models
+from tests.nodes.plain import random_pairs
+from tests.propagation.readings import model_of
 from tl_neuron_circuits import (
     ActivationDifference,
     Gradient,
@@ -14,9 +19,14 @@ from tl_neuron_circuits import (
     Random,
     RelP,
     SettingsError,
+    _typing,
     parse_method,
 )
+from tl_neuron_circuits.nodes import _attribute, attribute
 from tl_neuron_circuits.nodes._methods import METHODS, as_method
+from tl_neuron_circuits.propagation._relp import Relp
+
+CASE = all_models("gpt2")[0].values[0]
 
 CASES = {
     "relp": RelP(),
@@ -68,3 +78,20 @@ def test_a_saved_result_says_its_method(tmp_path: object) -> None:
     scores = tnc.attribute(model, pairs, method=IntegratedGradients(steps=2), basis=tnc.bases.Neurons([0]))
     assert scores.settings["method"] == "integrated_gradients(steps=2)"
     assert scores.settings["method_options"] == {"name": "integrated_gradients", "steps": 2, "rules": []}
+
+
+def test_relp_is_entered_three_functions_below_attribute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the docstring of `nodes/_attribute.py` says, also where batches may be halved; nothing in between."""
+    documented = [line.split()[0] for line in (_attribute.__doc__ or "").splitlines() if line.startswith("    ")]
+    package, stacks, enter = str(Path(_attribute.__file__).parents[1]), [], Relp.__enter__
+
+    def recorded(self: Relp) -> None:
+        frames = [f for f in traceback.extract_stack() if f.filename.startswith(package)]
+        stacks.append([f.name for f in frames if f.filename != _typing.__file__])
+        enter(self)
+
+    monkeypatch.setattr(Relp, "__enter__", recorded)
+    for batch_size in (2, "auto"):
+        attribute(model_of(CASE), random_pairs(4, 4, 4), batch_size=batch_size)
+        assert stacks[-1] == ["attribute", "score", "gradients_at"]
+    assert documented[:3] == ["attribute", "RelP.score", "gradients_at"]

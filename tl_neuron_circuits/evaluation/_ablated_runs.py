@@ -73,7 +73,7 @@ class Evaluation:
         return min(self._processes.gather(self._halving.size))
 
     def metrics(self, sets: Sequence[NodeSet]) -> list[Tensor]:
-        """The metric of every prompt with only these nodes live, a tensor a set."""
+        """The metric of every prompt with only these nodes live, one tensor per set."""
         model, sites = self._ablated.model, self._ablated.sites
 
         def runs(batch: Batch, base: Baselines, read: Read) -> list[Tensor]:
@@ -93,8 +93,9 @@ class Evaluation:
         total = n * sum(len(batch) for batch in self._batches)
         with torch.no_grad(), tqdm(total=total, desc="evaluate", disable=not self._shown, unit="prompt") as bar:
             for batch in self._batches:
-                for rows, found in self._halving.over(batch, lambda piece: (piece, self._measured(runs, piece, bar))):
-                    out[:, rows.index.cpu()] = found.cpu()
+                for attempt in self._halving.pieces(batch):
+                    with attempt as piece:
+                        out[:, piece.index.cpu()] = self._measured(runs, piece, bar).cpu()
         return list(self._processes.total({"metrics": out})["metrics"])
 
     def _measured(self, runs: Callable[..., list[Tensor]], batch: Batch, bar: tqdm) -> Tensor:

@@ -79,6 +79,7 @@ def compare(
         batch_size: prompts in one pass, for scores and for curves; "auto" as in `attribute` and `evaluate`.
         mib: also CPR (signed ranking) and CMD (|score| ranking) on MIB's grid, 20 more forwards per batch and curve.
         bootstrap: draws over lexical items (the pairs' labels) for bands and ratios.
+        seed: of "resample" and of the bootstrap; for another random control give `Random(seed)` among `methods`.
         directory: save every curve as it is done; a call with the same settings, model and dictionaries
             resumes from there.
         verbose: show progress.
@@ -87,7 +88,8 @@ def compare(
         A `Comparison`: `.to_dataframe()`, `.summary()`, `.headline()`, `.plot()`, `.plot_trust()`, `.save(path)`.
 
     Raises:
-        SettingsError: tasks or layers do not match, two bases share a name, or `bootstrap` is below 1.
+        SettingsError: tasks or layers do not match, two bases share a name, two methods share a label, or `bootstrap`
+            is below 1.
         FileFormatError: `directory` holds something else, or another comparison.
         PairsError: the pairs do not serve the methods. Prompts in both sets are only logged: results are in-sample.
 
@@ -105,7 +107,7 @@ def compare(
     _check(model, chosen, train, test)
     if bootstrap < 1:
         raise SettingsError(f"expected at least one bootstrap draw; got {bootstrap}.")
-    by_label = {method.label: method for method in map(as_method, methods)}
+    by_label = _by_label(methods)
     plain = {
         "methods": [method.to_json() for method in by_label.values()],
         "sizes": None if sizes is None else list(sizes),
@@ -167,6 +169,19 @@ def _mib(
     sizes = sorted({max(1, round(fraction * len(scores))) for fraction in MIB_FRACTIONS})
     run = lambda ranking: evaluate(model, pairs, scores, sizes=sizes, ranking=ranking, completeness=False, **judge)  # noqa: E731
     return run("signed").cpr, run("abs").cmd
+
+
+def _by_label(methods: Sequence[str | Method]) -> dict[str, Method]:
+    """The methods by the label that names their curves; one that is given twice counts once."""
+    by_label: dict[str, Method] = {}
+    for method in map(as_method, methods):
+        other = by_label.setdefault(method.label, method)
+        if other.to_json() != method.to_json():
+            raise SettingsError(
+                f"expected methods of different labels; two different ones are both {method.label!r}, so their curves "
+                "could not be told apart. Compare them in two calls."
+            )
+    return by_label
 
 
 def _by_task(pairs: Pairs) -> dict[str, TaskPairs]:

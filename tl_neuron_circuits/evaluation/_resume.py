@@ -1,4 +1,4 @@
-"""Going on from a directory in which an earlier `compare` stopped."""
+"""Resume an interrupted `compare` from its directory."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -36,7 +36,7 @@ def activation_variance(
 ) -> NodeScores:
     """Variance of every node's activation at the last token, over the clean prompts.
 
-    With `evaluate(..., ablation="zero", error="ablate")` it gives Dunefsky et al.'s comparison of neurons and
+    With `evaluate(..., ablation="zero", error_nodes="ablate")` it gives Dunefsky et al.'s comparison of neurons and
     transcoder features: the best n are kept, the rest is zero at all positions.
 
     Args:

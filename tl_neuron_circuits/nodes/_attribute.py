@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from .._errors import PairsError, SettingsError
 from .._files import fingerprint
 from .._memory import Halving
-from .._processes import Processes, current_processes
-from .._typing import checked
+from .._processes import current_processes
+from .._typing import check_arguments, checked
 from ..bases._activations import Neurons
 from ..bases._site import Basis, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
@@ -38,7 +38,7 @@ from ._methods import MethodName, as_method
 from ._resume import SavedSums
 from ._scope import Baseline, Direction, Scope, shared_means
 from ._scores import NodeScores, require_finite, site_labels
-from ._sums import Sums, score_batch
+from ._sums import ROWS, Sums, unexplained_sums
 
 _FIELD = {"node": "values", "error": "errors", "skip": "skips"}
 
@@ -120,49 +120,38 @@ def attribute(
         saved = None if resume is None else SavedSums(resume, identity, processes)
         planned = [size for size in processes.gather(saved and saved.planned) if size]
         size = planned[0] if planned else fitting_batch(scope, method, tokens, batch_size, processes)
-        batches = Halving(size, batch_size == "auto")
-        sums = _sum_over_pairs(scope, method, tokens, batches, processes, saved, verbose)
-        blocks: dict[str, dict[str, Tensor]] = {name: {} for name in _FIELD.values()}
+        batches = Halving(processes.fair(size, len(tokens)), batch_size == "auto")
+
+        sums, done, planned, shown = Sums(), 0, batches.size, verbose and processes.first
+        if saved is not None and (found := saved.read(scope.sites)) is not None:
+            sums, done, planned, batches.size = found
+        means = None
+        if baseline == "mean":
+            means = shared_means(model, scope.sites, processes.share(tokens.batches(planned)), processes)
+        number = 0
+        with tqdm(total=len(tokens), desc=method.label, disable=not shown, unit="pair") as bar:
+            for number, batch in enumerate(processes.share(tokens.batches(planned)), 1):
+                if number > done:
+                    for attempt in batches.pieces(batch):  # a batch that memory does not hold is halved
+                        with attempt as piece:
+                            rows = ROWS * batches.size
+                            values, blocks = method.score(scope, piece, means, rows=rows, verbose=shown)
+                            sums.add(Sums(blocks, unexplained_sums(scope.sites, values)))
+                            del values, blocks  # or they are held beside the next piece
+                    if saved is not None:
+                        saved.write(sums, number, planned, batches.size)
+                bar.update(min(len(batch) * processes.count, len(tokens) - bar.n))
+        if saved is not None and number > done:
+            saved.write(sums, number, planned, batches.size, last=True)
+        sums = sums.over_processes(processes)
+
+        fields: dict[str, dict[str, Tensor]] = {name: {} for name in _FIELD.values()}
         for (hook, kind), block in method.finish(sums.blocks, len(tokens)).items():
-            blocks[_FIELD[kind]][hook] = block
-        settings |= {"batch_size": batches.size, "variance_unexplained": sums.variance_unexplained()}
-        scores = NodeScores(**blocks, sites=site_labels(scope.sites), settings=settings, basis=basis)
+            fields[_FIELD[kind]][hook] = block
+        used = min(processes.gather(batches.size))
+        settings |= {"batch_size": used, "variance_unexplained": sums.variance_unexplained()}
+        scores = NodeScores(**fields, sites=site_labels(scope.sites), settings=settings, basis=basis)
         return require_finite(scores) if method.measures_all else scores
-
-
-def _sum_over_pairs(
-    scope: Scope,
-    method: Method,
-    tokens: TokenizedPairs,
-    batches: Halving,
-    processes: Processes,
-    saved: SavedSums | None,
-    verbose: bool,
-) -> Sums:
-    """Every batch of this process, from the start or from where it was stopped; then the sums of all processes."""
-    sums, done = Sums(), 0
-    planned = batches.size = processes.fair(batches.size, len(tokens))
-    shown = verbose and processes.first
-    if saved is not None and (found := saved.read(scope.sites)) is not None:
-        sums, done, planned, batches.size = found
-    means = None
-    if scope.baseline == "mean":
-        means = shared_means(scope.model, scope.sites, processes.share(tokens.batches(planned)), processes)
-    number = 0
-    with tqdm(total=len(tokens), desc=method.label, disable=not shown, unit="pair") as bar:
-        for number, batch in enumerate(processes.share(tokens.batches(planned)), 1):
-            if number > done:
-                # A batch that memory does not hold is halved; its pieces are added one by one.
-                for piece in batches.over(batch, lambda b: score_batch(scope, method, b, means, batches.size, shown)):
-                    sums.add(piece)
-                if saved is not None:
-                    saved.write(sums, number, planned, batches.size)
-            bar.update(min(len(batch) * processes.count, len(tokens) - bar.n))
-    if saved is not None and number > done:
-        saved.write(sums, number, planned, batches.size, last=True)
-    sums = sums.over_processes(processes)
-    batches.size = min(processes.gather(batches.size))
-    return sums
 
 
 def check_scope(scope: Scope, method: Method, batch_size: int | str) -> None:
@@ -222,6 +211,7 @@ def _provenance(scope: Scope, method: Method, tokens: TokenizedPairs, basis: str
     }
 
 
+@checked
 def estimate_memory(
     model: TransformerLensModel,
     pairs: PromptPairs | TokenizedPairs,
@@ -262,6 +252,7 @@ def estimate_memory(
     bound = inspect.signature(attribute).bind(model, pairs, **arguments)
     bound.apply_defaults()
     given = bound.arguments
+    check_arguments(attribute, given)
     method = as_method(given["method"])
     basis = Neurons() if given["basis"] is None else given["basis"]
     sites = basis_sites(model, basis)
@@ -270,3 +261,13 @@ def estimate_memory(
     tokens = tokenize(model, pairs)
     check_pairs(tokens, scope)
     return measured(scope, method, tokens, batch_size, available)
+
+
+def _shared_signature() -> inspect.Signature:
+    """`attribute`'s arguments and `available`, as `help(estimate_memory)` shows them."""
+    own, theirs = inspect.signature(estimate_memory), inspect.signature(attribute)
+    shared = [own.parameters.get(name, parameter) for name, parameter in theirs.parameters.items()]
+    return own.replace(parameters=[*shared, own.parameters["available"]])
+
+
+estimate_memory.__signature__ = _shared_signature()  # pyright: ignore[reportFunctionMemberAccess]

@@ -4,17 +4,15 @@
 norm of its change. Source: METHODS 1.2.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from ..bases._runs import Values
-from ..bases._site import Parts
 from ..tasks._tokenized import Batch
 from ._method import Method, noise
-from ._scope import Blocks, Scope
+from ._scope import Blocks, Means, Scope
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,10 @@ class ActivationDifference(Method):
     name: ClassVar[str] = "activation_difference"
 
     def score(
-        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
     ) -> tuple[Values, Blocks]:
         """|a - a_baseline| of every node; the norm of a vector node's change."""
-        values = scope.values(scope.first_run(batch))
+        values, baselines = scope.values(scope.first_run(batch)), scope.baseline_parts(batch, means)
         blocks: Blocks = {}
         for site in scope.sites:
             parts, baseline = site.take_apart(values), baselines[site.hook]

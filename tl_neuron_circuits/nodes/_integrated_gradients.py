@@ -25,7 +25,7 @@ from ..propagation.rules import rule_set
 from ..tasks._metrics import measure
 from ..tasks._tokenized import Batch
 from ._method import Method
-from ._scope import Blocks, Scope, gradients_at
+from ._scope import Blocks, Means, Scope, gradients_at
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class IntegratedGradients(Method):
         rule_set(self.rules)
 
     def score(
-        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
     ) -> tuple[Values, Blocks]:
         """The mean gradient at every site, along that site's own path, times the change of every node."""
-        values = scope.values(batch)
+        values, baselines = scope.values(batch), scope.baseline_parts(batch, means)
         gradients = {site.hook: self._mean_gradient(scope, batch, site, values, baselines) for site in scope.sites}
         return values, scope.change_times(values, baselines, gradients)
 
@@ -99,7 +99,7 @@ class IntegratedGradientsInputs(Method):
             )
 
     def score(
-        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
     ) -> tuple[Values, Blocks]:
         """The mean gradient at every site, along the path of the embeddings, times the change of every node."""
         name = "hook_embed"
@@ -110,12 +110,12 @@ class IntegratedGradientsInputs(Method):
             raise PairsError("integrated gradients over inputs need corrupt prompts, or baseline='zero'.")
         else:
             end = run_values(scope.model, batch.on_corrupt(), [name])[name]
-        values, means = scope.values(batch), dict[str, Tensor]()
+        values, mean_gradients = scope.values(batch), dict[str, Tensor]()
         for step in range(self.steps):
             point = torch.lerp(clean, end, step / self.steps)
             enter = (name, lambda value, hook, point=point: point.clone().requires_grad_(True))
             _, gradients = gradients_at(scope.model, batch, scope.sites, scope.metric, self.rules, hooks=[enter])
             for hook, gradient in gradients.items():
                 share = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / self.steps
-                means[hook] = means[hook] + share if hook in means else share
-        return values, scope.change_times(values, baselines, means)
+                mean_gradients[hook] = mean_gradients[hook] + share if hook in mean_gradients else share
+        return values, scope.change_times(values, scope.baseline_parts(batch, means), mean_gradients)

@@ -24,11 +24,10 @@ from ._integrated_gradients import IntegratedGradients, IntegratedGradientsInput
 from ._method import Method
 from ._patching import Patching
 from ._scope import Scope
-from ._sums import score_batch
+from ._sums import ROWS
 
 logger = logging.getLogger(__name__)
 _REFUSE = 1.5  # times what is available: beyond the estimate's own error
-_ROWS = 8  # forward rows per prompt of `batch_size`, for patching
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,12 +168,11 @@ def _peak(scope: Scope, method: Method, batch: Batch) -> int:
     """Most bytes at once while this batch is scored."""
     if isinstance(method, Patching):  # one chunk of forward rows is like all others
         first = scope.sites[0].hook
-        rows = [{"hook": first, "kind": "node", "position": 0, "unit": unit} for unit in range(_ROWS)]
+        rows = [{"hook": first, "kind": "node", "position": 0, "unit": unit} for unit in range(ROWS)]
         method = Patching(pd.DataFrame(rows))
     means = mean_parts(scope.model, scope.sites, [batch]) if scope.baseline == "mean" else None
     with Meter() as meter:
-        sums = score_batch(scope, method, batch, means, len(batch))
-        del sums
+        method.score(scope, batch, means, rows=ROWS * len(batch), verbose=False)
     return meter.peak
 
 

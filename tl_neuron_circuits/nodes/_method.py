@@ -1,7 +1,6 @@
 """What the methods of `attribute` have in common."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -9,9 +8,8 @@ from torch import Tensor
 from .._errors import SettingsError
 from .._options import Options
 from ..bases._runs import Values
-from ..bases._site import Parts
 from ..tasks._tokenized import Batch
-from ._scope import Blocks, Scope
+from ._scope import Blocks, Means, Scope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +17,15 @@ class Method(Options):
     """One way to score nodes."""
 
     def score(
-        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
     ) -> tuple[Values, Blocks]:
         """The values of the first run at every site, and the scores of every node, summed over the batch.
 
         Args:
             scope: sites, metric and conventions.
             batch: prompts of one length.
-            baselines: what each node is compared with, by hook; None is zero.
+            means: of every node, for baseline="mean". `scope.baseline_parts` gives what nodes are compared with; with
+                a gradient it is asked for afterwards, so that it is not held beside the graph.
             rows: forward rows at once, for methods that need many.
             verbose: show progress inside the batch.
         """

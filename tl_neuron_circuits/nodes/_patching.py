@@ -9,7 +9,7 @@ Source: Vig et al. 2020; METHODS 2.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from ..bases._site import Parts, Site
 from ..tasks._metrics import measure
 from ..tasks._tokenized import Batch
 from ._method import Method
-from ._scope import Blocks, Scope
+from ._scope import Blocks, Means, Scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +81,11 @@ class Patching(Method):
             )
 
     def score(
-        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
     ) -> tuple[Values, Blocks]:
         """Patch node after node, `rows` forward rows at once."""
         run = scope.first_run(batch)
-        values = scope.values(run)
+        values, baselines = scope.values(run), scope.baseline_parts(batch, means)
         with torch.no_grad(), answers_only(scope.model, run, scope.metric) as narrowed:
             start = measure(scope.metric, run_logits(scope.model, run.clean, run.attention_mask), narrowed)
         blocks: Blocks = {}

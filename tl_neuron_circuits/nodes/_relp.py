@@ -8,17 +8,15 @@ Sign: positive supports the answer. Cost: two forwards and one backward per batc
 Source: Rezaei Jafari et al. 2025, arXiv 2508.21258; Syed et al. 2023 (AtP); METHODS 1.2 and 2.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from .._errors import SettingsError
 from ..bases._runs import Values
-from ..bases._site import Parts
 from ..propagation.rules import rule_set
 from ..tasks._tokenized import Batch
 from ._method import Method
-from ._scope import Blocks, Scope, gradients_at
+from ._scope import Blocks, Means, Scope, gradients_at
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,12 @@ class RelP(Method):
             raise SettingsError("expected at least one rule for RelP; got none. That is method='gradient'.")
 
     def score(
-        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
     ) -> tuple[Values, Blocks]:
         """One gradient under the rules, times the change of every node."""
         run = scope.first_run(batch)
         values, gradients = gradients_at(scope.model, run, scope.sites, scope.metric, self.rules, self.stabilizer)
+        baselines = scope.baseline_parts(batch, means)
         return values, scope.change_times(values, baselines, gradients)
 
 
@@ -64,8 +63,9 @@ class Gradient(Method):
     name: ClassVar[str] = "gradient"
 
     def score(
-        self, scope: Scope, batch: Batch, baselines: Mapping[str, Parts | None], *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
     ) -> tuple[Values, Blocks]:
         """One gradient, times the change of every node."""
         values, gradients = gradients_at(scope.model, scope.first_run(batch), scope.sites, scope.metric, rules=())
+        baselines = scope.baseline_parts(batch, means)
         return values, scope.change_times(values, baselines, gradients)

@@ -1,7 +1,7 @@
 """Scores summed over pairs: of one batch, of a process, of all processes."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -9,11 +9,9 @@ from torch import Tensor
 from .._processes import Processes
 from ..bases._dictionary_variance import VarianceSums
 from ..bases._site import Site
-from ..tasks._tokenized import Batch
-from ._method import Method
-from ._scope import Blocks, Means, Scope
+from ._scope import Blocks
 
-_ROWS = 8  # forward rows per prompt of `batch_size`, for patching
+ROWS = 8  # forward rows per prompt of `batch_size`, for patching
 
 
 @dataclass
@@ -56,17 +54,7 @@ class Sums:
         return fractions
 
 
-def score_batch(
-    scope: Scope, method: Method, batch: Batch, means: Means | None, batch_size: int, verbose: bool = False
-) -> Sums:
-    """The sums over one batch."""
-    baselines = scope.baseline_parts(batch, means)
-    values, blocks = method.score(scope, batch, baselines, rows=_ROWS * batch_size, verbose=verbose)
-    return Sums(blocks, dict(_variances(scope.sites, values)))
-
-
-def _variances(sites: Sequence[Site], values: Mapping[str, Tensor]) -> Iterator[tuple[str, VarianceSums]]:
-    for site in sites:
-        sums = site.variance(values)
-        if sums is not None:
-            yield site.hook, sums
+def unexplained_sums(sites: Sequence[Site], values: Mapping[str, Tensor]) -> dict[str, VarianceSums]:
+    """How much of each dictionary's site the nodes leave unexplained, on one batch."""
+    sums = {site.hook: site.variance(values) for site in sites}
+    return {hook: one for hook, one in sums.items() if one is not None}
