@@ -34,14 +34,14 @@ def re_exports(room: str) -> list[str]:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Follow each `::: package.room` of an API page by one entry for each public name."""
+    """Follow each `::: package.room` of an API page by one entry per public name; leave other entries."""
     if not page.file.src_uri.startswith("api/"):
         return markdown
     lines = []
     for line in markdown.splitlines():
         lines.append(line)
         room = line.removeprefix("::: ")
-        if room != line:
+        if room != line and ROOT.joinpath(*room.split(".")).is_dir():
             lines.append("    options:\n      members: false\n      show_root_toc_entry: false\n")
             lines += [f"::: {room}.{name}\n{ENTRY}" for name in re_exports(room)]
     return "\n".join(lines)

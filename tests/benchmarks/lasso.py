@@ -20,7 +20,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso, lasso_path
 
-from tl_neuron_circuits.lasso import largest_penalty, solve_lasso
+from tl_neuron_circuits.lasso._solver import largest_penalty, solve_lasso
 from tl_neuron_circuits.lasso._statistics import Accumulator, standardize
 
 GAP = 1e-6

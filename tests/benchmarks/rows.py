@@ -17,7 +17,7 @@ from tests.benchmarks import curve_cost, edges, relp_cost
 from tests.benchmarks.curve_cost import counted
 from tests.families import build_bridge_from_module
 from tests.methods import with_steps
-from tl_neuron_circuits.lasso import largest_penalty, solve_lasso
+from tl_neuron_circuits.lasso._solver import largest_penalty, solve_lasso
 from tl_neuron_circuits.lasso._statistics import Accumulator, standardize
 from tl_neuron_circuits.nodes import Patching
 from tl_neuron_circuits.tasks import TokenizedPairs, tokenize

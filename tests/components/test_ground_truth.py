@@ -14,12 +14,8 @@ from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.components import (
     GroundTruth,
     component_edges,
-    edge_auroc,
-    edge_average_precision,
-    edge_precision_recall,
     interpbench_ground_truth,
     judge_edges,
-    structural_hamming_distance,
     tracr_ground_truth,
 )
 from tl_neuron_circuits.tasks import TokenizedPairs
@@ -45,32 +41,32 @@ def columns(truth: GroundTruth, scores: dict) -> tuple[list[bool], list[float]]:
 def test_areas_equal_scikit_learns(seed: int) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     truth, scores = random_case(seed)
-    assert edge_auroc(truth, scores) == pytest.approx(metrics.roc_auc_score(*columns(truth, scores)))
+    assert truth.auroc(scores) == pytest.approx(metrics.roc_auc_score(*columns(truth, scores)))
     expected = metrics.average_precision_score(*columns(truth, scores))
-    assert edge_average_precision(truth, scores) == pytest.approx(expected)
+    assert truth.average_precision(scores) == pytest.approx(expected)
 
 
 def test_edges_without_a_score_count_zero_and_signs_do_not_matter() -> None:
     truth, scores = random_case(0)
     some = {edge: -value for edge, value in scores.items() if abs(value) > 0.5}
     filled = {edge: some.get(edge, 0.0) for edge in POSSIBLE}
-    assert edge_auroc(truth, some) == edge_auroc(truth, filled)
+    assert truth.auroc(some) == truth.auroc(filled)
     frame = pd.DataFrame([(*edge, value) for edge, value in some.items()], columns=["source", "target", "weight"])
-    assert edge_auroc(truth, frame) == edge_auroc(truth, some)
+    assert truth.auroc(frame) == truth.auroc(some)
 
 
 def test_the_distance_counts_both_kinds_of_errors() -> None:
     truth, _ = random_case(0)
-    assert structural_hamming_distance(truth, truth.edges) == 0
-    assert structural_hamming_distance(truth, []) == truth.empty_shd == len(truth.edges)
-    assert structural_hamming_distance(truth, POSSIBLE) == len(POSSIBLE) - len(truth.edges)
+    assert truth.shd(truth.edges) == 0
+    assert truth.shd([]) == truth.empty_shd == len(truth.edges)
+    assert truth.shd(POSSIBLE) == len(POSSIBLE) - len(truth.edges)
     one_wrong = set(truth.edges) ^ {sorted(POSSIBLE)[0], sorted(POSSIBLE)[-1]}
-    assert structural_hamming_distance(truth, frozenset(one_wrong)) == 2
+    assert truth.shd(frozenset(one_wrong)) == 2
 
 
 def test_precision_and_recall_at_every_threshold() -> None:
     truth = GroundTruth("t", frozenset({("n0", "n1"), ("n1", "n2")}), POSSIBLE)
-    table = edge_precision_recall(truth, {("n0", "n1"): 3.0, ("n0", "n2"): -2.0, ("n1", "n2"): 1.0})
+    table = truth.precision_recall({("n0", "n1"): 3.0, ("n0", "n2"): -2.0, ("n1", "n2"): 1.0})
     assert table["threshold"].tolist() == [3.0, 2.0, 1.0, 0.0]
     assert table["precision"].tolist() == pytest.approx([1, 1 / 2, 2 / 3, 2 / 28])
     assert table["recall"].tolist() == [0.5, 0.5, 1.0, 1.0]
@@ -89,7 +85,7 @@ def test_the_threshold_comes_from_the_other_cases() -> None:
         row = table.loc[truth.name]
         limit = row["threshold"] * max(abs(v) for v in scores.values())
         kept = frozenset(edge for edge, value in scores.items() if abs(value) > limit)
-        assert structural_hamming_distance(truth, kept) == row["shd"] and len(kept) == row["n_edges"]
+        assert truth.shd(kept) == row["shd"] and len(kept) == row["n_edges"]
 
 
 def test_perfect_scores_are_judged_perfect_and_their_scale_does_not_matter() -> None:
@@ -101,11 +97,11 @@ def test_perfect_scores_are_judged_perfect_and_their_scale_does_not_matter() -> 
 def test_scores_of_other_components_are_refused() -> None:
     truth, scores = random_case(0)
     with pytest.raises(SettingsError, match="Score the same components"):
-        edge_auroc(truth, {("n1", "n0"): 1.0})
+        truth.auroc({("n1", "n0"): 1.0})
     with pytest.raises(SettingsError, match="have none"):
-        edge_auroc(truth, {("n0", "n1"): float("nan")})
+        truth.auroc({("n0", "n1"): float("nan")})
     with pytest.raises(SettingsError, match="source, target and score"):
-        edge_auroc(truth, pd.DataFrame({"a": [1]}))
+        truth.auroc(pd.DataFrame({"a": [1]}))
     with pytest.raises(SettingsError, match="at least two"):
         judge_edges([(truth, scores)])
     with pytest.raises(SettingsError, match="among the possible ones"):

@@ -18,7 +18,6 @@ from tests.planted.load import load_planted
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
 from tl_neuron_circuits.bases import Neurons
 from tl_neuron_circuits.circuits import Circuit
-from tl_neuron_circuits.components import edge_average_precision
 from tl_neuron_circuits.lasso import CircuitLasso, Components, HeldOut, LassoCircuit, MostEdges, Share
 from tl_neuron_circuits.lasso._observations import Noise, build_observer
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
@@ -291,7 +290,7 @@ def test_noise_tells_apart_what_observation_cannot() -> None:
         )
         edges = lasso.fit(planted.model, data, metric=planted.metric(data), batch_size=256).edges
         reach = edges[["source", "target", "reach"]].rename(columns={"reach": "score"})
-        precision.append(edge_average_precision(planted.truth, reach))
+        precision.append(planted.truth.average_precision(reach))
     assert precision[1] > precision[0] + 0.1
 
 

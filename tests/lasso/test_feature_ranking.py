@@ -13,12 +13,11 @@ from tl_neuron_circuits.lasso import (
     CircuitLasso,
     PooledFeatures,
     Share,
-    largest_penalty,
     pooled_features,
     rank_features,
-    solve_lasso,
 )
 from tl_neuron_circuits.lasso._feature_ranking import solve_labels
+from tl_neuron_circuits.lasso._solver import largest_penalty, solve_lasso
 from tl_neuron_circuits.lasso._statistics import Statistics, standardize
 
 TEXTS = ["The dogs near the girl are old.", "The dog is here.", "She lives in Dallas Texas.", "The cats have time."]

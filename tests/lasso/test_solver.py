@@ -7,8 +7,7 @@ from torch import Tensor
 
 from tests.lasso.problems import regression, standardized_columns, structural_model
 from tl_neuron_circuits._errors import NumericalError, SettingsError
-from tl_neuron_circuits.lasso import largest_penalty, lasso_path, solve_lasso
-from tl_neuron_circuits.lasso._solver import r_squared
+from tl_neuron_circuits.lasso._solver import largest_penalty, lasso_path, r_squared, solve_lasso
 from tl_neuron_circuits.lasso._statistics import Statistics, standardize
 
 sklearn = pytest.importorskip("sklearn.linear_model")

@@ -6,9 +6,8 @@ import torch
 
 from tests.lasso.problems import regression, standardized_columns
 from tl_neuron_circuits._errors import NumericalError, SettingsError
-from tl_neuron_circuits.lasso import largest_penalty, solve_lasso
 from tl_neuron_circuits.lasso._feature_ranking import solve_labels
-from tl_neuron_circuits.lasso._solver import block_norms, solve_group_lasso
+from tl_neuron_circuits.lasso._solver import block_norms, largest_penalty, solve_group_lasso, solve_lasso
 from tl_neuron_circuits.lasso._statistics import Statistics, standardize
 
 sklearn = pytest.importorskip("sklearn.linear_model")

@@ -6,7 +6,7 @@ import torch
 from tests.planted.circuits import N_CASES, N_TOKENS, planted_case, prompts
 from tests.planted.load import FOLDER, RightAnswers, load_planted, planted_seeds
 from tests.planted.train import Model, mask_of, train
-from tl_neuron_circuits.components import component_edges, component_graph, edge_auroc, metric_of_edges
+from tl_neuron_circuits.components import component_edges, component_graph, metric_of_edges
 from tl_neuron_circuits.tasks._tokenized import Batch
 
 
@@ -43,7 +43,7 @@ def test_exact_patching_ranks_the_planted_edges_first() -> None:
     planted = load_planted(3)
     pairs = planted.pairs(48, seed=1)
     exact, noise = (
-        edge_auroc(planted.truth, component_edges(planted.model, pairs, method=method, metric=planted.metric(pairs)))
+        planted.truth.auroc(component_edges(planted.model, pairs, method=method, metric=planted.metric(pairs)))
         for method in ("patching", "random")
     )
     assert exact > 0.95 > noise

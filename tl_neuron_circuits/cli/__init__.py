@@ -4,4 +4,3 @@ Exit codes: 0 done; 1 the model, or a computation, failed a check; 2 bad input; 
 """
 
 from ._app import main as main
-from ._inputs import load_model as load_model

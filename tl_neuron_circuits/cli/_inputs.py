@@ -40,11 +40,6 @@ def load_model(name: str, backend: str = "auto", device: str | None = None, dtyp
 
     Raises:
         SettingsError: nothing of that name, an unknown setting, or the installed TransformerLens lacks the class.
-
-    Example:
-        >>> from tl_neuron_circuits import cli
-        >>> cli.load_model("demo-swiglu").cfg.model_name
-        'demo-swiglu'
     """
     import torch
 

@@ -10,11 +10,7 @@ from ._eap import RelP as RelP
 from ._graph import ComponentGraph as ComponentGraph
 from ._graph import component_graph as component_graph
 from ._ground_truth import GroundTruth as GroundTruth
-from ._ground_truth import edge_auroc as edge_auroc
-from ._ground_truth import edge_average_precision as edge_average_precision
-from ._ground_truth import edge_precision_recall as edge_precision_recall
 from ._ground_truth import judge_edges as judge_edges
-from ._ground_truth import structural_hamming_distance as structural_hamming_distance
 from ._ground_truth_readers import interpbench_ground_truth as interpbench_ground_truth
 from ._ground_truth_readers import tracr_ground_truth as tracr_ground_truth
 from ._method import Random as Random

@@ -10,7 +10,7 @@
 Source: Gupta et al. 2024, arXiv 2407.14494 (AUROC); Yin et al. 2026 (SHD); METHODS 3.3, 5.7.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from .._errors import SettingsError
 from ._component_edges import EdgeScores
 
 Edge = tuple[str, str]
+Scores = EdgeScores | pd.DataFrame | Mapping[Edge, float]
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,6 +59,85 @@ class GroundTruth:
         """The SHD of the empty graph: what a method must beat."""
         return len(self.edges)
 
+    def auroc(self, scores: Scores) -> float:
+        """AUROC of |score|; an edge without a score counts as zero. nan where all possible edges are true, or none.
+
+        Args:
+            scores: `EdgeScores`, a table with source, target and score (or weight), or {(source, target): score}.
+
+        Raises:
+            SettingsError: a score for an edge that is not possible, or one that is not a number.
+
+        Example:
+            >>> from tl_neuron_circuits.components import GroundTruth
+            >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+            >>> truth.auroc({("a", "b"): 2.0, ("a", "c"): -1.0})
+            1.0
+        """
+        size, true = _aligned(self, scores)
+        return float(auroc(torch.from_numpy(size)[:, None], torch.from_numpy(true)[:, None]))
+
+    def precision_recall(self, scores: Scores) -> pd.DataFrame:
+        """One row per distinct |score|, largest first: threshold; n_edges, precision, recall, shd of edges with at least it.
+
+        Raises:
+            SettingsError: as in `auroc`.
+
+        Example:
+            >>> from tl_neuron_circuits.components import GroundTruth
+            >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+            >>> truth.precision_recall({("a", "b"): 2.0, ("a", "c"): -1.0})
+               threshold  n_edges  precision  recall  shd
+            0        2.0        1        1.0     1.0    0
+            1        1.0        2        0.5     1.0    1
+        """
+        size, true = _aligned(self, scores)
+        rows = []
+        for threshold in np.unique(size)[::-1]:
+            there = size >= threshold
+            hits = int((there & true).sum())
+            rows.append(
+                {
+                    "threshold": threshold,
+                    "n_edges": int(there.sum()),
+                    "precision": hits / int(there.sum()),
+                    "recall": hits / max(1, int(true.sum())),
+                    "shd": int((there != true).sum()),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def average_precision(self, scores: Scores) -> float:
+        """Average precision: the area under the steps of precision over recall.
+
+        Raises:
+            SettingsError: as in `auroc`.
+
+        Example:
+            >>> from tl_neuron_circuits.components import GroundTruth
+            >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+            >>> truth.average_precision({("a", "b"): 1.0, ("a", "c"): -2.0})
+            0.5
+        """
+        curve = self.precision_recall(scores)
+        return float((curve["precision"] * curve["recall"].diff().fillna(curve["recall"])).sum())
+
+    def shd(self, edges: Collection[Edge]) -> int:
+        """Return the structural Hamming distance: edges wrongly there plus edges wrongly missing.
+
+        Raises:
+            SettingsError: an edge that is not possible.
+
+        Example:
+            >>> from tl_neuron_circuits.components import GroundTruth
+            >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
+            >>> truth.shd([("a", "c")])
+            2
+        """
+        chosen = frozenset(edges)
+        _require_possible(self, chosen)
+        return len(chosen ^ self.edges)
+
     def to_dataframe(self) -> pd.DataFrame:
         """Columns source, target, true: one row per possible edge."""
         rows = [(source, target, (source, target) in self.edges) for source, target in sorted(self.possible)]
@@ -71,89 +151,6 @@ class GroundTruth:
         return _html.block(repr(self), _html.table(true))
 
 
-Scores = EdgeScores | pd.DataFrame | Mapping[Edge, float]
-
-
-def edge_auroc(truth: GroundTruth, scores: Scores) -> float:
-    """AUROC of |score|; an edge without a score counts as zero. nan where all possible edges are true, or none.
-
-    Raises:
-        SettingsError: a score for an edge that is not possible, or one that is not a number.
-
-    Example:
-        >>> from tl_neuron_circuits.components import GroundTruth, edge_auroc
-        >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
-        >>> edge_auroc(truth, {("a", "b"): 2.0, ("a", "c"): -1.0})
-        1.0
-    """
-    size, true = _aligned(truth, scores)
-    return float(auroc(torch.from_numpy(size)[:, None], torch.from_numpy(true)[:, None]))
-
-
-def edge_precision_recall(truth: GroundTruth, scores: Scores) -> pd.DataFrame:
-    """One row per distinct |score|, largest first: threshold; n_edges, precision, recall, shd of edges at or above it.
-
-    Raises:
-        SettingsError: as in `edge_auroc`.
-
-    Example:
-        >>> from tl_neuron_circuits.components import GroundTruth, edge_precision_recall
-        >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
-        >>> edge_precision_recall(truth, {("a", "b"): 2.0, ("a", "c"): -1.0})
-           threshold  n_edges  precision  recall  shd
-        0        2.0        1        1.0     1.0    0
-        1        1.0        2        0.5     1.0    1
-    """
-    size, true = _aligned(truth, scores)
-    rows = []
-    for threshold in np.unique(size)[::-1]:
-        there = size >= threshold
-        hits = int((there & true).sum())
-        rows.append(
-            {
-                "threshold": threshold,
-                "n_edges": int(there.sum()),
-                "precision": hits / int(there.sum()),
-                "recall": hits / max(1, int(true.sum())),
-                "shd": int((there != true).sum()),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def edge_average_precision(truth: GroundTruth, scores: Scores) -> float:
-    """Average precision: the area under the steps of precision over recall.
-
-    Raises:
-        SettingsError: as in `edge_auroc`.
-
-    Example:
-        >>> from tl_neuron_circuits.components import GroundTruth, edge_average_precision
-        >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
-        >>> edge_average_precision(truth, {("a", "b"): 1.0, ("a", "c"): -2.0})
-        0.5
-    """
-    curve = edge_precision_recall(truth, scores)
-    return float((curve["precision"] * curve["recall"].diff().fillna(curve["recall"])).sum())
-
-
-def structural_hamming_distance(truth: GroundTruth, edges: Sequence[Edge] | frozenset[Edge]) -> int:
-    """How many edges are wrongly there, plus how many are wrongly missing.
-
-    Raises:
-        SettingsError: an edge that is not possible.
-
-    Example:
-        >>> from tl_neuron_circuits.components import GroundTruth, structural_hamming_distance
-        >>> truth = GroundTruth("two", frozenset({("a", "b")}), frozenset({("a", "b"), ("a", "c")}))
-        >>> structural_hamming_distance(truth, [("a", "c")])
-        2
-    """
-    chosen = frozenset(edges)
-    _require_possible(truth, chosen)
-    return len(chosen ^ truth.edges)
-
-
 def judge_edges(cases: Sequence[tuple[GroundTruth, Scores]]) -> pd.DataFrame:
     """One row per case: AUROC, average precision; SHD, precision and recall at a threshold chosen on the other cases.
 
@@ -162,7 +159,7 @@ def judge_edges(cases: Sequence[tuple[GroundTruth, Scores]]) -> pd.DataFrame:
     choice of the threshold would give. `shd_empty` is the empty graph's.
 
     Raises:
-        SettingsError: fewer than two cases, or as in `edge_auroc`.
+        SettingsError: fewer than two cases, or as in `GroundTruth.auroc`.
 
     Example:
         >>> from tl_neuron_circuits.components import GroundTruth, judge_edges
@@ -188,8 +185,8 @@ def judge_edges(cases: Sequence[tuple[GroundTruth, Scores]]) -> pd.DataFrame:
         rows.append(
             {
                 "case": truth.name,
-                "auroc": edge_auroc(truth, scores),
-                "average_precision": edge_average_precision(truth, scores),
+                "auroc": truth.auroc(scores),
+                "average_precision": truth.average_precision(scores),
                 "shd": int((there != true).sum()),
                 "shd_best": int(distances[k].min()),
                 "shd_empty": truth.empty_shd,

@@ -16,9 +16,5 @@ from ._labeled_texts import LabeledTexts as LabeledTexts
 from ._labeled_texts import bias_in_bios as bias_in_bios
 from ._lasso_circuit import LassoCircuit as LassoCircuit
 from ._observations import Components as Components
-from ._solver import LassoSolution as LassoSolution
-from ._solver import largest_penalty as largest_penalty
-from ._solver import lasso_path as lasso_path
-from ._solver import solve_lasso as solve_lasso
 
 explain_old_names(__name__)

@@ -1,7 +1,6 @@
 """`attribute`: score every node of a basis by its effect on a metric.
 
-The stations from here to a rule's formula. The loop over batches (`_sum_over_pairs`, `Halving.over`, `score_batch`)
-lies between the first two:
+The six steps from here to a rule's formula, autograd between the third and the fourth:
 
     attribute            this file: batches, sums, means over pairs
     RelP.score           nodes/_relp.py: gradient times change
