@@ -78,7 +78,7 @@ class GroundTruth:
         return float(auroc(torch.from_numpy(size)[:, None], torch.from_numpy(true)[:, None]))
 
     def precision_recall(self, scores: Scores) -> pd.DataFrame:
-        """One row per distinct |score|, largest first: threshold; n_edges, precision, recall, shd of edges with at least it.
+        """One row per distinct |score|, largest first, of the edges with at least it: n_edges, precision, recall, shd.
 
         Raises:
             SettingsError: as in `auroc`.
