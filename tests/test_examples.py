@@ -13,6 +13,7 @@ import pytest
 
 import tl_neuron_circuits as tnc
 from tests.test_architecture import re_exports
+from tl_neuron_circuits.propagation import rules
 
 NAME = tnc.__name__
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -28,7 +29,9 @@ def public() -> dict[str, object]:
         if is_code and typing.get_origin(value) is None:
             room = "tnc" if module == NAME else module.removeprefix(f"{NAME}.")
             found.setdefault(id(value), (f"{room}.{name}", value))
-    return dict(found.values())
+    documented = {name: getattr(rules, name) for name in ("LnRule", "IdentityRule", "HalfRule", "RuleSet")}
+    documented |= {name: getattr(rules, name) for name in ("AttentionRule", "SplitAttentionRule")}
+    return dict(found.values()) | {f"propagation.rules.{name}": value for name, value in documented.items()}
 
 
 PUBLIC = public()

@@ -39,7 +39,7 @@ class LnRule:
     """A norm's denominator is a constant: y = weight * center(x) / sg(scale) + bias, center for LayerNorm only.
 
     Example:
-        >>> from tl_neuron_circuits.propagation import RULE_SETS
+        >>> from tl_neuron_circuits.propagation.rules import RULE_SETS
         >>> RULE_SETS["relp"].ln
         LnRule()
     """
@@ -59,7 +59,7 @@ class IdentityRule:
     instead, as the fork of TransformerLens by RelP's authors has it, whose gradients differ by up to 7e-3 near zero.
 
     Example:
-        >>> from tl_neuron_circuits.propagation import IdentityRule
+        >>> from tl_neuron_circuits.propagation.rules import IdentityRule
         >>> IdentityRule(stabilizer=1e-6)
         IdentityRule(stabilizer=1e-06)
     """
@@ -105,7 +105,7 @@ class HalfRule:
 
     Example:
         >>> import torch
-        >>> from tl_neuron_circuits.propagation import HalfRule
+        >>> from tl_neuron_circuits.propagation.rules import HalfRule
         >>> HalfRule().gradients(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([6.0]))
         (tensor([3.]), tensor([1.]))
     """
@@ -136,7 +136,7 @@ class AttentionRule:
     queries and keys are not cut, `temperature` makes a `SoftmaxRule`.
 
     Example:
-        >>> from tl_neuron_circuits.propagation import AttentionRule
+        >>> from tl_neuron_circuits.propagation.rules import AttentionRule
         >>> rule = AttentionRule()
         >>> rule.query, rule.key, rule.value
         (0.0, 0.0, 1.0)
@@ -159,7 +159,7 @@ class SplitAttentionRule(AttentionRule):
     2024.
 
     Example:
-        >>> from tl_neuron_circuits.propagation import SplitAttentionRule
+        >>> from tl_neuron_circuits.propagation.rules import SplitAttentionRule
         >>> SplitAttentionRule().value
         0.5
     """
@@ -281,7 +281,7 @@ class RuleSet:
     """One rule, or None for the plain gradient, for each kind of piece.
 
     Example:
-        >>> from tl_neuron_circuits.propagation import RULE_SETS
+        >>> from tl_neuron_circuits.propagation.rules import RULE_SETS
         >>> RULE_SETS["relp"].half
         HalfRule()
         >>> RULE_SETS["gim"].identity is None
