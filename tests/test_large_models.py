@@ -184,12 +184,12 @@ def _raise() -> None:
 def test_an_estimate_checks_the_types_of_attributes_arguments() -> None:
     """In a user's process: pytest's hook also checks types inside the package, which hides what a call lets through."""
     script = """
-import jaxtyping, tl_neuron_circuits as tnc
+import tl_neuron_circuits as tnc
 model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
 for arguments in ({"positions": "bogus"}, {"baseline": "noise"}, {"metric": 3}, {"batch_size": "auto"}):
     try:
         tnc.estimate_memory(model, pairs, **arguments)
-    except jaxtyping.TypeCheckError as error:
+    except TypeError as error:
         assert next(iter(arguments)) in str(error), error
     else:
         raise AssertionError(f"{arguments} were accepted")

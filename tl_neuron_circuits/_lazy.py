@@ -54,6 +54,11 @@ def explain_old_names(room: str) -> None:
     sys.modules[room].__dict__["__getattr__"] = __getattr__
 
 
-def unknown_name(package: str, name: str) -> AttributeError:
+def unknown_name(package: str, name: str) -> AttributeError | ImportError:
     """The error for a name that a package does not have, or does not have any longer."""
-    return AttributeError(renamed(package, name) or f"module {package!r} has no attribute {name!r}")
+    now = renamed(package, name)
+    # `from package import name` first asks for the attribute in this function of importlib, and drops what an
+    # AttributeError says; an ImportError passes.
+    if now and sys._getframe(2).f_code.co_name == "_handle_fromlist":
+        return ImportError(now, name=package)
+    return AttributeError(now or f"module {package!r} has no attribute {name!r}")

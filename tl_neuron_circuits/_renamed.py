@@ -49,3 +49,40 @@ def renamed(package: str, name: str) -> str | None:
     """Where the name went that `package` once had; None if it never had one of that name."""
     old = f"{package}.{name}".partition(".")[2]
     return f"tnc.{old} was renamed to {RENAMED[old]} ({SINCE}); see docs/migration.md" if old in RENAMED else None
+
+
+_TOKENIZE = "tnc.tasks.tokenize(model, pairs, {}=...) in place of the pairs"
+_METHOD = "the method's own option, as in method=tnc.{}"
+
+RENAMED_ARGUMENTS: dict[tuple[str, str], str] = {
+    ("attribute", "steps"): _METHOD.format("IntegratedGradients(steps=20)"),
+    ("attribute", "rules"): _METHOD.format('RelP(rules=("ln", "half"))'),
+    ("attribute", "stabilizer"): _METHOD.format("RelP(stabilizer=1e-6)"),
+    ("attribute", "nodes"): _METHOD.format("Patching(frame)"),
+    ("attribute", "seed"): _METHOD.format("Random(1)"),
+    **{
+        (function, name): _TOKENIZE.format(name)
+        for function in ("attribute", "evaluate", "compare", "component_edges")
+        for name in ("prepend_bos", "multi_token")
+    },
+    ("evaluate", "error"): 'error_nodes="rank" (before: "nodes"), "keep" or "ablate"',
+    ("compare", "error"): 'error_nodes="rank" (before: "nodes"), "keep" or "ablate"',
+    ("trace", "share"): "nodes=tnc.ByShare(0.005)",
+    ("trace", "mass"): "nodes=tnc.ByMass(0.8)",
+    ("component_edges", "threshold"): "method=tnc.components.ACDC(0.01)",
+    ("component_edges", "steps"): 'method="eap_ig_inputs(steps=5)"',
+    ("CircuitLasso", "share"): "penalty=tnc.lasso.Share(0.2)",
+    ("CircuitLasso", "n_edges"): "penalty=tnc.lasso.MostEdges(40)",
+    ("CircuitLasso", "folds"): "penalty=tnc.lasso.HeldOut(4)",
+    ("CircuitLasso", "attention"): 'nodes=tnc.lasso.Components(attention="layers")',
+    ("CircuitLasso", "mlp"): 'nodes=tnc.lasso.Components(mlp="neurons")',
+    ("CircuitLasso", "basis"): "nodes=",
+    ("profiles", "goals"): "targets=",
+    ("capitals", "vocabulary"): "tnc.demo.capitals(), which has no vocabulary",
+}
+"""From a function's argument to what is written now."""
+
+
+def renamed_argument(function: str, name: str) -> str | None:
+    """What is written now for an argument that `function` once had; None if it never had one of that name."""
+    return RENAMED_ARGUMENTS.get((function, name))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from tests.families import ModelCase, all_models, unsupported_models
@@ -21,6 +20,7 @@ from tl_neuron_circuits._errors import (
     SettingsError,
     UnsupportedModelError,
 )
+from tl_neuron_circuits._typing import ArgumentError
 from tl_neuron_circuits.bases import MLPOutputs, Neurons
 from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.tasks import PromptPairs, TokenizedPairs, logit_difference
@@ -126,11 +126,11 @@ def test_settings_that_contradict_each_other_are_refused(
 )
 @models
 def test_wrong_types_fail_at_the_call(case: ModelCase, settings: dict[str, Any]) -> None:
-    with pytest.raises(TypeCheckError):
+    with pytest.raises(ArgumentError):
         attribute(model_of(case), random_pairs(4, 4), **settings)
-    with pytest.raises(TypeCheckError):
+    with pytest.raises(ArgumentError):
         attribute("gpt2", random_pairs(4, 4))
-    with pytest.raises(TypeCheckError):
+    with pytest.raises(ArgumentError):
         TokenizedPairs.from_tokens(torch.rand(2, 4), torch.tensor([3, 4]))  # a wrong dtype
 
 

@@ -39,6 +39,7 @@ from torch import Tensor
 from .._errors import DictionaryError, SettingsError, UnsupportedModelError
 from .._files import fingerprint
 from ..models._protocol import TransformerLensModel, hook_point, hook_points
+from ..models._threads import hooked
 from ._dictionary import Dictionary
 from ._dictionary_variance import VarianceSums
 from ._site import Parts
@@ -220,7 +221,7 @@ def check_fires(model: TransformerLensModel, tokens: Any, names: Iterable[str]) 
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         try:
-            stack.enter_context(model.hooks(fwd_hooks=[(name, keep_shape(name)) for name in wanted]))
+            stack.enter_context(hooked(model, [(name, keep_shape(name)) for name in wanted]))
         except (AssertionError, ValueError) as error:  # TransformerLens, of a hook point that is switched off
             raise UnsupportedModelError(f"{', '.join(wanted)}: a hook point cannot be used. {error}") from error
         model(tokens)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._errors import UnsupportedModelError
 from ..models._protocol import TransformerLensModel, hook_point, submodule
+from ..models._threads import hooked, this_thread_only
 from ..tasks._metrics import Metric, reads_answers_only
 from ..tasks._tokenized import Batch
 from ._site import Parts, Site
@@ -46,7 +47,7 @@ def answers_only(model: TransformerLensModel, batch: Batch, metric: Metric) -> I
         rows = torch.arange(len(residual), device=residual.device)
         return (residual[rows, batch.position.to(residual.device)][:, None], *others)
 
-    handle = unembed.register_forward_pre_hook(keep_answers)
+    handle = unembed.register_forward_pre_hook(this_thread_only(keep_answers))
     try:
         yield replace(batch, position=torch.zeros_like(batch.position))
     finally:
@@ -103,7 +104,7 @@ def values_at(
 
         return hook
 
-    with suppress(_AllRead), torch.no_grad(), model.hooks(fwd_hooks=[*hooks, *((name, read(name)) for name in wanted)]):
+    with suppress(_AllRead), torch.no_grad(), hooked(model, [*hooks, *((name, read(name)) for name in wanted)]):
         run_logits(model, tokens, attention_mask)
     return require_fired(store, wanted, model)
 

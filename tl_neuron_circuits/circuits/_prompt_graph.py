@@ -22,6 +22,7 @@ from torch import Tensor
 from .._errors import PropagationError
 from ..bases._runs import require_fired, run_logits
 from ..models._protocol import TransformerLensModel, hook_points, submodule
+from ..models._threads import hooked, this_thread_only
 from ..tasks._tokenized import Batch
 from ._slots import Seen, Slot, SlotRun, leaves_of, note_input
 
@@ -85,12 +86,12 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot])
     early = [(name, note_input(stream, name)) for name in above if name in points]
     early += [pair for slot, record in zip(slots, seen, strict=True) for pair in slot.early_hooks(record)]
     with ExitStack() as stack:
-        stack.callback(unembed.register_forward_hook(unembedding).remove)
+        stack.callback(unembed.register_forward_hook(this_thread_only(unembedding)).remove)
         for name, hook in early:
             place = points.get(name) or submodule(model, name)
             if place is not None:
-                stack.callback(place.register_forward_pre_hook(hook).remove)
-        stack.enter_context(model.hooks(fwd_hooks=hooks))
+                stack.callback(place.register_forward_pre_hook(this_thread_only(hook)).remove)
+        stack.enter_context(hooked(model, hooks))
         logits = run_logits(model, batch.clean, batch.attention_mask)
     if not unembedded:
         raise PropagationError(

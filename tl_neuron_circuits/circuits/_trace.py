@@ -21,6 +21,7 @@ from ..bases._runs import run_logits
 from ..bases._site import Basis, basis_name
 from ..interventions._steering_prompts import text_pieces
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..nodes._scores import label
 from ..propagation.rules import ALL_RULES
 from ..tasks._pairs import PromptPairs
@@ -38,6 +39,7 @@ _NEURONS, _BY_SHARE = Neurons(), ByShare()
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | PromptPairs | TokenizedPairs
 
 
+@holding
 @checked
 def trace(
     model: TransformerLensModel,

@@ -23,10 +23,10 @@ def guarded(command: F) -> F:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        from jaxtyping import TypeCheckError
         from torch import OutOfMemoryError
 
         from .._errors import NeuronCircuitsError, NumericalError, ProcessesError, PropagationError
+        from .._typing import ArgumentError
 
         try:
             return command(*args, **kwargs)
@@ -35,7 +35,7 @@ def guarded(command: F) -> F:
         except OutOfMemoryError as error:
             code, message = FAILED, f"{error}\nGive a smaller --batch-size, or another --device."
             error.__traceback__ = None
-        except (NeuronCircuitsError, TypeCheckError, OSError) as error:
+        except (NeuronCircuitsError, ArgumentError, OSError) as error:
             code, message = BAD_INPUT, error
         except KeyboardInterrupt:
             errors.print("\ninterrupted")

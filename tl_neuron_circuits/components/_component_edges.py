@@ -20,6 +20,7 @@ from .._files import read_directory, write_directory
 from .._options import parse_options
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance, require_corrupt
@@ -115,6 +116,7 @@ METHODS: dict[str, type[EdgeMethod]] = {
 }
 
 
+@holding
 @checked
 def component_edges(
     model: TransformerLensModel,
@@ -172,6 +174,7 @@ def component_edges(
     return EdgeScores(tuple(graph.names), torch.where(graph.edges, scores, torch.nan), settings, sums.kept)
 
 
+@holding
 @checked
 def metric_of_edges(
     model: TransformerLensModel,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..bases._runs import Values, capture, require_fired, run_logits, run_values
 from ..models._protocol import TransformerLensModel
+from ..models._threads import hooked
 from ..propagation._relp import relp
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
@@ -121,7 +122,7 @@ def read_gradients(
     """Gradient of the metric's sum at what each component reads, through it alone; zero for the embedding."""
     store: Values = {}
     names = hook_names(graph)
-    with model.hooks(fwd_hooks=[*hooks, *(capture(store, name) for name in names)]):
+    with hooked(model, [*hooks, *(capture(store, name) for name in names)]):
         logits = run_logits(model, batch.clean, batch.attention_mask)
     require_fired(store, names, model)
     total = measure(metric, logits, batch).sum()

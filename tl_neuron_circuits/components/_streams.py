@@ -19,6 +19,7 @@ from torch import Tensor
 from .._errors import UnsupportedModelError
 from ..bases._runs import run_logits, run_values
 from ..models._protocol import TransformerLensModel, submodule
+from ..models._threads import hooked
 from ..tasks._tokenized import Batch
 from ._graph import Component, ComponentGraph, split_heads
 
@@ -109,7 +110,7 @@ def run_with_edges(
     hooks = [(name, partial(mixed.read, name)) for name in mixed.readers]
     hooks += [(name, partial(mixed.write, name)) for name in mixed.writers]
     rows = batch.clean.repeat(len(kept) * mixed.copies, 1)
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), hooked(model, hooks):
         logits = run_logits(model, rows)
     return logits.unflatten(0, (len(kept), mixed.copies, len(batch)))[:, 0]
 

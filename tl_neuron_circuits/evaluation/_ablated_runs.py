@@ -20,6 +20,7 @@ from ..bases._runs import answers_only, list_reads, run_logits, run_values, take
 from ..bases._site import Parts, Site
 from ..interventions._ablation import Ablation, AblationSwitch, Kept
 from ..models._protocol import TransformerLensModel
+from ..models._threads import hooked
 from ..nodes._scope import shared_means
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch, TokenizedPairs
@@ -79,7 +80,7 @@ class Evaluation:
         def runs(batch: Batch, base: Baselines, read: Read) -> list[Tensor]:
             switch, found = AblationSwitch(sites, base), []
             narrow = answers_only(model, batch, self._ablated.metric)
-            with narrow as seen, model.hooks(fwd_hooks=switch.hooks):
+            with narrow as seen, hooked(model, switch.hooks):
                 for chosen in sets:
                     switch.keep(chosen())
                     found.append(read(run_logits(model, batch.clean, batch.attention_mask), seen))

@@ -16,6 +16,7 @@ from ..bases._activations import MLPOutputs, Neurons
 from ..bases._site import Basis, basis_sites
 from ..interventions._ablation import Ablation
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..nodes._attribute import attribute
 from ..nodes._method import Method
 from ..nodes._methods import as_method
@@ -42,6 +43,7 @@ TaskPairs = PromptPairs | TokenizedPairs
 Pairs = TaskPairs | Mapping[str, TaskPairs]
 
 
+@holding
 @checked
 def compare(
     model: TransformerLensModel,

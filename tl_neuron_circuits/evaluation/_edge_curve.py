@@ -27,6 +27,7 @@ from ..circuits._circuit import Circuit
 from ..interventions._ablation import Ablation, Kept
 from ..interventions._edge_ablation import Edge, EdgeMode, run_with_edges
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..nodes._scores import NodeScores
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
@@ -37,6 +38,7 @@ from ._curve import EdgeCurve, stack
 from ._evaluate import _check, _check_range
 
 
+@holding
 @checked
 def evaluate_edges(
     model: TransformerLensModel,

@@ -15,6 +15,7 @@ from ..bases._site import Basis, Site, basis_name, basis_sites
 from ..circuits._circuit import Circuit
 from ..interventions._ablation import Ablation
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..nodes._scores import NodeScores
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
@@ -27,6 +28,7 @@ from ._node_sets import Chosen, RankedNodes, Ranking, chosen_sizes
 ErrorNodes = Literal["rank", "keep", "ablate"]
 
 
+@holding
 @checked
 def evaluate(
     model: TransformerLensModel,

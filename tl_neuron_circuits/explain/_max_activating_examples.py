@@ -20,6 +20,7 @@ from .._typing import checked
 from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, run, text_pieces
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ._highlight import highlight
 
 By = Literal["largest", "smallest", "absolute"]
@@ -91,6 +92,7 @@ class MaxActivatingExamples:
         return _html.block(repr(self), *(self.html(label) for label in list(self.examples)[:20]))
 
 
+@holding
 @checked
 def max_activating_examples(
     model: TransformerLensModel,

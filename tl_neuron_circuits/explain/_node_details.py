@@ -11,9 +11,11 @@ from .._typing import checked
 from ..circuits._circuit import Circuit
 from ..interventions._direct_logit_effects import direct_logit_effects
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ._max_activating_examples import By, Describe, max_activating_examples
 
 
+@holding
 @checked
 def node_details(
     model: TransformerLensModel,

@@ -22,6 +22,7 @@ from ..bases._runs import Values, capture, require_fired
 from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, text_pieces, token_names
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding, hooked
 from ..propagation._relp import relp
 from ..propagation.rules import ALL_RULES
 
@@ -67,6 +68,7 @@ class Profiles:
         return _html.block(repr(self), _html.table(table.loc[largest], bars=("value",)))
 
 
+@holding
 @checked
 def profiles(
     model: TransformerLensModel,
@@ -119,7 +121,7 @@ def profiles(
 
 def _run(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"], hooks: list[str]) -> tuple[Tensor, Values]:
     store: Values = {}
-    with model.hooks(fwd_hooks=[capture(store, name) for name in hooks]):
+    with hooked(model, [capture(store, name) for name in hooks]):
         logits = model(tokens)
     return logits, require_fired(store, hooks, model)
 

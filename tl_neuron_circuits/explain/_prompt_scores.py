@@ -23,6 +23,7 @@ from ..bases._runs import Values, run_values
 from ..interventions._direct_logit_effects import output_weights
 from ..interventions._find_nodes import Nodes, find_nodes
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..nodes._scope import gradients_at
 from ..propagation.rules import ALL_RULES
 from ..tasks._metrics import Metric, logit_difference, measure, metric_name
@@ -70,6 +71,7 @@ class PromptScores:
         return _html.block(repr(self), _html.table(best.drop(columns="hook"), bars=("mean",)))
 
 
+@holding
 @checked
 def prompt_scores(
     model: TransformerLensModel,

@@ -21,6 +21,7 @@ from .. import _html
 from .._errors import SettingsError, UnsupportedModelError
 from .._typing import checked
 from ..models._protocol import TransformerLensModel, submodule
+from ..models._threads import holding
 from ..propagation._norms import read_norm
 from ._find_nodes import Nodes, find_nodes
 from ._steering_prompts import token_names
@@ -59,6 +60,7 @@ class DirectLogitEffects:
         return _html.block(repr(self), _html.table(self.summary()))
 
 
+@holding
 @checked
 def direct_logit_effects(
     model: TransformerLensModel, nodes: Nodes, *, k: int = 10, batch_size: int = 64

@@ -20,6 +20,7 @@ from .._errors import SettingsError
 from ..bases._activations import Neurons
 from ..bases._runs import run_logits
 from ..models._protocol import TransformerLensModel
+from ..models._threads import hooked
 from ._ablation import Hooks
 
 Neuron = tuple[int, int, int]
@@ -67,7 +68,7 @@ def run_with_edges(
     ablation = _Rows(model, views, len(tokens), baselines, mode)
     rows = len(views) + 1
     mask = None if attention_mask is None else attention_mask.repeat(rows, 1)
-    with torch.no_grad(), model.hooks(fwd_hooks=ablation.hooks()):
+    with torch.no_grad(), hooked(model, ablation.hooks()):
         logits = run_logits(model, tokens.repeat(rows, 1), mask)
     return logits.reshape(rows, len(tokens), *logits.shape[1:])[_OUTPUT]
 

@@ -22,6 +22,7 @@ from .._errors import SettingsError
 from .._typing import checked
 from ..bases._runs import Values
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ._ablation import Hooks
 from ._find_nodes import Dictionaries, Nodes, basis_of, find_nodes, reads_of_nodes, values_by_key
 from ._steering import Amount, How, hooks_for, the_change
@@ -185,6 +186,7 @@ class SteeringSweep:
         return _html.block(repr(self), _html.table(table))
 
 
+@holding
 @checked
 def steer(
     model: TransformerLensModel,
@@ -246,6 +248,7 @@ def steer(
     return _compare(model, prompts, steered, [(how, amount)], watched, top_k, batch_size, generate)[0]
 
 
+@holding
 @checked
 def interchange(
     model: TransformerLensModel,
@@ -286,6 +289,7 @@ def interchange(
     )  # fmt: skip
 
 
+@holding
 @checked
 def sweep(
     model: TransformerLensModel,
@@ -323,6 +327,7 @@ def sweep(
     return SteeringSweep(tuple(float(scale) for scale in scales), tuple(results))
 
 
+@holding
 @checked
 def node_values(
     model: TransformerLensModel,

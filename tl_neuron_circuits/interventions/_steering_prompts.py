@@ -11,6 +11,7 @@ from torch import Tensor
 from .._errors import PairsError
 from ..bases._runs import Values, capture, require_fired
 from ..models._protocol import TransformerLensModel
+from ..models._threads import hooked
 from ._ablation import Hooks
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch pos"]
@@ -64,7 +65,7 @@ def run(
 ) -> tuple[Tensor, Values]:
     """Logits `[batch, pos, d_vocab]` and the values at `names`, without a graph, with `hooks` before the captures."""
     store: Values = {}
-    with torch.no_grad(), model.hooks(fwd_hooks=[*(hooks or ()), *(capture(store, name) for name in names)]):
+    with torch.no_grad(), hooked(model, [*(hooks or ()), *(capture(store, name) for name in names)]):
         logits = model(tokens)
     return logits, require_fired(store, names, model)
 

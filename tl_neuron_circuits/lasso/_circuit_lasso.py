@@ -25,6 +25,7 @@ from .._processes import current_processes
 from .._typing import checked
 from ..bases._site import Basis, basis_name
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import model_name
@@ -205,6 +206,7 @@ class CircuitLasso:
         given = {"metric": metric, "batch_size": batch_size, "prepend_bos": prepend_bos}
         return self.solve(self.observe(model, inputs, **given, resume=resume, verbose=verbose), verbose=verbose)
 
+    @holding
     @checked
     def observe(
         self,

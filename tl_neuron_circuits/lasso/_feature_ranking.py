@@ -26,6 +26,7 @@ from ..bases._runs import list_reads, run_values
 from ..bases._site import Basis, basis_sites
 from ..explain._prompt_scores import PromptScores
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..nodes._scores import label as node_label
 from ._observations import Inputs, shared_start, tokenize_inputs
 from ._solver import check_penalty, fista, largest_eigenvalue, largest_penalty, solve_lasso
@@ -56,6 +57,7 @@ class PooledFeatures:
         return f"PooledFeatures({len(self.values):,} prompts, {len(self.nodes):,} nodes)"
 
 
+@holding
 @checked
 def pooled_features(
     model: TransformerLensModel,

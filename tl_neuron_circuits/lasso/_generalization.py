@@ -35,6 +35,7 @@ from .._typing import checked
 from ..bases._runs import Values, capture, list_reads, require_fired, run_logits, values_at
 from ..bases._site import Basis, Parts, Site, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding, hooked
 from ..propagation._relp import relp
 from ..tasks._provenance import model_name
 from ..tasks._tokenized import TokenizedPairs
@@ -205,7 +206,7 @@ def probe_support(
     for batch in tokens.batches(ablation.batch_size):
         store: Values = {}
         hooks = [_leaf(store, name) for name in names]
-        with torch.enable_grad(), relp(model, rules), model.hooks(fwd_hooks=hooks):
+        with torch.enable_grad(), relp(model, rules), hooked(model, hooks):
             run_logits(model, batch.clean, batch.attention_mask)
         values = require_fired(store, names, model)
         pooled = values[ablation.hook].flatten(2)[:, ablation.skip :].mean(1)
@@ -310,6 +311,7 @@ class Generalization:
         return _html.block(repr(self), _html.table(self.table, bars=("label_accuracy", "spurious_accuracy")))
 
 
+@holding
 @checked
 def generalize(
     model: TransformerLensModel,

@@ -30,6 +30,7 @@ from ..bases._site import Basis, basis_sites
 from ..bases._site import Site as BasisSite
 from ..components._graph import component_graph, split_heads
 from ..models._protocol import TransformerLensModel
+from ..models._threads import hooked
 from ..nodes._scores import label
 from ..tasks._metrics import Metric, measure
 from ..tasks._pairs import PromptPairs
@@ -173,7 +174,7 @@ class Observer:
             kept: Values = {}
             with (
                 torch.no_grad(),
-                self.model.hooks(fwd_hooks=[*disturbing, *(capture(kept, name) for name in names)]),
+                hooked(self.model, [*disturbing, *(capture(kept, name) for name in names)]),
             ):
                 logits = run_logits(self.model, batch.clean, mask)
             store = require_fired(kept, names, self.model)

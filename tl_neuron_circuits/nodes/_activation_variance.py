@@ -19,6 +19,7 @@ from ..bases._activations import Neurons
 from ..bases._runs import list_reads, run_values, take_apart
 from ..bases._site import Basis, Parts, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance
 from ..tasks._tokenize import tokenize
@@ -26,6 +27,7 @@ from ..tasks._tokenized import Batch, TokenizedPairs
 from ._scores import NodeScores, require_finite, site_labels
 
 
+@holding
 @checked
 def activation_variance(
     model: TransformerLensModel,

@@ -26,6 +26,7 @@ from .._typing import check_arguments, checked
 from ..bases._activations import Neurons
 from ..bases._site import Basis, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance, require_corrupt
@@ -42,6 +43,7 @@ from ._sums import ROWS, Sums, unexplained_sums
 _FIELD = {"node": "values", "error": "errors", "skip": "skips"}
 
 
+@holding
 @checked
 def attribute(
     model: TransformerLensModel,
@@ -210,6 +212,7 @@ def _provenance(scope: Scope, method: Method, tokens: TokenizedPairs, basis: str
     }
 
 
+@holding
 @checked
 def estimate_memory(
     model: TransformerLensModel,
@@ -248,10 +251,7 @@ def estimate_memory(
         >>> estimate.at(16) > estimate.needed
         True
     """
-    bound = inspect.signature(attribute).bind(model, pairs, **arguments)
-    bound.apply_defaults()
-    given = bound.arguments
-    check_arguments(attribute, given)
+    given = check_arguments(attribute, {"model": model, "pairs": pairs, **arguments})
     method = as_method(given["method"])
     basis = Neurons() if given["basis"] is None else given["basis"]
     sites = basis_sites(model, basis)

@@ -20,6 +20,7 @@ from torch import Tensor
 from .._errors import PairsError, SettingsError
 from ..bases._runs import Values, answers_only, run_logits, run_values
 from ..bases._site import Parts, Site
+from ..models._threads import hooked
 from ..propagation._relp import relp
 from ..propagation.rules import rule_set
 from ..tasks._metrics import measure
@@ -66,7 +67,7 @@ class IntegratedGradients(Method):
             point = torch.lerp(clean, end, step / self.steps).requires_grad_(True)
             replace = [(site.hook, lambda value, hook, point=point: point)]
             with relp(scope.model, self.rules):
-                with answers_only(scope.model, batch, scope.metric) as narrowed, scope.model.hooks(fwd_hooks=replace):
+                with answers_only(scope.model, batch, scope.metric) as narrowed, hooked(scope.model, replace):
                     logits = run_logits(scope.model, batch.clean, batch.attention_mask)
                 (gradient,) = torch.autograd.grad(measure(scope.metric, logits, narrowed).sum(), point)
             mean += gradient / self.steps

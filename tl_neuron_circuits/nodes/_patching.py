@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .._errors import SettingsError
 from ..bases._runs import Values, answers_only, run_logits
 from ..bases._site import Parts, Site
+from ..models._threads import hooked
 from ..tasks._metrics import measure
 from ..tasks._tokenized import Batch
 from ._method import Method
@@ -153,7 +154,7 @@ def _fall(
     repeated = batch.repeat(n)
     replace = [(site.hook, lambda value, hook: site.put_together(patched, value))]
     narrow = answers_only(scope.model, repeated, scope.metric)
-    with torch.no_grad(), narrow as narrowed, scope.model.hooks(fwd_hooks=replace):
+    with torch.no_grad(), narrow as narrowed, hooked(scope.model, replace):
         metric = measure(scope.metric, run_logits(scope.model, repeated.clean, repeated.attention_mask), narrowed)
     return (start[None] - metric.reshape(n, len(batch))).sum(1)
 

@@ -28,6 +28,7 @@ from ..bases._runs import (
 )
 from ..bases._site import Parts, Site
 from ..models._protocol import TransformerLensModel
+from ..models._threads import hooked
 from ..propagation._relp import relp
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
@@ -115,7 +116,7 @@ def gradients_at(
     store: Values = {}
     reading = [*hooks, *(capture(store, name) for name in names)]
     with relp(model, rules, stabilizer=stabilizer):
-        with answers_only(model, batch, metric) as narrowed, model.hooks(fwd_hooks=reading):
+        with answers_only(model, batch, metric) as narrowed, hooked(model, reading):
             logits = run_logits(model, batch.clean, batch.attention_mask)
         require_fired(store, names, model)
         total = measure(metric, logits, narrowed).sum()

@@ -20,6 +20,7 @@ from .._errors import NeuronCircuitsError, PropagationError
 from .._typing import checked
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._sites import ModelSites, find_sites, require
+from ..models._threads import holding, hooked, this_thread_only
 from ._biases import biases_in_graph
 from ._relp import relp
 from .rules import RULE_SETS
@@ -78,6 +79,7 @@ class ModelReport:
         return _html.block(repr(self), _html.note(memory), *problems, _html.table(self.to_dataframe(), rows=40))
 
 
+@holding
 @checked
 def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | None = None) -> ModelReport:
     """Check which sites of `model` exist and fire, which rules apply, and that relevance is conserved.
@@ -133,7 +135,7 @@ def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[str, tuple[int, .
     def note(module: Any, arguments: Any, value: Any) -> None:
         seen[id(module)] = tuple(getattr(value, "shape", ()))
 
-    handles = [point.register_forward_hook(note) for point in set(points.values())]
+    handles = [point.register_forward_hook(this_thread_only(note)) for point in set(points.values())]
     try:
         with torch.no_grad():
             model(tokens)
@@ -213,9 +215,9 @@ def _captured(model: TransformerLensModel) -> Iterator[tuple[list[Tensor], list[
     def keep_logits(module: Any, arguments: Any, output: Tensor) -> None:
         raw_logits.append(output)
 
-    handle = unembed.register_forward_hook(keep_logits)
+    handle = unembed.register_forward_hook(this_thread_only(keep_logits))
     try:
-        with model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        with hooked(model, [(name, keep) for name in names]):
             yield embeddings, raw_logits
     finally:
         handle.remove()

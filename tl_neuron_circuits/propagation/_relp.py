@@ -14,6 +14,7 @@ from .._errors import PropagationError
 from .._typing import checked
 from ..models._protocol import TransformerLensModel, hook_points
 from ..models._sites import find_sites, require
+from ..models._threads import release, take
 from ._wiring import Wiring
 from .rules import RuleSet, rule_set
 
@@ -43,7 +44,8 @@ def relp(
 
     Raises:
         UnsupportedModelError: on entering, listing what the model lacks and the remedy.
-        PropagationError: gradients are disabled, or a rule did not stand for what the model computed.
+        PropagationError: gradients are disabled, another thread is using the model, or a rule did not stand for what
+            the model computed.
         NumericalError: the model computed values that are not finite.
         SettingsError: an unknown rule.
 
@@ -71,6 +73,14 @@ class Relp:
                 "expected gradients to be enabled; relp was entered under torch.no_grad(), inference_mode() or "
                 "set_grad_enabled(False). Call it outside of those."
             )
+        take(self._model, "relp")
+        try:
+            self._install()
+        except BaseException:
+            release(self._model)
+            raise
+
+    def _install(self) -> None:
         points = hook_points(self._model)  # looked up once: TransformerBridge builds them anew every time
         sites = find_sites(self._model, points)
         require(sites, self._rules.needs)
@@ -90,7 +100,10 @@ class Relp:
         if wiring is None:
             return
         _ACTIVE.discard(self._model)
-        wiring.remove()
+        try:
+            wiring.remove()
+        finally:
+            release(self._model)
         if error is None:
             wiring.checks.verify(whole_forward=False)
 

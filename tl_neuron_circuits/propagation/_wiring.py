@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .._errors import PropagationError, UnsupportedModelError
 from ..models._protocol import TransformerLensModel
 from ..models._sites import AttentionSites, MLPSites, ModelSites, NormSites, bias_after_product
+from ..models._threads import this_thread_only
 from ._activations import find_activation
 from ._checks import Checks
 from ._norms import is_opaque, read_norm
@@ -102,7 +103,9 @@ class Wiring:
             self._install_attention(attention)
         for mlp in self._sites.mlps if self._rules.identity or self._rules.half else ():
             self._install_mlp(mlp)
-        self._handles.append(self._points[self._sites.last].register_forward_hook(self._end_of_forward))
+        self._handles.append(
+            self._points[self._sites.last].register_forward_hook(this_thread_only(self._end_of_forward))
+        )
 
     def remove(self) -> None:
         """Leave the model as it was found."""
@@ -127,7 +130,7 @@ class Wiring:
         for name in self._sites.embeddings:
             if name == "hook_embed" or self._model.cfg.positional_embedding_type == "standard":
                 point = self._points[name]
-                self._handles.append(point.register_forward_pre_hook(self._make_leaf))
+                self._handles.append(point.register_forward_pre_hook(this_thread_only(self._make_leaf)))
                 # Some adapters (Granite) enter a hook point only where a TransformerLens hook sits on it.
                 point.add_hook(_do_nothing, dir="fwd")
                 self._marks.append((point, point.fwd_hooks[-1]))
@@ -165,11 +168,14 @@ class Wiring:
     ) -> None:
         for name in inputs:
             point = self._points[name]
-            reading = point.register_forward_hook(partial(self._read, name))
-            self._handles += [reading, point.register_forward_pre_hook(partial(_run_last, reading.id))]
+            reading = point.register_forward_hook(this_thread_only(partial(self._read, name)))
+            self._handles += [
+                reading,
+                point.register_forward_pre_hook(this_thread_only(partial(_run_last, reading.id))),
+            ]
             self.checks.expect(name, layer)
         relay = partial(self._relay, piece, inputs, output, unless)
-        self._handles.append(self._points[output].register_forward_pre_hook(relay))
+        self._handles.append(self._points[output].register_forward_pre_hook(this_thread_only(relay)))
         self.checks.expect(output, layer)
 
     def _read(self, name: str, module: Any, arguments: Any, value: Tensor) -> None:
@@ -208,7 +214,7 @@ class Wiring:
         layer = int(parts[1]) if parts[0] == "blocks" else (self._sites.n_layers if norm.path == "ln_final" else -1)
         if norm.input is None or norm.output is None or not is_opaque(self._model, norm.path):
             enter = partial(self._enter_scale, norm, False)
-            self._handles.append(self._points[norm.scale].register_forward_pre_hook(enter))
+            self._handles.append(self._points[norm.scale].register_forward_pre_hook(this_thread_only(enter)))
             self.checks.expect(norm.scale, layer)
             return
         read = read_norm(self._model, norm.path)
@@ -216,7 +222,7 @@ class Wiring:
             return
         assert self._rules.ln is not None
         enter = partial(self._enter_scale, norm, True)
-        self._handles.append(self._points[norm.scale].register_forward_pre_hook(enter))
+        self._handles.append(self._points[norm.scale].register_forward_pre_hook(this_thread_only(enter)))
         piece = NormPiece(self._rules.ln, read)
         self._install_piece(piece, (norm.input,), norm.output, layer, unless=partial(self._is_stepwise, norm))
 
@@ -259,7 +265,7 @@ class Wiring:
                 continue
             assert name is not None  # `require` saw to it
             enter = partial(self._enter_attention, name, factor)
-            self._handles.append(self._points[name].register_forward_pre_hook(enter))
+            self._handles.append(self._points[name].register_forward_pre_hook(this_thread_only(enter)))
             self.checks.expect(name, attention.layer)
             if factor != 0.0:
                 scale = partial(_scale_gradient, factor)

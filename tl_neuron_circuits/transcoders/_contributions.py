@@ -28,6 +28,7 @@ from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..interventions._steering_prompts import token_names
 from ..models._protocol import TransformerLensModel, submodule
+from ..models._threads import holding
 from ..nodes._scores import label
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenize import tokenize
@@ -90,6 +91,7 @@ class Contributions:
         return _html.block(repr(self), _html.table(self.table, bars=("contribution",)))
 
 
+@holding
 @checked
 def contributions(
     model: TransformerLensModel,

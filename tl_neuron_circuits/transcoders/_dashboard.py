@@ -22,6 +22,7 @@ from ..bases._dictionary import Dictionary
 from ..explain._max_activating_examples import Example
 from ..interventions._steering_prompts import text_pieces
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..tasks._provenance import model_name
 from ._connections import Head, probe_run, read_vectors, reading_at
 from ._contributions import feature_of
@@ -108,6 +109,7 @@ class FeatureDashboard:
         return _html.note(repr(self)) + body(self)
 
 
+@holding
 @checked
 def feature_dashboard(
     model: TransformerLensModel,

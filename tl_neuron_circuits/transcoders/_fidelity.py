@@ -35,6 +35,7 @@ from ..bases._dictionary import Dictionary
 from ..bases._dictionary_basis import Dictionaries, DictionarySite
 from ..bases._dictionary_variance import VarianceSums
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding, hooked
 from ._buffer import flat_values
 
 ALL = "all"
@@ -97,6 +98,7 @@ class Fidelity:
         return _html.block(repr(self), _html.table(self.table, bars=("recovered_zero",), rows=60))
 
 
+@holding
 @checked
 def fidelity(
     model: TransformerLensModel,
@@ -354,7 +356,7 @@ def _replaced_logits(
     captured = dict.fromkeys(inputs[name] for name in replacements if inputs[name] != name)
     # Captures first: where two dictionaries meet, what one reads is the value before the other's replacement.
     hooks = [*((name, capture(name)) for name in captured), *((n, replace(n, r)) for n, r in replacements.items())]
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), hooked(model, hooks):
         logits = model(tokens)
     missed = set(replacements) - replaced
     if missed:

@@ -13,6 +13,7 @@ from .._errors import SettingsError
 from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ._config import TrainingConfig
 from ._fidelity import OWN, References, batches_of, measure_fidelity
 from ._train import train
@@ -65,6 +66,7 @@ class ParetoFront:
         return _html.block(repr(self), _html.table(self.table, bars=("recovered_zero",), rows=60))
 
 
+@holding
 @checked
 def pareto(
     model: TransformerLensModel,

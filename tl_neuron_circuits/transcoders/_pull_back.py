@@ -18,6 +18,7 @@ from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..bases._runs import Values, values_at
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ._connections import Head, ReadVectors, probe_run, read_vectors, units_by_layer, write_vectors
 from ._residual_run import ResidualRun
 
@@ -25,6 +26,7 @@ _WEIGHTS_AT_ONCE = 2**26
 _ACTIVATIONS_AT_ONCE = 2**25
 
 
+@holding
 @checked
 def pull_back(
     model: TransformerLensModel,

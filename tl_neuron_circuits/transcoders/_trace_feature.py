@@ -33,6 +33,7 @@ from ..circuits._from_tables import from_tables
 from ..circuits._table import unselected_row
 from ..interventions._steering_prompts import token_names
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ..nodes._scores import label
 from ..tasks._provenance import model_name
 from ._contributions import (
@@ -53,6 +54,7 @@ Rank = Literal["positive", "absolute"]
 Rows = list[dict[str, Any]]
 
 
+@holding
 @checked
 def trace_feature(
     model: TransformerLensModel,

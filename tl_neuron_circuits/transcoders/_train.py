@@ -39,6 +39,7 @@ from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..bases._dictionary_files import save_dictionary
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ._buffer import ActivationBuffer, TokenStream, flat_values, training_sites
 from ._config import TrainingConfig
 from ._trainee import MEASURES, Scaling, Trainee
@@ -109,6 +110,7 @@ class TrainingReport:
         return _html.block(repr(self), _html.table(last, bars=("variance_explained",), rows=60))
 
 
+@holding
 @checked
 def train(
     model: TransformerLensModel,

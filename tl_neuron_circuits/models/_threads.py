@@ -1,0 +1,157 @@
+"""One thread at a time on a model: hooks, flags and `requires_grad` sit on it, where every thread meets them.
+
+A call of ours holds its model until it ends, `relp` until it is left; the same thread may hold it again. Another thread
+is refused at once: waiting for a user's `with relp(...)`, or for a thread that waits for us, could last forever. Hooks
+of ours refuse to run in another thread, so that a plain `model(...)` there is not steered, and does not overwrite what
+is read here. Backward passes are different: autograd runs them, and what they compute again (gradient checkpointing),
+on threads of its own.
+
+Who holds a model is kept here and not on the model, which may be copied, pickled and sent to other processes.
+"""
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+
+from .._errors import PropagationError
+from ._protocol import TransformerLensModel
+
+F = TypeVar("F", bound=Callable)
+
+
+@dataclass
+class _Hold:
+    """Who holds a model, for what, and how many times over."""
+
+    thread: object
+    name: str
+    purpose: str
+    count: int = 1
+
+
+_HOLDS: "weakref.WeakKeyDictionary[Any, _Hold]" = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()  # held for a look-up only
+_LOCAL = threading.local()
+
+
+def _this_thread() -> object:
+    """One object per thread. The system's numbers are given to a new thread when one ends."""
+    if not hasattr(_LOCAL, "mark"):
+        _LOCAL.mark = object()
+    return _LOCAL.mark
+
+
+def _after_fork() -> None:
+    """Only the thread that forked lives on in the child, and the lock may have been held by another."""
+    global _LOCK
+    _LOCK = threading.RLock()
+    for model, hold in list(_HOLDS.items()):
+        if hold.thread is not _this_thread():
+            del _HOLDS[model]
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def take(model: TransformerLensModel, purpose: str) -> None:
+    """Hold the model for this thread until `release`, once more if it does already.
+
+    Raises:
+        PropagationError: another thread holds it.
+    """
+    with _LOCK:
+        hold = _HOLDS.get(model)
+        if hold is None:
+            _HOLDS[model] = _Hold(_this_thread(), threading.current_thread().name, purpose)
+        elif hold.thread is _this_thread():
+            hold.count += 1
+        else:
+            raise PropagationError(
+                f"{purpose}: {hold.purpose} of the thread {hold.name!r} is using this model, and its hooks would act "
+                f"here too ({threading.current_thread().name!r}). Use one thread at a time, or a copy of the model "
+                "(copy.deepcopy) for each."
+            )
+
+
+def release(model: TransformerLensModel) -> None:
+    """Undo one `take`."""
+    with _LOCK:
+        hold = _HOLDS.get(model)
+        if hold is not None:
+            hold.count -= 1
+            if hold.count == 0:
+                del _HOLDS[model]
+
+
+@contextmanager
+def held(model: TransformerLensModel, purpose: str) -> Iterator[None]:
+    """Hold the model for this thread inside the block.
+
+    Raises:
+        PropagationError: another thread holds it.
+    """
+    take(model, purpose)
+    try:
+        yield
+    finally:
+        release(model)
+
+
+def holding(function: F) -> F:
+    """Let a public function hold the model, its argument `model` and the first, until it ends."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        models = [value for value in (*args[:2], kwargs.get("model")) if isinstance(value, torch.nn.Module)]
+        if not models:  # refused by its type
+            return function(*args, **kwargs)
+        with held(models[0], function.__name__):  # pyright: ignore[reportArgumentType]
+            return function(*args, **kwargs)
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+def this_thread_only(hook: F) -> F:
+    """A forward hook that refuses to run in another thread than the one that made it.
+
+    Raises:
+        PropagationError: when it runs there, outside of a backward pass.
+    """
+    mine = _this_thread()
+
+    @wraps(hook, assigned=(), updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if _this_thread() is not mine and not _in_backward():
+            raise PropagationError(
+                f"the model was run in the thread {threading.current_thread().name!r} while another thread has hooks "
+                "of this package on it, which would act here too. Use one thread at a time, or a copy of the model "
+                "(copy.deepcopy) for each."
+            )
+        return hook(*args, **kwargs)
+
+    return run  # pyright: ignore[reportReturnType]
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs this thread now; torch's own checkpointing asks the same way."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and current() != -1
+
+
+@contextmanager
+def hooked(model: TransformerLensModel, hooks: Iterable[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
+    """`model.hooks(fwd_hooks=hooks)` for hooks of ours: for this thread alone, which holds the model meanwhile.
+
+    Raises:
+        PropagationError: another thread holds the model.
+    """
+    with held(model, "a call"), model.hooks(fwd_hooks=[(name, this_thread_only(hook)) for name, hook in hooks]):
+        yield
