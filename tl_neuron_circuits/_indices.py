@@ -9,6 +9,9 @@ from typing import Any
 
 from ._errors import SettingsError
 
+Indices = Any
+"""Integers as `as_indices` takes them: one, several, a range, an array, a tensor, a Series, or a boolean mask."""
+
 
 def is_integer(value: Any) -> bool:
     """Whether it is one integer: of Python, NumPy or torch (0-dimensional), and not a boolean."""
@@ -68,6 +71,20 @@ def as_indices(value: Any, name: str, length: int | None = None) -> list[int]:
     return [index + length if length is not None and index < 0 else index for index in entries]
 
 
+def as_layers(value: Any, n_layers: int) -> list[int]:
+    """Layers of a model that has so many, counted from 0: as `as_indices`, but none counts from the end.
+
+    Raises:
+        SettingsError: as `as_indices`, or the model does not have one of them.
+    """
+    is_mask = all(isinstance(entry, bool) for entry in as_list(value) or [0])
+    layers = as_indices(value, "layers", n_layers if is_mask or isinstance(value, slice) else None)
+    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
+    if wrong:
+        raise SettingsError(f"expected layers between 0 and {n_layers - 1}; got {wrong}.")
+    return layers
+
+
 def brief(value: Any) -> str:
     """What came, in one line: small values as they are, arrays by dtype and shape, anything else by its type."""
     kind = type(value).__name__
@@ -76,14 +93,16 @@ def brief(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     shown = _shown(value)
-    return _article(kind) if shown is None else shown if hasattr(value, "shape") else f"{shown}, {_article(kind)}"
+    if shown is None:
+        return _article(kind)
+    return shown if getattr(value, "shape", ()) != () else f"{shown}, {_article(kind)}"
 
 
 def _shown(value: Any) -> str | None:
     """The value's text, None where it would not be short."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         if tuple(value.shape) == ():
-            return f"{value.item()!r} ({_article(type(value).__name__)} of {value.dtype})"
+            return repr(value.item())
         return f"{_article(type(value).__name__)} of {value.dtype} with shape {list(value.shape)}"
     if isinstance(value, str | bytes | bool | int | float | complex | range | slice) or value is None:
         text = repr(value)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from ._errors import SettingsError
+from ._typing import check_fields
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -24,6 +25,7 @@ class Options:
         for field in dataclasses.fields(self):
             if isinstance(getattr(self, field.name), list):  # as JSON has it
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        check_fields(self)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -56,7 +58,9 @@ class Options:
 
 
 def parse_options(text: str, kinds: Mapping[str, type[O]], *, what: str, unwritten: tuple[str, ...] = ()) -> O:
-    """The choice that `text` names, such as `integrated_gradients(steps=20, rules=ln+half)`.
+    """The choice that `text` names, such as `integrated_gradients(steps=20, rules=ln+half)` or `share(0.02)`.
+
+    Values without a name go to the options in their order, as in a call.
 
     `kinds` are the classes by name, `what` is what the error calls them, `unwritten` are options without a text form.
 
@@ -71,23 +75,26 @@ def parse_options(text: str, kinds: Mapping[str, type[O]], *, what: str, unwritt
     kind = kinds[form[1]]
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in unwritten}
     options: dict[str, Any] = {}
-    for part in (form[2] or "").split(",") if (form[2] or "").strip() else ():
+    for place, part in enumerate((form[2] or "").split(",") if (form[2] or "").strip() else ()):
         name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in fields or not value:
+        if not equals and place < len(fields) and len(options) == place:
+            name, value = list(fields)[place], name
+        if name not in fields or name in options or not value:
             raise SettingsError(
-                f"expected options of {form[1]} out of {list(fields)}, as name=value; got {part.strip()!r}."
+                f"expected options of {form[1]} out of {list(fields)}, as name=value, each once; got {part.strip()!r}."
             )
         options[name] = _read(fields[name], value)
     return kind(**options)
 
 
 def _read(field: "dataclasses.Field[Any]", value: str) -> Any:
-    """By the option's default: an integer, a number (also where the default is none), or text."""
+    """By the option's default or type: text, an integer, or a number (also where the default is none)."""
     default = field.default
     if isinstance(default, str | tuple):
         return tuple(part for part in value.split("+") if part) if "+" in value else value
+    whole = field.type is int or isinstance(default, int)
     try:
-        return int(value) if isinstance(default, int) else float(value)
+        return int(value) if whole else float(value)
     except ValueError:
         raise SettingsError(f"expected a number for {field.name}; got {value!r}.") from None
 

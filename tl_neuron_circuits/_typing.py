@@ -203,6 +203,9 @@ def _plain(function: Callable, name: str, value: Any, annotation: Any) -> Any:
         if number is not None:
             return number
     kinds = {kind for member in members for kind in _entries(member)}
+    rows = next((kind for kind in kinds if _entries(kind) == (int,)), None)
+    if rows is not None:  # pairs of integers, such as (layer, unit)
+        return _rows(function, name, value, annotation, rows)
     entries = as_list(value) if kinds & {int, float} and bool not in kinds else None
     if entries is None:
         return value
@@ -213,6 +216,15 @@ def _plain(function: Callable, name: str, value: Any, annotation: Any) -> Any:
         return value
     only_tuples = tuple in map(typing.get_origin, members) and Sequence not in map(typing.get_origin, members)
     return tuple(numbers) if only_tuples or isinstance(value, tuple) else numbers
+
+
+def _rows(function: Callable, name: str, value: Any, annotation: Any, row: Any) -> Any:
+    """Rows of integers as tuples, from a sequence of them or from an array of two dimensions."""
+    if len(getattr(value, "shape", ())) == 2 and hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return value
+    return [entry if isinstance(entry, str) else _plain(function, name, entry, row) for entry in value]
 
 
 def _as_number(value: Any, kinds: set[Any]) -> int | float | None:

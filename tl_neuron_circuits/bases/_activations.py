@@ -1,13 +1,14 @@
 """Bases of the model's own activations: every component of a hook point is a node, and nothing is left over."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from .._errors import SettingsError, UnsupportedModelError
+from .._errors import UnsupportedModelError
+from .._indices import Indices, as_layers, as_list
 from ..models._protocol import TransformerLensModel, hook_points
 from ..models._sites import find_sites
 from ._site import Parts, Site
@@ -60,10 +61,15 @@ def _flat(value: Tensor) -> Tensor:
 class _Activations:
     """One hook point per layer. `layers` restricts the basis; None means all of them."""
 
-    layers: Sequence[int] | None = None
+    layers: Indices | None = None
     hook: ClassVar[str]
     letter: ClassVar[str]
     title: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, list | tuple | None):  # arrays cannot be compared, nor ranges written as JSON
+            entries = as_list(self.layers)
+            object.__setattr__(self, "layers", self.layers if entries is None else tuple(entries))
 
     @property
     def name(self) -> str:
@@ -78,10 +84,7 @@ class _Activations:
             SettingsError: the model does not have one of the layers.
         """
         n_layers = int(model.cfg.n_layers)
-        layers = range(n_layers) if self.layers is None else self.layers
-        wrong = [layer for layer in layers if not 0 <= layer < n_layers]
-        if wrong:
-            raise SettingsError(f"expected layers between 0 and {n_layers - 1}; got {wrong}.")
+        layers = list(range(n_layers)) if self.layers is None else as_layers(self.layers, n_layers)
         points = hook_points(model)
         hooks = [self.hook.format(layer=layer) for layer in layers]
         missing = [hook for hook in hooks if hook not in points]
@@ -115,7 +118,8 @@ class Neurons(_Activations):
         """
         model_sites = find_sites(model)
         known = {mlp.layer for mlp in model_sites.mlps}
-        wanted = range(model_sites.n_layers) if self.layers is None else self.layers
+        n_layers = model_sites.n_layers
+        wanted = range(n_layers) if self.layers is None else as_layers(self.layers, n_layers)
         problems = [problem.message for problem in model_sites.problems if ".mlp" in problem.message]
         if problems and any(layer not in known for layer in wanted):
             raise UnsupportedModelError("\n".join(problems))

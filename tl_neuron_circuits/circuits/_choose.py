@@ -3,18 +3,20 @@
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
+from .._options import Options, parse_options
 
 _NEAR_ZERO = 1e-6
 
 
 @dataclass(frozen=True)
-class ByShare:
+class ByShare(Options):
     """Choose every node whose |score| is at least `share` of the target.
 
     Raises:
@@ -28,10 +30,12 @@ class ByShare:
         'share(0.02)'
     """
 
-    share: int | float = 0.005
+    name: ClassVar[str] = "share"
+    share: float = 0.005
 
     def __post_init__(self) -> None:
         """Check the share."""
+        super().__post_init__()
         if not self.share > 0:
             raise SettingsError(f"expected a positive share; got {self.share}.")
 
@@ -42,7 +46,7 @@ class ByShare:
 
 
 @dataclass(frozen=True)
-class ByMass:
+class ByMass(Options):
     """Choose the fewest nodes that make up `mass` of the sum of all |scores|.
 
     Raises:
@@ -56,10 +60,12 @@ class ByMass:
         'mass(0.5)'
     """
 
-    mass: int | float = 0.8
+    name: ClassVar[str] = "mass"
+    mass: float = 0.8
 
     def __post_init__(self) -> None:
         """Check the mass."""
+        super().__post_init__()
         if not 0 < self.mass <= 1:
             raise SettingsError(f"expected a mass above 0 and up to 1; got {self.mass}.")
 
@@ -70,6 +76,7 @@ class ByMass:
 
 
 Choice = int | ByShare | ByMass
+_KINDS: dict[str, type[ByShare | ByMass]] = {kind.name: kind for kind in (ByShare, ByMass)}
 
 
 def parse_choice(text: str) -> Choice:
@@ -78,14 +85,9 @@ def parse_choice(text: str) -> Choice:
     Raises:
         SettingsError: none of these.
     """
-    kinds = {"share": ByShare, "mass": ByMass}
-    match = re.fullmatch(r"(share|mass)(?:\(([^()]+)\))?", text.strip())
-    try:
-        if match is None:
-            return int(text)
-        return kinds[match[1]]() if match[2] is None else kinds[match[1]](float(match[2]))
-    except ValueError:
-        raise SettingsError(f"expected a number of nodes, share(0.005) or mass(0.8); got {text!r}.") from None
+    if re.fullmatch(r"\s*-?\d+\s*", text):
+        return int(text)
+    return parse_options(text, _KINDS, what="a number of nodes, or a choice")
 
 
 def choose_nodes(

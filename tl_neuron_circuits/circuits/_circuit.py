@@ -13,6 +13,7 @@ import torch
 from .. import _html
 from .._errors import FileFormatError
 from .._files import read_directory, write_directory
+from .._typing import checked
 from ..bases._site import Basis
 from ..nodes._scores import NodeScores
 from . import _algebra, _groups, _neuronpedia, _prune, _scores
@@ -106,6 +107,7 @@ class Circuit:
         """
         return _prune.graph_completeness(self.nodes, self.edges)
 
+    @checked
     def prune(
         self,
         *,
@@ -144,6 +146,7 @@ class Circuit:
         nodes, kept = _prune.prune(self.nodes, self.edges, self.target_value, rule)
         return replace(self, nodes=nodes, edges=kept)
 
+    @checked
     def label(self, labels: Mapping[str, str]) -> "Circuit":
         """Name nodes: by node ("L3/N45@7"), or by neuron at all positions ("L3/N45").
 
@@ -152,6 +155,7 @@ class Circuit:
         """
         return replace(self, nodes=_groups.with_column(self.nodes, "label", labels))
 
+    @checked
     def group(self, groups: Mapping[str, Sequence[str]]) -> "Circuit":
         """Put nodes into named groups; `collapse` makes a supernode of each.
 
@@ -283,6 +287,7 @@ class Circuit:
             ) from error
         return cls(nodes, edges, notes["settings"], basis=basis)
 
+    @checked
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
         """The circuit as a plotly figure: layers against positions, with the strongest edges."""
         from ..plots._circuit import plot_circuit

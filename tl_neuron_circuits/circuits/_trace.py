@@ -20,12 +20,12 @@ from ..bases._activations import Neurons
 from ..bases._runs import run_logits
 from ..bases._site import Basis, basis_name
 from ..interventions._steering_prompts import text_pieces
-from ..models._protocol import TransformerLensModel
+from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ..nodes._scores import label
 from ..propagation.rules import ALL_RULES
 from ..tasks._pairs import PromptPairs
-from ..tasks._provenance import model_name, require_corrupt
+from ..tasks._provenance import require_corrupt
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
 from ._choose import ByShare, Choice, choose_nodes

@@ -78,6 +78,7 @@ class EdgeScores:
             frame["kept"] = self.kept[source, target].numpy()
         return frame.iloc[np.argsort(-np.abs(score), kind="stable")].reset_index(drop=True)
 
+    @checked
     def top(self, k: int) -> pd.DataFrame:
         """The `k` edges with the largest |score|."""
         return self.to_dataframe().head(k)

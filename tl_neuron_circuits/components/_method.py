@@ -1,5 +1,6 @@
 """What the methods of `component_edges` are asked, and what they answer."""
 
+import abc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -43,12 +44,12 @@ class EdgeSums:
 
 
 @dataclass(frozen=True)
-class EdgeMethod(Options):
+class EdgeMethod(Options, abc.ABC):
     """One way to score edges between components."""
 
+    @abc.abstractmethod
     def score(self, question: EdgeQuestion) -> EdgeSums:
         """The scores of every edge."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from .._typing import checked
 from ..bases._activations import MLPOutputs, Neurons
 from ..bases._site import Basis, basis_sites
 from ..interventions._ablation import Ablation
-from ..models._protocol import TransformerLensModel
+from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ..nodes._attribute import attribute
 from ..nodes._method import Method
@@ -23,7 +23,6 @@ from ..nodes._methods import as_method
 from ..nodes._scores import NodeScores
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
-from ..tasks._provenance import model_name
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
 from ._comparison import Comparison, CurveKey

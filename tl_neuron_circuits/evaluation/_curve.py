@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import _html
 from .._errors import FileFormatError
 from .._files import read_directory, write_directory
+from .._typing import checked
 
 SCHEMA = 2
 C = TypeVar("C", bound="Curve")
@@ -88,6 +89,7 @@ class Curve:
         """The size from which faithfulness stays at `level` or above, log-interpolated; inf where it never does."""
         return size_at(self.sizes, self.faithfulness, level)
 
+    @checked
     def log_area(self, largest: int | None = None) -> float:
         """Mean faithfulness over log(size), from 1 node to `largest` (by default all), on absolute counts.
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError, UnsupportedModelError
+from .._indices import Indices, as_indices
 from ..bases._activations import ACTIVATION_BASES, Neurons
 from ..bases._dictionary_basis import DictionarySite
 from ..bases._runs import Values
@@ -37,9 +38,9 @@ class HasNodes(Protocol):
         ...
 
 
-Nodes = pd.DataFrame | str | Sequence[str] | HasNodes
-"""Labels such as "L12/N345@7" (at position 7), "L12/N345" (everywhere) or "L12/F6@7" (a feature), rows of
-`NodeScores.top`, or a circuit."""
+Nodes = pd.DataFrame | pd.Series | str | Sequence[str] | HasNodes
+"""Labels such as "L12/N345@7" (at position 7), "L12/N345" (everywhere) or "L12/F6@7" (a feature), also as a Series;
+rows of `NodeScores.top`; or a circuit."""
 Dictionaries = Basis | Sequence[Basis] | None
 """The basis of features, as given to `attribute` or `trace`; a circuit knows its own unless it was loaded."""
 
@@ -50,7 +51,7 @@ def basis_of(nodes: Nodes, basis: Dictionaries) -> Dictionaries:
 
 
 def find_nodes(
-    model: TransformerLensModel, nodes: Nodes, positions: int | Sequence[int] | None = None,
+    model: TransformerLensModel, nodes: Nodes, positions: Indices | None = None,
     basis: Dictionaries = None, *, features: bool = False,
 ) -> pd.DataFrame:  # fmt: skip
     """The nodes as a DataFrame with columns label, hook, unit and position (-1: everywhere), checked against the model.
@@ -66,6 +67,8 @@ def find_nodes(
         UnsupportedModelError: the model lacks the hook point, or has no neurons there (a mixture of experts).
     """
     found = _Features(model, basis_of(nodes, basis))
+    if isinstance(nodes, pd.Series):  # of labels, as in `scores.top(3)["label"]`
+        nodes = nodes.tolist()
     if isinstance(nodes, pd.DataFrame):
         frame = _from_rows(nodes, found)
     elif isinstance(nodes, str):
@@ -180,7 +183,7 @@ def _from_rows(nodes: pd.DataFrame, features: _Features) -> pd.DataFrame:
                 f"expected units of activations; {label} at {hook} is a node of another basis, whose number is not a "
                 "unit there. Give it by its own hook point."
             )
-    columns = {key: list(nodes[key]) for key in ("hook", "unit", "position")}
+    columns = {"hook": list(nodes["hook"])} | {key: as_indices(nodes[key], key) for key in ("unit", "position")}
     return _keyed(pd.DataFrame({"label": list(labels), **columns, "site": pd.Series(sites, dtype=object)}))
 
 
@@ -224,14 +227,14 @@ def _check_hooks(model: TransformerLensModel, frame: pd.DataFrame) -> None:
         hook_point(model, hook)
 
 
-def _place(frame: pd.DataFrame, positions: int | Sequence[int]) -> pd.DataFrame:
+def _place(frame: pd.DataFrame, positions: Indices) -> pd.DataFrame:
     if (frame["position"] >= 0).any():
         label = frame["label"][frame["position"] >= 0].iloc[0]
         raise SettingsError(
             f"expected nodes without positions beside positions=; {label} has its own. Leave positions= out, or take "
             "the nodes' positions away: nodes.assign(position=-1).drop_duplicates(['hook', 'unit'])."
         )
-    places = [positions] if isinstance(positions, int) else list(positions)
+    places = as_indices(positions, "positions")
     if not places or min(places) < 0:
         raise SettingsError(f"expected positions that count from 0 at the first token; got {places}.")
     repeated = frame.loc[frame.index.repeat(len(places))]

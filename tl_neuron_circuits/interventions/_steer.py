@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import SettingsError
+from .._indices import Indices
 from .._typing import checked
 from ..bases._runs import Values
 from ..models._protocol import TransformerLensModel
@@ -164,6 +165,7 @@ class SteeringSweep:
                     rows.append((scale, prompt, result.token_names[token], token, *(float(value) for value in values)))
         return pd.DataFrame(rows, columns=["scale", "prompt", "token", "token_id", "probability", "logit", "kl"])
 
+    @checked
     def plot(self, prompt: int = 0) -> Any:
         """A plotly figure: the probability of the top tokens of one prompt against the multiplier.
 
@@ -196,7 +198,7 @@ def steer(
     scale: Amount | None = None,
     value: Amount | None = None,
     add: Amount | None = None,
-    positions: int | Sequence[int] | None = None,
+    positions: Indices | None = None,
     basis: Dictionaries = None,
     watch: Watch | None = None,
     top_k: int = 10,
@@ -256,7 +258,7 @@ def interchange(
     donor: str | Sequence[str] | Int[Tensor, "donor donor_pos"],
     nodes: Nodes,
     *,
-    positions: int | Sequence[int] | None = None,
+    positions: Indices | None = None,
     basis: Dictionaries = None,
     watch: Watch | None = None,
     top_k: int = 10,
@@ -297,7 +299,7 @@ def sweep(
     nodes: Nodes,
     *,
     scales: Sequence[int | float] = (-4, -2, -1, 0, 1, 2, 4),
-    positions: int | Sequence[int] | None = None,
+    positions: Indices | None = None,
     basis: Dictionaries = None,
     watch: Watch | None = None,
     top_k: int = 5,
@@ -334,7 +336,7 @@ def node_values(
     prompts: str | Sequence[str] | Int[Tensor, "batch pos"],
     nodes: Nodes,
     *,
-    positions: int | Sequence[int] | None = None,
+    positions: Indices | None = None,
     basis: Dictionaries = None,
     prepend_bos: bool | None = None,
     batch_size: int = 32,

@@ -20,7 +20,7 @@ wrong text with or without steering; there positions raise, and `use_past_kv_cac
 Source: METHODS 1.7.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import SettingsError, UnsupportedModelError
+from .._indices import Indices
 from .._typing import checked
 from ..bases._dictionary_basis import DictionarySite
 from ..models._protocol import TransformerLensModel, hook_points
@@ -59,7 +60,7 @@ def steering_hooks(
     scale: Amount | None = None,
     value: Amount | None = None,
     add: Amount | None = None,
-    positions: int | Sequence[int] | None = None,
+    positions: Indices | None = None,
     basis: Dictionaries = None,
 ) -> Hooks:
     """Forward hooks that steer `nodes`, for `model.hooks(fwd_hooks=...)` or `model.run_with_hooks`; also in `generate`.
@@ -72,8 +73,9 @@ def steering_hooks(
         scale: multiply by it.
         value: set to it; with `node_values` of another prompt this is an interchange intervention.
         add: add it.
-        positions: steer every node at these positions of the prompt, counted from 0; only for nodes without positions
-            of their own. In `generate`, positions apply to the prompt; None applies to generated tokens too.
+        positions: steer every node at these positions of the prompt, counted from 0 (or a boolean mask of them); only
+            for nodes without positions of their own. In `generate`, positions apply to the prompt; None applies to
+            generated tokens too.
         basis: the dictionaries of features ("L2/F5@3"), as given to `attribute` or `trace`; a circuit from `trace` has
             its own.
 

@@ -11,7 +11,7 @@ Source: Yin et al. 2026, arXiv 2606.16939 (no code is public; this is from the p
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -21,14 +21,14 @@ from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import versions
+from .._options import Options
 from .._processes import current_processes
 from .._typing import checked
 from ..bases._site import Basis, basis_name
-from ..models._protocol import TransformerLensModel
+from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
-from ..tasks._provenance import model_name
 from ..tasks._tokenized import TokenizedPairs
 from ._edges import Fitted, Nodes, edge_keys, list_nodes, tables
 from ._lasso_circuit import LassoCircuit, lasso_circuit
@@ -60,7 +60,7 @@ Joint = Literal["joint", "pairs", "adjacent"]
 
 
 @dataclass(frozen=True)
-class Share:
+class Share(Options):
     """The penalty as a share of the smallest one that leaves no edge.
 
     Example:
@@ -69,11 +69,12 @@ class Share:
         Share(share=0.8)
     """
 
+    name: ClassVar[str] = "share"
     share: float
 
 
 @dataclass(frozen=True)
-class MostEdges:
+class MostEdges(Options):
     """The smallest penalty with at most `count` edges.
 
     Example:
@@ -82,11 +83,12 @@ class MostEdges:
         MostEdges(count=50)
     """
 
+    name: ClassVar[str] = "most_edges"
     count: int
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Options):
     """The held-out error over `folds` folds of the blocks: the sparsest circuit within one standard error of the best.
 
     Example:
@@ -95,12 +97,14 @@ class HeldOut:
         HeldOut(folds=4)
     """
 
+    name: ClassVar[str] = "held_out"
     folds: int = 4
 
 
 Penalty = float | Share | MostEdges | HeldOut
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class CircuitLasso:
     """Circuits by sparse regression.
@@ -176,6 +180,7 @@ class CircuitLasso:
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise SettingsError(f"expected shares between 0 and 1; got {list(self.shares)}.")
 
+    @checked
     def fit(
         self,
         model: TransformerLensModel,
@@ -322,10 +327,9 @@ class CircuitLasso:
             table["held_out_se"] = (errors.std(0) / len(errors) ** 0.5).numpy()
         node_rows, edges = tables(fits, nodes)
         edges["stability"] = self._stability(observations, alpha, nodes, edges)
-        by_value = not isinstance(self.penalty, Share | MostEdges | HeldOut)
         settings = {
             **observations.settings,
-            "chosen_by": "penalty" if by_value else repr(self.penalty),
+            "chosen_by": self.penalty.to_json() if isinstance(self.penalty, Options) else {"name": "penalty"},
             "group_lasso": self.groups,
             **{name: getattr(self, name) for name in ("joint", "bootstrap", "floor", "tolerance")},
             "penalty": scale * alpha,

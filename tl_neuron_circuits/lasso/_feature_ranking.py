@@ -153,6 +153,7 @@ class FeatureRanking:
         """The features, strongest first."""
         return self.features
 
+    @checked
     def top(self, k: int) -> pd.DataFrame:
         """The `k` features with the largest |weight|."""
         return self.features.head(k)

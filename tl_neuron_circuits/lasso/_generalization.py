@@ -34,10 +34,9 @@ from .._files import versions
 from .._typing import checked
 from ..bases._runs import Values, capture, list_reads, require_fired, run_logits, values_at
 from ..bases._site import Basis, Parts, Site, basis_name, basis_sites
-from ..models._protocol import TransformerLensModel
+from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding, hooked
 from ..propagation._relp import relp
-from ..tasks._provenance import model_name
 from ..tasks._tokenized import TokenizedPairs
 from ._feature_ranking import PooledFeatures, pooled_features, rank_features
 from ._labeled_texts import LabeledTexts

@@ -16,6 +16,8 @@ import pandas as pd
 import torch
 
 from .._errors import FileFormatError, SettingsError
+from .._indices import Indices, as_indices, as_list
+from .._typing import checked
 
 BIOS_PROFESSIONS: tuple[str, ...] = (
     "accountant architect attorney chiropractor comedian composer dentist dietitian dj filmmaker interior_designer "
@@ -45,7 +47,8 @@ class LabeledTexts:
     def __post_init__(self) -> None:
         """Check the columns."""
         for name in ("texts", "label", "spurious"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            column = getattr(self, name)
+            object.__setattr__(self, name, tuple(as_list(column) or column))
         lengths = {name: len(getattr(self, name)) for name in ("texts", "label", "spurious")}
         if len(set(lengths.values())) > 1 or not self.texts:
             raise SettingsError(
@@ -65,12 +68,18 @@ class LabeledTexts:
         pairs = list(zip(self.label, self.spurious, strict=True))
         return {group: pairs.count(group) for group in ((0, 0), (0, 1), (1, 0), (1, 1))}
 
-    def take(self, rows: Sequence[int]) -> "LabeledTexts":
-        """These rows."""
+    def take(self, rows: Indices) -> "LabeledTexts":
+        """These rows: indices, a slice, or a boolean mask.
+
+        Raises:
+            SettingsError: others, or a row that is not there.
+        """
+        rows = as_indices(rows, "rows", len(self))
         return LabeledTexts(
             [self.texts[k] for k in rows], [self.label[k] for k in rows], [self.spurious[k] for k in rows]
         )
 
+    @checked
     def biased(self, n: int | None = None, seed: int = 0) -> "LabeledTexts":
         """Texts whose label and attribute agree, half of each label; as many as there are, or `n`.
 
@@ -79,6 +88,7 @@ class LabeledTexts:
         """
         return self._draw([(0, 0), (1, 1)], n, seed)
 
+    @checked
     def balanced(self, n: int | None = None, seed: int = 0) -> "LabeledTexts":
         """A quarter of each group; as many as there are, or `n`.
 

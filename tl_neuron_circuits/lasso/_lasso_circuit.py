@@ -19,6 +19,7 @@ import torch
 from .. import _html
 from .._errors import SettingsError
 from .._files import read_directory, write_directory
+from .._typing import checked
 from ..circuits._circuit import Circuit
 
 SCHEMA = 1
@@ -66,6 +67,7 @@ class LassoCircuit(Circuit):
         """A plain `Circuit`, without the regression's own columns and path."""
         return Circuit(self.nodes, self.edges, self.settings)
 
+    @checked
     def prune(
         self,
         *,

@@ -4,6 +4,7 @@ The members are only `cfg` and methods found on the class. Module attributes suc
 False on Python 3.12 and later (protocol checks read attributes statically), and `W_in` evaluated is a stacked copy.
 """
 
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -39,6 +40,18 @@ class TransformerLensModel(Protocol):
     def parameters(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def get_submodule(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def model_name(model: TransformerLensModel) -> str:
+    """The name that the model's configuration gives, or "unknown"; of a local path only the last part.
+
+    Where a model lies on a disk says nothing to others, and may say more than its owner wants.
+    """
+    name = str(getattr(model.cfg, "model_name", None) or "unknown")
+    is_path = name.startswith((".", "~")) or PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
+    if not is_path and not Path(name).is_dir():  # "openai-community/gpt2" is a name, unless it is a folder here
+        return name
+    return PureWindowsPath(Path(name).expanduser().resolve()).name or name
 
 
 def hook_points(model: TransformerLensModel) -> dict[str, Any]:

@@ -30,7 +30,21 @@ from ._scope import Blocks, Means, Scope, gradients_at
 
 
 @dataclass(frozen=True)
-class IntegratedGradients(Method):
+class _AlongPath(Method):
+    """`steps` points of a path from the clean run to a baseline, and the rules of the gradients there."""
+
+    steps: int = 10
+    rules: str | tuple[str, ...] = ()
+
+    def check(self, scope: Scope) -> None:
+        """At least one step, known rules, and no denoising."""
+        self.at_least_one("steps")
+        self.no_denoising(scope)
+        rule_set(self.rules)
+
+
+@dataclass(frozen=True)
+class IntegratedGradients(_AlongPath):
     """Gradients averaged along each site's own path; `rules` as in `relp`, none by default.
 
     Example:
@@ -40,14 +54,6 @@ class IntegratedGradients(Method):
     """
 
     name: ClassVar[str] = "integrated_gradients"
-    steps: int = 10
-    rules: str | tuple[str, ...] = ()
-
-    def check(self, scope: Scope) -> None:
-        """At least one step, known rules, and no denoising."""
-        self.at_least_one("steps")
-        self.no_denoising(scope)
-        rule_set(self.rules)
 
     def score(
         self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
@@ -75,7 +81,7 @@ class IntegratedGradients(Method):
 
 
 @dataclass(frozen=True)
-class IntegratedGradientsInputs(Method):
+class IntegratedGradientsInputs(_AlongPath):
     """Gradients averaged along one path, from the clean to the corrupt (or zero) token embeddings.
 
     Example:
@@ -85,14 +91,10 @@ class IntegratedGradientsInputs(Method):
     """
 
     name: ClassVar[str] = "integrated_gradients_inputs"
-    steps: int = 10
-    rules: str | tuple[str, ...] = ()
 
     def check(self, scope: Scope) -> None:
         """At least one step, known rules, no denoising, and an end that is a run."""
-        self.at_least_one("steps")
-        self.no_denoising(scope)
-        rule_set(self.rules)
+        super().check(scope)
         if scope.baseline == "mean":
             raise SettingsError(
                 "integrated gradients over inputs go to the corrupt prompt or to zero, not to a mean: "

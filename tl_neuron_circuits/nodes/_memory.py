@@ -17,6 +17,7 @@ from .._errors import SettingsError
 from .._memory import available_memory, first_batch, growth
 from .._meter import Meter
 from .._processes import Processes
+from .._typing import checked
 from ..bases._runs import mean_parts
 from ..models._protocol import TransformerLensModel
 from ..tasks._tokenized import Batch, TokenizedPairs
@@ -70,6 +71,7 @@ class MemoryEstimate:
             return None
         return max(0, (self.available - self.fixed) // max(self.per_prompt, 1))
 
+    @checked
     def at(self, batch_size: int) -> int:
         """Bytes above the model's at another batch size."""
         return self.fixed + self.per_prompt * batch_size

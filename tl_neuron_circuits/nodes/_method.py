@@ -1,5 +1,6 @@
 """What the methods of `attribute` have in common."""
 
+import abc
 import dataclasses
 
 import torch
@@ -13,9 +14,10 @@ from ._scope import Blocks, Means, Scope
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(Options):
+class Method(Options, abc.ABC):
     """One way to score nodes."""
 
+    @abc.abstractmethod
     def score(
         self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
     ) -> tuple[Values, Blocks]:
@@ -29,7 +31,6 @@ class Method(Options):
             rows: forward rows at once, for methods that need many.
             verbose: show progress inside the batch.
         """
-        raise NotImplementedError
 
     def check(self, scope: Scope) -> None:
         """Raise for a question that the method does not answer.

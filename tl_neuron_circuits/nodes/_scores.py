@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _html
 from .._errors import NumericalError, SettingsError
 from .._files import read_directory, write_directory
+from .._typing import checked
 from ..bases._activations import ACTIVATION_BASES
 from ..bases._site import Basis, Site
 
@@ -78,6 +79,7 @@ class NodeScores:
         """All scores as one vector, on the CPU."""
         return torch.cat([t.reshape(-1).cpu() for _, _, t in self.blocks()])
 
+    @checked
     def top(self, k: int = 10, *, by: Literal["abs", "signed"] = "abs") -> pd.DataFrame:
         """The `k` nodes with the largest |score| (or the largest score), best first.
 
@@ -145,6 +147,7 @@ class NodeScores:
     def _repr_html_(self) -> str:
         return self.to_html()
 
+    @checked
     def to_html(self, k: int = 20) -> str:
         """The `k` nodes with the largest |score| as a table with bars; neurons link to their page where one exists."""
         best = self.top(k)

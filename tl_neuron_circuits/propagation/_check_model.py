@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _html
 from .._errors import NeuronCircuitsError, PropagationError
 from .._typing import checked
-from ..models._protocol import TransformerLensModel, hook_points, submodule
+from ..models._protocol import TransformerLensModel, hook_points, model_name, submodule
 from ..models._sites import ModelSites, find_sites, require
 from ..models._threads import holding, hooked, this_thread_only
 from ._biases import biases_in_graph
@@ -59,6 +59,7 @@ class ModelReport:
         """True when there is no problem."""
         return not self.problems
 
+    @checked
     def memory_bytes(self, batch: int, pos: int) -> int:
         """Estimated peak of one RelP attribution: weights plus the graph of `batch` prompts of `pos` tokens."""
         return int(self.parameter_bytes + self.graph_bytes_per_token * batch * pos)
@@ -117,7 +118,7 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
                 "architecture is not covered by the rules; compare scores with method='patching' before trusting them."
             )
     return ModelReport(
-        model_name=str(getattr(model.cfg, "model_name", "unknown")),
+        model_name=model_name(model),
         model_class=type(model).__name__,
         problems=tuple(problems),
         conservation=conservation,

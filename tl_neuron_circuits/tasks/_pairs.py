@@ -11,12 +11,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, SupportsIndex, overload
 
 import pandas as pd
 
 from .. import _html
 from .._errors import PairsError
+from .._indices import Indices, as_indices, brief, is_integer
 from .._typing import checked
 from ._split import split_groups
 
@@ -230,17 +231,24 @@ class PromptPairs:
         return (self[index] for index in range(len(self)))
 
     @overload
-    def __getitem__(self, key: int) -> PromptPair: ...
+    def __getitem__(self, key: SupportsIndex) -> PromptPair: ...
     @overload
-    def __getitem__(self, key: slice | Sequence[int]) -> "PromptPairs": ...
-    def __getitem__(self, key: int | slice | Sequence[int]) -> "PromptPair | PromptPairs":
-        """Pick one pair by an index, or several pairs by a slice or a list of indices."""
-        if isinstance(key, int):
+    def __getitem__(self, key: Indices) -> "PromptPairs": ...
+    def __getitem__(self, key: Any) -> "PromptPair | PromptPairs":
+        """Pick one pair by an index, or several pairs by a slice, by indices or by a boolean mask.
+
+        Raises:
+            SettingsError: the key is none of these, or a mask that is not as long as the pairs.
+            IndexError: there is no pair of that index.
+            PairsError: no pair is chosen.
+        """
+        if is_integer(key):
+            key = int(key)
             columns = (self.clean, self.answer, self.corrupt, self.wrong_answer, self.labels)
             return PromptPair(*(None if column is None else column[key] for column in columns))  # pyright: ignore[reportArgumentType]
-        indices = range(len(self))[key] if isinstance(key, slice) else key
+        indices = as_indices(key, "pairs[...]", len(self))
         if len(indices) == 0:
-            raise PairsError(f"the choice {key!r} of {len(self)} pairs is empty. Choose at least one pair.")
+            raise PairsError(f"the choice {brief(key)} of {len(self)} pairs is empty. Choose at least one pair.")
         return PromptPairs.from_pairs([self[index] for index in indices])
 
     def __add__(self, other: "PromptPairs") -> "PromptPairs":

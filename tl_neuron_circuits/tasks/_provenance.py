@@ -4,7 +4,7 @@ from typing import Any
 
 from .._errors import PairsError
 from .._files import versions
-from ..models._protocol import TransformerLensModel
+from ..models._protocol import TransformerLensModel, model_name
 from ._tokenized import TokenizedPairs
 
 
@@ -17,11 +17,6 @@ def provenance(model: TransformerLensModel, tokens: TokenizedPairs) -> dict[str,
         "lengths": sorted(set(tokens.lengths)),
         "versions": versions(),
     }
-
-
-def model_name(model: TransformerLensModel) -> str:
-    """The name that the model's configuration gives, or "unknown"."""
-    return str(getattr(model.cfg, "model_name", "unknown"))
 
 
 def require_corrupt(tokens: TokenizedPairs, purpose: str, *, instead: str = "") -> None:

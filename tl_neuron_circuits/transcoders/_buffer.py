@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import DictionaryError, NumericalError, SettingsError, UnsupportedModelError
+from .._indices import as_layers
 from .._processes import Processes
 from ..bases._dictionary import Dictionary
 from ..bases._dictionary_basis import check_fires, resolve_hooks
@@ -48,10 +49,7 @@ def training_sites(model: TransformerLensModel, tokens: Tensor, config: Training
         UnsupportedModelError: a hook point does not fire.
     """
     n_layers = int(model.cfg.n_layers)
-    layers = tuple(range(n_layers)) if config.layers is None else config.layers
-    absent = [layer for layer in layers if not 0 <= layer < n_layers]
-    if absent:
-        raise SettingsError(f"expected layers of 0 .. {n_layers - 1}; got {absent}.")
+    layers = list(range(n_layers)) if config.layers is None else as_layers(config.layers, n_layers)
     names = [(config.input_template.format(layer=n), config.hook_out.format(layer=n)) for n in layers]
     hooks = [_resolved(model, *pair) for pair in names]
     try:

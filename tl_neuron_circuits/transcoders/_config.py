@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .._errors import SettingsError
+from .._typing import checked
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "target": ("transcoder", "sae"),
@@ -39,6 +40,7 @@ KINDS: dict[tuple[str, str, bool], str] = {
 """SAELens' architecture of (target, activation, skip); sae-lens has no topk transcoders, batchtopk becomes jumprelu."""
 
 
+@checked
 @dataclass(frozen=True)
 class TrainingConfig:
     """Settings of `train`. Inputs and outputs are centered and scaled, so that no setting depends on units.

@@ -75,6 +75,7 @@ class Contributions:
         """The table."""
         return self.table.copy()
 
+    @checked
     def top(self, k: int = 10, kind: str | None = None) -> pd.DataFrame:
         """The `k` largest contributions in size, of one kind or of all."""
         rows = self.table if kind is None else self.table[self.table["kind"] == kind]

@@ -21,9 +21,8 @@ from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..explain._max_activating_examples import Example
 from ..interventions._steering_prompts import text_pieces
-from ..models._protocol import TransformerLensModel
+from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
-from ..tasks._provenance import model_name
 from ._connections import Head, probe_run, read_vectors, reading_at
 from ._contributions import feature_of
 from ._deembed import head_norms, logit_weights, strongest_tokens, token_embeddings

@@ -12,7 +12,7 @@ from .. import _html
 from .._errors import SettingsError
 from .._typing import checked
 from ..bases._dictionary import Dictionary
-from ..models._protocol import TransformerLensModel
+from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ._config import TrainingConfig
 from ._fidelity import OWN, References, batches_of, measure_fidelity
@@ -120,7 +120,7 @@ def pareto(
     table.loc[table["replacement"].isin(("mean", "zero")), "target"] = ""
     table = table.drop_duplicates(["layer", "replacement", "target", setting], ignore_index=True)
     table = table.assign(on_front=[_on_front(table, row) for row in table.itertuples()])
-    return ParetoFront(table, dictionaries, setting, str(getattr(model.cfg, "model_name", "model")))
+    return ParetoFront(table, dictionaries, setting, model_name(model))
 
 
 def _on_front(table: pd.DataFrame, row: Any) -> bool:

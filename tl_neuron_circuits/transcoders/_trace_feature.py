@@ -32,10 +32,9 @@ from ..circuits._circuit import Circuit
 from ..circuits._from_tables import from_tables
 from ..circuits._table import unselected_row
 from ..interventions._steering_prompts import token_names
-from ..models._protocol import TransformerLensModel
+from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ..nodes._scores import label
-from ..tasks._provenance import model_name
 from ._contributions import (
     OneStep,
     Read,

@@ -34,11 +34,12 @@ from tqdm.auto import tqdm
 from .. import _html
 from .._errors import FileFormatError, NeuronCircuitsError, SettingsError
 from .._files import fingerprint, read_directory, versions, write_directory
+from .._indices import as_integer
 from .._processes import Processes, current_processes
 from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..bases._dictionary_files import save_dictionary
-from ..models._protocol import TransformerLensModel
+from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ._buffer import ActivationBuffer, TokenStream, flat_values, training_sites
 from ._config import TrainingConfig
@@ -77,6 +78,7 @@ class TrainingReport:
 
     def __getitem__(self, layer: int) -> Dictionary:
         """The dictionary of a layer."""
+        layer = as_integer(layer, "layer")
         by_layer = {dictionary.layer: dictionary for dictionary in self.dictionaries}
         if layer not in by_layer:
             raise KeyError(f"no dictionary of layer {layer} was trained; there are those of {sorted(by_layer)}.")
@@ -193,7 +195,7 @@ class _Training:
             )
         self._model, self._config, self._processes = model, config, processes
         self._material = {
-            "model": f"{getattr(model.cfg, 'model_name', '')} {fingerprint(model.parameters())}",
+            "model": f"{model_name(model)} {fingerprint(model.parameters())}",
             "tokens": _tokens_identity(tokens),
             "processes": count,
         }
@@ -273,7 +275,7 @@ class _Training:
         """The dictionaries as they are now, in the model's units."""
         positions = self.step * self._config.batch_size
         metadata = {
-            "model_name": str(getattr(self._model.cfg, "model_name", "")),
+            "model_name": model_name(self._model),
             "training": self._config.to_json(),
             "training_positions": positions,
             "versions": versions(),
