@@ -20,6 +20,7 @@ class Options:
     """A choice is its options: equal options are equal choices, and label and JSON are made from them."""
 
     name: ClassVar[str]
+    __no_type_check__: ClassVar[bool] = True  # by jaxtyping's hook in tests: fields are checked below, once converted
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

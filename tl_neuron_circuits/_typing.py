@@ -32,6 +32,7 @@ def checked(function: F) -> F:
     """
     if inspect.isclass(function):
         function.__init__ = _checked_init(function)  # pyright: ignore[reportAttributeAccessIssue]
+        function.__no_type_check__ = True  # by jaxtyping's hook in tests, which would come before numbers are Python's
         return function
 
     # Building one takes beartype milliseconds, so none is built before its function is called: there are a hundred.
@@ -97,13 +98,15 @@ def check_fields(instance: Any) -> None:
     Raises:
         ArgumentError: a field of a wrong type.
     """
+    from beartype.door import is_bearable
+
     kind = type(instance)
     signature = _signature(kind)
     for field in dataclasses.fields(instance):
         annotation = signature.parameters[field.name].annotation
         value = _plain(kind, field.name, getattr(instance, field.name), annotation)
         object.__setattr__(instance, field.name, value)
-        if not _fits(value, annotation):
+        if not _is_open(annotation) and not is_bearable(value, annotation):
             raise ArgumentError(_refusal(kind, field.name, annotation, value))
 
 
@@ -133,22 +136,22 @@ def _signature(function: Callable) -> inspect.Signature:
 
 def _problem(function: Callable, bound: inspect.BoundArguments) -> str | None:
     """Which argument beartype rejects; sizes that arguments share count in the order of the arguments."""
+    from beartype.door import is_bearable
     from jaxtyping import jaxtyped
 
     with jaxtyped("context"):  # pyright: ignore[reportCallIssue]
         for name, value in bound.arguments.items():
             parameter = bound.signature.parameters[name]
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or _is_open(parameter.annotation):
                 continue
-            if not _fits(value, parameter.annotation):
+            if not is_bearable(value, parameter.annotation):
                 return _refusal(function, name, parameter.annotation, value)
     return None
 
 
-def _fits(value: Any, annotation: Any) -> bool:
-    from beartype.door import is_bearable
-
-    return annotation is inspect.Parameter.empty or isinstance(annotation, str) or is_bearable(value, annotation)
+def _is_open(annotation: Any) -> bool:
+    """Whether there is nothing to check: no annotation, or a name that only type checkers know."""
+    return annotation is inspect.Parameter.empty or isinstance(annotation, str)
 
 
 def _refusal(function: Callable, name: str, annotation: Any, value: Any) -> str:

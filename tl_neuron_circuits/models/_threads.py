@@ -61,7 +61,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def take(model: TransformerLensModel, purpose: str) -> None:
+def take(model: Any, purpose: str) -> None:
     """Hold the model for this thread until `release`, once more if it does already.
 
     Raises:
@@ -81,7 +81,7 @@ def take(model: TransformerLensModel, purpose: str) -> None:
             )
 
 
-def release(model: TransformerLensModel) -> None:
+def release(model: Any) -> None:
     """Undo one `take`."""
     with _LOCK:
         hold = _HOLDS.get(model)
@@ -92,7 +92,7 @@ def release(model: TransformerLensModel) -> None:
 
 
 @contextmanager
-def held(model: TransformerLensModel, purpose: str) -> Iterator[None]:
+def held(model: Any, purpose: str) -> Iterator[None]:
     """Hold the model for this thread inside the block.
 
     Raises:
