@@ -32,8 +32,9 @@ def checked(function: F) -> F:
     """
     if inspect.isclass(function):
         function.__init__ = _checked_init(function)  # pyright: ignore[reportAttributeAccessIssue]
-        function.__no_type_check__ = True  # by jaxtyping's hook in tests, which would come before numbers are Python's
-        return function
+        # By jaxtyping's hook in tests, which would come before numbers are Python's.
+        function.__no_type_check__ = True  # pyright: ignore[reportAttributeAccessIssue]
+        return typing.cast(F, function)
 
     # Building one takes beartype milliseconds, so none is built before its function is called: there are a hundred.
     @cache
@@ -217,8 +218,8 @@ def _plain(function: Callable, name: str, value: Any, annotation: Any) -> Any:
     numbers = [_as_number(entry, kinds) for entry in entries]
     if None in numbers:
         return value
-    only_tuples = tuple in map(typing.get_origin, members) and Sequence not in map(typing.get_origin, members)
-    return tuple(numbers) if only_tuples or isinstance(value, tuple) else numbers
+    containers = {typing.get_origin(member) for member in members} & {tuple, list, Sequence}
+    return tuple(numbers) if containers == {tuple} or isinstance(value, tuple) else numbers
 
 
 def _rows(function: Callable, name: str, value: Any, annotation: Any, row: Any) -> Any:

@@ -124,9 +124,12 @@ def test_choices_have_labels_that_parse_back() -> None:
     for choice, label in ((ByShare(), "share(0.005)"), (ByShare(1e-6), "share(1e-06)"), (ByMass(0.9), "mass(0.9)")):
         assert choice.label == label and parse_choice(label) == choice
     assert repr(ByMass()) == "ByMass(mass=0.8)" and parse_choice("mass") == ByMass() and parse_choice("50") == 50
-    for wrong in ("best", "share()", "mass(a)", "share(0.1", "5.5"):
+    for wrong in ("best", "share(0.1", "5.5"):
         with pytest.raises(SettingsError, match="expected a number of nodes"):
             parse_choice(wrong)
+    with pytest.raises(SettingsError, match="expected a number for mass; got 'a'"):
+        parse_choice("mass(a)")
+    assert parse_choice("share(share=0.01)") == parse_choice("share(0.01)") == ByShare(0.01)
     for wrong in (lambda: ByShare(0), lambda: ByMass(2.0), lambda: parse_choice("mass(0)")):
         with pytest.raises(SettingsError, match=r"positive share|mass above 0"):
             wrong()

@@ -22,6 +22,7 @@ from tl_neuron_circuits import (
     _typing,
     parse_method,
 )
+from tl_neuron_circuits.models import _threads
 from tl_neuron_circuits.nodes import _attribute, attribute
 from tl_neuron_circuits.nodes._methods import METHODS, as_method
 from tl_neuron_circuits.propagation._relp import Relp
@@ -63,7 +64,8 @@ def test_every_method_has_a_case_and_a_name_of_its_own() -> None:
         ("relevance", "expected a method out of"),
         ("relp(", "expected a method out of"),
         ("relp(steps=3)", "expected options of relp out of"),
-        ("relp(rules)", "as name=value"),
+        ("relp(rules=)", "as name=value"),
+        ("integrated_gradients(2, steps=2)", "each once"),
         ("integrated_gradients(steps=few)", "a number for steps"),
         ("patching(nodes=5)", "expected options of patching"),
     ],
@@ -87,7 +89,7 @@ def test_relp_is_entered_three_functions_below_attribute(monkeypatch: pytest.Mon
 
     def recorded(self: Relp) -> None:
         frames = [f for f in traceback.extract_stack() if f.filename.startswith(package)]
-        stacks.append([f.name for f in frames if f.filename != _typing.__file__])
+        stacks.append([f.name for f in frames if f.filename not in (_typing.__file__, _threads.__file__)])
         enter(self)
 
     monkeypatch.setattr(Relp, "__enter__", recorded)

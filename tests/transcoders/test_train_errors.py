@@ -39,7 +39,7 @@ def test_only_ignored_tokens(one_tiny: Any, tokens: Tensor) -> None:
     [
         ({"hook_out": "blocks.{layer}.hook_absent"}, DictionaryError, "does not have"),
         ({"hook_in": "blocks.{layer}.attn.hook_z"}, SettingsError, "expected .prompt, position, width."),
-        ({"layers": (0, 7)}, SettingsError, r"layers of 0 \.\. 1; got \[7\]"),
+        ({"layers": (0, 7)}, SettingsError, r"layers between 0 and 1; got \[7\]"),
     ],
 )
 def test_wrong_sites(tiny: Any, tokens: Tensor, changes: dict[str, Any], error: type, message: str) -> None:

@@ -74,9 +74,9 @@ class LabeledTexts:
         Raises:
             SettingsError: others, or a row that is not there.
         """
-        rows = as_indices(rows, "rows", len(self))
+        chosen = as_indices(rows, "rows", len(self))
         return LabeledTexts(
-            [self.texts[k] for k in rows], [self.label[k] for k in rows], [self.spurious[k] for k in rows]
+            [self.texts[k] for k in chosen], [self.label[k] for k in chosen], [self.spurious[k] for k in chosen]
         )
 
     @checked
