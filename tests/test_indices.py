@@ -87,3 +87,19 @@ def test_layers_may_be_a_mask_of_the_models_layers() -> None:
     for wrong in (mask[:-1], [-1], [0.0], "0"):
         with pytest.raises(SettingsError, match="^expected layers "):
             tnc.bases.MLPOutputs(layers=wrong).sites(model)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_counts_that_make_no_sense_are_refused(count: int) -> None:
+    model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=2)
+    scores = tnc.attribute(model, pairs)
+    calls = (
+        lambda: tnc.evaluate(model, pairs, scores, batch_size=count),
+        lambda: tnc.nodes.activation_variance(model, pairs, batch_size=count),
+        lambda: tnc.compare_with_patching(scores, scores, top_k=count),
+        lambda: scores.top(count - 1),
+        lambda: tnc.lasso.CircuitLasso(penalty=tnc.lasso.MostEdges(count - 1)),
+    )
+    for call in calls:
+        with pytest.raises(SettingsError, match="to be at least [01]; got "):
+            call()

@@ -33,6 +33,18 @@ def as_integer(value: Any, name: str) -> int:
     return int(value)
 
 
+def as_count(value: Any, name: str, least: int = 1) -> int:
+    """The integer as Python's, if it is at least so many.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    count = as_integer(value, name)
+    if count < least:
+        raise SettingsError(f"expected {name} to be at least {least}; got {count}.")
+    return count
+
+
 def as_list(value: Any) -> list[Any] | None:
     """The entries of a sequence, range, one-dimensional array, tensor or Series as Python's; None for anything else."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):

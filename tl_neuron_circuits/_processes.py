@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, distributed
 
 from ._errors import ProcessesError
+from ._indices import as_count
 from ._memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class Processes:
 
     def fair(self, batch_size: int, n: int) -> int:
         """The largest batch size up to `batch_size` at which every process gets some of n prompts."""
+        as_count(batch_size, "batch_size")
         return max(1, min(batch_size, -(-n // self.count)))
 
     @contextmanager

@@ -71,10 +71,10 @@ def bind_arguments(
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(_unknown_name(function, signature, kwargs) or f"{_name(function)}: {error}.") from None
-    for name, value in bound.arguments.items():
-        parameter = signature.parameters[name]
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            bound.arguments[name] = _plain(function, name, value, parameter.annotation)
+    for name in _with_numbers(function):
+        if name in bound.arguments:
+            annotation = signature.parameters[name].annotation
+            bound.arguments[name] = _plain(function, name, bound.arguments[name], annotation)
     return bound
 
 
@@ -133,6 +133,15 @@ def _signature(function: Callable) -> inspect.Signature:
         return inspect.signature(function, eval_str=True)
     except NameError:
         return inspect.signature(function)
+
+
+@cache
+def _with_numbers(function: Callable) -> tuple[str, ...]:
+    """The parameters whose annotations have integers or floats in them, by the text of the annotation."""
+    parameters = _signature(inspect.unwrap(function)).parameters.values()
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    number = re.compile(r"\b(int|float)\b")
+    return tuple(p.name for p in parameters if p.kind not in several and number.search(_written(p.annotation)))
 
 
 def _problem(function: Callable, bound: inspect.BoundArguments) -> str | None:

@@ -6,6 +6,7 @@ import pandas as pd
 
 from .. import _html
 from .._errors import SettingsError
+from .._indices import as_count
 from .._typing import checked
 from ..nodes._scores import NodeScores
 
@@ -71,7 +72,7 @@ def compare_with_patching(scores: NodeScores, exact: NodeScores, *, top_k: int =
     a, b = a[both], b[both]
     if len(a) < 3:
         raise SettingsError(f"expected at least three nodes measured in both; got {len(a)}.")
-    k = min(top_k, len(a))
+    k = min(as_count(top_k, "top_k"), len(a))
     first, second = (set(x.abs().topk(k).indices.tolist()) for x in (a, b))
     frame = pd.DataFrame({"scores": a.numpy(), "exact": b.numpy()})
     rank = frame.rank()

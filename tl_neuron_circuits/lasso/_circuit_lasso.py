@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import versions
+from .._indices import as_count
 from .._options import Options
 from .._processes import current_processes
 from .._typing import checked
@@ -168,6 +169,9 @@ class CircuitLasso:
                 "the held-out error chooses the penalty: expected at least 2 folds and as many blocks; got "
                 f"{self.penalty!r}, blocks={self.blocks}. Or give penalty=MostEdges(50)."
             )
+        as_count(self.bootstrap, "bootstrap", 0)
+        if isinstance(self.penalty, MostEdges):
+            as_count(self.penalty.count, "count of most_edges", 0)
         if self.blocks < (2 if self.bootstrap else 1):
             raise SettingsError(f"expected at least one block, and two for a bootstrap; got blocks={self.blocks}.")
         if self.groups and self.joint != "joint":

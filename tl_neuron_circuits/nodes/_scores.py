@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _html
 from .._errors import NumericalError, SettingsError
 from .._files import read_directory, write_directory
+from .._indices import as_count
 from .._typing import checked
 from ..bases._activations import ACTIVATION_BASES
 from ..bases._site import Basis, Site
@@ -89,7 +90,7 @@ class NodeScores:
         flat = self.flat()
         key = flat.abs() if by == "abs" else flat
         key = torch.where(key.isnan(), torch.full_like(key, -torch.inf), key)
-        k = min(k, int((~flat.isnan()).sum()))
+        k = min(as_count(k, "k", 0), int((~flat.isnan()).sum()))
         return self._rows(key.topk(k).indices.numpy())
 
     def to_dataframe(self) -> pd.DataFrame:
