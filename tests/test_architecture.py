@@ -90,7 +90,7 @@ def wrong_way(tree: ast.AST, path: Path) -> list[str]:
 
 
 def forbidden(tree: ast.AST, path: Path) -> list[str]:
-    """Pickles, the global seed, prints."""
+    """Pickles, the global seed, prints, hooks that any thread would run."""
     modules = [(module.split(".")[0], line) for module, _, line in imports(tree, path)]
     problems = [f"{path.name}:{line} imports {module}" for module, line in modules if module in PICKLES]
     banned = {"torch.load", "torch.save", "print"} | GLOBAL_SEEDS
@@ -101,6 +101,8 @@ def forbidden(tree: ast.AST, path: Path) -> list[str]:
     for name, call in calls(tree):
         if name in banned or any(keyword.arg == "allow_pickle" for keyword in call.keywords):
             problems.append(f"{path.name}:{call.lineno} calls {name}")
+        if name.endswith("model.hooks") and path.name != "_threads.py":
+            problems.append(f"{path.name}:{call.lineno} calls {name}; `hooked` also refuses other threads")
     return problems
 
 

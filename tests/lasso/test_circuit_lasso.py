@@ -167,6 +167,7 @@ def test_everything_earlier_explains_the_logits_of_every_position(gpt2) -> None:
 def test_as_many_edges_as_asked_for_and_no_more(gpt2) -> None:
     circuit = CircuitLasso(penalty=MostEdges(12), **SMALL).fit(gpt2, random_tokens(gpt2, batch=30, pos=5))
     assert 8 <= len(circuit.edges) <= 12
+    assert circuit.settings["chosen_by"] == {"name": "most_edges", "count": 12}
     assert circuit.edges["weight"].abs().is_monotonic_decreasing
     assert circuit.path["n_edges"].is_monotonic_increasing and circuit.path["n_edges"][0] == 0
 

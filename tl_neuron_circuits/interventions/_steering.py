@@ -80,7 +80,8 @@ def steering_hooks(
             its own.
 
     Exactly one of `scale`, `value` and `add`: a number, or a tensor [node] or [batch, node] in the order of the nodes
-    (with `positions`: nodes outer, positions inner).
+    (with `positions`: nodes outer, positions inner). The hooks are TransformerLens' as soon as you put them on a model:
+    they act in every thread that runs it.
 
     Raises:
         SettingsError: not exactly one change, a node that cannot be read or stands twice, a tensor of another shape;
