@@ -117,7 +117,12 @@ def test_a_copy_is_free_and_works_in_another_thread(case: ModelCase) -> None:
     other = copy.deepcopy(model)
     with relp(model):
         result = in_a_thread(lambda: tnc.steer(other, tokens, ["L0/N1"], scale=0.0))
-    assert isinstance(result, tnc.SteeringResult)
+        assert isinstance(result, tnc.SteeringResult)
+        inside = copy.deepcopy(model)  # with hooks of its own
+        found = by_capture(inside, tokens, [POST])
+    with relp(model):
+        assert torch.equal(found[POST], by_capture(model, tokens, [POST])[POST])
+    assert torch.equal(found[POST], by_capture(inside, tokens, [POST])[POST])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

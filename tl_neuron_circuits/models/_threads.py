@@ -9,6 +9,7 @@ on threads of its own.
 Who holds a model is kept here and not on the model, which may be copied, pickled and sent to other processes.
 """
 
+import itertools
 import os
 import threading
 import weakref
@@ -30,7 +31,7 @@ F = TypeVar("F", bound=Callable)
 class _Hold:
     """Who holds a model, for what, and how many times over."""
 
-    thread: object
+    thread: int
     name: str
     purpose: str
     count: int = 1
@@ -39,13 +40,14 @@ class _Hold:
 _HOLDS: "weakref.WeakKeyDictionary[Any, _Hold]" = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()  # held for a look-up only
 _LOCAL = threading.local()
+_NUMBERS = itertools.count()
 
 
-def _this_thread() -> object:
-    """One object per thread. The system's numbers are given to a new thread when one ends."""
-    if not hasattr(_LOCAL, "mark"):
-        _LOCAL.mark = object()
-    return _LOCAL.mark
+def _this_thread() -> int:
+    """One number per thread. The system's numbers are given to a new thread when one ends."""
+    if not hasattr(_LOCAL, "number"):
+        _LOCAL.number = next(_NUMBERS)
+    return _LOCAL.number
 
 
 def _after_fork() -> None:
@@ -53,7 +55,7 @@ def _after_fork() -> None:
     global _LOCK
     _LOCK = threading.RLock()
     for model, hold in list(_HOLDS.items()):
-        if hold.thread is not _this_thread():
+        if hold.thread != _this_thread():
             del _HOLDS[model]
 
 
@@ -71,7 +73,7 @@ def take(model: Any, purpose: str) -> None:
         hold = _HOLDS.get(model)
         if hold is None:
             _HOLDS[model] = _Hold(_this_thread(), threading.current_thread().name, purpose)
-        elif hold.thread is _this_thread():
+        elif hold.thread == _this_thread():
             hold.count += 1
         else:
             raise PropagationError(
@@ -119,25 +121,29 @@ def holding(function: F) -> F:
     return call  # pyright: ignore[reportReturnType]
 
 
-def this_thread_only(hook: F) -> F:
-    """A forward hook that refuses to run in another thread than the one that made it.
+class _OneThread:
+    """A hook, and the thread that may run it. An object and not a closure, so that a copied model has its own hook."""
 
-    Raises:
-        PropagationError: when it runs there, outside of a backward pass.
-    """
-    mine = _this_thread()
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook, self.thread = hook, _this_thread()
 
-    @wraps(hook, assigned=(), updated=())
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if _this_thread() is not mine and not _in_backward():
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.thread != _this_thread() and not _in_backward():
             raise PropagationError(
                 f"the model was run in the thread {threading.current_thread().name!r} while another thread has hooks "
                 "of this package on it, which would act here too. Use one thread at a time, or a copy of the model "
                 "(copy.deepcopy) for each."
             )
-        return hook(*args, **kwargs)
+        return self.hook(*args, **kwargs)
 
-    return run  # pyright: ignore[reportReturnType]
+
+def this_thread_only(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward hook that refuses to run in another thread than the one that made it.
+
+    Raises:
+        PropagationError: when it runs there, outside of a backward pass.
+    """
+    return _OneThread(hook)
 
 
 def _in_backward() -> bool:
