@@ -7,8 +7,8 @@ Raw scores mean nothing up to a constant that the softmax drops; `value` is free
 (and those that some models put on queries and keys) frozen, the query and the keys are linear in the residual stream
 x, so value is bilinear: every write w at the query's position has a share, and so has every write at a key's position.
 
-    query side    sum_w  w(p)  . d value / d x(p) through the query          + the query's own biases  = value - position
-    key side      sum_{w, j} w(j) . d value / d x(j) through the keys        + the keys' own biases    = value - position
+    query side    sum_w w(p) . d value / d x(p) through the query       + the query's own biases  = value - position
+    key side      sum_{w, j} w(j) . d value / d x(j) through the keys   + the keys' own biases    = value - position
     pairs         w(p) and w'(j) at once: the second derivative; over all pairs, biases included, they sum to the same
 
 `position` is what scores have beside q . k (ALiBi); rotary embeddings are part of the linear maps, and a soft cap is
@@ -130,7 +130,7 @@ def attention_contributions(
     n_layers, n_heads, n_positions = int(model.cfg.n_layers), int(model.cfg.n_heads), batch.clean.shape[1]
     if not (0 <= layer < n_layers and 0 <= head < n_heads and 0 <= key <= query < n_positions):
         raise SettingsError(
-            f"expected a layer below {n_layers}, a head below {n_heads} and positions key <= query < {n_positions}; got "
+            f"expected a layer below {n_layers}, a head below {n_heads}, positions key <= query < {n_positions}; got "
             f"layer {layer}, head {head}, query {query}, key {key}."
         )
     with Relp(model, _RULES):

@@ -44,9 +44,7 @@ class PromptRun:
     """What entered the hook points that the caller asked for."""
 
 
-def run_prompt(
-    model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], keep: Iterable[str] = ()
-) -> PromptRun:
+def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], keep: Iterable[str] = ()) -> PromptRun:
     """Run the model on a batch of one prompt.
 
     Inside `relp` the run has a graph; under `torch.no_grad()` it only has values. `keep` names hook points whose
