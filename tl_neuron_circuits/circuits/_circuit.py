@@ -393,11 +393,11 @@ class Circuit:
             >>> bool(tested["predicted"].corr(tested["measured"]) > 0.5)
             True
         """
+        chosen = self.heads() if rows is None else rows
         if rows is None:
-            rows = self.heads()
-            rows = rows[rows["kind"] == "head"]
-            rows = rows.loc[rows["attribution"].abs().sort_values(ascending=False, kind="stable").index[:20]]
-        return _edge_heads.cut_parts(model, self, rows, pairs)
+            brought = chosen[chosen["kind"] == "head"]
+            chosen = brought.loc[brought["attribution"].abs().sort_values(ascending=False, kind="stable").index[:20]]
+        return _edge_heads.cut_parts(model, self, chosen, pairs)
 
     def graph(self) -> networkx.DiGraph:
         """The circuit as a networkx graph, with the tables' columns as attributes."""
@@ -428,14 +428,10 @@ class Circuit:
         texts = {name: self.nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
         parts = self.head_parts
         if parts is not None:
-            numbers |= {
-                f"heads/{c}": torch.from_numpy(np.array(parts[c])) for c, k in HEAD_COLUMNS.items() if k != "str"
-            }
-            numbers |= {
-                f"heads/{end}": torch.from_numpy(rows_of(self.nodes, parts[end])) for end in ("source", "target")
-            }
-            kinds = parts["kind"].map(HEAD_KINDS.index).astype("int64")
-            numbers["heads/kind"] = torch.from_numpy(np.array(kinds))
+            columns = {name: parts[name] for name, kind in HEAD_COLUMNS.items() if kind != "str"}
+            columns |= {end: rows_of(self.nodes, parts[end]) for end in ("source", "target")}
+            columns["kind"] = parts["kind"].map(HEAD_KINDS.index).astype("int64")
+            numbers |= {f"heads/{name}": torch.from_numpy(np.array(values)) for name, values in columns.items()}
         write_directory(path, "circuit", SCHEMA, numbers, {"settings": dict(self.settings), "texts": texts})
 
     @classmethod

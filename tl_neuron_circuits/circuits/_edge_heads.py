@@ -1,7 +1,7 @@
 """The heads of a circuit's edges: `Circuit.with_heads`, `heads`, `attention` and `cut_heads`.
 
-A circuit is a result without its model, so its prompts are run again here; `_heads.py` splits the edges, `_attention.py`
-says why a head looks where it looks, and `interventions/_head_ablation.py` cuts a part to test it.
+A circuit is a result without its model, so its prompts are run again here; `_heads.py` splits the edges,
+`_attention.py` says why a head looks where it looks, and `interventions/_head_ablation.py` cuts a part to test it.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,8 @@ def split_edges(
         return torch.tensor(rows).T
 
     sources, receivers = Sources(*places(names[0])), Receivers(*places(names[1]))
-    numbers = [torch.tensor([own.index(name) for name in table[end]]) for own, end in zip(names, ("source", "target"))]
+    ends = zip(names, ("source", "target"), strict=True)
+    numbers = [torch.tensor([own.index(name) for name in table[end]]) for own, end in ends]
     direct, parts = 0.0, 0.0
     for batch in again.batches:
         with open_prompt(
@@ -211,10 +212,9 @@ def cut_parts(model: TransformerLensModel, circuit: "Circuit", rows: pd.DataFram
     parts = []
     for row in own.itertuples(index=False):
         source, target = nodes.loc[row.source], nodes.loc[row.target]
-        sender = (-1, source["position"], -1) if source["kind"] == "embedding" else tuple(source[_PLACE])
-        receiver = None if target["kind"] == "logit" else tuple(int(x) for x in target[_PLACE])
-        ours = tuple(int(x) for x in sender)
-        parts.append(HeadPart(ours, receiver, row.layer, row.head, row.from_position, int(target["position"])))
+        sender = (-1, int(source["position"]), -1) if source["kind"] == "embedding" else _place(source)
+        receiver = None if target["kind"] == "logit" else _place(target)
+        parts.append(HeadPart(sender, receiver, row.layer, row.head, row.from_position, int(target["position"])))
     measured = torch.zeros(len(parts), dtype=torch.float64)
     for batch in again.batches:
         cut = cut_head_parts(model, batch.clean, parts, _baselines(model, batch, again), batch.attention_mask)
@@ -228,7 +228,8 @@ def cut_parts(model: TransformerLensModel, circuit: "Circuit", rows: pd.DataFram
     return own.assign(predicted=own["part"], measured=measured.numpy())
 
 
-_PLACE = ["layer", "position", "unit"]
+def _place(node: Any) -> tuple[int, int, int]:
+    return int(node["layer"]), int(node["position"]), int(node["unit"])
 
 
 def _baselines(model: TransformerLensModel, batch: Batch, again: _Again) -> dict[str, Tensor | None]:

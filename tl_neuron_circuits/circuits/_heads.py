@@ -161,7 +161,7 @@ def attention_layers(run: PromptRun) -> list[AttentionLayer]:
                 "not show them, so its edges cannot be split by head."
             )
         layer = AttentionLayer(z, v, pattern.detach()[0], bottom, top)
-        n_heads, n_kv, d_head = layer.shape
+        n_heads, n_kv, _ = layer.shape
         fits = n_kv > 0 and n_heads % n_kv == 0 and v.shape[1] == z.shape[1] == pattern.shape[-1]
         if not fits or not nearly_equal(layer.mix(v.detach()), z.detach()):
             raise UnsupportedModelError(

@@ -132,7 +132,7 @@ def _run(
     model: TransformerLensModel, tokens: Tensor, rows: int, hooks: Hooks, mask: Tensor | None
 ) -> Float[Tensor, "row pos d_vocab"]:
     """Logits before any soft cap."""
-    unembedded: list[Tensor] = []
+    unembedded: list[Any] = []
     unembed = submodule(model, "unembed")
     with ExitStack() as stack:
         if unembed is not None:
