@@ -138,7 +138,9 @@ def attention_contributions(
         layers = attention_layers(run)[: layer + 1]
         one = torch.ones(1).to(score.value)
         (at_query,), (at_key,) = (pull(score.value, [leaf], one) for leaf in (score.query_leaf, score.key_leaf))
-        products = [widened(g[0]) * widened(x) for g, x in ((at_query, score.query_leaf), (at_key, score.key_leaf))]
+        products = [
+            widened(g[0]) * widened(x.detach()) for g, x in ((at_query, score.query_leaf), (at_key, score.key_leaf))
+        ]
         bilinear, by_keys = (float(product.sum()) for product in products)
         if abs(bilinear - by_keys) > 1e-3 * float(products[0].abs().sum()):
             raise UnsupportedModelError(
@@ -151,9 +153,10 @@ def attention_contributions(
         ]
         writes = pd.concat(tables, ignore_index=True)
         pairs = _pairs(run, slots, layers, score, writes, top)
+    value = float(score.value.detach())
     order = writes["contribution"].abs().sort_values(ascending=False, kind="stable").index
     return AttentionContributions(
-        layer, head, query, key, float(score.value), score.pattern, float(score.value) - bilinear,
+        layer, head, query, key, value, score.pattern, value - bilinear,
         writes.loc[order].reset_index(drop=True), pairs,
     )  # fmt: skip
 
@@ -320,7 +323,7 @@ def _query_of(
         if len(layers) == 1:
             return push(queries, end, tangent[None])
         first = layers[0]
-        by_heads = push(first.top, first.z, first.mix(push(first.v, end, tangent[None])[:, 0])[:, None])
+        by_heads = push(first.top, first.z, push(first.z, end, tangent[None]))
         return push(queries, layers[-1].bottom, push(first.top, end, tangent[None]) - by_heads)
     layer = layers[write.layer]
     if write.kind == "head":
