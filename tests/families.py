@@ -315,6 +315,8 @@ TYPICAL = {
     "qwen3": "HookedTransformer",  # norms of queries and keys
     "solu_ln": "HookedTransformer",  # a norm inside the activation
     "opt": "TransformerBridge",  # ReLU: no identity rule
+    "no_norm": "HookedTransformer",  # no ln rule
+    "llama_biased": "TransformerBridge",  # biases beside a product
 }
 
 
