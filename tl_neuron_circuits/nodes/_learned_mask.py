@@ -298,9 +298,9 @@ def softness(scores: Float[Tensor, " node"], temperature: float) -> list[list[fl
     rows = []
     for size in (10**power for power in range(9)):
         if size < len(ordered):
-            tau = find_threshold(ordered, size, temperature)
+            tau = find_threshold(ordered, float(size), temperature)
             outside = float(((ordered[size:] - tau) / temperature).sigmoid().sum(dtype=torch.float64))
-            rows.append([size, outside / size])
+            rows.append([float(size), outside / size])
     return rows
 
 
