@@ -67,6 +67,8 @@ from .evaluation._compare_with_patching import compare_with_patching as compare_
 from .evaluation._comparison import Comparison as Comparison
 from .evaluation._curve import SparsityCurve as SparsityCurve
 from .evaluation._evaluate import evaluate as evaluate
+from .evaluation._reliability import Reliability as Reliability
+from .evaluation._reliability import reliability as reliability
 from .evaluation._stability import Stability as Stability
 from .evaluation._stability import stability as stability
 
