@@ -52,7 +52,9 @@ def test_draws_are_those_of_pairs_weighted_one_by_one(kinds: list[list[str]], me
     key = means.abs() if found.settings["ranking"] == "abs" else means
     assert torch.equal(found.best, key.topk(6).indices)
     table, expected = found.frequency(3), torch.bincount(key.topk(3).indices.flatten(), minlength=alone.shape[1])
-    assert table["frequency"].to_numpy() == pytest.approx((expected[expected > 0] / len(key)).sort(descending=True).values)
+    assert table["frequency"].to_numpy() == pytest.approx(
+        (expected[expected > 0] / len(key)).sort(descending=True).values
+    )
     core = found.core(3, frequency=0.5)
     assert int((~core.flat().isnan()).sum()) == int((expected / len(key) >= 0.5).sum())
 
@@ -96,7 +98,9 @@ def test_a_member_must_exceed_its_own_score_on_null_pairs() -> None:
     assert found.at_fdr(0.9, null="pairs").flat().isnan().all()  # the null is the pairs themselves
     chosen = found.at_fdr(0.1).flat()
     assert 0 < int((~chosen.isnan()).sum()) < len(chosen)
-    assert torch.equal(found.t[~chosen.isnan()].abs().sort().values, found.t.abs().topk(int((~chosen.isnan()).sum())).values.flip(0))
+    assert torch.equal(
+        found.t[~chosen.isnan()].abs().sort().values, found.t.abs().topk(int((~chosen.isnan()).sum())).values.flip(0)
+    )
     with pytest.raises(SettingsError, match="null_pairs="):
         stability(model, pairs, sizes=[5], draws=5, null_draws=0).at_fdr(0.1, null="pairs")
 

@@ -1,6 +1,7 @@
 """Learned masks written out: one prompt at a time, tau by bisection, every gradient autograd's, torch's own Adam."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def plain_mask(scores: Tensor, budget: float, temperature: float) -> Tensor:
 class PlainLearning:
     """Kept positions, corrupt values, the activations at `names`."""
 
-    def __init__(self, model: Any, pairs: TokenizedPairs, names: list[str], method: LearnedMask) -> None:
+    def __init__(self, model: Any, pairs: TokenizedPairs, names: Sequence[str], method: LearnedMask) -> None:
         self.model, self.pairs, self.names, self.method = model, pairs, names, method
         self.corrupt = [self._values(prompt) for prompt in pairs.corrupt or ()]
         self.shapes = [self.corrupt[0][name].shape for name in names]

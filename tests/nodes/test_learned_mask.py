@@ -1,5 +1,6 @@
 """Learned masks: two cases that can be solved by hand, a slow version step for step, and stopping on the way."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,23 @@ def test_what_has_no_answer_is_refused(message: str, settings: dict[str, Any]) -
 
 def test_draws_visit_every_pair_and_do_not_depend_on_the_number_of_steps() -> None:
     draws = list(islice(LearnedMask(pairs_per_step=2)._draws(6, 1000), 300))
-    assert sorted(sum((chosen for chosen, _ in draws[:3]), [])) == list(range(6))
+    assert sorted(index for chosen, _ in draws[:3] for index in chosen) == list(range(6))
     budgets = [budget for _, budget in draws]
     assert all(0 < budget < 1000 for budget in budgets)
     assert 0.2 < sum(budget < 10 for budget in budgets) / 300 < 0.45  # a third of log(1000) lies below log(10)
+
+
+@pytest.mark.parametrize("direction", ["keep", "flip"])
+def test_hard_masks_are_what_evaluate_measures_and_soft_ones_tend_to_them(direction: Any) -> None:
+    model, pairs = model_of(CASE), random_pairs(4, 4, 4)
+    few = attribute(model, pairs, method=LearnedMask(4, direction=direction))
+    table = tnc.evaluation.compare_soft_masks(model, pairs, few, sizes=[3, 30])
+    curve = tnc.evaluate(model, pairs, few, sizes=[3, 30], ablation="corrupt")
+    hard = curve.faithfulness if direction == "keep" else curve.completeness
+    assert table["hard"].to_numpy() == pytest.approx(hard, abs=1e-4)
+    assert (table["outside"] > 0.5).any() and (table["difference"].abs() > 0.01).any()
+    cold = dict(few.settings) | {"method_options": dict(few.settings["method_options"]) | {"temperature": 1e-7}}
+    nearly = tnc.evaluation.compare_soft_masks(model, pairs, replace(few, settings=cold), sizes=[3, 30])
+    assert nearly["difference"].abs().max() < 1e-3 and nearly["outside"].max() < 1e-3
+    with pytest.raises(SettingsError, match="of a learned mask"):
+        tnc.evaluation.compare_soft_masks(model, pairs, attribute(model, pairs))

@@ -1,6 +1,6 @@
 """Models whose answer is a formula of a few nodes: node i is 1 on token 1 and 0 on token 0."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,7 @@ class ToyNodes:
 
     name: str = "toy_nodes"
 
-    def sites(self, model: Any) -> Sequence[Any]:
+    def sites(self, model: Any) -> tuple[Any, ...]:
         return (ActivationSite("hook_nodes", 0, "N"),)
 
 

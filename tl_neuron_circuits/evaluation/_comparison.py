@@ -79,7 +79,8 @@ class Comparison:
 
     def summary(self, levels: tuple[float, ...] = (0.5, 0.8)) -> pd.DataFrame:
         """One row per curve: F(full), F(empty), nodes, log area of absolute counts, compactness, overshoot (largest
-        faithfulness - 1), size at levels, CPR and CMD (MIB's fixed percentages), FVU."""
+        faithfulness - 1), size at levels, CPR and CMD (MIB's fixed percentages), FVU.
+        """
         rows = []
         largest = {t: max(c.n_nodes for k, c in self.curves.items() if k.task == t) for t in self.tasks}
         for key, curve in self.curves.items():

@@ -4,7 +4,7 @@ r"""`SparsityCurve`: faithfulness and completeness of the best nodes, by how man
     completeness(C) = (F(M \\ C) - F(0)) / (F(M) - F(0))    ideal 0
 
 F is the mean metric of the original model with every node outside the set ablated; M is all nodes, and F(M) the model
-itself. Nodes of the set stay live. Faithfulness is a ratio of means that a few pairs can carry, and more than 1 when the
+itself. Nodes of the set stay live. Faithfulness is a ratio of means that a few pairs can carry, and above 1 where a
 circuit overshoots the model; what pairs decide is beside it, among those that the model itself gets right:
 
     accuracy(C) = share with metric > 0 when only C is live         the circuit still prefers the answer
@@ -83,22 +83,22 @@ class Curve:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """Share of the pairs that the model gets right which the best nodes alone get right; nan if zero is no tie."""
+        """Share of the pairs that the model gets right and the best nodes alone too; nan if zero is no tie."""
         return self._share(self.kept > 0)
 
     @property
     def flips(self) -> np.ndarray:
-        """Share of the pairs that the model gets right which it gets wrong without the best nodes."""
+        """Share of the pairs that the model gets right and, without the best nodes, wrong."""
         return self._share((self.removed < 0).double().masked_fill(self.removed.isnan(), torch.nan))
 
     @property
     def overshoot(self) -> float:
-        """How far faithfulness exceeds 1 at its largest; 0 where it never does. CPR counts it as merit, CMD as error."""
+        """How far faithfulness exceeds 1 at its largest; 0 where it never does. To CPR it is merit, to CMD error."""
         return max(0.0, float(np.max(self.faithfulness)) - 1.0)
 
     @property
     def compactness(self) -> float:
-        """Mean of the areas under `accuracy` and `flips` over log size, from 1 node to all; nan without completeness."""
+        """Mean of the areas under `accuracy` and `flips` over log size, 1 node to all; nan without completeness."""
         none = self._share(self.empty[None] > 0)[0], 0.0
         last = (1.0, self._share(self.empty[None] < 0)[0])
         if self.settings.get("error_nodes") == "ablate":  # then all nodes are not the model
@@ -155,8 +155,8 @@ class Curve:
 
         Args:
             normalization: "percentages", the leaderboard's: at fixed fractions of all nodes, linear between measured
-                sizes (their code truncates fraction times number). "counts", the paper's: at the measured sizes, divided
-                by the largest of them; it depends on which sizes were measured.
+                sizes (their code truncates fraction times number). "counts", the paper's: at the measured sizes, over
+                the largest of them; it depends on which sizes were measured.
         """
         if normalization == "percentages":
             x, faithfulness = np.array(MIB_FRACTIONS), self._at_fractions()

@@ -20,14 +20,15 @@ also a forward and a backward per group. Source: METHODS 5.10; arXiv 2606.09899.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .. import _html
@@ -48,6 +49,13 @@ from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
+
+try:  # fused attention has no second derivative
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    plain_attention = partial(sdpa_kernel, SDPBackend.MATH)
+except ImportError:  # torch 2.2
+    plain_attention = nullcontext
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,8 +104,8 @@ class Reliability:
     def __repr__(self) -> str:
         s, ratio = self.interactions.settings, self.groups["ratio"]
         return (
-            f"Reliability({len(self.groups)} groups of {s['basis']} on {s['model']}, {s['n_pairs']} pairs, median ratio "
-            f"{ratio.median():.2g}, {int((ratio > 1).sum())} above 1)"
+            f"Reliability({len(self.groups)} groups of {s['basis']} on {s['model']}, {s['n_pairs']} pairs, median "
+            f"ratio {ratio.median():.2g}, {int((ratio > 1).sum())} above 1)"
         )
 
     def _repr_html_(self) -> str:
@@ -237,11 +245,11 @@ def _gradient_at(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The metric of each prompt with the site at this value, its gradient there, and the leaf it was taken at.
 
-    With `curved` the gradient has a graph of its own; fused attention has no second derivative, hence the plain kernel.
+    With `curved` the gradient has a graph of its own.
     """
     point = value.detach().clone().requires_grad_(True)
     put = [(site.hook, lambda value, hook: point.clone())]
-    with torch.enable_grad(), frozen(scope.model), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), frozen(scope.model), plain_attention():
         with answers_only(scope.model, batch, scope.metric) as narrowed, scope.model.hooks(fwd_hooks=put):
             logits = run_logits(scope.model, batch.clean, batch.attention_mask)
         metric = measure(scope.metric, logits, narrowed)
@@ -272,8 +280,8 @@ def screen(
         verbose: show progress.
 
     Returns:
-        Rows of `scores.top(k)` with `exact`, and `misjudged`: the sign is another one, or the larger of the two sizes is
-        more than twice the other.
+        Rows of `scores.top(k)` with `exact`, and `misjudged`: another sign, or one of the two sizes is more than
+        twice the other.
 
     Raises:
         SettingsError: the scores are an order, or lack their dictionaries.

@@ -15,7 +15,7 @@ False discoveries, over live nodes (a score that is not 0 somewhere), with clust
     t = mean / (se + s0)                          se over clusters, s0 the median se (Tusher et al. 2001)
     rate(t) = median over null sets of #{|t*| >= t} / #{|t| >= t}
 
-Null "signs": every cluster's scores change sign by a coin. Swapping the answers does just this to a logit difference, so
+Null "signs": every cluster's scores change sign by a coin. Swapping the answers does just this to a logit difference:
 what it controls is that the sign is consistent over words, not that a node belongs to the circuit: *consistent-sign*
 FDR. Null "pairs": the t of other pairs, whose corrupt prompts change the word and not the answer; a member must also
 exceed its own score there.
@@ -43,8 +43,8 @@ from ..bases._runs import mean_parts
 from ..bases._site import Basis, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
 from ..nodes._attribute import check_pairs, check_scope
-from ..nodes._learned_mask import LearnedMask, select
 from ..nodes._controls import Random
+from ..nodes._learned_mask import LearnedMask, select
 from ..nodes._method import Method
 from ..nodes._methods import as_method
 from ..nodes._scope import Baseline, Means, Scope
@@ -95,7 +95,8 @@ class Stability:
 
     def frequency(self, size: int) -> pd.DataFrame:
         """Nodes that are among the `size` best in some draw, most frequent first: rows of `NodeScores.top`, and
-        `frequency`."""
+        `frequency`.
+        """
         index, share = self._frequencies(size)
         return self.scores._rows(index.numpy()).assign(frequency=share.numpy())
 
@@ -138,15 +139,13 @@ class Stability:
         return (false / torch.arange(1, len(false) + 1)).clamp(max=1.0)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """By size: nodes in the core, and the Jaccard index of draws with the ranking of all pairs (2.5, 50, 97.5 %)."""
+        """By size: nodes in the core, and the Jaccard index of draws with the ranking of all pairs (median, 95 %)."""
         whole, rows = self._ranked(), []
         for size in self.sizes:
             share = jaccard(self.best[:, :size], whole[:size].expand(len(self.best), -1))
             low, middle, high = np.percentile(share, [2.5, 50, 97.5])
             core = int((self._frequencies(size)[1] >= 0.9).sum())
-            rows.append(
-                {"size": size, "core": core, "jaccard": middle, "jaccard_low": low, "jaccard_high": high}
-            )
+            rows.append({"size": size, "core": core, "jaccard": middle, "jaccard_low": low, "jaccard_high": high})
         return pd.DataFrame(rows)
 
     def agreement(self, other: "Stability") -> pd.DataFrame:
@@ -367,9 +366,7 @@ class Cells:
         for cell in bar:
             total: Tensor | None = None
             for batch in self._batches(cell):
-                _, blocks = self._method.score(
-                    self._scope, batch, self._means, rows=ROWS * self._size, verbose=False
-                )
+                _, blocks = self._method.score(self._scope, batch, self._means, rows=ROWS * self._size, verbose=False)
                 blocks = self._method.finish(blocks, 1)
                 self._keys, self._shapes = list(blocks), [block.shape for block in blocks.values()]
                 flat = torch.cat([block.reshape(-1).float().cpu() for block in blocks.values()])
@@ -484,6 +481,7 @@ def _words(tokens: TokenizedPairs, clusters: Sequence[Sequence[str]] | None) -> 
         raise SettingsError(f"expected clusters of one label per pair, {len(tokens)} each; got {wrong or 'none'}.")
     if len(set(words[0])) < 3:
         raise PairsError(
-            f"expected at least three words of the first kind to draw from; got {sorted(set(words[0]))}. Use more pairs."
+            f"expected at least three words of the first kind to draw from; got {sorted(set(words[0]))}. Use more "
+            "pairs."
         )
     return words

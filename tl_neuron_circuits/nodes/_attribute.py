@@ -71,9 +71,10 @@ def attribute(
         pairs: prompts with answers; `tasks.tokenize(model, pairs, ...)` where tokenizing needs options; tokens where
             the model has no tokenizer.
         method: "relp"; "gradient" (AtP); "integrated_gradients" (one site at a time); "integrated_gradients_inputs";
-            "patching" (exact, one forward row per node and prompt); controls "activation_difference" and "random"; "learned_mask",
-            whose scores are a learned order, and "mask_gradient", the same without learning. Or one of these with
-            options: `RelP(rules="attnlrp")`, `LearnedMask(steps=150)`, `Patching(nodes)`.
+            "patching" (exact, one forward row per node and prompt); "learned_mask", whose
+            scores are a learned order, and "mask_gradient", the same without learning; controls "activation_difference"
+            and "random". Or one of these with options: `RelP(rules="attnlrp")`, `LearnedMask(steps=150)`,
+            `Patching(nodes)`.
         basis: one basis or several; neurons unless given.
         metric: from logits and batch to one number per prompt.
         positions: "keep" scores a node at each position (all prompts must have one token length); "sum" adds positions
@@ -187,9 +188,7 @@ def _learn(
     return require_finite(_scores(scope, blocks, settings, basis))
 
 
-def _scores(
-    scope: Scope, blocks: Blocks, settings: Mapping[str, Any], basis: Basis | Sequence[Basis]
-) -> NodeScores:
+def _scores(scope: Scope, blocks: Blocks, settings: Mapping[str, Any], basis: Basis | Sequence[Basis]) -> NodeScores:
     fields: dict[str, dict[str, Tensor]] = {name: {} for name in _FIELD.values()}
     for (hook, kind), block in blocks.items():
         fields[_FIELD[kind]][hook] = block

@@ -39,7 +39,7 @@ from .._errors import FileFormatError, NumericalError, SettingsError
 from .._files import read_directory, write_directory
 from .._memory import Halving, available_memory
 from .._processes import Processes
-from ..bases._runs import Values, answers_only, list_reads, require_fired, run_logits
+from ..bases._runs import Values, answers_only, require_fired, run_logits
 from ..bases._site import Parts, Site
 from ..propagation._relp import frozen
 from ..tasks._metrics import logit_difference, measure, read
@@ -97,7 +97,10 @@ class MaskGradient(Method):
         """The negative gradient at masks that are the same for all nodes, weighted by t (1 - t) / T."""
         values = scope.values(batch)
         shapes = node_shapes(scope, values)
-        n, references = sum(shape.numel() for shape in shapes.values()), measure_references(self, scope, batch, means, shapes)
+        n, references = (
+            sum(shape.numel() for shape in shapes.values()),
+            measure_references(self, scope, batch, means, shapes),
+        )
         total = torch.zeros(n, device=batch.clean.device)
         for step in range(self.steps):
             t = draw_budget((step + 0.5) / self.steps, n, self.schedule) / n
@@ -122,9 +125,9 @@ class LearnedMask(Method):
     Args:
         steps: of Adam.
         schedule: budgets uniform in log k ("log", for circuits that are small among many nodes), or in k ("uniform").
-        loss: "matching", |f - 1| with f the faithfulness of each pair (to flip: |f|), which punishes overshoot; "metric",
-            minus the metric; "kl", from the clean run's next token (to flip: from that of the run without any node).
-            In "matching" a pair whose metric moves by less than a tenth of itself is divided by that tenth.
+        loss: "matching", |f - 1| with f the faithfulness of each pair (to flip: |f|), which punishes overshoot;
+            "metric", minus the metric; "kl", from the clean run's next token (to flip: from that of the run without any
+            node). In "matching" a pair whose metric moves by less than a tenth of itself is divided by that tenth.
         direction: "keep": the best nodes stay live and must do the task; "flip": they alone take counterfactual values
             and must undo it.
         lr: of Adam, and so is `eps`: at 1e-8 a step is the sign of its gradient, and scores of many nodes are counts.
@@ -329,7 +332,9 @@ def mask_gradient(
     """The loss of a batch under a mask and its gradient at the mask, both summed over the batch."""
     mask = mask.detach().requires_grad_(True)
     with torch.enable_grad(), frozen(scope.model):
-        losses = _loss(method, masked_run(method, scope, batch, references, means, split_blocks(mask, shapes)), references)
+        losses = _loss(
+            method, masked_run(method, scope, batch, references, means, split_blocks(mask, shapes)), references
+        )
         (gradient,) = torch.autograd.grad(losses.sum(), mask)
     return losses.detach().sum(dtype=torch.float64), gradient
 
@@ -448,9 +453,7 @@ class _Pairs:
             for attempt in self._halving.pieces(batch):
                 with attempt as piece:
                     references = self._references(piece)
-                    part = mask_gradient(
-                        self._method, self._scope, piece, references, self._means, mask, self.shapes
-                    )
+                    part = mask_gradient(self._method, self._scope, piece, references, self._means, mask, self.shapes)
                     loss += part[0].to(loss)
                     gradient += part[1]
         total = self._processes.total({"loss": loss, "gradient": gradient})
