@@ -51,7 +51,7 @@ def compare_soft_masks(
 ) -> pd.DataFrame:
     """Faithfulness of a learned order with its soft masks and with hard ones, at several sizes.
 
-    Ablation is that of learning: the scores' own baseline, and for direction "flip" the best nodes are the ones ablated.
+    Ablation is that of learning: the scores' own baseline; with direction "flip" the best nodes are the ablated ones.
 
     Args:
         model: the model that the scores were learned on.
