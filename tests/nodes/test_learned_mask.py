@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import tl_neuron_circuits as tnc
+from tests.bases.tiny_dictionaries import RANDOM, tiny_dictionaries
 from tests.families import all_models
 from tests.model_state import unchanged
 from tests.nodes.plain import POSTS, random_pairs
@@ -204,3 +205,18 @@ def test_hard_masks_are_what_evaluate_measures_and_soft_ones_tend_to_them(direct
     assert nearly["difference"].abs().max() < 1e-3 and nearly["outside"].max() < 1e-3
     with pytest.raises(SettingsError, match="of a learned mask"):
         tnc.evaluation.compare_soft_masks(model, pairs, attribute(model, pairs))
+
+
+@RANDOM
+@pytest.mark.parametrize("kind", ["sae", "skip_transcoder"])
+def test_features_errors_and_skips_are_nodes_of_the_mask(kind: Any) -> None:
+    model, pairs = model_of(CASE), random_pairs(4, 4, 4)
+    basis = tiny_dictionaries(kind, model)
+    scores = attribute(model, pairs, method=LearnedMask(4, start="relp"), basis=basis)
+    assert len(scores.errors) == 2 and all(
+        errors.shape == (4,) and errors.std() > 0 for errors in scores.errors.values()
+    )
+    assert (len(scores.skips) > 0) == (kind == "skip_transcoder")
+    table = tnc.evaluation.compare_soft_masks(model, pairs, scores, sizes=[5, 40])
+    curve = tnc.evaluate(model, pairs, scores, sizes=[5, 40], ablation="corrupt")
+    assert table["hard"].to_numpy() == pytest.approx(curve.faithfulness, abs=1e-4)

@@ -57,6 +57,7 @@ from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 
 _MARGIN = 4.0  # standard errors above its mean up to which a node may still enter a ranking
+_TESTED = 100_000  # ranks at which false discoveries are counted
 _FIELDS = {"node": "values", "error": "errors", "skip": "skips"}
 Null = Literal["signs", "pairs"]
 
@@ -114,10 +115,12 @@ class Stability:
         nan elsewhere. With "signs" this is the consistent-sign FDR: which scores have the same sign over words.
 
         Raises:
-            SettingsError: there are no null draws, or no null pairs.
+            SettingsError: there are no null draws, or no null pairs; or more nodes pass than ranks were tested.
         """
         rates = self.rates(null)
         passed = (rates <= rate).nonzero()
+        if len(passed) and int(passed.max()) + 1 == len(rates) < int((self.t != 0).sum()):
+            raise SettingsError(f"more than the {len(rates):,} nodes that were tested pass rate={rate}. Ask for less.")
         order = self.t.abs().argsort(descending=True, stable=True)[: int(passed.max()) + 1 if len(passed) else 0]
         if null == "pairs" and self.other is not None:
             order = order[self.scores.flat()[order].abs() > self.other[order].abs()]
@@ -295,7 +298,7 @@ def stability(
         deviation = standard_error(cells.by_cluster, cells.counts)
         best = _draw(cells, flat, deviation, ranked[-1], rank, draws, seed)
         t, live = statistic(flat, deviation)
-        observed = t.abs()[live].sort(descending=True).values[:10_000]
+        observed = t.abs()[live].sort(descending=True).values[:_TESTED]
         flips = flipped_counts(cells.by_cluster[:, live], cells.counts, observed, null_draws, seed + 1)
         other = counted = None
         if null_pairs is not None:

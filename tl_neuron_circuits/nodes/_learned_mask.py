@@ -106,7 +106,8 @@ class MaskGradient(Method):
             t = draw_budget((step + 0.5) / self.steps, n, self.schedule) / n
             _, gradient = mask_gradient(self, scope, batch, references, means, torch.full_like(total, t), shapes)
             total -= t * (1 - t) / self.temperature / self.steps * gradient
-        return values, split_blocks(total, shapes)
+        blocks = split_blocks(total, shapes)
+        return values, {key: block.to(values[key[0]].device) for key, block in blocks.items()}
 
     def finish(self, sums: Blocks, n_pairs: int) -> Blocks:
         """The mean over pairs, from which the mean over nodes is taken: tau moves with all of them."""
@@ -216,7 +217,8 @@ class LearnedMask(Method):
             "counterfactuals": pairs.how,
             "forward_equivalents_per_pair": self._cost(len(tokens), scope, again=pairs.how == "run again"),
         }
-        return split_blocks(state.scores, pairs.shapes), notes
+        blocks = split_blocks(state.scores, pairs.shapes)
+        return {key: block.to(pairs.devices[key[0]]) for key, block in blocks.items()}, notes
 
     def _step(self, state: "_State", pairs: "_Pairs", chosen: list[int], budget: float, temperature: float) -> None:
         """One step of Adam on the mean loss of the chosen pairs at this budget."""
@@ -433,7 +435,9 @@ class _Pairs:
             for row, index in enumerate(group.index.tolist())
         }
         first = select(self._groups[0], [0])
-        self.shapes = node_shapes(scope, scope.values(first))
+        values = scope.values(first)
+        self.shapes = node_shapes(scope, values)
+        self.devices = {site.hook: values[site.hook].device for site in scope.sites}
         self._cached = processes.from_first(lambda: self._fits(first, len(tokens)))
         self._stored: dict[str, Tensor] = {}
         self._rows: dict[int, int] = {}
