@@ -213,9 +213,7 @@ def test_features_errors_and_skips_are_nodes_of_the_mask(kind: Any) -> None:
     model, pairs = model_of(CASE), random_pairs(4, 4, 4)
     basis = tiny_dictionaries(kind, model)
     scores = attribute(model, pairs, method=LearnedMask(4, start="relp"), basis=basis)
-    assert len(scores.errors) == 2 and all(
-        errors.shape == (4,) and errors.std() > 0 for errors in scores.errors.values()
-    )
+    assert len(scores.errors) == 2 and all(error.shape == (4,) and error.std() > 0 for error in scores.errors.values())
     assert (len(scores.skips) > 0) == (kind == "skip_transcoder")
     table = tnc.evaluation.compare_soft_masks(model, pairs, scores, sizes=[5, 40])
     curve = tnc.evaluate(model, pairs, scores, sizes=[5, 40], ablation="corrupt")
