@@ -278,14 +278,16 @@ def find_threshold(scores: Float[Tensor, " node"], budget: float, temperature: f
     for _ in range(100):
         mask = ((scores - tau) / temperature).sigmoid_()
         total = float(mask.sum(dtype=torch.float64))
-        if abs(total - budget) <= 1e-7 * budget or high - low <= 1e-9 * max(abs(low), abs(high), temperature):
+        if abs(total - budget) <= 1e-7 * budget:
             break
         low, high = (tau, high) if total > budget else (low, tau)
         slope = (total - float(mask.square_().sum(dtype=torch.float64))) / temperature  # of -sum, by tau
         new = math.nan
         if slope > 0 and 0 < total < n:
             new = tau + (math.log(total / (n - total)) - logit) * total * (n - total) / (n * slope)
-        tau = new if low < new < high else (low + high) / 2
+        before, tau = tau, new if low < new < high else (low + high) / 2
+        if abs(tau - before) <= 1e-7 * max(abs(tau), temperature):  # as fine as float32 scores can tell
+            break
     return tau
 
 
