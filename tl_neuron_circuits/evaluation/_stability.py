@@ -7,8 +7,9 @@ pairs of one cell c (one combination of words), n_c their number, and in every d
     frequency(n, k) = share of draws in which node n is among the k best
     core(k) = nodes with a frequency of at least .9
 
-The product makes a cell of two words as uncertain as both of them (Owen and Eckles 2012). Draws are added up as cells
-come, over candidates only: nodes with |mean| + 4 se no smaller than the |mean| of the last rank asked for.
+The product makes a cell of two words as uncertain as both (Owen and Eckles 2012). Draws are added up as cells
+come, over candidates only: nodes with |mean| + 4 se no smaller than the last rank's |mean| - se, se^2 being the sum over
+kinds of words. A node that is left out would have to move by more than that to enter a draw's ranking.
 
 False discoveries, over live nodes (a score that is not 0 somewhere), with clusters j of the first kind of word:
 
@@ -240,7 +241,7 @@ def stability(
         verbose: show progress.
 
     Returns:
-        A `Stability`. Memory: 4 bytes per node and word of the first kind. With several kinds of words all pairs are
+        A `Stability`. Memory: 4 bytes per node and word. With several kinds of words all pairs are
         scored twice: for means and standard errors, and for the candidates of all draws.
 
     Raises:
@@ -296,7 +297,7 @@ def stability(
         scores = require_finite(_as_scores(cells.shape(settings, nodes_of), flat))
         ranked = sorted({min(size, len(flat)) for size in sizes})
         deviation = standard_error(cells.by_cluster, cells.counts)
-        best = _draw(cells, flat, deviation, ranked[-1], rank, draws, seed)
+        best = _draw(cells, flat, ranked[-1], rank, draws, seed)
         t, live = statistic(flat, deviation)
         observed = t.abs()[live].sort(descending=True).values[:_TESTED]
         flips = flipped_counts(cells.by_cluster[:, live], cells.counts, observed, null_draws, seed + 1)
@@ -344,24 +345,24 @@ class Cells:
             self._means = mean_parts(scope.model, scope.sites, tokens.batches(batch_size))
         self._keys: list[tuple[str, str]] = []
         self._shapes: list[torch.Size] = []
-        first = list(dict.fromkeys(name[0] for name in self.names))
-        sums: list[Tensor | None] = [None] * len(first)
-        self.counts = torch.zeros(len(first), dtype=torch.float64)
-        """Pairs of each word of the first kind."""
-        for cell, x in self:
-            place = first.index(self.names[cell][0])
-            before = sums[place]
-            sums[place] = x if before is None else before.add_(x)
-        for cell in self._member:
-            self.counts[first.index(self.names[cell][0])] += 1
-        self.by_cluster = torch.stack([one for one in sums if one is not None])
-        """Scores summed over the pairs of each word of the first kind."""
-        self.total = self.by_cluster.sum(0)
-
-    @property
-    def numbers(self) -> Tensor:
+        self.numbers = torch.bincount(torch.tensor(self._member), minlength=len(self.names)).double()
         """Pairs of each cell."""
-        return torch.bincount(torch.tensor(self._member), minlength=len(self.names))
+        places = [[kind.index(word) for word in kind] for kind in zip(*self.names, strict=True)]
+        sums: list[dict[int, Tensor]] = [{} for _ in places]
+        for cell, x in self:
+            for kind, place in zip(sums, places, strict=True):
+                kind[place[cell]] = kind[place[cell]] + x if place[cell] in kind else x
+        clusters = [torch.stack(list(kind.values())) for kind in sums]
+        counts = [
+            torch.stack([self.numbers[torch.tensor(place) == word].sum() for word in kind])
+            for kind, place in zip(sums, places, strict=True)
+        ]
+        self.by_cluster, self.counts = clusters[0], counts[0]
+        """Scores summed over the pairs of each word of the first kind, and how many pairs that is."""
+        self.total = self.by_cluster.sum(0)
+        squares = [standard_error(*kind).square() for kind in zip(clusters, counts, strict=True) if len(kind[0]) > 1]
+        self.spread = torch.stack(squares).sum(0).sqrt()
+        """Standard error of every node's mean over all kinds of words."""
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Every cell with its sums of all nodes."""
@@ -403,13 +404,11 @@ def draw_weights(names: Sequence[tuple[str, ...]], draws: int, seed: int) -> Flo
     return weights
 
 
-def _draw(
-    cells: Cells, mean: Tensor, deviation: Tensor, size: int, ranking: str, draws: int, seed: int
-) -> Int[Tensor, "draw rank"]:
+def _draw(cells: Cells, mean: Tensor, size: int, ranking: str, draws: int, seed: int) -> Int[Tensor, "draw rank"]:
     """The best nodes of every draw, as indices of nodes; draws without any pair are left out."""
     key = mean.abs() if ranking == "abs" else mean
-    last = key.topk(size).values[-1]
-    candidates = (key + _MARGIN * deviation >= last).nonzero()[:, 0]
+    last = (key - cells.spread).topk(size).values[-1]
+    candidates = (key + _MARGIN * cells.spread >= last).nonzero()[:, 0]
     weights = draw_weights(cells.names, draws, seed)
     sums = torch.zeros(draws, len(candidates))
     one_kind = cells.kinds == 1  # then cells are clusters, and their sums are there
