@@ -8,8 +8,8 @@ pairs of one cell c (one combination of words), n_c their number, and in every d
     core(k) = nodes with a frequency of at least .9
 
 The product makes a cell of two words as uncertain as both (Owen and Eckles 2012). Draws are added up as cells come,
-over candidates only: nodes with |mean| + 4 se no smaller than the last rank's |mean| - se, se^2 being the sum over kinds
-of words. A node that is left out would have to move by more than that to enter a draw's ranking.
+over candidates only: nodes with |mean| + 4 se no smaller than the last rank's |mean| - se, se^2 being the sum over
+kinds of words. A node that is left out would have to move by more than that to enter a draw's ranking.
 
 False discoveries, over live nodes (a score that is not 0 somewhere), with clusters j of the first kind of word:
 
