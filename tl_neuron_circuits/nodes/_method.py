@@ -1,6 +1,7 @@
 """What the methods of `attribute` have in common."""
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from ._scope import Blocks, Means, Scope
 @dataclasses.dataclass(frozen=True)
 class Method(Options):
     """One way to score nodes."""
+
+    ranking: ClassVar[Literal["abs", "signed"]] = "abs"
+    """How its scores rank nodes: by |score|, or by score where a low one means "last", as a learned order has it."""
 
     def score(
         self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
