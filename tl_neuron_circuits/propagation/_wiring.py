@@ -207,7 +207,8 @@ class Wiring:
         parts = norm.path.split(".")
         layer = int(parts[1]) if parts[0] == "blocks" else (self._sites.n_layers if norm.path == "ln_final" else -1)
         if norm.input is None or norm.output is None or not is_opaque(self._model, norm.path):
-            enter = partial(self._enter_scale, norm, False)
+            assert norm.scale is not None
+            enter = partial(self._enter_scale, norm.scale, None)
             self._handles.append(self._points[norm.scale].register_forward_pre_hook(enter))
             self.checks.expect(norm.scale, layer)
             return
@@ -215,18 +216,19 @@ class Wiring:
         if read is None:
             return
         assert self._rules.ln is not None
-        enter = partial(self._enter_scale, norm, True)
-        self._handles.append(self._points[norm.scale].register_forward_pre_hook(enter))
+        if norm.scale is not None:
+            enter = partial(self._enter_scale, norm.scale, norm)
+            self._handles.append(self._points[norm.scale].register_forward_pre_hook(enter))
         piece = NormPiece(self._rules.ln, read)
         self._install_piece(piece, (norm.input,), norm.output, layer, unless=partial(self._is_stepwise, norm))
 
     def _enter_scale(
-        self, norm: NormSites, opaque: bool, module: Any, arguments: tuple[Tensor, ...]
+        self, scale: str, opaque: NormSites | None, module: Any, arguments: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
         """Where the scale is in the graph, cutting it off is the whole of the rule."""
-        if opaque and not self._is_stepwise(norm):
+        if opaque is not None and not self._is_stepwise(opaque):
             return None  # the scale is outside the graph, and the Bridge would take a new tensor for an edit
-        self.checks.fired(norm.scale)
+        self.checks.fired(scale)
         return (arguments[0].detach(), *arguments[1:])
 
     def _is_stepwise(self, norm: NormSites) -> bool:
@@ -254,10 +256,10 @@ class Wiring:
             (attention.query, rule.query),
             (attention.key, rule.key),
             (attention.value, rule.value),
+            (attention.gate, rule.query),
         ):
-            if factor == 1.0:
+            if factor == 1.0 or name is None:  # `require` saw to it that values are there where they are scaled
                 continue
-            assert name is not None  # `require` saw to it
             enter = partial(self._enter_attention, name, factor)
             self._handles.append(self._points[name].register_forward_pre_hook(enter))
             self.checks.expect(name, attention.layer)
