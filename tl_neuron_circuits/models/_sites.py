@@ -90,6 +90,11 @@ class ModelSites:
     last: str
     problems: tuple[Problem, ...]
 
+    @staticmethod
+    def nothing() -> "ModelSites":
+        """Of a model whose hook points cannot be listed."""
+        return ModelSites(0, (), (), (), (), (), "", ())
+
 
 def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None) -> ModelSites:
     """Find the sites of `model`; what is missing or unsupported is listed in `problems`, each with its remedy.
@@ -102,6 +107,8 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
     embeddings = tuple(name for name in ("hook_embed", "hook_pos_embed") if name in points)
     if "hook_embed" not in points:
         problems.append(Problem("hook_embed is missing: TransformerLens embeds no tokens for this model.", _EVERY))
+    if (others := _other_stacks(points)) is not None:
+        problems.append(Problem(others, _EVERY))
     mlps, attentions = [], []
     for layer in range(n_layers):
         mlp, problem = _mlp_sites(model, points, layer)
@@ -191,6 +198,16 @@ def _bare_norms(model: TransformerLensModel, points: dict[str, Any]) -> list[Nor
 def _precedes_embedding(norm: NormSites, points: dict[str, Any]) -> bool:
     """Whether the norm's output is what counts as the embedding (BERT): what comes before it is not asked for."""
     return norm.output is not None and points[norm.output] is points.get("hook_embed")
+
+
+def _other_stacks(points: dict[str, Any]) -> str | None:
+    """Why the layers are not one stack from the embeddings to the logits."""
+    if any(name.startswith("encoder_blocks.") for name in points):
+        return "it is an encoder-decoder; the rules are wired to one stack of blocks. Use method='patching'."
+    if not any(name.startswith("blocks.0.") for name in points):
+        stacks = sorted({name.split(".")[0] for name in points if ".0." in name})
+        return f"expected one stack of layers called blocks; this model has {stacks or 'none'}. Use method='patching'."
+    return None
 
 
 def _norm_sites(scale: str, points: dict[str, Any]) -> NormSites:

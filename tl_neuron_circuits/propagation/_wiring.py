@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .._errors import PropagationError, UnsupportedModelError
 from ..models._protocol import TransformerLensModel
+from ..models._run_state import require_steady
 from ..models._sites import AttentionSites, MLPSites, ModelSites, NormSites, bias_after_product
 from ._activations import find_activation
 from ._checks import Checks
@@ -139,6 +140,7 @@ class Wiring:
                 "expected gradients to be enabled inside relp; the model was run under torch.no_grad() or "
                 "inference_mode(). Run it outside relp, where the values are the same."
             )
+        require_steady(self._model, gradients=False)
         value = arguments[0]
         if value.requires_grad:
             return arguments
