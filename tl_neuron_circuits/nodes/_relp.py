@@ -21,7 +21,7 @@ from ._scope import Blocks, Means, Scope, gradients_at
 
 @dataclass(frozen=True)
 class RelP(Method):
-    """Gradients under relevance propagation; `rules` and `stabilizer` as in `relp`.
+    """Gradients under relevance propagation; `rules` and `stabilizer` as in `relp`, `check_model` as its `check`.
 
     Example:
         >>> import tl_neuron_circuits as tnc

@@ -16,7 +16,14 @@ def bias_parameters(model: TransformerLensModel) -> dict[str, Tensor]:
     biases = {name: p for name, p in torch.nn.Module.named_parameters(module) if _is_bias(name)}
     # Compatibility mode on TransformerLens 4.3 keeps the unembedding's folded bias as a buffer.
     buffers = {name: b for name, b in torch.nn.Module.named_buffers(module) if _is_bias(name) and b.is_floating_point()}
-    return biases | buffers
+    # ... and on 3.9 computes with copies of the MLP's that are plain attributes.
+    copies = {
+        f"{path}.{name}": value
+        for path, part in torch.nn.Module.named_modules(module)
+        for name, value in vars(part).items()
+        if name.startswith("_processed_b") and isinstance(value, Tensor)
+    }
+    return biases | buffers | copies
 
 
 @contextmanager

@@ -4,7 +4,7 @@
     at an inner cut     sum(x * g_x) + sum(b * g_b over the biases after it)    = the same
     at every MLP        sum(gate * g_gate) + sum(up * g_up)                     = sum(neuron * g_neuron)
 
-m is the largest logit at the last position, z the logits before any soft cap (through which m is not conserved). A gap
+m is the largest logit z_v at the last position before any soft cap (through which nothing is conserved). A gap
 is |left - right| over the sum of the |terms|: one term per token, per bias, and for the logits. (A ratio would explode
 where they cancel.) The sum at every MLP also shows that both of its rules took effect there, and the embeddings alone
 would not: an embedding that conserves says nothing of neurons that are none.
@@ -116,6 +116,8 @@ def measure_conservation(model: TransformerLensModel, sites: ModelSites, tokens:
     raw_logits: list[Tensor] = []
     ends = ("ln_final.hook_out", f"blocks.{sites.n_layers - 1}.hook_resid_post")
     end = next((name for name in ends if name in points), None)
+    if end != ends[0] and "ln_final.hook_scale" in points:
+        end = None  # HookedTransformer's final norm shows no output
 
     def keep(value: Tensor, hook: Any, name: str) -> Tensor:
         store[name] = value
@@ -149,7 +151,7 @@ def measure_conservation(model: TransformerLensModel, sites: ModelSites, tokens:
                     logits = model(tokens)
                 if not raw_logits or not isinstance(logits, Tensor):
                     raise PropagationError("expected the unembedding to give logits as a module; it was not run.")
-                gradients = _gradients(logits[0, -1].max(), raw_logits[-1], store, cut, biases)
+                gradients = _gradients(raw_logits[-1][0, -1].max(), raw_logits[-1], store, cut, biases)
         finally:
             handle.remove()
         shared = _unseen_positions(model, tokens, first) if constant else None
@@ -299,6 +301,8 @@ def _users_hooks_aside(model: TransformerLensModel, points: dict[str, Any]) -> I
     """The model with its libraries' own hooks only; everybody's are back in their places afterwards."""
     aside: list[tuple[Any, str, Any]] = []
     at_points = set(points.values())
+    # HookedTransformer caches the biases of ALiBi at the longest length yet, which rounds shorter prompts differently.
+    caches = [(m, m.alibi) for m in nn.Module.modules(model) if hasattr(m, "alibi")]  # pyright: ignore[reportArgumentType]
     try:
         for module in at_points | set(nn.Module.modules(model)):  # pyright: ignore[reportArgumentType]
             for name in _HOOKS:
@@ -314,6 +318,8 @@ def _users_hooks_aside(model: TransformerLensModel, points: dict[str, Any]) -> I
     finally:
         for module, name, hooks in aside:
             vars(module)[name] = hooks
+        for module, alibi in caches:
+            module.alibi = alibi
 
 
 def _is_a_librarys(hook: Any) -> bool:
