@@ -1,7 +1,7 @@
 """Every architecture that TransformerLens' Bridge lists, built small and offline: `python -m tests.architectures`.
 
-Writes docs/architectures.md. A row is "exact" where relevance is conserved, RelP's gradient is that of Hugging Face's own
-model with factors detached by hand, and `attribute` agrees with exact patching to first order; "refused" where `relp`
+Writes docs/architectures.md. A row is "exact" where relevance is conserved, RelP's gradient is that of Hugging Face's
+own model with factors detached by hand, and `attribute` agrees with exact patching to first order; "refused" where `relp`
 raises, with the reason; "not built" where there is nothing to measure offline. Anything else is "runs and is wrong",
 and the script ends with an error.
 """
@@ -47,6 +47,7 @@ _SMALL: dict[str, Any] = {
     "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "mamba_d_ssm": 32,
     "out_hidden_size": 32, "projection_dim": 32, "image_size": 28, "patch_size": 14, "num_kv_shared_layers": 0,
 }  # fmt: skip
+_LATENT = ("Youtu", "DeepseekV2", "DeepseekV3", "Glm4MoeLite", "GlmMoeDsa")
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
@@ -70,6 +71,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "Qwen3_5ForCausalLM": _HYBRID,
     "Qwen3_5MoeForCausalLM": _HYBRID,
     "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"], "lru_width": 32},
+    **{f"{name}ForCausalLM": {"num_key_value_heads": 4} for name in _LATENT},
     "Zamba2ForCausalLM": {"layer_types": ["mamba", "hybrid"]},
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -147,7 +149,7 @@ def hugging_face(name: str, dtype: torch.dtype) -> Any:
 def _fields(config_class: Any, changes: dict[str, Any]) -> dict[str, Any]:
     try:
         base = config_class()
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever their validators raise
         base = None
     own = set(getattr(config_class, "__dataclass_fields__", ())) | set(vars(base) if base is not None else ())
     fields = {key: value for key, value in _SMALL.items() if key in own}
@@ -181,19 +183,15 @@ def measure(name: str) -> Row:
         try:
             with torch.no_grad():
                 model(tokens)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever the model raises
             model, twin = bridge(name, torch.float32)
             try:
                 with torch.no_grad():
                     model(tokens)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 return Row(name, "refused", f"its forward pass fails in TransformerLens: {_line(error)}")
-        with torch.no_grad():
-            twin(input_ids=tokens)
     except _NotBuilt as error:
         return Row(name, "not built", str(error))
-    except Exception as error:
-        return Row(name, "not built", f"Hugging Face's own forward pass fails on token ids: {_line(error)}")
     report = check_model(model)
     try:
         with relp(model):
@@ -202,8 +200,15 @@ def measure(name: str) -> Row:
         assert not report.ok, name
         return Row(name, "refused", report.problems[0], report.conservation)
     assert report.ok, (name, report.problems)
+    try:
+        with torch.no_grad():
+            twin(input_ids=tokens)
+    except Exception as error:  # noqa: BLE001 - as above
+        return Row(name, "not built", f"Hugging Face's own forward pass fails on token ids: {_line(error)}")
     gradient, patching = _against_hugging_face(model, twin, tokens), _against_patching(model, tokens)
-    off = [text for text, value, most in (("gradient", gradient, 1e-4), ("patching", patching, 2e-2)) if not value < most]
+    off = [
+        text for text, value, most in (("gradient", gradient, 1e-4), ("patching", patching, 2e-2)) if not value < most
+    ]
     verdict = f"runs and is wrong ({', '.join(off)})" if off else "exact"
     return Row(name, verdict, "", report.conservation, gradient, patching)
 
@@ -221,7 +226,7 @@ class _Detached(TorchFunctionMode):
             safe = torch.where(x == 0, torch.ones_like(x), x)
             return x * (value / safe).detach()
         if name == "layer_norm":
-            x, shape, weight, bias, eps = (*args, *(None,) * (5 - len(args)))
+            x, _, weight, bias, eps = (*args, *(None,) * (5 - len(args)))
             weight, bias, eps = kwargs.get("weight", weight), kwargs.get("bias", bias), kwargs.get("eps", eps)
             centered = x - x.mean(-1, keepdim=True)
             out = centered * (centered.pow(2).mean(-1, keepdim=True) + eps).rsqrt().detach()
@@ -319,7 +324,9 @@ def _scale(embedded: Tensor, own: Tensor) -> float:
 
 def _against_patching(model: Any, tokens: Tensor) -> float:
     """Plain gradients times a change of one neuron against running the model with it."""
-    pairs = TokenizedPairs.from_tokens([tokens[0]], torch.tensor([3]), corrupt=[tokens[0].flip(-1)], wrong_answer=torch.tensor([9]))
+    pairs = TokenizedPairs.from_tokens(
+        [tokens[0]], torch.tensor([3]), corrupt=[tokens[0].flip(-1)], wrong_answer=torch.tensor([9])
+    )
     scores = attribute(model, pairs, method="relp", batch_size=1)
     assert len(scores.values) == model.cfg.n_layers
     name, small, last = "blocks.0.mlp.hook_post", 1e-4, tokens.shape[1] - 1
@@ -356,15 +363,15 @@ def page(rows: list[Row]) -> str:
     version = getattr(transformer_lens, "__version__", "4.3")
     lines = [
         "# Architectures", "",
-        f"Every class that the Bridge of TransformerLens {version} lists, built small with random weights by `python -m "
-        f"tests.architectures` (transformers {transformers.__version__}): {counts['exact']} exact, {counts['refused']} "
+        f"Every class that the Bridge of TransformerLens {version} lists, built small with random weights by `python "
+        f"-m tests.architectures` (transformers {transformers.__version__}): {counts['exact']} exact, {counts['refused']} "
         f"refused, {counts['not built']} not built.", "",
-        "- **exact**: relevance is conserved (column 3: embeddings and biases over the logits, 1 is exact), the gradient at "
-        "the embeddings is that of Hugging Face's own model with the same factors detached by hand (column 4: largest "
+        "- **exact**: relevance is conserved (column 3: embeddings and biases over the logits, 1 is exact), the "
+        "gradient at the embeddings is that of Hugging Face's own model with the same factors detached by hand (column 4: largest "
         "difference, of the largest), and a plain gradient at a neuron predicts what patching it by a little does "
         "(column 5: relative error).",
-        "- **refused**: `relp`, `attribute(method=\"relp\")` and `trace` raise `UnsupportedModelError` with this reason. "
-        "`method=\"patching\"` works wherever the forward pass does.",
+        "- **refused**: `relp`, `attribute(method=\"relp\")` and `trace` raise `UnsupportedModelError` with this "
+        "reason. `method=\"patching\"` works wherever the forward pass does.",
         "- **not built**: nothing was measured; on first use `relp` checks your model all the same.", "",
         "What decides is the layer, not the name: some classes stand here twice.", "",
         "| architecture | | conservation | gradient | patching | why |", "|---|---|---|---|---|---|",

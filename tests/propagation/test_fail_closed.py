@@ -1,4 +1,4 @@
-"""RelP is refused where it does not hold: on the architecture, in the state the model is in, and where nothing is seen."""
+"""RelP is refused where it does not hold: on the architecture, and in the state the model is in."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,15 +13,18 @@ from tests.propagation.readings import model_of, settled, tokens_of
 from tests.real_models import HookedTransformer
 from tl_neuron_circuits import TokenizedPairs, attribute, bases, evaluate
 from tl_neuron_circuits._errors import PropagationError, UnsupportedModelError
-from tl_neuron_circuits.propagation import check_model, relp
 from tl_neuron_circuits.propagation import _conservation as conservation
+from tl_neuron_circuits.propagation import check_model, relp
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 on_gpt2 = pytest.mark.parametrize("case", all_models("gpt2"))
 needs_bridge = pytest.mark.skipif(build_bridge_from_module is None, reason="builds a TransformerBridge")
 needs_hooked = pytest.mark.skipif(HookedTransformer is None, reason="builds a HookedTransformer")
 PAIRS = TokenizedPairs.from_tokens(
-    torch.tensor([[5, 7, 9, 11]]), torch.tensor([3]), corrupt=torch.tensor([[5, 8, 9, 11]]), wrong_answer=torch.tensor([4])
+    torch.tensor([[5, 7, 9, 11]]),
+    torch.tensor([3]),
+    corrupt=torch.tensor([[5, 8, 9, 11]]),
+    wrong_answer=torch.tensor([4]),
 )
 
 
@@ -35,7 +38,9 @@ class Squared(nn.Module):
 @needs_hooked
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rules", ["relp", "attnlrp", ("ln",)])
-def test_a_model_that_does_not_conserve_relevance_is_refused(dtype: torch.dtype, rules: Any, untouched: Untouched) -> None:
+def test_a_model_that_does_not_conserve_relevance_is_refused(
+    dtype: torch.dtype, rules: Any, untouched: Untouched
+) -> None:
     model = hooked_transformer("gpt2", dtype=dtype)
     model.blocks[1].hook_mlp_out = nn.Sequential(model.blocks[1].hook_mlp_out, Squared())
     with untouched(model), pytest.raises(UnsupportedModelError, match="not conserved.*check=False"), relp(model, rules):
@@ -71,13 +76,15 @@ def test_the_check_is_made_once_and_again_when_weights_or_flags_change(case: Mod
 
 
 @on_gpt2
-def test_users_hooks_are_no_part_of_the_check(case: ModelCase, untouched: Untouched) -> None:
+def test_users_hooks_are_no_part_of_the_check(case: ModelCase) -> None:
     model, calls = settled(case.build()), []
     spoil = [("blocks.0.mlp.hook_post", lambda value, hook: calls.append(1) or value.square())]
-    with model.hooks(fwd_hooks=spoil), untouched(model), relp(model):
-        assert not calls
-        model(tokens_of(case))
-        assert calls
+    with model.hooks(fwd_hooks=spoil):
+        before = list(model.hook_dict["blocks.0.mlp.hook_post"].fwd_hooks)
+        with relp(model):
+            assert not calls
+            model(tokens_of(case))
+        assert len(calls) == 1 and list(model.hook_dict["blocks.0.mlp.hook_post"].fwd_hooks) == before
 
 
 @on_gpt2

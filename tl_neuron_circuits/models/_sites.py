@@ -25,7 +25,7 @@ _ACTIVATION_FIELDS = ("act_fn", "hidden_activation", "hidden_act", "activation_f
 
 @dataclass(frozen=True)
 class NormSites:
-    """One normalization: `input` and `output` fire on `TransformerBridge` only, `scale` wherever it is computed by hand.
+    """One normalization: `input` and `output` fire on `TransformerBridge` only, `scale` wherever it is computed.
 
     Gemma 4's adapter mounts norms as bare modules, which have no scale.
     """

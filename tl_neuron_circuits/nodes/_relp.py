@@ -46,7 +46,9 @@ class RelP(Method):
     ) -> tuple[Values, Blocks]:
         """One gradient under the rules, times the change of every node."""
         run = scope.first_run(batch)
-        values, gradients = gradients_at(scope.model, run, scope.sites, scope.metric, self.rules, self.stabilizer, check=self.check_model)
+        values, gradients = gradients_at(
+            scope.model, run, scope.sites, scope.metric, self.rules, self.stabilizer, check=self.check_model
+        )
         baselines = scope.baseline_parts(batch, means)
         return values, scope.change_times(values, baselines, gradients)
 

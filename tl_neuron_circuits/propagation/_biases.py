@@ -11,7 +11,10 @@ from ..models._protocol import TransformerLensModel
 
 
 def bias_parameters(model: TransformerLensModel) -> dict[str, Tensor]:
-    """Every bias once, by name, those that are buffers too; `TransformerBridge.named_parameters` leaves out what its adapter does not map."""
+    """Every bias once, by name, those that are buffers too.
+
+    `TransformerBridge.named_parameters` leaves out what its adapter does not map.
+    """
     module: Any = model
     biases = {name: p for name, p in torch.nn.Module.named_parameters(module) if _is_bias(name)}
     # Compatibility mode on TransformerLens 4.3 keeps the unembedding's folded bias as a buffer.

@@ -18,6 +18,7 @@ from ..models._sites import ModelSites, find_sites
 from ._conservation import describe_failure, measure_conservation, short_input
 from .rules import RULE_SETS
 
+
 @dataclass(frozen=True)
 class ModelReport:
     """What `check_model` found. `ok` means: every rule applies at every layer, and relevance is conserved.
@@ -78,8 +79,8 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
         tokens: a short input to measure on; by default eight tokens spread over the vocabulary.
 
     Returns:
-        A report; problems come with their remedy. Nothing is raised, whatever the model's forward pass does, but for a lack
-        of memory.
+        A report; problems come with their remedy. Nothing is raised, whatever the model's forward pass does, but for a
+        lack of memory.
 
     Example:
         >>> import tl_neuron_circuits as tnc

@@ -156,7 +156,9 @@ def measure_conservation(model: TransformerLensModel, sites: ModelSites, tokens:
             handle.remove()
         shared = _unseen_positions(model, tokens, first) if constant else None
 
-    dtype = min((value.dtype for value in store.values() if value.is_floating_point()), key=lambda d: torch.finfo(d).bits)
+    dtype = min(
+        (value.dtype for value in store.values() if value.is_floating_point()), key=lambda d: torch.finfo(d).bits
+    )
     allowed = _ALLOWED.get(dtype, 1e-3)
     total = _dots(raw_logits[-1], gradients.end["logits"]).sum()
     if total == 0:
@@ -176,7 +178,9 @@ def measure_conservation(model: TransformerLensModel, sites: ModelSites, tokens:
     if others:  # then a gap that rounding could explain is theirs
         allowed = min(allowed, _ALLOWED[torch.float32])
     gaps = {"the embeddings": _gap(everywhere, total), cut: _gap(later, total)}
-    problem = _lost(others, gaps, allowed, relevance / float(total)) or _ineffective(model, sites, store, gradients, allowed)
+    problem = _lost(others, gaps, allowed, relevance / float(total)) or _ineffective(
+        model, sites, store, gradients, allowed
+    )
     return Conservation(relevance / float(total), float(size[0]), problem)
 
 
@@ -192,7 +196,9 @@ class _Gradients:
         return None if not own else own[0] if len(own) == 1 else own[0] + own[1]
 
 
-def _gradients(metric: Tensor, logits: Tensor, store: dict[str, Tensor], cut: str, biases: dict[str, Tensor]) -> _Gradients:
+def _gradients(
+    metric: Tensor, logits: Tensor, store: dict[str, Tensor], cut: str, biases: dict[str, Tensor]
+) -> _Gradients:
     def stage(outputs: Tensor, inputs: dict[str, Tensor], seed: Tensor | None) -> dict[str, Tensor]:
         live = {name: x for name, x in inputs.items() if x.requires_grad}
         if not outputs.requires_grad or not live:
@@ -260,8 +266,9 @@ def _ineffective(
         off = abs(float(torch.cat(ins).sum()) - float(_dots(neurons, g).sum()))
         if not off <= allowed * size:
             return (
-                f"the rules at blocks.{mlp.layer}.mlp have no effect: what {mlp.pre} gets is off by {off / size:.2g} of "
-                f"what {mlp.post} passes on, allowed {allowed:g}. The model computes its neurons on another path."
+                f"the rules at blocks.{mlp.layer}.mlp have no effect: what {mlp.pre} gets is off by "
+                f"{off / size:.2g} of what {mlp.post} passes on, allowed {allowed:g}. The "
+                "model computes its neurons on another path."
             )
     for attention in sites.attentions:
         for name in (attention.query, attention.key):
@@ -273,6 +280,11 @@ def _ineffective(
 def _uncovered_parts(model: TransformerLensModel) -> list[str]:
     """Parts of the blocks that are neither attention, nor an MLP, nor a norm of the residual stream, by name."""
     parts: dict[str, None] = {}
+    unembed = getattr(submodule(model, "unembed"), "original_component", None)
+    predictions: Any = getattr(getattr(getattr(model, "original_model", None), "cls", None), "predictions", None)
+    heads = (unembed, getattr(predictions, "transform", None), getattr(unembed, "dense", None))
+    if any(any(True for _ in child.parameters()) for head in heads if head is not None for child in head.children()):
+        parts["the prediction head before the unembedding"] = None
     for layer in range(int(model.cfg.n_layers)):
         block = submodule(model, f"blocks.{layer}")
         for name, part in () if block is None else block.named_children():

@@ -23,7 +23,7 @@ def gradients_by_name(output: Tensor, values: Mapping[str, Tensor], *, retain_gr
     if cut:
         raise UnsupportedModelError(
             f"no gradient reaches {cut[0]} ({len(cut)} of {len(found)} hook points): this model goes on with another "
-            "tensor than the one that its hook point shows, or a rule or a hook cuts the graph there. Use another basis, "
-            "or method='patching', which needs no gradient."
+            "tensor than the one that its hook point shows, or a rule or a hook cuts the graph there. Use another "
+            "basis, or method='patching', which needs no gradient."
         )
     return {name: gradient for name, gradient in found.items() if gradient is not None}

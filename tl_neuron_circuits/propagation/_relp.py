@@ -52,7 +52,8 @@ def relp(
     Raises:
         UnsupportedModelError: on entering, listing what the model lacks and the remedy; relevance is not conserved;
             dropout is training.
-        PropagationError: gradients are disabled, autocast is on, layers are recomputed without a graph, or a rule did not stand for what the model computed.
+        PropagationError: gradients are disabled, autocast is on, layers are recomputed without a graph, or a
+            rule did not stand for what the model computed.
         NumericalError: the model computed values that are not finite.
         SettingsError: an unknown rule.
 
