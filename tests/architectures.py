@@ -1,7 +1,8 @@
 """Every architecture that TransformerLens' Bridge lists, built small and offline: `python -m tests.architectures`.
 
 Writes docs/architectures.md. A row is "exact" where relevance is conserved, RelP's gradient is that of Hugging Face's
-own model with factors detached by hand, and `attribute` agrees with exact patching to first order; "refused" where `relp`
+own model with factors detached by hand, and `attribute` agrees with exact patching to first order; "refused"
+where `relp`
 raises, with the reason; "not built" where there is nothing to measure offline. Anything else is "runs and is wrong",
 and the script ends with an error.
 """
@@ -364,10 +365,12 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# Architectures", "",
         f"Every class that the Bridge of TransformerLens {version} lists, built small with random weights by `python "
-        f"-m tests.architectures` (transformers {transformers.__version__}): {counts['exact']} exact, {counts['refused']} "
+        f"-m tests.architectures` (transformers {transformers.__version__}): {counts['exact']} exact, "
+        f"{counts['refused']} "
         f"refused, {counts['not built']} not built.", "",
         "- **exact**: relevance is conserved (column 3: embeddings and biases over the logits, 1 is exact), the "
-        "gradient at the embeddings is that of Hugging Face's own model with the same factors detached by hand (column 4: largest "
+        "gradient at the embeddings is that of Hugging Face's own model with the same factors detached by "
+        "hand (column 4: largest "
         "difference, of the largest), and a plain gradient at a neuron predicts what patching it by a little does "
         "(column 5: relative error).",
         "- **refused**: `relp`, `attribute(method=\"relp\")` and `trace` raise `UnsupportedModelError` with this "

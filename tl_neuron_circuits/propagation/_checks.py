@@ -80,7 +80,8 @@ class Checks:
                 raise PropagationError(
                     f"the rule at {name} does not rebuild what the model computes (off by {off:.1e} of the largest "
                     f"value, allowed {tolerance:.0e}): the module computes something else than its hook points say (a "
-                    "norm or a quantization in between), or than when relp was entered. Enter relp after changing the model."
+                    "norm or a quantization in between), or than when relp was entered. Enter relp after "
+                    "changing the model."
                 )
 
     def _verify_fired(self, fired: set[str]) -> None:
