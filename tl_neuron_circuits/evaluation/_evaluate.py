@@ -119,7 +119,7 @@ def evaluate(
         full, empty, kept, removed = _metrics(run, ranked, sizes, completeness)
         settings |= {"batch_size": run.batch_size}
     _check_range(full, empty, ablation)
-    predicted = torch.tensor([ranked.sum_of_best(size) for size in sizes])
+    predicted = torch.tensor([ranked.sum_of_best(size) for size in sizes], dtype=torch.float32)
     groups = None if tokens.labels is None else tuple(tokens.labels)
     return SparsityCurve(
         tuple(sizes), stack(kept), stack(removed), full, empty, predicted, len(ranked), settings, groups

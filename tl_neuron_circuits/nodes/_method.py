@@ -65,4 +65,4 @@ class Method(Options):
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """N(0, 1) in float32, drawn on the CPU so that every device gets the same."""
-    return torch.randn(like.shape, generator=generator).to(like.device)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)
