@@ -339,7 +339,9 @@ def test_the_panel_says_which_heads_bring_an_edge(dallas: Circuit, open_page: Op
     page = open_page(split)
     node(page, best["target"]).click()
     lines = page.locator("#panel .heads").all_inner_texts()
-    assert any(f"L{best['layer']}H{best['head']} from" in line and f"@{best['from_position']}" in line for line in lines)
+    assert any(
+        f"L{best['layer']}H{best['head']} from" in line and f"@{best['from_position']}" in line for line in lines
+    )
     page = open_page(dallas)
     node(page, best["target"]).click()
     assert page.locator("#panel .heads").count() == 0

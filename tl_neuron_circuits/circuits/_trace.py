@@ -4,6 +4,7 @@ What is explained is read by `_targets.py`, the nodes' homes by `_slots.py`; `_c
 and `_direct_effects.py` computes scores and edges. Here they meet, and numbers become the two tables of a circuit.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ from ._slots import Slot, find_slots
 from ._table import KIND_OF_LETTER, complete, edge_table, node_table, relative_weights, unselected_row
 from ._targets import TargetLike, find_targets, target_label, token_text
 
+logger = logging.getLogger(__name__)
+
 _NEURONS, _BY_SHARE = Neurons(), ByShare()
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | PromptPairs | TokenizedPairs
 
@@ -48,6 +51,7 @@ def trace(
     nodes: Choice = _BY_SHARE,
     top_k: int = 5,
     baseline: Literal["auto", "corrupt", "zero"] = "auto",
+    center: bool = True,
     keep_bos: bool = False,
     exclude: Sequence[tuple[int, int]] = (),
     prepend_bos: bool | None = None,
@@ -59,7 +63,8 @@ def trace(
     A neuron's score is `(a - a_baseline) * dG/da` under all rules of relevance propagation, G the sum of the target's
     logits: positive supports it. Edges are direct effects, with attention and norms frozen and nodes in between
     stopped; what comes into a node sums to its activation. Nodes that were not chosen stay visible as one remainder
-    per position.
+    per position. On the same pairs `attribute` gives the same scores, except that its metrics read logits after a soft
+    cap and do not center an answer without a wrong answer.
 
     With dictionaries the same holds for the local replacement model. Its forward pass is the model's own, bit for bit.
     Its gradient replaces the MLP by the dictionary's features, each frozen as firing or not, its skip, and an error
@@ -72,7 +77,7 @@ def trace(
         target: a token (text as it follows the prompt, or its number), a list of tokens, a tuple of two tokens (the
             difference of their logits), a direction over the logits or over what the unembedding reads, or a metric.
             By default the `top_k` likeliest next tokens; for pairs the answer against the wrong answer. Logits are
-            taken before any soft cap and minus their mean over the vocabulary.
+            taken before any soft cap.
         basis: `Neurons()`, `Dictionaries(...)` (transcoders, or SAEs at any hook point), or several of them that have
             nodes in different layers. Layers without nodes are paths, under the rules of relevance propagation.
         nodes: which nodes to choose by |score|: a number of nodes, `ByShare(0.005)` (of the target) or `ByMass(0.8)`
@@ -80,6 +85,8 @@ def trace(
         top_k: how many tokens the default target has.
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.
+        center: take a token's logit minus the mean over the vocabulary. False takes it raw, as the seed paper's code
+            does: nodes that raise all logits alike, which no probability depends on, then have scores too.
         keep_bos: let nodes at the BOS position be chosen.
         exclude: (layer, unit) of nodes that are never chosen, such as those that are active on everything.
         prepend_bos: None means the model's default.
@@ -114,7 +121,7 @@ def trace(
     single = not isinstance(prompt_or_pairs, PromptPairs | TokenizedPairs)
     pairs = _as_pairs(model, prompt_or_pairs, prepend_bos, top_k, answered=callable(target))
     paired = _is_paired(pairs, baseline)
-    targets = find_targets(model, pairs, target, text, top_k if single else None)
+    targets = find_targets(model, pairs, target, text, top_k if single else None, center=center)
     slots = find_slots(model, basis)
     skipped = [] if keep_bos else _bos_positions(model, pairs)
 
@@ -155,10 +162,54 @@ def trace(
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
         "target": labels, "target_value": effects.totals.target, "position": position,
         "baseline": "corrupt" if paired else "zero", "nodes": nodes if isinstance(nodes, int) else nodes.label,
+        "center": center, **_prediction(model, effects, single=single), "layer_scores": _layer_scores(effects, slots),
         "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude], "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
     }  # fmt: skip
-    return Circuit(table, edge_table(edges), settings, basis=basis)
+    circuit = Circuit(table, edge_table(edges), settings, basis=basis)
+    for note in circuit.notes:
+        logger.warning(note)
+    return circuit
+
+
+def _prediction(model: Any, effects: DirectEffects, *, single: bool) -> dict[str, Any]:
+    """What the model itself says next: its likeliest tokens, and of each target token rank and likelier twin.
+
+    Over several prompts probabilities are means, and ranks are not given: prompts have answers of their own.
+    """
+    probabilities = effects.totals.probabilities
+    best = probabilities.topk(min(5, len(probabilities)))
+    predicted = [
+        [token_text(model, token), round(float(p), 6)]
+        for p, token in zip(best.values, best.indices.tolist(), strict=True)
+    ]
+    ranks, twins = {}, {}
+    for target in effects.targets if single else ():
+        if len(target.tokens) == 1:
+            (token,) = target.tokens
+            ranks[target.name] = 1 + int((probabilities > probabilities[token]).sum())
+            twin = _spaced_twin(model, token)
+            if twin is not None and probabilities[twin] > probabilities[token]:
+                twins[target.name] = [token_text(model, twin), round(float(probabilities[twin]), 6)]
+    return {"predicted": predicted, "target_ranks": ranks, "twins": twins}
+
+
+def _spaced_twin(model: Any, token: int) -> int | None:
+    """The token that differs by a leading space alone; None for tokens that have it, and where there is none."""
+    tokenizer, text = getattr(model, "tokenizer", None), token_text(model, token)
+    if tokenizer is None or not text.strip() or text.startswith(" "):
+        return None
+    for mark in ("Ġ", "▁"):
+        twin = tokenizer.convert_tokens_to_ids(mark + text)
+        if isinstance(twin, int) and twin != tokenizer.unk_token_id and twin != token:
+            return twin
+    return None
+
+
+def _layer_scores(effects: DirectEffects, slots: Sequence[Slot]) -> list[list[float]]:
+    """Of each layer: its number, the sum of all its nodes' scores, and of their sizes; chosen or not."""
+    scores = effects.totals.score
+    return [[s.layer, float(own.sum()), float(own.abs().sum())] for s, own in zip(slots, scores, strict=True)]
 
 
 def _source_rows(
