@@ -60,7 +60,7 @@ class Circuit:
         >>> model = tnc.load_demo_model()
         >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
         >>> circuit
-        Circuit(30 nodes, 775 edges, target 'Austin' = 18.412 on demo-gelu, 1 prompt(s), 31% explained, predicted with 99.9%, rank 1)
+        Circuit(30 nodes, 775 edges, target 'Austin' = 18.412 on demo-gelu, 1 prompt(s), 31% explained, predicted 99.9%)
         >>> small = circuit.prune(count=10)
         >>> len(small & circuit), len(circuit - small)
         (10, 20)
@@ -578,7 +578,8 @@ class Circuit:
             return ""
         ((name, rank),) = ranks.items()
         rows = self.nodes.loc[self.nodes["node"] == name, "probability"]
-        return f", predicted with {float(rows.iloc[0]):.1%}, rank {rank}" if len(rows) else ""
+        rank_text = f" (rank {rank})" if rank > 1 else ""
+        return f", predicted {float(rows.iloc[0]):.1%}{rank_text}" if len(rows) else ""
 
     def _repr_html_(self) -> str:
         best = self.to_dataframe().query("kind not in ('logit', 'unselected', 'bias')").head(20)

@@ -27,13 +27,14 @@ from ..propagation.rules import ALL_RULES
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import model_name, require_corrupt
 from ..tasks._tokenize import tokenize
-from ..tasks._tokenized import TokenizedPairs
-from ._choose import ByShare, Choice, choose_nodes
+from ..tasks._tokenized import Batch, TokenizedPairs
+from ._choose import ByShare, Choice, choose_nodes, rank_nodes
 from ._circuit import Circuit
-from ._direct_effects import DirectEffects, Totals, direct_effects
+from ._direct_effects import DirectEffects, Totals, direct_effects, mean_totals
+from ._explained import ByExplained, count_explained
 from ._slots import Slot, find_slots
 from ._table import KIND_OF_LETTER, complete, edge_table, node_table, relative_weights, unselected_row
-from ._targets import TargetLike, find_targets, target_label, token_text
+from ._targets import Target, TargetLike, find_targets, target_label, token_text
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,13 @@ def trace(
     target: TargetLike = None,
     *,
     basis: Basis | Sequence[Basis] = _NEURONS,
-    nodes: Choice = _BY_SHARE,
+    nodes: Choice | ByExplained = _BY_SHARE,
     top_k: int = 5,
     baseline: Literal["auto", "corrupt", "zero"] = "auto",
     center: bool = True,
     keep_bos: bool = False,
     exclude: Sequence[tuple[int, int]] = (),
+    reference: Sequence[str] | None = None,
     prepend_bos: bool | None = None,
     max_bytes: int = 2**30,
     verbose: bool = False,
@@ -81,7 +83,8 @@ def trace(
         basis: `Neurons()`, `Dictionaries(...)` (transcoders, or SAEs at any hook point), or several of them that have
             nodes in different layers. Layers without nodes are paths, under the rules of relevance propagation.
         nodes: which nodes to choose by |score|: a number of nodes, `ByShare(0.005)` (of the target) or `ByMass(0.8)`
-            (of the sum of all |scores|).
+            (of the sum of all |scores|); or `ByExplained(0.5)`, as many as give half of the target when they are run
+            alone.
         top_k: how many tokens the default target has.
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.
@@ -89,6 +92,8 @@ def trace(
             does: nodes that raise all logits alike, which no probability depends on, then have scores too.
         keep_bos: let nodes at the BOS position be chosen.
         exclude: (layer, unit) of nodes that are never chosen, such as those that are active on everything.
+        reference: texts over whose tokens means are taken, for `ByExplained` on a single prompt: what nodes are when
+            they are not live.
         prepend_bos: None means the model's default.
         max_bytes: for one chunk of backward passes, on top of the graph of one forward pass.
         verbose: show progress.
@@ -132,8 +137,19 @@ def trace(
         )
 
     batches = list(pairs.batches(1))
+    chosen, explained = choose, {}
+    if isinstance(nodes, ByExplained):
+        targets = _known_targets(model, batches, targets)
+        totals = mean_totals(model, batches, targets, paired=paired, slots=slots)
+        layers = [slot.layer for slot in slots]
+        ranking = rank_nodes(totals.score, layers, skipped_positions=skipped, excluded=list(exclude))
+        texts = None if paired else _reference_tokens(model, reference, prepend_bos)
+        count, sizes = count_explained(
+            model, basis, batches, targets, ranking, nodes, reference=texts, skipped_positions=skipped
+        )
+        chosen, explained = ranking.first(count), {"share": dict(sizes)[count], "sizes": [list(pair) for pair in sizes]}
     effects = direct_effects(
-        model, batches, choose, targets, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
+        model, batches, chosen, targets, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
     )
     if single:  # its answer is the likeliest token, which is known now
         pairs = TokenizedPairs.from_tokens(pairs.clean, effects.totals.probabilities.topk(1).indices)
@@ -162,7 +178,8 @@ def trace(
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
         "target": labels, "target_value": effects.totals.target, "position": position,
         "baseline": "corrupt" if paired else "zero", "nodes": nodes if isinstance(nodes, int) else nodes.label,
-        "center": center, **_prediction(model, effects, single=single), "layer_scores": _layer_scores(effects, slots),
+        "explained": explained, "center": center, **_prediction(model, effects, single=single),
+        "layer_scores": _layer_scores(effects, slots),
         "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude], "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
     }  # fmt: skip
@@ -170,6 +187,25 @@ def trace(
     for note in circuit.notes:
         logger.warning(note)
     return circuit
+
+
+def _known_targets(model: Any, batches: Sequence[Batch], targets: Any) -> Sequence[Target]:
+    """Targets that are found from the model's own next token, found."""
+    if not callable(targets):
+        return targets
+    with torch.no_grad():
+        logits = run_logits(model, batches[0].clean, batches[0].attention_mask)
+    return targets(logits[0, int(batches[0].position[0])])
+
+
+def _reference_tokens(model: Any, reference: Sequence[str] | None, prepend_bos: bool | None) -> list[Tensor]:
+    if not reference:
+        raise SettingsError(
+            "ByExplained on a single prompt needs texts over which nodes have their means: reference=[...], a few "
+            "dozen sentences; or pairs with corrupt prompts. Zero would be a value that the model never sees."
+        )
+    options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+    return [model.to_tokens(text, **options)[0] for text in reference]
 
 
 def _prediction(model: Any, effects: DirectEffects, *, single: bool) -> dict[str, Any]:
