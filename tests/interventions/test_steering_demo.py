@@ -98,5 +98,5 @@ def test_circuits_their_tables_rows_and_supernodes_all_steer_the_same(caplog: py
         tnc.PromptPairs(clean=[prompt], answer=[" Austin"]),
         {"baseline": "zero", "metric": tnc.tasks.answer_logit},
     )
-    measured = [tnc.attribute(model, pairs, method=tnc.Patching(nodes), **zero) for nodes in (neurons, circuit)]
+    measured = [tnc.attribute(model, pairs, method=tnc.Patching(nodes), **zero) for nodes in (neurons, circuit.nodes)]
     assert len(measured[0].top(50)) == 30 and measured[0].top(50).equals(measured[1].top(50))

@@ -164,8 +164,10 @@ class _Circuits:
                     switch.keep(self._kept(some))
                     run = run_prompt(self._model, batch.repeat(len(some)), ())
                     for row in range(len(some)):
-                        own = {name: getattr(run, name)[row : row + 1] for name in ("raw_logits", "final", "logits")}
-                        value = sum(target.value(replace(run, **own), batch) for target in self._targets)
+                        names = ("embedding", "raw_logits", "final", "logits")
+                        own: Any = {name: getattr(run, name)[row : row + 1] for name in names}
+                        alone = replace(run, **own, positional=None, stream=())
+                        value = sum(target.value(alone, batch) for target in self._targets)
                         totals[first + row] += float(value) / len(self._batches)
         return totals.tolist()
 

@@ -30,7 +30,7 @@ from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._choose import ByShare, Choice, choose_nodes, rank_nodes
 from ._circuit import Circuit
-from ._direct_effects import DirectEffects, Totals, direct_effects, mean_totals
+from ._direct_effects import DirectEffects, Targets, Totals, direct_effects, mean_totals
 from ._explained import ByExplained, count_explained
 from ._slots import Slot, find_slots
 from ._table import KIND_OF_LETTER, complete, edge_table, node_table, relative_weights, unselected_row
@@ -130,10 +130,12 @@ def trace(
     slots = find_slots(model, basis)
     skipped = [] if keep_bos else _bos_positions(model, pairs)
 
+    choice = _BY_SHARE if isinstance(nodes, ByExplained) else nodes
+
     def choose(totals: Totals) -> Int[Tensor, "node 3"]:
         layers = [slot.layer for slot in slots]
         return choose_nodes(
-            totals.score, totals.target, layers, nodes, skipped_positions=skipped, excluded=list(exclude)
+            totals.score, totals.target, layers, choice, skipped_positions=skipped, excluded=list(exclude)
         )
 
     batches = list(pairs.batches(1))
@@ -189,7 +191,7 @@ def trace(
     return circuit
 
 
-def _known_targets(model: Any, batches: Sequence[Batch], targets: Any) -> Sequence[Target]:
+def _known_targets(model: Any, batches: Sequence[Batch], targets: Targets) -> Sequence[Target]:
     """Targets that are found from the model's own next token, found."""
     if not callable(targets):
         return targets
@@ -242,7 +244,7 @@ def _spaced_twin(model: Any, token: int) -> int | None:
     return None
 
 
-def _layer_scores(effects: DirectEffects, slots: Sequence[Slot]) -> list[list[float]]:
+def _layer_scores(effects: DirectEffects, slots: Sequence[Slot]) -> list[list[int | float]]:
     """Of each layer: its number, the sum of all its nodes' scores, and of their sizes; chosen or not."""
     scores = effects.totals.score
     return [[s.layer, float(own.sum()), float(own.abs().sum())] for s, own in zip(slots, scores, strict=True)]

@@ -30,7 +30,7 @@ from ._scope import Blocks, Means, Scope
 
 @dataclass(frozen=True, eq=False)
 class Patching(Method):
-    """Patch every node, or only `nodes`: rows of `NodeScores.top` or of a circuit's table of neurons, or a circuit.
+    """Patch every node, or only `nodes`: rows of `NodeScores.top`, or of a circuit's table (its neurons).
 
     Nodes that are not measured score nan.
 
@@ -46,8 +46,8 @@ class Patching(Method):
     nodes: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
-        """Take the neurons of a circuit, or of rows of its table."""
-        nodes = getattr(self.nodes, "nodes", self.nodes)
+        """Take the neurons among rows of a circuit's table."""
+        nodes = self.nodes
         if nodes is not None and "hook" not in nodes.columns and {"kind", "layer", "unit", "position"} <= {*nodes}:
             nodes = nodes[nodes["kind"] == "neuron"]
             nodes = nodes.assign(hook=[Neurons.hook.format(layer=layer) for layer in nodes["layer"]], kind="node")
@@ -78,7 +78,7 @@ class Patching(Method):
         if missing:
             raise SettingsError(
                 f"expected nodes with columns hook, unit, position and kind; {sorted(missing)} missing. Give rows of "
-                "NodeScores.top, or a circuit of neurons."
+                "NodeScores.top, or circuit.nodes."
             )
         hooks = [site.hook for site in scope.sites]
         unknown = set(self.nodes["hook"]) - set(hooks)
