@@ -10,7 +10,7 @@ from tests.architectures import SAMPLE, architectures, measure
 
 if int(version("transformer-lens").split(".")[0]) < 4:
     pytest.skip(
-        "the table is of TransformerLens 4.3; adapters before it fail on some of these", allow_module_level=True
+        "the table is of TransformerLens 4.3; older adapters fail on some of these", allow_module_level=True
     )
 
 REASONS = {
