@@ -160,7 +160,7 @@ class Circuit:
         """
         rule = _prune.Rule(share, count, edges, relative, node_influence, edge_influence, zero_positions)
         nodes, kept = _prune.prune(self.nodes, self.edges, self.target_value, rule)
-        return replace(self, nodes=nodes, edges=kept)
+        return replace(self, nodes=nodes, edges=kept, settings=_neuronpedia.with_influence(self, nodes))
 
     def label(self, labels: Mapping[str, str]) -> "Circuit":
         """Name nodes: by node ("L3/N45@7"), or by neuron at all positions ("L3/N45").
