@@ -3,14 +3,19 @@
 `cfg.json` comes in two layouts. Since SAELens 6.0 the settings of an architecture are at the top and everything about
 model and hooks is under `metadata`. Before (no `sae_lens_version`, or a lower one) all of it is at the top, under older
 names, with defaults, and top-k is an activation function. Both are read with SAELens 6.54's defaults, except where
-those would change the numbers silently: that is an error.
+those would change the numbers silently: that is an error. Training checkpoints of batch-topk and matryoshka SAEs are
+read as SAELens' `save_inference_model` writes them: as jumprelu at the threshold that training kept.
+
+Other programs' files are read in `_dictionary_formats.py`.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +27,15 @@ from torch import Tensor
 from .._errors import DictionaryError, FileFormatError
 from .._typing import checked
 from ._dictionary import Dictionary, build_dictionary, kind_of
+from ._dictionary_formats import read_other_format
 
 FORMAT_VERSION = "6.54.12"
 """The sae-lens release whose layout `save_dictionary` follows; readers choose their parser by it."""
 
 _CONFIG_FILE = "cfg.json"
 _WEIGHTS_FILE = "sae_weights.safetensors"
+TRAINED_AS_JUMPRELU = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures of training checkpoints that are jumprelu when they are used."""
 _OWN_FILES = frozenset({_CONFIG_FILE, _WEIGHTS_FILE, "sparsity.safetensors"})
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _METADATA_KEYS = (
@@ -57,11 +65,12 @@ _OLD_NAMES = {
 
 @checked
 def load_dictionary(path: str | Path) -> Dictionary:
-    """The SAE or transcoder of a SAELens folder.
+    """The SAE or transcoder of a folder or file of SAELens, Gemma Scope, EleutherAI's sparsify, or circuit-tracer.
 
-    Reads standard, gated, topk, abstopk and jumprelu SAEs (batch-topk and matryoshka SAEs are saved as jumprelu) and
-    the four transcoders, of SAELens 6 and of the older layout, in the dtype that `cfg.json` names. It may come without
-    hooks; `as_dictionary(load_dictionary(path), hook_in=..., hook_out=...)` names them.
+    Of SAELens 6 and of the older layout, standard, gated, topk, abstopk and jumprelu SAEs are read, batch-topk and
+    matryoshka SAEs as jumprelu, and the four transcoders, in the dtype that `cfg.json` names; of the others .npz and
+    .safetensors files and sparsify's folders. It may come without hooks;
+    `as_dictionary(load_dictionary(path), hook_in=..., hook_out=...)` names them.
 
     Raises:
         FileFormatError: the folder or a file is missing, truncated, or not JSON or safetensors.
@@ -74,6 +83,13 @@ def load_dictionary(path: str | Path) -> Dictionary:
         Dictionary(jumprelu, 768 features, 128 -> 128, blocks.3.hook_mlp_out, torch.float32)
     """
     folder = Path(path)
+    others = None if (folder / _WEIGHTS_FILE).is_file() else read_other_format(folder)
+    if others is not None:
+        if len(others) > 1:
+            raise FileFormatError(
+                f"{folder} holds {len(others)} dictionaries; expected one. load_dictionaries reads them."
+            )
+        return others[0]
     config = _read_config(folder)
     tensors = _read_tensors(folder / _WEIGHTS_FILE)
     try:
@@ -85,27 +101,80 @@ def load_dictionary(path: str | Path) -> Dictionary:
         raise DictionaryError(f"{folder}: {error}") from error
 
 
-def load_dictionaries(paths: Iterable[str | Path]) -> list[Dictionary]:
-    """The dictionaries of several folders, each a SAELens folder or a folder of such folders.
+@checked
+def load_dictionaries(source: str | Path | Iterable[str | Path]) -> list[Dictionary]:
+    """The dictionaries of a folder, of several, or of a SAELens release.
+
+    Args:
+        source: a folder or file that `load_dictionary` reads; a folder of such folders; a folder of circuit-tracer
+            (`layer_0.safetensors`, ... or a cross-layer transcoder's `W_enc_0.safetensors`, ..., with `config.yaml`); a
+            release ("gemma-scope-2b-pt-res-canonical") or one of its SAEs ("RELEASE/SAE_ID"), which sae-lens
+            downloads; or a list of these.
+
+    Returns:
+        One dictionary per place; one per layer for a cross-layer transcoder, which `Dictionaries` joins.
 
     Raises:
-        FileFormatError: a folder is missing or holds no dictionary, or one is damaged.
+        FileFormatError: a folder is missing or holds no dictionary, one is damaged, or sae-lens is not there or does
+            not know the release.
         DictionaryError: as in `load_dictionary`.
 
     Example:
         >>> import tl_neuron_circuits as tnc
         >>> for sae in tnc.load_demo_dictionaries("sae"):
         ...     folder = tnc.save_dictionary(sae, f"saes/layer-{sae.layer:02d}")
-        >>> [sae.hook_out for sae in tnc.bases.load_dictionaries(["saes"])][:2]
+        >>> [sae.hook_out for sae in tnc.bases.load_dictionaries("saes")][:2]
         ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
     """
-    dictionaries: list[Dictionary] = []
-    for path in map(Path, paths):
-        inside = sorted(file.parent for file in path.glob(f"*/{_CONFIG_FILE}"))
-        if not (path / _CONFIG_FILE).exists() and path.is_dir() and not inside:
-            raise FileFormatError(f"expected {_CONFIG_FILE} in {path} or in the folders in it; found none.")
-        dictionaries += [load_dictionary(folder) for folder in (inside or [path])]
-    return dictionaries
+    if not isinstance(source, str | Path):
+        return [dictionary for one in source for dictionary in load_dictionaries(one)]
+    path = Path(source)
+    if not path.exists():
+        return _load_release(str(source))
+    if (path / _WEIGHTS_FILE).is_file() or path.is_file():
+        return [load_dictionary(path)]
+    others = read_other_format(path)
+    if others is not None:
+        return others
+    inside = sorted((folder for folder in path.iterdir() if folder.is_dir()), key=_natural)
+    found = [folder for folder in inside if (folder / _CONFIG_FILE).is_file() or list(folder.glob("params.*"))]
+    if not found and not (path / _CONFIG_FILE).exists():
+        raise FileFormatError(
+            f"expected a dictionary in {path} or in the folders in it ({_CONFIG_FILE} and {_WEIGHTS_FILE}, "
+            "params.npz, or circuit-tracer's config.yaml); found none."
+        )
+    return [load_dictionary(folder) for folder in (found or [path])]
+
+
+def _natural(folder: Path) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", folder.name)]
+
+
+def _load_release(name: str) -> list[Dictionary]:
+    """The SAEs that sae-lens knows under a release, or under a release and an id."""
+    try:
+        from sae_lens import SAE  # pyright: ignore[reportMissingImports]
+        from sae_lens.loading.pretrained_saes_directory import (  # pyright: ignore[reportMissingImports]
+            get_pretrained_saes_directory,
+        )
+    except ImportError as error:
+        raise FileFormatError(
+            f"no file or folder {name}. If it is the name of a SAELens release, install sae-lens, which downloads it "
+            "(pip install sae-lens, TransformerLens below 4)."
+        ) from error
+    from ._dictionary_objects import as_dictionary
+
+    known = get_pretrained_saes_directory()
+    release, _, sae_id = name.partition("/")
+    if release not in known or (sae_id and sae_id not in known[release].saes_map):
+        what = (
+            f"release {release!r} has no SAE {sae_id!r}" if release in known else "no file, folder or SAELens release"
+        )
+        near = get_close_matches(sae_id or release, known[release].saes_map if release in known else known, 3)
+        raise FileFormatError(f"{name}: {what}. " + (f"Did you mean {', '.join(near)}?" if near else "Check the path."))
+    ids = [sae_id] if sae_id else list(known[release].saes_map)
+    return [as_dictionary(SAE.from_pretrained(release, one)) for one in ids]
 
 
 @dataclass(frozen=True)
@@ -130,6 +199,9 @@ def parse_config(config: Mapping[str, Any]) -> DictionaryConfig:
     """
     if _is_old(config):
         config = _modernized(config)
+    trained = config.get("architecture") in TRAINED_AS_JUMPRELU
+    if trained:
+        config = {**config, "architecture": "jumprelu"}
     kind_name = str(config.get("architecture", "standard"))
     kind = kind_of(kind_name)
     for name in ("d_in", "d_sae", *(("d_out",) if kind.is_transcoder else ()), *(("k",) if kind.needs_k else ())):
@@ -144,7 +216,8 @@ def parse_config(config: Mapping[str, Any]) -> DictionaryConfig:
         dtype=config.get("dtype"),
         settings={
             "k": config["k"] if kind.needs_k else None,
-            "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm")) and kind.needs_k,
+            "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm"))
+            and (kind.needs_k or trained),
             "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", not kind.is_transcoder)),
             "normalize_activations": config.get("normalize_activations") or "none",
             "reshape_activations": config.get("reshape_activations") or "none",
@@ -204,10 +277,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
-        hint = " sae.safetensors is EleutherAI's sparsify layout." if file.with_name("sae.safetensors").exists() else ""
-        raise FileFormatError(
-            f"{file} is missing.{hint} Load the dictionary with sae-lens and save it with save_model."
-        )
+        raise FileFormatError(f"{file} is missing. Load the dictionary with sae-lens and save it with save_model.")
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
@@ -223,6 +293,8 @@ def _converted(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str
         raise DictionaryError(
             "scaling_factor is not all ones, and SAELens 6 does not apply it: fold it into W_dec's rows."
         )
+    if "topk_threshold" in tensors:
+        tensors["threshold"] = tensors["b_enc"].new_full(tensors["b_enc"].shape, float(tensors.pop("topk_threshold")))
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     widths = {"W_enc": (config.d_in, config.d_dict), "W_dec": (config.d_dict, config.d_out), "b_dec": (config.d_out,)}
@@ -241,8 +313,8 @@ def _converted(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str
 def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a dictionary as a SAELens folder and return its path; it appears whole or not at all.
 
-    sae-lens 6 loads it with `SAE.load_from_disk(path)`. The kinds "topk_transcoder" and "topk_skip_transcoder", which
-    sae-lens does not have, are read by `load_dictionary` only.
+    sae-lens 6 loads it with `SAE.load_from_disk(path)`. Kinds that sae-lens does not have (transcoders with topk,
+    layers of cross-layer transcoders) are read by `load_dictionary` only.
 
     Raises:
         FileFormatError: the path exists and `overwrite` is not given, or it holds something other than a dictionary.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._errors import PairsError, SettingsError
 from ..bases._runs import Values, answers_only, run_logits, run_values
-from ..bases._site import Parts, Site
+from ..bases._site import Parts, Site, refuse_cross_layer
 from ..propagation._relp import relp
 from ..propagation.rules import rule_set
 from ..tasks._metrics import measure
@@ -43,7 +43,8 @@ class IntegratedGradients(Method):
     rules: str | tuple[str, ...] = ()
 
     def check(self, scope: Scope) -> None:
-        """At least one step, known rules, and no denoising."""
+        """At least one step, known rules, no denoising, and nodes that write to one place."""
+        refuse_cross_layer(scope.sites, "integrated gradients of one site at a time")
         self.at_least_one("steps")
         self.no_denoising(scope)
         rule_set(self.rules)
