@@ -49,6 +49,7 @@ def trace(
     top_k: int = 5,
     baseline: Literal["auto", "corrupt", "zero"] = "auto",
     keep_bos: bool = False,
+    center: bool = True,
     exclude: Sequence[tuple[int, int]] = (),
     prepend_bos: bool | None = None,
     max_bytes: int = 2**30,
@@ -81,6 +82,8 @@ def trace(
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.
         keep_bos: let nodes at the BOS position be chosen.
+        center: subtract the mean over the vocabulary from the logits of tokens; False explains raw logits, as Arora et
+            al.'s code does, and chooses other nodes. Differences, directions and metrics are as they are.
         exclude: (layer, unit) of nodes that are never chosen, such as those that are active on everything.
         prepend_bos: None means the model's default.
         max_bytes: for one chunk of backward passes, on top of the graph of one forward pass.
@@ -114,7 +117,7 @@ def trace(
     single = not isinstance(prompt_or_pairs, PromptPairs | TokenizedPairs)
     pairs = _as_pairs(model, prompt_or_pairs, prepend_bos, top_k, answered=callable(target))
     paired = _is_paired(pairs, baseline)
-    targets = find_targets(model, pairs, target, text, top_k if single else None)
+    targets = find_targets(model, pairs, target, text, top_k if single else None, center=center)
     slots = find_slots(model, basis)
     skipped = [] if keep_bos else _bos_positions(model, pairs)
 
@@ -155,7 +158,7 @@ def trace(
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
         "target": labels, "target_value": effects.totals.target, "position": position,
         "baseline": "corrupt" if paired else "zero", "nodes": nodes if isinstance(nodes, int) else nodes.label,
-        "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude], "rules": list(ALL_RULES),
+        "center": center, "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude], "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
     }  # fmt: skip
     return Circuit(table, edge_table(edges), settings, basis=basis)
