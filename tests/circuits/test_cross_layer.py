@@ -107,8 +107,7 @@ def test_scores_are_gradients_over_all_places_that_a_feature_writes_to() -> None
             _, cache = model.run_with_cache(tokens[None])
             values.append({name: cache[name].detach() for d in layers for name in (d.hook_in, d.hook_out)})
         kept: dict[str, Any] = {}
-        hook = lambda value, hook, name: kept.update({name: value}) or value  # noqa: E731
-        hooks = [(name, lambda v, hook, n=name: kept.update({n: v.requires_grad_(True)}) or v) for name in outputs]
+        hooks = [(name, lambda v, hook, n=name, k=kept: k.update({n: v.requires_grad_(True)}) or v) for name in outputs]
         with torch.enable_grad():
             logits = model.run_with_hooks(pairs.clean[row][None], fwd_hooks=hooks)
             metric = logits[0, -1, int(pairs.answer[row])] - logits[0, -1, int(pairs.wrong_answer[row])]
@@ -211,7 +210,7 @@ def test_what_takes_one_place_at_a_time_refuses_them() -> None:
 
 @pytest.mark.skipif(CASES[0].values[0].backend != "HookedTransformer", reason="the numbers are of a HookedTransformer")
 def test_graph_scores_are_circuit_tracers() -> None:
-    """Of circuit-tracer 0.5.0's `CrossLayerTranscoder` on the same model, every active feature a node (26 reach logits)."""
+    """Of circuit-tracer 0.5.0's `CrossLayerTranscoder` on the same model; all 26 features that reach logits are nodes."""
     model = CASES[0].values[0].build()
     basis = Dictionaries(cross_layer(2, model.cfg.d_model, "ln2.hook_normalized"))
     circuit = trace(model, random_tokens(model, 1, 5), basis=basis, nodes=26)

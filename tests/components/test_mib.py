@@ -49,11 +49,11 @@ def test_scores_are_those_of_eap_ig_over_split_inputs(case: ModelCase, steps: in
         runs = [model.run_with_cache(tokens)[1] for tokens in (batch.clean, batch.corrupt)]
     names = [f"blocks.{layer}.hook_{letter}_input" for layer in range(2) for letter in "qkv"]
     sums = {name: 0.0 for name in names}
-    for k in range(steps):
-        point = runs[1]["hook_embed"] + k / steps * (runs[0]["hook_embed"] - runs[1]["hook_embed"])
+    for step in range(steps):
+        point = runs[1]["hook_embed"] + step / steps * (runs[0]["hook_embed"] - runs[1]["hook_embed"])
         kept: dict[str, Any] = {}
         hooks = [("hook_embed", lambda v, hook, p=point: p.clone().requires_grad_(True))]
-        hooks += [(name, lambda v, hook, n=name: kept.update({n: v}) or v) for name in names]
+        hooks += [(name, lambda v, hook, n=name, k=kept: k.update({n: v}) or v) for name in names]
         rows = torch.arange(4)
         logits = model.run_with_hooks(batch.clean, fwd_hooks=hooks)[:, -1]
         metric = (logits[rows, batch.answer] - logits[rows, batch.wrong_answer]).sum()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_conductance_of_any_full_cut_is_the_whole_effect(case: ModelCase) -> Non
     model, pairs = model_of(case), random_pairs(4)
     effect = metric_with(model, pairs, 0, pairs.clean[0], {}) - metric_with(model, pairs, 0, pairs.corrupt[0], {})
     coarse, fine = (
-        attribute(model, pairs, method=Conductance(steps), basis=ResidualStream()).values for steps in (20, 40)
+        attribute(model, pairs, method=Conductance(steps), basis=ResidualStream()).values for steps in (40, 80)
     )
     for name in fine:
         assert_converges(coarse[name], fine[name], effect)
@@ -117,9 +118,9 @@ def test_conductance_is_each_steps_gradient_times_what_it_changes(case: ModelCas
         kept: dict[str, Tensor] = {}
         point = (ends[0] + k / 3 * (ends[1] - ends[0])).requires_grad_(True)
         hooks = [("hook_embed", lambda value, hook, p=point: p)]
-        hooks += [(name, lambda value, hook, n=name: kept.update({n: value}) or value) for name in POSTS]
+        hooks += [(name, lambda value, hook, n=name, kept=kept: kept.update({n: value}) or value) for name in POSTS]
         metric = metric_at(model.run_with_hooks(pairs.clean[0][None], fwd_hooks=hooks), pairs, 0)
         runs.append((dict(kept), torch.autograd.grad(metric, [kept[name] for name in POSTS])))
     for place, name in enumerate(POSTS):
-        steps = [g[place] * (now[name] - before[name]) for (before, _), (now, g) in zip(runs, runs[1:], strict=False)]
+        steps = [g[place] * (now[name] - before[name]) for (before, _), (now, g) in pairwise(runs)]
         assert torch.allclose(found[name].double(), sum(steps)[0].double().detach(), rtol=1e-4, atol=1e-5)

@@ -201,7 +201,8 @@ def _joined(sites: tuple[DictionarySite, ...]) -> tuple[DictionarySite, ...]:
     if missing or any(layer + site.dictionary.n_later != last for layer, site in cross.items()):
         raise SettingsError(
             f"expected the layers 0 to {last} of one cross-layer transcoder, each writing up to layer {last}; got "
-            f"{sorted(cross)}: a layer's error is what all earlier layers leave of it. Pass all of load_dictionaries(...)."
+            f"{sorted(cross)}: a layer's error is what all earlier layers leave of it. Pass all that "
+            "load_dictionaries gave."
         )
     made: dict[int, DictionarySite] = {}
     for layer in range(last + 1):

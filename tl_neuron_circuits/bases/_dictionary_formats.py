@@ -1,7 +1,7 @@
 """Dictionaries in other programs' files: circuit-tracer, Gemma Scope, EleutherAI's sparsify.
 
-    circuit-tracer   config.yaml (hooks, kind), and layer_{i}.safetensors with W_enc [d_dict, d_in], W_dec, b_enc, b_dec,
-                     and W_skip or activation_function.threshold where there are; without a threshold relu
+    circuit-tracer   config.yaml (hooks, kind), and layer_{i}.safetensors with W_enc [d_dict, d_in], W_dec, b_enc,
+                     b_dec, and W_skip or activation_function.threshold where there are; without a threshold relu
       cross-layer    W_enc_{i}.safetensors (W_enc_{i} [d_dict, d_in], b_enc_{i}, b_dec_{i}, threshold_{i}) and
                      W_dec_{i}.safetensors (W_dec_{i} [d_dict, n_layers - i, d_out], into layers i, i + 1, ...)
     Gemma Scope      params.npz: W_enc [d_in, d_dict], W_dec, b_enc, b_dec, threshold

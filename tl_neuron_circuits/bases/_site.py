@@ -11,8 +11,8 @@ A cross-layer transcoder's features write to the outputs of their own and all la
 
     value_m = sum over sites l <= m of decode_{l -> m}(nodes_l) + b_m + error_m
 
-`writes` lists the hook points a site writes to, `hook` the first of them and the key of its scores. A node's gradient is
-summed over `writes`; `take_apart` of site m reads the inputs of the sites before it and gives their nodes as
+`writes` lists the hook points a site writes to, `hook` the first of them and the key of its scores. A node's gradient
+is summed over `writes`; `take_apart` of site m reads the inputs of the sites before it and gives their nodes as
 `Parts.earlier`, which `put_together` needs: who changes nodes of an earlier site in the same run puts them there.
 """
 
@@ -150,8 +150,8 @@ def refuse_cross_layer(sites: Sequence[Site], what: str) -> None:
     names = [site.hook for site in sites if len(site.writes) > 1 or site.earlier]
     if names:
         raise SettingsError(
-            f"expected nodes that write to one place for {what}; the features of the cross-layer transcoder at {names[0]} "
-            "write to later layers too. Use attribute with relp, gradient or integrated_gradients_inputs, trace, or "
+            f"expected nodes that write to one place for {what}; the features of the cross-layer transcoder at "
+            f"{names[0]} write to later layers too. Use attribute with relp, gradient or integrated_gradients_inputs, trace, or "
             "evaluate."
         )
 

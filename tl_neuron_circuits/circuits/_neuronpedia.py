@@ -67,7 +67,8 @@ def write(circuit: Circuit, path: Path, slug: str | None, scan: str | None) -> N
         "metadata": {
             "slug": slug or _slug(settings["prompt"]), "scan": scan or settings["model"],
             "transcoder_list": _dictionaries(circuit),
-            "prompt_tokens": list(settings["tokens"]), "prompt": settings["prompt"], "node_threshold": math.ceil(100 * max(influence)) / 100,
+            "prompt_tokens": list(settings["tokens"]), "prompt": settings["prompt"],
+            "node_threshold": math.ceil(100 * max(influence)) / 100,
             "schema_version": 1,
             "info": {
                 "generator": {"name": _OURS, "version": versions()["tl-neuron-circuits"], "url": _URL},
@@ -329,8 +330,8 @@ def _told_apart(rows: Sequence[dict[str, Any]], edges: pd.DataFrame) -> tuple[li
     several = [len(possible) > 1 for possible in candidates]
     if any(several):
         warnings.warn(
-            f"{sum(several)} of {len(edges)} links come from an id that a feature and an error share, and nothing in the "
-            "file says from which of them: each gets half of the weight.",
+            f"{sum(several)} of {len(edges)} links come from an id that a feature and an error share, and nothing in "
+            "the file says from which of them: each gets half of the weight.",
             stacklevel=5,
         )
     links = [

@@ -158,7 +158,8 @@ def trace(
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
         "target": labels, "target_value": effects.totals.target, "position": position,
         "baseline": "corrupt" if paired else "zero", "nodes": nodes if isinstance(nodes, int) else nodes.label,
-        "center": center, "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude], "rules": list(ALL_RULES),
+        "center": center, "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude],
+        "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
     }  # fmt: skip
     return Circuit(table, edge_table(edges), settings, basis=basis)
