@@ -2,7 +2,7 @@
 
 Made by circuit-tracer 0.5.0 (`attribute`, `compute_graph_scores`, `prune_graph`) with TransformerLens 3.9.0 in float64,
 on the tiny GPT-2 of `tests.families` (seed 0) with the transcoders of `site_dictionaries` at `ln2.hook_normalized`,
-five random tokens, five logits, every active feature. BOS zeroed is its default; the other rows have `zero_positions` empty.
+five random tokens, five logits, every active feature. BOS zeroed is its default; the other rows have no zeros.
 """
 
 import json

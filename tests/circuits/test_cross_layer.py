@@ -210,7 +210,7 @@ def test_what_takes_one_place_at_a_time_refuses_them() -> None:
 
 @pytest.mark.skipif(CASES[0].values[0].backend != "HookedTransformer", reason="the numbers are of a HookedTransformer")
 def test_graph_scores_are_circuit_tracers() -> None:
-    """Of circuit-tracer 0.5.0's `CrossLayerTranscoder` on the same model; all 26 features that reach logits are nodes."""
+    """Of circuit-tracer 0.5.0's `CrossLayerTranscoder` on the same model; all 26 features that reach logits."""
     model = CASES[0].values[0].build()
     basis = Dictionaries(cross_layer(2, model.cfg.d_model, "ln2.hook_normalized"))
     circuit = trace(model, random_tokens(model, 1, 5), basis=basis, nodes=26)

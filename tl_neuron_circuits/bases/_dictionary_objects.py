@@ -103,7 +103,7 @@ def _as_dict(settings: Any) -> dict[str, Any]:
 def _circuit_tracer_kind(source: Any) -> str | None:
     """The kind of a layer of circuit-tracer's; None for anything else, and for an activation that is not known."""
     activation = getattr(source, "activation_function", None)
-    tensors = [getattr(source, name, None) for name in ("W_enc", "W_dec", "b_enc", "b_dec")]
+    tensors: list[Any] = [getattr(source, name, None) for name in ("W_enc", "W_dec", "b_enc", "b_dec")]
     if activation is None or not all(isinstance(tensor, Tensor) for tensor in tensors) or tensors[0].dim() != 2:
         return None
     if isinstance(getattr(activation, "threshold", None), Tensor):

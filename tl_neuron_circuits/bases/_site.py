@@ -151,8 +151,8 @@ def refuse_cross_layer(sites: Sequence[Site], what: str) -> None:
     if names:
         raise SettingsError(
             f"expected nodes that write to one place for {what}; the features of the cross-layer transcoder at "
-            f"{names[0]} write to later layers too. Use attribute with relp, gradient or integrated_gradients_inputs, trace, or "
-            "evaluate."
+            f"{names[0]} write to later layers too. Use attribute with relp, gradient or integrated_gradients_inputs, "
+            "trace, or evaluate."
         )
 
 
