@@ -10,12 +10,10 @@ Other programs' files are read in `_dictionary_formats.py`.
 """
 
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +30,11 @@ from ._dictionary_formats import read_other_format
 FORMAT_VERSION = "6.54.12"
 """The sae-lens release whose layout `save_dictionary` follows; readers choose their parser by it."""
 
-_CONFIG_FILE = "cfg.json"
-_WEIGHTS_FILE = "sae_weights.safetensors"
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
 TRAINED_AS_JUMPRELU = ("batchtopk", "matryoshka_batchtopk")
 """Architectures of training checkpoints that are jumprelu when they are used."""
-_OWN_FILES = frozenset({_CONFIG_FILE, _WEIGHTS_FILE, "sparsity.safetensors"})
+_OWN_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, "sparsity.safetensors"})
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _METADATA_KEYS = (
     "model_name",
@@ -83,7 +81,7 @@ def load_dictionary(path: str | Path) -> Dictionary:
         Dictionary(jumprelu, 768 features, 128 -> 128, blocks.3.hook_mlp_out, torch.float32)
     """
     folder = Path(path)
-    others = None if (folder / _WEIGHTS_FILE).is_file() else read_other_format(folder)
+    others = None if (folder / WEIGHTS_FILE).is_file() else read_other_format(folder)
     if others is not None:
         if len(others) > 1:
             raise FileFormatError(
@@ -91,7 +89,7 @@ def load_dictionary(path: str | Path) -> Dictionary:
             )
         return others[0]
     config = _read_config(folder)
-    tensors = _read_tensors(folder / _WEIGHTS_FILE)
+    tensors = _read_tensors(folder / WEIGHTS_FILE)
     try:
         parsed = parse_config(config)
         tensors = _converted(tensors, parsed)
@@ -99,82 +97,6 @@ def load_dictionary(path: str | Path) -> Dictionary:
         return build_dictionary(parsed.kind, tensors, metadata=parsed.metadata, name=name, **parsed.settings)
     except DictionaryError as error:
         raise DictionaryError(f"{folder}: {error}") from error
-
-
-@checked
-def load_dictionaries(source: str | Path | Iterable[str | Path]) -> list[Dictionary]:
-    """The dictionaries of a folder, of several, or of a SAELens release.
-
-    Args:
-        source: a folder or file that `load_dictionary` reads; a folder of such folders; a folder of circuit-tracer
-            (`layer_0.safetensors`, ... or a cross-layer transcoder's `W_enc_0.safetensors`, ..., with `config.yaml`); a
-            release ("gemma-scope-2b-pt-res-canonical") or one of its SAEs ("RELEASE/SAE_ID"), which sae-lens
-            downloads; or a list of these.
-
-    Returns:
-        One dictionary per place; one per layer for a cross-layer transcoder, which `Dictionaries` joins.
-
-    Raises:
-        FileFormatError: a folder is missing or holds no dictionary, one is damaged, or sae-lens is not there or does
-            not know the release.
-        DictionaryError: as in `load_dictionary`.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> for sae in tnc.load_demo_dictionaries("sae"):
-        ...     folder = tnc.save_dictionary(sae, f"saes/layer-{sae.layer:02d}")
-        >>> [sae.hook_out for sae in tnc.bases.load_dictionaries("saes")][:2]
-        ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
-    """
-    if not isinstance(source, str | Path):
-        return [dictionary for one in source for dictionary in load_dictionaries(one)]
-    path = Path(source)
-    if not path.exists():
-        return _load_release(str(source))
-    if (path / _WEIGHTS_FILE).is_file() or path.is_file():
-        return [load_dictionary(path)]
-    others = read_other_format(path)
-    if others is not None:
-        return others
-    inside = sorted((folder for folder in path.iterdir() if folder.is_dir()), key=_natural)
-    found = [folder for folder in inside if (folder / _CONFIG_FILE).is_file() or list(folder.glob("params.*"))]
-    if not found and not (path / _CONFIG_FILE).exists():
-        raise FileFormatError(
-            f"expected a dictionary in {path} or in the folders in it ({_CONFIG_FILE} and {_WEIGHTS_FILE}, "
-            "params.npz, or circuit-tracer's config.yaml); found none."
-        )
-    return [load_dictionary(folder) for folder in (found or [path])]
-
-
-def _natural(folder: Path) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", folder.name)]
-
-
-def _load_release(name: str) -> list[Dictionary]:
-    """The SAEs that sae-lens knows under a release, or under a release and an id."""
-    try:
-        from sae_lens import SAE  # pyright: ignore[reportMissingImports]
-        from sae_lens.loading.pretrained_saes_directory import (  # pyright: ignore[reportMissingImports]
-            get_pretrained_saes_directory,
-        )
-    except ImportError as error:
-        raise FileFormatError(
-            f"no file or folder {name}. If it is the name of a SAELens release, install sae-lens, which downloads it "
-            "(pip install sae-lens, TransformerLens below 4)."
-        ) from error
-    from ._dictionary_objects import as_dictionary
-
-    known = get_pretrained_saes_directory()
-    release, _, sae_id = name.partition("/")
-    if release not in known or (sae_id and sae_id not in known[release].saes_map):
-        what = (
-            f"release {release!r} has no SAE {sae_id!r}" if release in known else "no file, folder or SAELens release"
-        )
-        near = get_close_matches(sae_id or release, known[release].saes_map if release in known else known, 3)
-        raise FileFormatError(f"{name}: {what}. " + (f"Did you mean {', '.join(near)}?" if near else "Check the path."))
-    ids = [sae_id] if sae_id else list(known[release].saes_map)
-    return [as_dictionary(SAE.from_pretrained(release, one)) for one in ids]
 
 
 @dataclass(frozen=True)
@@ -258,12 +180,12 @@ def _modernized(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    file = folder / _CONFIG_FILE
+    file = folder / CONFIG_FILE
     if not file.is_file():
         inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else ""
         what = f"found {inside or 'an empty folder'}" if folder.is_dir() else "no such folder"
         raise FileFormatError(
-            f"{file} is missing ({what}). Expected a SAELens folder with {_CONFIG_FILE} and {_WEIGHTS_FILE}, as "
+            f"{file} is missing ({what}). Expected a SAELens folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as "
             "SAE.save_model writes it."
         )
     try:
@@ -343,8 +265,8 @@ def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool
         fresh, old = temporary / "new", temporary / "old"
         fresh.mkdir()
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dictionary.tensors().items()}
-        save_file(weights, fresh / _WEIGHTS_FILE)
-        (fresh / _CONFIG_FILE).write_text(text, encoding="utf-8")
+        save_file(weights, fresh / WEIGHTS_FILE)
+        (fresh / CONFIG_FILE).write_text(text, encoding="utf-8")
         if target.exists():
             target.rename(old)
         try:

@@ -16,6 +16,7 @@ Source: circuit-tracer 0.5.0; eai-sparsify 1.3.3; Lieberum et al. 2024, arXiv 24
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,9 @@ def _read_npz(
 ) -> Dictionary:
     """One of Gemma Scope's SAEs or transcoders."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(file) as arrays:  # by default nothing pickled is read
             tensors = {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise FileFormatError(
             f"{file} is missing, truncated or not an .npz file: {error}. Download it again."
         ) from error

@@ -7,7 +7,7 @@
 Heads read by three edges, into q, k and v. A circuit holds the `n` edges with the largest |score|, without those that
 lie on no path from the input to the logits, as its evaluation prunes them. Two ways to count it are in use, and both
 are in the file's "counts": the leaderboard puts a circuit at the share of edges asked for, int(p * N) of N; the paper
-at the share that pruning leaves. Sign: positive supports the answer, as where its loss is the negative logit difference.
+at the share that pruning leaves. Sign: positive supports the answer, as where its loss is the negative difference.
 Source: hannamw/EAP-IG (`Graph.to_json`, `apply_topn`), MIB-circuit-track (`evaluate_area_under_curve`); METHODS 5.2 and
 5.11.
 """
