@@ -75,13 +75,13 @@ def _name(name: str) -> str:
 def _edges(names: Sequence[str], scores: Tensor, qkv: Split) -> dict[tuple[str, str], float]:
     """The score of each edge, by source and target ("a0.h3<q>"), in the order of the graph."""
     there: Bool[Tensor, "source target"] = ~scores.isnan()
-    edges = {}
-    for target, name in enumerate(names):
+    edges: dict[tuple[str, str], float] = {}
+    for target, name in enumerate(list(names)):
         ends = [f"{_name(name)}<{letter}>" for letter in "qkv"] if "/H" in name else [_name(name)]
         values = qkv[:, :, target] if "/H" in name else scores[None, :, target]
         for end, value in zip(ends, values, strict=True):
             for source in there[:, target].nonzero()[:, 0].tolist():
-                edges[_name(names[source]), end] = float(value[source])
+                edges[_name(str(names[source])), end] = float(value[source])
     return edges
 
 
