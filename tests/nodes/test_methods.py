@@ -15,6 +15,8 @@ from tl_neuron_circuits import (
     Gradient,
     IntegratedGradients,
     IntegratedGradientsInputs,
+    LearnedMask,
+    MaskGradient,
     Patching,
     Random,
     RelP,
@@ -40,6 +42,9 @@ CASES = {
     "integrated_gradients_inputs(steps=5)": IntegratedGradientsInputs(5),
     "conductance(steps=4)": Conductance(4),
     "patching": Patching(),
+    "learned_mask": LearnedMask(),
+    "learned_mask(steps=50, schedule=uniform, loss=kl, lr=0.1)": LearnedMask(50, "uniform", "kl", lr=0.1),
+    "mask_gradient(steps=4, direction=flip)": MaskGradient(4, direction="flip"),
     "activation_difference": ActivationDifference(),
     "random(seed=3)": Random(3),
 }

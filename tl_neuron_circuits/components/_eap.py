@@ -25,6 +25,7 @@ from torch import Tensor
 from .._errors import SettingsError
 from ..bases._runs import Values, capture, require_fired, run_logits, run_values
 from ..models._protocol import TransformerLensModel
+from ..propagation._gradients import gradients_by_name
 from ..propagation._relp import relp
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
@@ -95,7 +96,7 @@ def _sum_over_batches(
 ) -> EdgeSums:
     """Scores summed over pairs; the row of the logits and pairs that are not edges mean nothing."""
     model, graph, n = question.model, question.graph, len(question.graph)
-    scores = torch.zeros(4 if question.split_qkv else 1, n, n)
+    scores = torch.zeros(4 if question.split_qkv else 1, n, n, dtype=torch.float32)
     for batch in question.batches(label):
         clean, corrupt = paired_streams(model, graph, batch)
         change = (clean.writes - corrupt.writes).flatten(1)
@@ -147,10 +148,8 @@ def read_gradients(
     outputs = [c.hook for c in graph.components[1:-1]]
     unique = list(dict.fromkeys(outputs))
     last = graph.components[-1]
-    *at_outputs, at_end = torch.autograd.grad(
-        total, [*(store[n] for n in unique), store[last.reads]], retain_graph=True
-    )
-    at_output = dict(zip(unique, at_outputs, strict=True))
+    at_output = gradients_by_name(total, {name: store[name] for name in (*unique, last.reads)}, retain_graph=True)
+    at_end = at_output[last.reads]
     gradients = [torch.zeros_like(at_end)]
     apart = [[torch.zeros_like(at_end)] for _ in range(3 if split else 0)]
     for component in graph.components[1:-1]:
