@@ -189,7 +189,7 @@ DAMAGE = {
     "no width": (lambda f: _change(f, d_in=None), DictionaryError, "needs the integer 'd_in'"),
     "temporal": (lambda f: _change(f, architecture="temporal"), DictionaryError, "earlier positions"),
     "matching pursuit": (lambda f: _change(f, architecture="matching_pursuit"), DictionaryError, "as_dictionary"),
-    "checkpoint": (lambda f: _change(f, architecture="batchtopk"), DictionaryError, "save_inference_model"),
+    "checkpoint": (lambda f: _change(f, architecture="batchtopk"), DictionaryError, "lacks threshold"),
     "unknown kind": (lambda f: _change(f, architecture="novel"), DictionaryError, "it is unknown. Known architectures"),
     "unknown norm": (
         lambda f: _change(f, normalize_activations="l2"),

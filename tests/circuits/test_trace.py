@@ -204,6 +204,19 @@ def test_text_prompts_on_a_real_model(stories260K: Any) -> None:
     assert abs(circuit.unexplained) < 0.3
 
 
+@pytest.mark.parametrize("case", both)
+def test_raw_logits_are_explained_without_the_mean(case: ModelCase) -> None:
+    model = case.build()
+    tokens = random_tokens(model, 1, 6)
+    raw, centered = (trace(model, tokens, [3, 7], nodes=10, center=center) for center in (False, True))
+    logits = model(tokens)[0, -1].detach().double()
+    assert raw.target_value == pytest.approx(float(logits[[3, 7]].sum()), rel=1e-5)
+    assert centered.target_value == pytest.approx(float(logits[[3, 7]].sum() - 2 * logits.mean()), rel=1e-5)
+    assert_sums_hold(raw, max(case.tolerance, 1e-9))
+    pair = [trace(model, tokens, (3, 7), nodes=10, center=center).target_value for center in (False, True)]
+    assert pair[0] == pair[1]
+
+
 def test_pairs_on_a_real_model(stories260K: Any) -> None:
     circuit = trace(stories260K, pronoun_pairs("{name} was sad.", "attribution", 2), nodes=40)
     assert_sums_hold(circuit, 1e-4)

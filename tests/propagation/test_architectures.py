@@ -9,9 +9,7 @@ pytest.importorskip("transformer_lens.factories.architecture_adapter_factory")
 from tests.architectures import SAMPLE, architectures, measure
 
 if int(version("transformer-lens").split(".")[0]) < 4:
-    pytest.skip(
-        "the table is of TransformerLens 4.3; older adapters fail on some of these", allow_module_level=True
-    )
+    pytest.skip("the table is of TransformerLens 4.3; older adapters fail on some of these", allow_module_level=True)
 
 REASONS = {
     "BertLMHeadModel": "prediction head",

@@ -3,13 +3,16 @@
 `cfg.json` comes in two layouts. Since SAELens 6.0 the settings of an architecture are at the top and everything about
 model and hooks is under `metadata`. Before (no `sae_lens_version`, or a lower one) all of it is at the top, under older
 names, with defaults, and top-k is an activation function. Both are read with SAELens 6.54's defaults, except where
-those would change the numbers silently: that is an error.
+those would change the numbers silently: that is an error. Training checkpoints of batch-topk and matryoshka SAEs are
+read as SAELens' `save_inference_model` writes them: as jumprelu at the threshold that training kept.
+
+Other programs' files are read in `_dictionary_formats.py`.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,16 @@ from torch import Tensor
 from .._errors import DictionaryError, FileFormatError
 from .._typing import checked
 from ._dictionary import Dictionary, build_dictionary, kind_of
+from ._dictionary_formats import read_other_format
 
 FORMAT_VERSION = "6.54.12"
 """The sae-lens release whose layout `save_dictionary` follows; readers choose their parser by it."""
 
-_CONFIG_FILE = "cfg.json"
-_WEIGHTS_FILE = "sae_weights.safetensors"
-_OWN_FILES = frozenset({_CONFIG_FILE, _WEIGHTS_FILE, "sparsity.safetensors"})
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+TRAINED_AS_JUMPRELU = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures of training checkpoints that are jumprelu when they are used."""
+_OWN_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, "sparsity.safetensors"})
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _METADATA_KEYS = (
     "model_name",
@@ -57,11 +63,12 @@ _OLD_NAMES = {
 
 @checked
 def load_dictionary(path: str | Path) -> Dictionary:
-    """The SAE or transcoder of a SAELens folder.
+    """The SAE or transcoder of a folder or file of SAELens, Gemma Scope, EleutherAI's sparsify, or circuit-tracer.
 
-    Reads standard, gated, topk, abstopk and jumprelu SAEs (batch-topk and matryoshka SAEs are saved as jumprelu) and
-    the four transcoders, of SAELens 6 and of the older layout, in the dtype that `cfg.json` names. It may come without
-    hooks; `as_dictionary(load_dictionary(path), hook_in=..., hook_out=...)` names them.
+    Of SAELens 6 and of the older layout, standard, gated, topk, abstopk and jumprelu SAEs are read, batch-topk and
+    matryoshka SAEs as jumprelu, and the four transcoders, in the dtype that `cfg.json` names; of the others .npz and
+    .safetensors files and sparsify's folders. It may come without hooks;
+    `as_dictionary(load_dictionary(path), hook_in=..., hook_out=...)` names them.
 
     Raises:
         FileFormatError: the folder or a file is missing, truncated, or not JSON or safetensors.
@@ -74,8 +81,15 @@ def load_dictionary(path: str | Path) -> Dictionary:
         Dictionary(jumprelu, 768 features, 128 -> 128, blocks.3.hook_mlp_out, torch.float32)
     """
     folder = Path(path)
+    others = None if (folder / WEIGHTS_FILE).is_file() else read_other_format(folder)
+    if others is not None:
+        if len(others) > 1:
+            raise FileFormatError(
+                f"{folder} holds {len(others)} dictionaries; expected one. load_dictionaries reads them."
+            )
+        return others[0]
     config = _read_config(folder)
-    tensors = _read_tensors(folder / _WEIGHTS_FILE)
+    tensors = _read_tensors(folder / WEIGHTS_FILE)
     try:
         parsed = parse_config(config)
         tensors = _converted(tensors, parsed)
@@ -83,29 +97,6 @@ def load_dictionary(path: str | Path) -> Dictionary:
         return build_dictionary(parsed.kind, tensors, metadata=parsed.metadata, name=name, **parsed.settings)
     except DictionaryError as error:
         raise DictionaryError(f"{folder}: {error}") from error
-
-
-def load_dictionaries(paths: Iterable[str | Path]) -> list[Dictionary]:
-    """The dictionaries of several folders, each a SAELens folder or a folder of such folders.
-
-    Raises:
-        FileFormatError: a folder is missing or holds no dictionary, or one is damaged.
-        DictionaryError: as in `load_dictionary`.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> for sae in tnc.load_demo_dictionaries("sae"):
-        ...     folder = tnc.save_dictionary(sae, f"saes/layer-{sae.layer:02d}")
-        >>> [sae.hook_out for sae in tnc.bases.load_dictionaries(["saes"])][:2]
-        ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
-    """
-    dictionaries: list[Dictionary] = []
-    for path in map(Path, paths):
-        inside = sorted(file.parent for file in path.glob(f"*/{_CONFIG_FILE}"))
-        if not (path / _CONFIG_FILE).exists() and path.is_dir() and not inside:
-            raise FileFormatError(f"expected {_CONFIG_FILE} in {path} or in the folders in it; found none.")
-        dictionaries += [load_dictionary(folder) for folder in (inside or [path])]
-    return dictionaries
 
 
 @dataclass(frozen=True)
@@ -130,6 +121,9 @@ def parse_config(config: Mapping[str, Any]) -> DictionaryConfig:
     """
     if _is_old(config):
         config = _modernized(config)
+    trained = config.get("architecture") in TRAINED_AS_JUMPRELU
+    if trained:
+        config = {**config, "architecture": "jumprelu"}
     kind_name = str(config.get("architecture", "standard"))
     kind = kind_of(kind_name)
     for name in ("d_in", "d_sae", *(("d_out",) if kind.is_transcoder else ()), *(("k",) if kind.needs_k else ())):
@@ -144,7 +138,8 @@ def parse_config(config: Mapping[str, Any]) -> DictionaryConfig:
         dtype=config.get("dtype"),
         settings={
             "k": config["k"] if kind.needs_k else None,
-            "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm")) and kind.needs_k,
+            "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm"))
+            and (kind.needs_k or trained),
             "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", not kind.is_transcoder)),
             "normalize_activations": config.get("normalize_activations") or "none",
             "reshape_activations": config.get("reshape_activations") or "none",
@@ -185,12 +180,12 @@ def _modernized(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    file = folder / _CONFIG_FILE
+    file = folder / CONFIG_FILE
     if not file.is_file():
         inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else ""
         what = f"found {inside or 'an empty folder'}" if folder.is_dir() else "no such folder"
         raise FileFormatError(
-            f"{file} is missing ({what}). Expected a SAELens folder with {_CONFIG_FILE} and {_WEIGHTS_FILE}, as "
+            f"{file} is missing ({what}). Expected a SAELens folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as "
             "SAE.save_model writes it."
         )
     try:
@@ -204,10 +199,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
-        hint = " sae.safetensors is EleutherAI's sparsify layout." if file.with_name("sae.safetensors").exists() else ""
-        raise FileFormatError(
-            f"{file} is missing.{hint} Load the dictionary with sae-lens and save it with save_model."
-        )
+        raise FileFormatError(f"{file} is missing. Load the dictionary with sae-lens and save it with save_model.")
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
@@ -223,6 +215,8 @@ def _converted(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str
         raise DictionaryError(
             "scaling_factor is not all ones, and SAELens 6 does not apply it: fold it into W_dec's rows."
         )
+    if "topk_threshold" in tensors:
+        tensors["threshold"] = tensors["b_enc"].new_full(tensors["b_enc"].shape, float(tensors.pop("topk_threshold")))
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     widths = {"W_enc": (config.d_in, config.d_dict), "W_dec": (config.d_dict, config.d_out), "b_dec": (config.d_out,)}
@@ -241,8 +235,8 @@ def _converted(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str
 def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write a dictionary as a SAELens folder and return its path; it appears whole or not at all.
 
-    sae-lens 6 loads it with `SAE.load_from_disk(path)`. The kinds "topk_transcoder" and "topk_skip_transcoder", which
-    sae-lens does not have, are read by `load_dictionary` only.
+    sae-lens 6 loads it with `SAE.load_from_disk(path)`. Kinds that sae-lens does not have (transcoders with topk,
+    layers of cross-layer transcoders) are read by `load_dictionary` only.
 
     Raises:
         FileFormatError: the path exists and `overwrite` is not given, or it holds something other than a dictionary.
@@ -271,8 +265,8 @@ def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool
         fresh, old = temporary / "new", temporary / "old"
         fresh.mkdir()
         weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dictionary.tensors().items()}
-        save_file(weights, fresh / _WEIGHTS_FILE)
-        (fresh / _CONFIG_FILE).write_text(text, encoding="utf-8")
+        save_file(weights, fresh / WEIGHTS_FILE)
+        (fresh / CONFIG_FILE).write_text(text, encoding="utf-8")
         if target.exists():
             target.rename(old)
         try:

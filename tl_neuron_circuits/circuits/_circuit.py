@@ -1,6 +1,6 @@
 """`Circuit`: chosen nodes, the edges between them, and the settings that gave them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -150,28 +150,43 @@ class Circuit:
 
     @property
     def graph_replacement(self) -> float:
-        """How much of the influence on the logits starts at the tokens, 0 to 1.
-
-            I(embeddings) / (I(embeddings) + I(errors) + I(remainders) + I(linearization error))
-
-        I is `influence`. circuit-tracer's replacement score, where the errors are all that is left out: its graphs have
-        every active feature as a node. Here nodes that were not chosen, and edges that were cut, are counted as errors
-        too, since what goes into them is not known; so the number is a lower bound, falls with pruning, and is
-        circuit-tracer's where every active feature was chosen. Biases do not count; neurons have no errors.
-        Source: METHODS 4.5.
-        """
-        return _prune.graph_replacement(self.nodes)
+        """The first of `graph_scores()`: how much of the influence on the logits starts at the tokens, 0 to 1."""
+        return self.graph_scores()[0]
 
     @property
     def graph_completeness(self) -> float:
-        """Share of all nodes' inputs that does not come from errors, weighted by influence, 0 to 1.
+        """The second of `graph_scores()`: the share of all nodes' inputs that does not come from errors, 0 to 1."""
+        return self.graph_scores()[1]
 
-            sum_t (1 - sum_{s left out} N_ts) I'_t / sum_t I'_t        I' = I + the logits' weights
+    def graph_scores(self, *, zero_positions: Collection[int] = ()) -> tuple[float, float]:
+        """circuit-tracer's two scores of a graph: replacement and completeness, each 0 to 1.
 
-        N are the sizes of edges into t over their sum, without biases; `graph_replacement` says what is left out.
-        circuit-tracer's completeness score. Source: METHODS 4.5.
+            replacement  = I(embeddings) / (I(embeddings) + I(errors) + I(remainders) + I(linearization error))
+            completeness = sum_t (1 - sum_{s left out} N_ts) I'_t / sum_t I'_t        I' = I + the logits' weights
+
+        I is `influence`, N are the sizes of edges into t over their sum, without biases. The second sum is over all
+        nodes: those without inputs (tokens, errors) count as explained. circuit-tracer's graphs have every active
+        feature as a node, so that errors are all that is left out. Here nodes that were not chosen, and edges that were
+        cut, are counted as errors too, since what goes into them is not known; so both numbers fall with pruning, and
+        are circuit-tracer's where every active feature was chosen. Neurons have no errors. nan where nothing has an
+        influence.
+
+        Args:
+            zero_positions: positions whose features, errors and remainders count as zero; `[0]` for circuit-tracer's
+                numbers, which leaves them out at BOS.
+
+        Source: circuit-tracer 0.5 (`compute_graph_scores`); METHODS 4.5.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> transcoders = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
+            >>> prompt = "The capital of the state containing Dallas is"
+            >>> circuit = tnc.trace(tnc.load_demo_model(), prompt, basis=transcoders)
+            >>> replacement, completeness = circuit.graph_scores(zero_positions=[0])
+            >>> 0 < replacement < completeness < 1
+            True
         """
-        return _prune.graph_completeness(self.nodes, self.edges)
+        return _prune.graph_scores(self.nodes, self.edges, zero_positions)
 
     def prune(
         self,
@@ -182,6 +197,7 @@ class Circuit:
         relative: float | None = None,
         node_influence: float | None = None,
         edge_influence: float | None = None,
+        zero_positions: Collection[int] = (),
     ) -> "Circuit":
         """Fewer nodes and edges. Whatever goes, its part of each target moves to the remainder at its position.
 
@@ -195,7 +211,9 @@ class Circuit:
             relative: keep edges with |relative weight| of at least this.
             node_influence: keep the fewest nodes, and errors, that make up this much of the influence (circuit-tracer's
                 default .8).
-            edge_influence: the same for edges (.98).
+            edge_influence: the same for edges (.98). Nodes that `node_influence` cuts are left out first, and edges
+                weighed among what is left.
+            zero_positions: as in `graph_scores`, for the two criteria of influence.
 
         Raises:
             SettingsError: no criterion, or one out of its range.
@@ -207,9 +225,9 @@ class Circuit:
             >>> len(circuit.prune(node_influence=0.8, edge_influence=0.98)) < len(circuit)
             True
         """
-        rule = _prune.Rule(share, count, edges, relative, node_influence, edge_influence)
+        rule = _prune.Rule(share, count, edges, relative, node_influence, edge_influence, zero_positions)
         nodes, kept = _prune.prune(self.nodes, self.edges, self.target_value, rule)
-        return replace(self, nodes=nodes, edges=kept)
+        return replace(self, nodes=nodes, edges=kept, settings=_neuronpedia.with_influence(self, nodes))
 
     def label(self, labels: Mapping[str, str]) -> "Circuit":
         """Name nodes: by node ("L3/N45@7"), or by neuron at all positions ("L3/N45").

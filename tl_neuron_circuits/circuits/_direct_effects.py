@@ -36,7 +36,7 @@ from ..propagation._biases import biases_in_graph
 from ..propagation._relp import relp
 from ..tasks._tokenized import Batch
 from ._prompt_graph import End, Paths, PromptRun, find_paths, run_prompt
-from ._slots import Chosen, Reading, Slot, SlotChange, sum_last_axis, widened
+from ._slots import Chosen, DictionarySlot, Reading, Slot, SlotChange, node_gradient, sum_last_axis, widened
 from ._targets import Target
 
 Targets = Sequence[Target] | Callable[[Float[Tensor, " d_vocab"]], Sequence[Target]]
@@ -287,9 +287,9 @@ def total_effects(prompt: OpenPrompt) -> Totals:
     gradients = prompt.paths.total(slots)
     at_sources = [gradients.get(("slot", i), torch.zeros_like(s.source))[0].flatten(1) for i, s in enumerate(run.slots)]
     bias = sum(_dot(bias, gradients.get(("bias", i))) for i, bias in enumerate(prompt.biases))
+    nodes = [node_gradient(slots, index, dict(enumerate(at_sources))) for index in range(len(slots))]
     if not prompt.paired:
-        bias += sum(s.bias_score(r, g) for s, r, g in zip(slots, run.slots, at_sources, strict=True))
-    nodes = [slot.node_gradient(gradient) for slot, gradient in zip(slots, at_sources, strict=True)]
+        bias += sum(s.bias_score(r, g, n) for s, r, g, n in zip(slots, run.slots, at_sources, nodes, strict=True))
     at_embedding = gradients.get(("embedding", 0), torch.zeros_like(prompt.embedding))
     return Totals(
         score=[widened(change.nodes) * g for change, g in zip(changes, nodes, strict=True)],
@@ -378,11 +378,19 @@ class _Edges:
         prompt, columns, own = self._prompt, self.columns, self._rows_of_slot[end.index]
         place, unit = self._nodes[own, 1], self._nodes[own, 2]
         run, change = prompt.paths.runs[end.index], prompt.changes[end.index]
-        parts = prompt.slots[end.index].contributions(gradient, run, change, place, unit)
-        weights[:, own] = parts.nodes
+        slot = prompt.slots[end.index]
+        parts = slot.contributions(gradient, run, change, place, unit)
+        weights[:, own] += parts.nodes
         left = weights[:, columns.unselected : columns.positional]
         left += parts.everything
         left.index_add_(1, place, parts.nodes, alpha=-1)
+        for index, other in enumerate(prompt.slots):  # earlier layers of a cross-layer transcoder write here too
+            if isinstance(slot, DictionarySlot) and isinstance(other, DictionarySlot) and slot.receives_from(other):
+                own = self._rows_of_slot[index]
+                place, unit = self._nodes[own, 1], self._nodes[own, 2]
+                nodes = slot.contributions_of(other, gradient, prompt.changes[index], place, unit)
+                weights[:, own] += nodes
+                left.index_add_(1, place, nodes, alpha=-1)
         if parts.error is not None:
             weights[:, columns.errors(end.index)] = parts.error
         if parts.bias is not None and not prompt.paired:

@@ -23,7 +23,7 @@ from .._errors import PropagationError
 from ..bases._runs import require_fired, run_logits
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..tasks._tokenized import Batch
-from ._slots import Seen, Slot, SlotRun, leaves_of, note_input
+from ._slots import Seen, Slot, SlotRun, leaves_of, node_gradient, note_input
 
 
 @dataclass(frozen=True)
@@ -201,12 +201,22 @@ class Paths:
             if stretch.slot == len(slots):
                 assert stretch.reading is not None
                 sources.append((stretch.reading, torch.ones_like(stretch.reading)))
-            elif ("slot", stretch.slot) in gradients:
+            elif any(("slot", index) in gradients for index in self._written_by(slots, stretch.slot)):
                 assert stretch.reading is not None
-                at_leaf = gradients["slot", stretch.slot]
-                sources.append((stretch.reading, slots[stretch.slot].pass_on(self.runs[stretch.slot], at_leaf)))
+                index, run = stretch.slot, self.runs[stretch.slot]
+                places = self._written_by(slots, index)
+                at = {p: gradients.get(("slot", p), torch.zeros_like(self.runs[p].source)) for p in places}
+                nodes = node_gradient(slots, index, {p: gradient[0].flatten(1) for p, gradient in at.items()})
+                sources.append((stretch.reading, slots[index].pass_on(run, at[index], nodes)))
             flowing = pull(sources, stretch.bottom, stretch.ends)
         return gradients
+
+    @staticmethod
+    def _written_by(slots: Sequence[Slot], index: int) -> list[int]:
+        """The slots whose sources the nodes of one slot write to, its own first."""
+        if not 0 <= index < len(slots):
+            return []
+        return [index, *(place for place, slot in enumerate(slots) if slot.receives_from(slots[index]))]
 
 
 def find_paths(

@@ -146,7 +146,7 @@ def _bases(names: list[str], sae: list[Path], transcoder: list[Path]) -> list[An
     """Bases of the layers that the dictionaries have, so that all compete for the same layers."""
     from ..bases._activations import ACTIVATION_BASES
     from ..bases._dictionary_basis import Dictionaries
-    from ..bases._dictionary_files import load_dictionaries
+    from ..bases._load_dictionaries import load_dictionaries
 
     if wrong := [name for name in names if name not in ACTIVATION_BASES]:
         raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {', '.join(wrong)}.")

@@ -164,6 +164,15 @@ class Curve:
             x, faithfulness = np.array(self.sizes) / max(self.sizes[-1], 1), self.faithfulness
         return area(faithfulness, x), area(np.abs(1 - faithfulness), x)
 
+    def mib_areas(self, *, truncate: bool = False) -> tuple[float, float]:
+        """CPR and CMD; with `truncate` as MIB's code has them, of `int(p * N)` nodes at the fraction p.
+
+        Its circuits are of the size rounded down, where ours interpolate to p * N itself: for small N that makes up to
+        .002. METHODS 5.11.
+        """
+        at = self._at_fractions(truncate=truncate)
+        return area(at, MIB_FRACTIONS), area(np.abs(1 - at), MIB_FRACTIONS)
+
     def save(self, path: str | Path) -> None:
         """Write a directory of a safetensors and a JSON file.
 
@@ -223,10 +232,11 @@ class Curve:
         low = self.empty.double().mean()
         return ((metric.double().mean(1) - low) / (self.full.double().mean() - low)).numpy()
 
-    def _at_fractions(self) -> np.ndarray:
+    def _at_fractions(self, *, truncate: bool = False) -> np.ndarray:
         """Faithfulness at MIB's fractions, linear between measured sizes."""
         sizes, faithfulness = self._points()
-        return np.interp(MIB_FRACTIONS, sizes / self.total, faithfulness)
+        wanted = np.array(MIB_FRACTIONS) * self.total
+        return np.interp(np.floor(wanted) if truncate else wanted, sizes, faithfulness)
 
     def _points(self) -> tuple[np.ndarray, np.ndarray]:
         """Sizes and faithfulness, completed by what is known unmeasured: none gives 0, and all give 1.

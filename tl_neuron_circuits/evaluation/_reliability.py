@@ -37,7 +37,7 @@ from .._processes import current_processes
 from .._typing import checked
 from ..bases._activations import Neurons
 from ..bases._runs import answers_only, mean_parts, run_logits
-from ..bases._site import Basis, Parts, Site, basis_name, basis_sites
+from ..bases._site import Basis, Parts, Site, basis_name, basis_sites, refuse_cross_layer
 from ..models._protocol import TransformerLensModel
 from ..nodes._attribute import attribute, check_pairs
 from ..nodes._patching import Patching
@@ -213,6 +213,7 @@ def _curvature(
     """Sums over the batch of each position's terms, and of each node's share of the second order."""
     end = torch.zeros_like(clean) if base is None else site.put_together(base, clean)
     change = end - clean
+    refuse_cross_layer([site], "reliability")
     metric, gradient, point = _gradient_at(scope, batch, site, clean, curved=True)
     products = torch.zeros_like(clean)
     rows = []
@@ -233,7 +234,7 @@ def _curvature(
             row["trapezoid"] = -(first + last) / 2
         rows.append({name: float(value.double().sum()) for name, value in row.items()})
     nodes = parts.nodes if base is None else parts.nodes - base.nodes  # minus the change: the sign of the share
-    shares = {"node": (nodes * site.node_gradient(products)).float().sum(0) / 2}
+    shares = {"node": (nodes * site.node_gradient({site.hook: products})).float().sum(0) / 2}
     for kind, vector in parts.vectors.items():
         vector = vector if base is None else vector - base.vectors[kind]
         shares[kind] = (vector * site.vector_gradient(products)).float().sum(-1).sum(0) / 2

@@ -16,7 +16,7 @@ from .._errors import SettingsError, UnsupportedModelError
 from ..bases._activations import ACTIVATION_BASES, Neurons
 from ..bases._dictionary_basis import DictionarySite
 from ..bases._runs import Values
-from ..bases._site import Basis, basis_sites
+from ..bases._site import Basis, basis_sites, refuse_cross_layer
 from ..models._protocol import TransformerLensModel, hook_point
 from ..models._sites import find_sites
 
@@ -110,6 +110,7 @@ class _Features:
                 f"{name} is a feature of a dictionary, and steering it needs that dictionary; got {where} there. Give "
                 "basis=bases.Dictionaries([...]), as to attribute or trace."
             )
+        refuse_cross_layer(fits, "steering")
         return fits[0]
 
 

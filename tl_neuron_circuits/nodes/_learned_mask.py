@@ -40,7 +40,7 @@ from .._files import read_directory, write_directory
 from .._memory import Halving, available_memory
 from .._processes import Processes
 from ..bases._runs import Values, answers_only, require_fired, run_logits
-from ..bases._site import Parts, Site
+from ..bases._site import Parts, Site, refuse_cross_layer
 from ..propagation._relp import frozen
 from ..tasks._metrics import logit_difference, measure, read
 from ..tasks._tokenized import Batch, TokenizedPairs
@@ -89,6 +89,7 @@ class MaskGradient(Method):
 
     def check(self, scope: Scope) -> None:
         """Known choices, positive numbers, single nodes, and no denoising."""
+        refuse_cross_layer(scope.sites, self.name)
         _check(self, scope)
 
     def score(
@@ -164,6 +165,7 @@ class LearnedMask(Method):
 
     def check(self, scope: Scope) -> None:
         """Known choices, positive numbers, single nodes, and no denoising."""
+        refuse_cross_layer(scope.sites, self.name)
         _check(self, scope)
 
     def score(

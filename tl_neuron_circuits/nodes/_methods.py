@@ -4,7 +4,7 @@ from typing import Literal
 
 from .._options import parse_options
 from ._controls import ActivationDifference, Random
-from ._integrated_gradients import IntegratedGradients, IntegratedGradientsInputs
+from ._integrated_gradients import Conductance, IntegratedGradients, IntegratedGradientsInputs
 from ._learned_mask import LearnedMask, MaskGradient
 from ._method import Method
 from ._patching import Patching
@@ -15,6 +15,7 @@ MethodName = Literal[
     "gradient",
     "integrated_gradients",
     "integrated_gradients_inputs",
+    "conductance",
     "patching",
     "learned_mask",
     "mask_gradient",
@@ -24,7 +25,7 @@ MethodName = Literal[
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(RelP, Gradient, IntegratedGradients, IntegratedGradientsInputs, Patching),
+        *(RelP, Gradient, IntegratedGradients, IntegratedGradientsInputs, Conductance, Patching),
         *(LearnedMask, MaskGradient, ActivationDifference, Random),
     )
 }

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .._errors import SettingsError
 from ..bases._activations import Neurons
 from ..bases._runs import Values, answers_only, run_logits
-from ..bases._site import Parts, Site
+from ..bases._site import Parts, Site, refuse_cross_layer
 from ..tasks._metrics import measure
 from ..tasks._tokenized import Batch
 from ._method import Method
@@ -71,7 +71,8 @@ class Patching(Method):
         return self.name
 
     def check(self, scope: Scope) -> None:
-        """The chosen nodes are nodes of this basis."""
+        """The chosen nodes are nodes of this basis, and write to one place."""
+        refuse_cross_layer(scope.sites, "exact patching of single nodes")
         if self.nodes is None:
             return
         missing = {"hook", "unit", "position", "kind"} - set(self.nodes.columns)

@@ -82,7 +82,7 @@ class Scope:
         for site in self.sites:
             parts, baseline, gradient = site.take_apart(values), baselines[site.hook], gradients[site.hook]
             change = parts.nodes if baseline is None else parts.nodes - baseline.nodes
-            per_prompt = self.sign * change.float() * site.node_gradient(gradient).float()
+            per_prompt = self.sign * change.float() * site.node_gradient(gradients).float()
             blocks[site.hook, "node"] = self.add_up(per_prompt, "node")
             for kind, vector in parts.vectors.items():
                 change = vector if baseline is None else vector - baseline.vectors[kind]

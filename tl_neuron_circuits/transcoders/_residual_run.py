@@ -30,6 +30,7 @@ from .._errors import DictionaryError, SettingsError, UnsupportedModelError
 from ..bases._dictionary import LAYER_NORM_EPSILON, Dictionary
 from ..bases._dictionary_basis import Dictionaries, DictionarySite
 from ..bases._runs import Values, values_at
+from ..bases._site import refuse_cross_layer
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..propagation._norms import read_norm
 
@@ -321,6 +322,7 @@ def _sites_by_layer(model: TransformerLensModel, dictionaries: Sequence[Dictiona
     """The dictionaries by the layer whose MLP they stand for."""
     sites: dict[int, DictionarySite] = {}
     for site in Dictionaries(dictionaries).sites(model):
+        refuse_cross_layer([site], "circuits from weights")
         dictionary = site.dictionary
         if not re.fullmatch(r"blocks\.\d+\.(hook_mlp_out|mlp\.hook_out|mlp\.out\.hook_out)", site.hook):
             raise DictionaryError(
