@@ -79,6 +79,20 @@ class FileFormatError(NeuronCircuitsError):
     """
 
 
+class SaveError(NeuronCircuitsError, OSError):
+    """A file could not be written: the disk is full or read-only, or permission is missing. What was there is unchanged.
+
+    `errno` is that of the system's error.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> pairs = tnc.PromptPairs(clean=["The dog"], answer=[" is"])
+        >>> pairs.to_jsonl("/proc/pairs.jsonl")
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.SaveError: /proc/pairs.jsonl could not be written ...
+    """
+
+
 class DictionaryError(NeuronCircuitsError):
     """A sparse dictionary (SAE or transcoder) does not fit the model or is of an unknown kind.
 

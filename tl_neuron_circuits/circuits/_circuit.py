@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx
-import numpy as np
 import pandas as pd
-import torch
 
 from .. import _html
-from .._errors import FileFormatError
 from .._files import read_directory, write_directory
 from ..bases._site import Basis
 from ..nodes._scores import NodeScores
-from . import _algebra, _groups, _neuronpedia, _prune, _scores
+from . import _algebra, _circuit_file, _groups, _neuronpedia, _prune, _scores
 from ._table import CHOSEN, EDGE_COLUMNS, LEFT_OUT, NODE_COLUMNS, SCHEMA, SINGLE, typed
 
 if TYPE_CHECKING:
@@ -240,22 +237,13 @@ class Circuit:
         return graph
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `circuit.safetensors` and `circuit.json`; an existing one is replaced at once.
+        """Write a directory with `circuit.safetensors`, texts in its header; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
-        numbers = {
-            f"{table}/{name}": torch.from_numpy(np.array(frame[name]))
-            for table, frame, columns in (("nodes", self.nodes, NODE_COLUMNS), ("edges", self.edges, EDGE_COLUMNS))
-            for name, kind in columns.items()
-            if kind != "str"
-        }
-        index = {node: place for place, node in enumerate(self.nodes["node"])}
-        for end in ("source", "target"):
-            numbers[f"edges/{end}"] = torch.from_numpy(np.array(self.edges[end].map(index).astype("int64")))
-        texts = {name: self.nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
-        write_directory(path, "circuit", SCHEMA, numbers, {"settings": dict(self.settings), "texts": texts})
+        write_directory(path, "circuit", SCHEMA, *_circuit_file.to_file(self.nodes, self.edges, self.settings))
 
     @classmethod
     def load(cls, path: str | Path, *, basis: Basis | Sequence[Basis] | None = None) -> "Circuit":
@@ -268,20 +256,9 @@ class Circuit:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        numbers, notes = read_directory(path, "circuit", SCHEMA, required=("settings", "texts"))
-        texts = notes["texts"]
-        try:
-            nodes = pd.DataFrame(
-                {c: texts[c] if k == "str" else numbers[f"nodes/{c}"].numpy() for c, k in NODE_COLUMNS.items()}
-            )
-            names = nodes["node"].to_numpy(dtype=object)
-            edges = pd.DataFrame({name: numbers[f"edges/{name}"].numpy() for name in EDGE_COLUMNS})
-            edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]])
-        except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise FileFormatError(
-                f"the tables in {path} do not fit together ({error!r}): it is damaged. Save it again."
-            ) from error
-        return cls(nodes, edges, notes["settings"], basis=basis)
+        tensors, notes = read_directory(path, "circuit", SCHEMA, _circuit_file.CircuitNotes)
+        nodes, edges = _circuit_file.from_file(tensors, notes, path)
+        return cls(nodes, edges, notes.settings, basis=basis)
 
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
         """The circuit as a plotly figure: layers against positions, with the strongest edges."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
@@ -15,8 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import _html
-from .._errors import NumericalError, SettingsError
-from .._files import read_directory, write_directory
+from .._errors import FileFormatError, NumericalError, SettingsError
+from .._files import read_directory, require_shapes, write_directory
 from .._options import parse_options
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
@@ -32,7 +33,12 @@ from ._method import EdgeMethod, EdgeQuestion, Random
 from ._patching import Patching, metric_with_edges
 from ._streams import paired_streams
 
-SCHEMA = 2
+SCHEMA = 3
+
+
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    names: list[str]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,12 +88,13 @@ class EdgeScores:
         return self.to_dataframe().head(k)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `edge_scores.safetensors` and `edge_scores.json`.
+        """Write a directory with `edge_scores.safetensors`, settings in its header; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
-        tensors = {"scores": self.scores.contiguous()} | ({} if self.kept is None else {"kept": self.kept.contiguous()})
+        tensors = {"scores": self.scores} | ({} if self.kept is None else {"kept": self.kept})
         write_directory(
             path, "edge_scores", SCHEMA, tensors, {"names": list(self.names), "settings": dict(self.settings)}
         )
@@ -99,8 +106,13 @@ class EdgeScores:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "edge_scores", SCHEMA, required=("names", "settings"))
-        return cls(tuple(notes["names"]), tensors["scores"], notes["settings"], tensors.get("kept"))
+        tensors, notes = read_directory(path, "edge_scores", SCHEMA, _Notes)
+        square = (len(notes.names), len(notes.names))
+        require_shapes(path, tensors, {"scores": square} | ({"kept": square} if "kept" in tensors else {}))
+        kept = tensors.get("kept")
+        if not tensors["scores"].is_floating_point() or (kept is not None and kept.dtype != torch.bool):
+            raise FileFormatError(f"expected scores, and whether edges are kept, in {path}. Save them again.")
+        return cls(tuple(notes.names), tensors["scores"], notes.settings, kept)
 
     def __repr__(self) -> str:
         s = self.settings
