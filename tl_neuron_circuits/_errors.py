@@ -80,7 +80,7 @@ class FileFormatError(NeuronCircuitsError):
 
 
 class SaveError(NeuronCircuitsError, OSError):
-    """A file could not be written: the disk is full or read-only, or permission is missing. What was there is unchanged.
+    """A file could not be written: a full or read-only disk, or no permission. What was there before is unchanged.
 
     `errno` is that of the system's error.
 

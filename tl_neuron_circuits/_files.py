@@ -92,8 +92,8 @@ def staged(path: str | Path) -> Iterator[Path]:
 def save_error(path: str | Path, cause: Exception) -> SaveError:
     """Say which file could not be written, why, and that nothing was lost; `errno` is the cause's."""
     error = SaveError(
-        f"{path} could not be written ({cause}); what was there before is unchanged. Make room, or choose a folder that "
-        "you may write to, and save again."
+        f"{path} could not be written ({cause}); what was there before is unchanged. Make room, or choose a folder "
+        "that you may write to, and save again."
     )
     error.errno = getattr(cause, "errno", None)
     return error
@@ -230,17 +230,10 @@ def read_text(path: str | Path) -> str:
         OSError: missing, not a regular file (a pipe would never end), or unreadable.
         ValueError: not UTF-8.
     """
-    with Path(path).open("rb", opener=_open_at_once) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("not a regular file")
-        return file.read().decode("utf-8-sig")
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting for the other end of a pipe, and no device at all."""
-    if Path(path).exists() and not Path(path).is_file():
+    path = Path(path)
+    if path.exists() and not path.is_file():
         raise OSError("not a regular file")
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    return path.read_bytes().decode("utf-8-sig")
 
 
 def parse_json(text: str, *, surrogates: bool = False) -> Any:
@@ -263,6 +256,20 @@ def parse_json(text: str, *, surrogates: bool = False) -> Any:
     if not surrogates and _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
+
+
+def parse_json_lines(text: str) -> Iterator[tuple[int, Any]]:
+    """Line numbers and values of JSON lines, which end at line feeds and nowhere else; blank lines are left out.
+
+    Raises:
+        ValueError: a line is not strict JSON; the message has its number.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON ({short(error)})") from error
 
 
 def _refuse(constant: str) -> None:
@@ -293,7 +300,7 @@ def formed(value: Any, form: type[T], source: str | Path) -> T:
         FileFormatError: it is not; the message names the field.
     """
     try:
-        return msgspec.convert(value, form)
+        return msgspec.convert(value, form, str_keys=True)
     except (msgspec.ValidationError, RecursionError, OverflowError) as error:
         raise FileFormatError(f"{source} does not have the expected form: {short(error)}. Save it again.") from error
 
@@ -317,7 +324,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None, str]:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
             failure = f"{path} cannot be read ({short(error)}): it is truncated or foreign. Save it again."
             cause: Exception | None = error
@@ -343,7 +350,9 @@ def _identity(path: Path) -> tuple[int, int, int]:
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")
     except (OSError, ValueError) as error:
-        raise FileFormatError(f"{path} cannot be read ({short(error)}). Give a file that this package wrote.") from error
+        raise FileFormatError(
+            f"{path} cannot be read ({short(error)}). Give a file that this package wrote."
+        ) from error
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
@@ -390,7 +399,9 @@ class _Head(msgspec.Struct, forbid_unknown_fields=True):
     notes: dict[str, Any]
 
 
-def require_shapes(path: str | Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int | None, ...]]) -> None:
+def require_shapes(
+    path: str | Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int | None, ...]]
+) -> None:
     """Raise unless these tensors, and no others, have these shapes; None is any length.
 
     Raises:

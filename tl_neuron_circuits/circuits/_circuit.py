@@ -279,6 +279,7 @@ class Circuit:
 
         Raises:
             SettingsError: details of a node that is not there, or of another form.
+            SaveError: it could not be written; an older file is as it was.
 
         Example:
             >>> import tl_neuron_circuits as tnc
@@ -298,6 +299,10 @@ class Circuit:
             path: of the JSON file.
             slug: name of the graph; from the prompt unless given.
             scan: the model's name there; the model's own unless given.
+
+        Raises:
+            SettingsError: supernodes or summed positions, which the format cannot say.
+            SaveError: it could not be written; an older file is as it was.
         """
         _neuronpedia.write(self, Path(path), slug, scan)
 
@@ -310,7 +315,7 @@ class Circuit:
             basis: as in `load`.
 
         Raises:
-            FileFormatError: missing, not JSON, or not an attribution graph.
+            FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
         """
         return cls(*_neuronpedia.read(Path(path)), basis=basis)
 

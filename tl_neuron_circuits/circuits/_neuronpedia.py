@@ -290,7 +290,9 @@ def _read_foreign(graph: _Graph) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[st
         raise FileFormatError(
             f"expected unique node ids; {len(rows) - len(names)} of {len(rows)} appear twice. Export the graph again."
         )
-    edges = pd.DataFrame([(link.source, link.target, link.weight) for link in graph.links], columns=["source", "target", "weight"])
+    edges = pd.DataFrame(
+        [(link.source, link.target, link.weight) for link in graph.links], columns=["source", "target", "weight"]
+    )
     edges["weight"] = edges["weight"].astype(float)
     lost = set(edges["source"]) | set(edges["target"])
     if lost - names:

@@ -88,7 +88,7 @@ class EdgeScores:
         return self.to_dataframe().head(k)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `edge_scores.safetensors`, settings in its header; an existing one is replaced at once.
+        """Write a directory with `edge_scores.safetensors`; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.

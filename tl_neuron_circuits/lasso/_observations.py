@@ -448,7 +448,9 @@ def read_blocks(path: Path, settings: Mapping[str, Any]) -> dict[int, Block]:
             raise FileFormatError(f"{folder} is of another run ({differ} differ). Resume from another directory.")
         number = folder.name.removeprefix("block")
         if not number.isdecimal() or len(number) > 9:
-            raise FileFormatError(f"expected folders block0, block1 and so on in {path}; found {folder.name}. Remove it.")
+            raise FileFormatError(
+                f"expected folders block0, block1 and so on in {path}; found {folder.name}. Remove it."
+            )
         require_shapes(folder, tensors, _shapes(tensors, len(notes.n)))
         blocks[int(number)] = _restored(tensors, notes.n)
     return blocks

@@ -10,8 +10,9 @@ state is in the checkpoints, the shuffle buffer included: a resumed run equals a
 same machine. Started as several processes (`accelerate launch`, `torchrun`), each reads its share of the token batches
 into its share of the buffer, gradients are averaged, all have the same weights, and the first one writes.
 
-A checkpoint is one file, `checkpoint-00000500/checkpoint.safetensors`. It appears whole, and older ones are removed only
-after that: a process that is killed while writing leaves the earlier ones as they were. Source: METHODS.md 4.1, 4.5.
+A checkpoint is one file, `checkpoint-00000500/checkpoint.safetensors`. It appears whole, and older ones are removed
+only after that: a process that is killed while writing leaves the earlier ones as they were.
+Source: METHODS.md 4.1, 4.5.
 """
 
 import re
