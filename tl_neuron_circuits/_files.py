@@ -8,6 +8,7 @@ Results: `save(directory)` writes one safetensors file into the directory. Its h
 and a SHA-256 of that JSON and of all tensors, so that settings and numbers of different saves cannot meet.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -65,12 +66,12 @@ def staged(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))  # the file behind a link is replaced, not the link
     try:
         if target.is_dir():
-            raise IsADirectoryError("it is a directory")
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
         if target.exists() and not target.is_file():
             yield target  # a pipe or a device, such as /dev/stdout, cannot be replaced
             return
-        if target.exists() and not os.access(target, os.W_OK):
-            raise PermissionError("the file there is read-only")
+        if target.exists():
+            target.open("ab").close()  # a file that may not be written is not replaced either
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
         stage, lock = _make_stage(target.parent)
@@ -95,7 +96,8 @@ def save_error(path: str | Path, cause: Exception) -> SaveError:
         f"{path} could not be written ({cause}); what was there before is unchanged. Make room, or choose a folder "
         "that you may write to, and save again."
     )
-    error.errno = getattr(cause, "errno", None)
+    told = re.search(r"\(os error (\d+)\)", str(cause))  # as safetensors writes it
+    error.errno = getattr(cause, "errno", None) or (int(told[1]) if told else None)
     return error
 
 
@@ -116,7 +118,13 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], content: str)
     Raises:
         SaveError: it could not be written; an older file is as it was.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if place in memory else own  # safetensors refuses shared memory
+        memory.add(place)
     digest = _checksum(content, plain)
     with staged(path) as place:
         save_file(plain, place, metadata={_GENERATOR: content, "sha256": digest})
@@ -192,6 +200,13 @@ def _lock(stage: Path) -> int | None:
     return number
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove the directory of a save that was never finished, unless one is at work in it."""
+    _sweep(folder)
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left: stages whose lock is free."""
     with suppress(OSError):
@@ -236,14 +251,14 @@ def read_text(path: str | Path) -> str:
     return path.read_bytes().decode("utf-8-sig")
 
 
-def parse_json(text: str, *, surrogates: bool = False) -> Any:
-    """The value of strict JSON: no NaN, no half surrogates unless they are allowed, no nesting beyond 64 levels.
+def parse_json(text: str, *, surrogates: bool = False, constants: bool = False) -> Any:
+    """The value of strict JSON: no nesting beyond 64 levels, no half surrogates and no NaN unless they are allowed.
 
     Raises:
         ValueError: it is not; the message says what and where.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = json.loads(text, parse_constant=None if constants else _refuse)
     except RecursionError:
         raise ValueError(f"it is nested more than {_DEEPEST} levels deep") from None
     level = [value]
@@ -301,7 +316,7 @@ def formed(value: Any, form: type[T], source: str | Path) -> T:
     """
     try:
         return msgspec.convert(value, form, str_keys=True)
-    except (msgspec.ValidationError, RecursionError, OverflowError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise FileFormatError(f"{source} does not have the expected form: {short(error)}. Save it again.") from error
 
 
@@ -356,8 +371,10 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def read_directory(path: str | Path, kind: str, schema: int, form: type[T]) -> tuple[dict[str, Tensor], T]:
-    """The tensors and notes that `write_directory` wrote.
+def read_directory(
+    path: str | Path, kind: str, schema: int, form: type[T], *, surrogates: bool = False
+) -> tuple[dict[str, Tensor], T]:
+    """The tensors and notes that `write_directory` wrote; texts may hold half surrogates where that is allowed.
 
     Raises:
         FileFormatError: missing, truncated, foreign, damaged, of another kind or schema, or notes of another form.
@@ -375,8 +392,8 @@ def read_directory(path: str | Path, kind: str, schema: int, form: type[T]) -> t
             "Load and save it with that version's successor, or make it again."
         )
     try:
-        head = msgspec.convert(json.loads(content or "null"), _Head)
-    except (ValueError, RecursionError) as error:
+        head = msgspec.convert(parse_json(content or "null", surrogates=surrogates, constants=True), _Head)
+    except ValueError as error:
         raise FileFormatError(
             f"expected {file} to hold {kind} saved by {_GENERATOR}; it holds something else. "
             "Give the directory that save() wrote."

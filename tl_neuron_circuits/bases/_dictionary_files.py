@@ -231,7 +231,10 @@ def _read_folder(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     tensors, content, checksum = read_tensors(file) if file.is_file() else ({}, None, "")
     if content is None:  # written by others
         return _read_config(folder), tensors
-    own = json.loads(content)
+    try:
+        own = parse_json(content)
+    except ValueError as error:
+        raise FileFormatError(f"the settings in {file} are not JSON: {short(error)}. Save it again.") from error
     config = _read_config(folder) if (folder / _CONFIG_FILE).exists() else {"metadata": {ID: None}}
     metadata = dict(_object(config, "metadata"))
     if ID not in metadata:
@@ -295,8 +298,7 @@ def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool
             raise FileFormatError(f"{target} holds a dictionary already: choose another path or pass overwrite=True.")
     config = _config(dictionary)
     _stamp(target / _CONFIG_FILE)
-    tensors = {name: tensor.detach().clone() for name, tensor in dictionary.tensors().items()}  # none may share memory
-    checksum = write_tensors(target / _WEIGHTS_FILE, tensors, json.dumps(config))
+    checksum = write_tensors(target / _WEIGHTS_FILE, dictionary.tensors(), json.dumps(config))
     config["metadata"] = config["metadata"] | {ID: checksum}
     write_text(target / _CONFIG_FILE, json.dumps(config, indent=2))
     with suppress(OSError):

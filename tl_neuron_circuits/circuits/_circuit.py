@@ -256,7 +256,7 @@ class Circuit:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "circuit", SCHEMA, _circuit_file.CircuitNotes)
+        tensors, notes = read_directory(path, "circuit", SCHEMA, _circuit_file.CircuitNotes, surrogates=True)
         nodes, edges = _circuit_file.from_file(tensors, notes, path)
         return cls(nodes, edges, notes.settings, basis=basis)
 

@@ -83,7 +83,10 @@ def from_file(
     if any(end.dtype != torch.int64 or bool(((end < 0) | (end >= n)).any()) for end in ends):
         raise FileFormatError(f"edges in {path} lead to nodes that are not there. It is damaged: save it again.")
     nodes = pd.DataFrame(
-        {c: notes.texts[c] if kind == "str" else tensors[f"nodes/{c}"].numpy() for c, kind in NODE_COLUMNS.items()}
+        {  # pandas' own type of texts has no half surrogates
+            c: pd.Series(notes.texts[c], dtype=object) if kind == "str" else tensors[f"nodes/{c}"].numpy()
+            for c, kind in NODE_COLUMNS.items()
+        }
     )
     names = nodes["node"].to_numpy(dtype=object)
     edges = pd.DataFrame({name: tensors[f"edges/{name}"].numpy() for name in EDGE_COLUMNS})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import FileFormatError, NumericalError, SettingsError
-from .._files import read_directory, require_shapes, write_directory
+from .._files import formed, read_directory, require_shapes, write_directory
 from .._options import parse_options
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
@@ -39,6 +39,15 @@ SCHEMA = 3
 class _Notes(msgspec.Struct, forbid_unknown_fields=True):
     names: list[str]
     settings: dict[str, Any]
+
+
+class _Settings(msgspec.Struct):
+    """What scores need of their settings."""
+
+    method: str
+    metric: str
+    model: str
+    n_pairs: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,6 +116,7 @@ class EdgeScores:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
         tensors, notes = read_directory(path, "edge_scores", SCHEMA, _Notes)
+        formed(notes.settings, _Settings, path)
         square = (len(notes.names), len(notes.names))
         require_shapes(path, tensors, {"scores": square} | ({"kept": square} if "kept" in tensors else {}))
         kept = tensors.get("kept")

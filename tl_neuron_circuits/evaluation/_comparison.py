@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 
 from .. import _html
 from .._errors import FileFormatError, SettingsError
-from .._files import read_directory, write_directory
+from .._files import formed, read_directory, write_directory
 from ._bootstrap import band, draw_weights, ratios
 from ._curve import CurveNotes, SparsityCurve, size_at
 
@@ -26,6 +26,14 @@ class CurveKey(NamedTuple):
     task: str
     basis: str
     method: str
+
+
+class _Settings(msgspec.Struct):
+    """What a comparison needs of its settings."""
+
+    model: str
+    bootstrap: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class _Notes(msgspec.Struct, forbid_unknown_fields=True):
@@ -178,6 +186,7 @@ class Comparison:
                 "another directory."
             )
         tensors, notes = read_directory(path, "comparison", SCHEMA, _Notes)
+        formed(notes.settings, _Settings, path)
         curves = {}
         for place, (key, own) in enumerate(notes.curves):
             prefix = f"{place}/"

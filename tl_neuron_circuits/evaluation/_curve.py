@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import FileFormatError
-from .._files import read_directory, require_shapes, write_directory
+from .._files import formed, read_directory, require_shapes, write_directory
 
 SCHEMA = 3
 C = TypeVar("C", bound="Curve")
@@ -36,6 +36,14 @@ class CurveNotes(msgspec.Struct, forbid_unknown_fields=True):
     total: Annotated[int, msgspec.Meta(ge=1)]
     settings: dict[str, Any]
     groups: list[str] | None
+
+
+class _Settings(msgspec.Struct):
+    """What a curve needs of its settings."""
+
+    basis: str
+    method: str
+    ablation: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -151,6 +159,7 @@ class Curve:
         Raises:
             FileFormatError: they do not fit together.
         """
+        formed(notes.settings, _Settings, path)
         sizes, pairs = len(notes.sizes), tensors["full"].numel() if "full" in tensors else 0
         both, each = (sizes, pairs), (pairs,)
         shapes = {"kept": both, "removed": both, "full": each, "empty": each, "predicted": (sizes,)}

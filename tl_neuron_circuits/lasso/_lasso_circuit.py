@@ -193,7 +193,7 @@ class LassoCircuit(Circuit):
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "lasso_circuit", SCHEMA, _Notes)
+        tensors, notes = read_directory(path, "lasso_circuit", SCHEMA, _Notes, surrogates=True)
         formed(notes.circuit.settings, _Settings, path)
         plain = {name: tensor for name, tensor in tensors.items() if not name.startswith("extra/")}
         nodes, edges = _circuit_file.from_file(plain, notes.circuit, path)

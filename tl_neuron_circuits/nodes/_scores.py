@@ -36,7 +36,11 @@ class _Notes(msgspec.Struct, forbid_unknown_fields=True):
 class _Settings(msgspec.Struct):
     """What scores need of their settings."""
 
+    method: str
+    metric: str
+    model: str
     basis: str
+    n_pairs: int
     positions: Literal["keep", "sum"]
 
 

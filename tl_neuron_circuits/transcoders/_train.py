@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from .. import _html
 from .._errors import FileFormatError, NeuronCircuitsError, SaveError, SettingsError
-from .._files import fingerprint, read_directory, versions, write_directory
+from .._files import fingerprint, read_directory, remove_empty, versions, write_directory
 from .._processes import Processes, current_processes
 from .._typing import checked
 from ..bases._dictionary import Dictionary
@@ -408,9 +408,11 @@ def write_checkpoint(
         failure.errno = error.errno
         raise failure from error
     kept = checkpoints(folder)[-keep:]
-    for old in folder.glob("checkpoint-*") if keep else ():  # those too that were never written to their end
-        if _NAME.fullmatch(old.name) and old not in kept:
+    for old in folder.glob("checkpoint-*") if keep else ():
+        if (old / "checkpoint.safetensors").exists() and _NAME.fullmatch(old.name) and old not in kept:
             shutil.rmtree(old, ignore_errors=True)
+        elif _NAME.fullmatch(old.name):
+            remove_empty(old)
     return path
 
 
