@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,60 +41,62 @@ class Kind:
     contents: tuple[Any, Any]
 
 
-def kinds(folder: Path) -> list[Kind]:
-    """Every kind of save."""
-    made = results()
-    circuits = made["circuit"], made["circuit"].prune(count=5)
-    scores = [replace(made["scores"], settings={**made["scores"].settings, "seed": seed}) for seed in (0, 1)]
-    scores[1] = replace(scores[1], values={hook: values + 1 for hook, values in scores[1].values.items()})
-    curves = [
-        replace(made["curve"], kept=made["curve"].kept + k, settings={**made["curve"].settings, "seed": k})
-        for k in (0, 1)
-    ]
-    comparisons = [
-        replace(made["comparison"], curves=dict.fromkeys(made["comparison"].curves, curve)) for curve in curves
-    ]
-    saes = tnc.load_demo_dictionaries("sae")[:2]
-    pairs = made["pairs"], made["pairs"][:2]
-    edges = made["edges"], replace(made["edges"], scores=made["edges"].scores + 1)
-    lassos = made["lasso"], made["lasso"].prune(edges=3)
-    state = {
-        "config": {},
-        "material": {},
-        "buffer": {},
-        "history": [],
-        "sums": {},
-        "sites": [],
-        "seconds": {},
-        "positions": 1,
-    }
-
-    def checkpoint(which: int, path: Path) -> None:
-        write_checkpoint(path, which + 1, {"x": torch.full((50_000,), float(which))}, state, 1)
-
-    save = lambda of: lambda which, path: of[which].save(path)  # noqa: E731
-    ways: dict[str, tuple[Callable[[int, Path], Any], Callable[[Path], Any]]] = {
-        "scores": (save(scores), tnc.NodeScores.load),
-        "circuit": (save(circuits), tnc.Circuit.load),
-        "lasso": (save(lassos), LassoCircuit.load),
-        "curve": (save(curves), tnc.SparsityCurve.load),
-        "comparison": (save(comparisons), tnc.Comparison.load),
-        "edges": (save(edges), EdgeScores.load),
-        "dictionary": (lambda k, path: tnc.save_dictionary(saes[k], path, overwrite=True), tnc.load_dictionary),
-        "checkpoint": (checkpoint, lambda path: read_directory(newest_checkpoint(path), "checkpoint", SCHEMA, _Notes)),
-        "pairs": (lambda k, path: pairs[k].to_jsonl(path), tnc.PromptPairs.from_jsonl),
-        "graph": (lambda k, path: circuits[k].to_neuronpedia(path), tnc.Circuit.from_neuronpedia),
-        "page": (lambda k, path: circuits[k].to_html(path), read_text),
-    }
+def kinds(folder: Path, names: Collection[str] | None = None) -> list[Kind]:
+    """Every kind of save, or some."""
+    made = results(None if names is None else {*names, *({"circuit"} if {"graph", "page"} & set(names) else ())})
     every = []
-    for name, (write, load) in ways.items():
-        contents = []
-        for which in (0, 1):
-            place = folder / f"{name}{which}" / name
-            write(which, place)
-            contents.append(_without_name(load(place)))
-        every.append(Kind(name, write, lambda path, load=load: _without_name(load(path)), (contents[0], contents[1])))
+    for name, (contents, write, load) in _ways(made).items():
+        if names is None or name in names:
+            read = lambda path, load=load: _without_name(load(path))  # noqa: E731
+            save = lambda which, path, contents=contents, write=write: write(contents[which], path)  # noqa: E731
+            for which in (0, 1):
+                save(which, folder / f"{name}{which}" / name)
+            found = tuple(read(folder / f"{name}{which}" / name) for which in (0, 1))
+            every.append(Kind(name, save, read, (found[0], found[1])))
     return every
+
+
+def _ways(made: dict[str, Any]) -> dict[str, tuple[Sequence[Any], Callable[[Any, Path], Any], Callable[[Path], Any]]]:
+    """By name: two contents, how one is written, how it is read."""
+    ways: dict[str, Any] = {}
+    save = lambda content, path: content.save(path)  # noqa: E731
+    if "circuit" in made:
+        circuits = made["circuit"], made["circuit"].prune(count=5)
+        ways["circuit"] = circuits, save, tnc.Circuit.load
+        ways["graph"] = circuits, lambda circuit, path: circuit.to_neuronpedia(path), tnc.Circuit.from_neuronpedia
+        ways["page"] = circuits, lambda circuit, path: circuit.to_html(path), read_text
+    if "scores" in made:
+        scores = made["scores"]
+        other = {hook: values + 1 for hook, values in scores.values.items()}
+        others = replace(scores, values=other, settings={**scores.settings, "seed": 1})
+        ways["scores"] = (scores, others), save, tnc.NodeScores.load
+    if "lasso" in made:
+        ways["lasso"] = (made["lasso"], made["lasso"].prune(edges=3)), save, LassoCircuit.load
+    if "curve" in made:
+        curve = made["curve"]
+        curves = curve, replace(curve, kept=curve.kept + 1, settings={**curve.settings, "seed": 1})
+        ways["curve"] = curves, save, tnc.SparsityCurve.load
+    if "comparison" in made:
+        found = made["comparison"]
+        shifted = {key: replace(curve, kept=curve.kept + 1) for key, curve in found.curves.items()}
+        ways["comparison"] = (found, replace(found, curves=shifted)), save, tnc.Comparison.load
+    if "edges" in made:
+        edges = made["edges"], replace(made["edges"], scores=made["edges"].scores + 1)
+        ways["edges"] = edges, save, EdgeScores.load
+    if "pairs" in made:
+        pairs = made["pairs"], made["pairs"][:2]
+        ways["pairs"] = pairs, lambda content, path: content.to_jsonl(path), tnc.PromptPairs.from_jsonl
+    saes = tnc.load_demo_dictionaries("sae")[:2]
+    overwrite = lambda sae, path: tnc.save_dictionary(sae, path, overwrite=True)  # noqa: E731
+    ways["dictionary"] = saes, overwrite, tnc.load_dictionary
+    state = {"config": {}, "material": {}, "buffer": {}, "history": [], "sums": {}, "sites": [], "seconds": {}}
+
+    def write(step: int, path: Path) -> None:
+        write_checkpoint(path, step, {"x": torch.ones(50_000) * step}, state | {"positions": 1}, 1)
+
+    read = lambda path: read_directory(newest_checkpoint(path), "checkpoint", SCHEMA, _Notes)  # noqa: E731
+    ways["checkpoint"] = (1, 2), write, read
+    return ways
 
 
 def _without_name(value: Any) -> Any:
@@ -270,9 +272,7 @@ def main() -> None:
     totals: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for kind in kinds(folder / "contents"):
-            if options.kinds and kind.name not in options.kinds:
-                continue
+        for kind in kinds(folder / "contents", options.kinds):
             found = {"killed": kill(kind, folder / "killed", options.trials, dice)}
             if kind.name != "checkpoint":  # of which one process writes, and removes the older ones
                 found["raced"] = race(kind, folder / "raced", options.saves)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,25 +49,24 @@ def edit(file: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]) ->
     write_tensors(file, {name: tensor.clone() for name, tensor in tensors.items()}, json.dumps(head))
 
 
-def results() -> dict[str, Any]:
-    """One result of every class that has `save`, of the demo model."""
+def results(names: Collection[str] | None = None) -> dict[str, Any]:
+    """One result of every class that has `save`, or of some of them, of small models."""
     model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
-    scores = tnc.attribute(model, pairs, basis=tnc.bases.MLPOutputs())
-    circuit = tnc.trace(model, PROMPT, " Austin", nodes=10)
     tiny = model_cases("gpt2")[0].build(torch.float32)
+    outputs = tnc.bases.MLPOutputs()
     lasso = tnc.lasso.CircuitLasso(penalty=tnc.lasso.Share(0.9), regressors="same")
-    return {
-        "scores": scores,
-        "circuit": circuit,
-        "lasso": lasso.fit(tiny, random_tokens(tiny, batch=20, pos=4)),
-        "curve": tnc.evaluate(model, pairs, scores, sizes=[10, 100]),
-        "edge_curve": evaluate_edges(model, pairs, tnc.trace(model, pairs, nodes=10), sizes=[5]),
-        "comparison": tnc.compare(
-            model, pairs, pairs, bases=[tnc.bases.MLPOutputs()], methods=["relp", "random"], sizes=[10], bootstrap=3
-        ),
-        "edges": component_edges(model, pairs, method="eap", attention="layers"),
-        "pairs": pairs,
+    few = {"bases": [outputs], "methods": ["relp", "random"], "sizes": [10], "bootstrap": 3}
+    makers: dict[str, Callable[[], Any]] = {
+        "scores": lambda: tnc.attribute(model, pairs, basis=outputs),
+        "circuit": lambda: tnc.trace(model, PROMPT, " Austin", nodes=10),
+        "lasso": lambda: lasso.fit(tiny, random_tokens(tiny, batch=20, pos=4)),
+        "curve": lambda: tnc.evaluate(model, pairs, tnc.attribute(model, pairs, basis=outputs), sizes=[10, 100]),
+        "edge_curve": lambda: evaluate_edges(model, pairs, tnc.trace(model, pairs, nodes=10), sizes=[5]),
+        "comparison": lambda: tnc.compare(model, pairs, pairs, **few),
+        "edges": lambda: component_edges(model, pairs, method="eap", attention="layers"),
+        "pairs": lambda: pairs,
     }
+    return {name: make() for name, make in makers.items() if names is None or name in names}
 
 
 def write_all(folder: Path) -> list[Saved]:
@@ -98,8 +97,9 @@ def _resumable(folder: Path) -> list[Saved]:
     SavedSums(folder / "sums", settings, Processes()).write(sums, 2, 4, 4, last=True)
     write_block(folder / "blocks", 0, (Statistics.from_rows(torch.arange(6.0).reshape(3, 2)),), settings)
     notes = {
-        "config": {"k": 3}, "material": {"model": "demo"}, "buffer": {"cursor": 1, "batches": 2}, "seconds": {"total": 1.0},
-        "history": [{"step": 1}], "sums": {"0": {"loss": 0.5}}, "sites": [["a", None]], "positions": 12,
+        "config": {"k": 3}, "material": {"model": "demo"}, "buffer": {"cursor": 1, "batches": 2},
+        "seconds": {"total": 1.0}, "history": [{"step": 1}], "sums": {"0": {"loss": 0.5}}, "sites": [["a", None]],
+        "positions": 12,
     }  # fmt: skip
     write_checkpoint(folder / "checkpoint", 3, {"0.W_enc": torch.ones(2, 3)}, notes, 2)
     inside = "checkpoint-00000003"

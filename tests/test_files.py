@@ -1,4 +1,4 @@
-"""What is saved is there as a whole or not at all, whatever happens meanwhile; `tests.killed_saves` is the long version."""
+"""What is saved is there as a whole or not at all, whatever happens meanwhile; `tests.killed_saves` tries it longer."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def test_a_failed_write_says_so_and_leaves_the_old_file(tmp_path: Path) -> None:
     with small_files(10), pytest.raises(SaveError, match="could not be written.*unchanged") as caught:
         PAIRS[:1].to_jsonl(file)
     assert isinstance(caught.value, OSError) and caught.value.errno == errno.EFBIG
-    assert PromptPairs.from_jsonl(file) == PAIRS and os.listdir(tmp_path) == ["pairs.jsonl"]
+    assert PromptPairs.from_jsonl(file) == PAIRS and [*tmp_path.iterdir()] == [file]
     with pytest.raises(SaveError, match="directory"):
         PAIRS.to_jsonl(tmp_path)
 
@@ -96,10 +96,9 @@ def test_a_dictionary_that_was_saved_halfway_is_the_old_or_the_new_one(
         with pytest.raises(SaveError):
             tnc.save_dictionary(new, path, overwrite=True)
     assert content(tnc.load_dictionary(path)) == expected[0]
-    real, calls = write_text, []
+    real = write_text
 
     def fail_last(file: Path, text: str) -> None:
-        calls.append(file)
         if f'"{_dictionary_files.ID}": null' not in text:
             fail()
         real(file, text)
@@ -110,7 +109,6 @@ def test_a_dictionary_that_was_saved_halfway_is_the_old_or_the_new_one(
             tnc.save_dictionary(new, path, overwrite=True)
     half = tnc.load_dictionary(path)
     assert half.hook_in == new.hook_in and torch.equal(half.W_enc, new.W_enc)
-    assert len(calls) == 1 + by_others
 
 
 def test_a_config_that_was_edited_is_refused_until_it_gives_up_its_id(tmp_path: Path) -> None:
@@ -126,14 +124,10 @@ def test_a_config_that_was_edited_is_refused_until_it_gives_up_its_id(tmp_path: 
 
 
 def test_json_lines_end_at_line_feeds_alone_and_may_begin_with_a_mark(tmp_path: Path) -> None:
-    rows = [
-        {"clean_prefix": "The\u2028dog\u0085", "clean_answer": " is"},
-        {"clean_prefix": "A\x0c", "clean_answer": " b"},
-    ]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    lines[1] = lines[1].replace("\\f", "\\u000c")
+    prompts = "The\u2028dog\u0085", "A\x0c"
+    lines = [json.dumps({"clean_prefix": text, "clean_answer": " is"}, ensure_ascii=False) for text in prompts]
     (tmp_path / "pairs").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
-    assert PromptPairs.from_jsonl(tmp_path / "pairs").clean == ("The\u2028dog\u0085", "A\x0c")
+    assert PromptPairs.from_jsonl(tmp_path / "pairs").clean == prompts
 
 
 @pytest.mark.parametrize(
