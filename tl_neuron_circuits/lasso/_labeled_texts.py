@@ -6,7 +6,6 @@
 Source: De-Arteaga et al. 2019 (Bias in Bios); Marks et al. 2025, arXiv 2403.19647 (professor and nurse); METHODS 5.1.
 """
 
-import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,9 +155,9 @@ def _whole(value: Any) -> int | None:
     """A whole number of up to nine digits, also as a text (as in CSV files); None for anything else."""
     if isinstance(value, str):
         return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(float(value)) < 10**9:
         return None
-    return int(value) if value == int(value) and abs(value) < 10**9 else None
+    return int(float(value)) if float(value).is_integer() else None
 
 
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
