@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._errors import FileFormatError
 from .._files import formed, require_shapes
-from ._table import EDGE_COLUMNS, NODE_COLUMNS
+from ._table import EDGE_COLUMNS, HEAD_COLUMNS, HEAD_KINDS, NODE_COLUMNS, rows_of
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
@@ -48,7 +48,7 @@ class CircuitSettings(msgspec.Struct):
 
 
 def to_file(
-    nodes: pd.DataFrame, edges: pd.DataFrame, settings: Mapping[str, Any]
+    nodes: pd.DataFrame, edges: pd.DataFrame, settings: Mapping[str, Any], head_parts: pd.DataFrame | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Columns of numbers as tensors, sources and targets as rows of the nodes; columns of texts as notes."""
     numbers = {
@@ -60,14 +60,19 @@ def to_file(
     index = {node: place for place, node in enumerate(nodes["node"])}
     for end in ("source", "target"):
         numbers[f"edges/{end}"] = torch.from_numpy(np.array(edges[end].map(index).astype("int64")))
+    if head_parts is not None:
+        columns = {name: head_parts[name] for name, kind in HEAD_COLUMNS.items() if kind != "str"}
+        columns |= {end: rows_of(nodes, head_parts[end]) for end in ("source", "target")}
+        columns["kind"] = head_parts["kind"].map(HEAD_KINDS.index).astype("int64")
+        numbers |= {f"heads/{name}": torch.from_numpy(np.array(values)) for name, values in columns.items()}
     texts = {name: nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
     return numbers, {"settings": dict(settings), "texts": texts}
 
 
 def from_file(
     tensors: Mapping[str, Tensor], notes: CircuitNotes, path: str | Path
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of nodes and edges.
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame | None]:
+    """The tables of nodes and edges, and of the edges' parts by head where there are any.
 
     Raises:
         FileFormatError: columns are missing or of different lengths, or an edge leads to no node.
@@ -78,9 +83,15 @@ def from_file(
     if set(notes.texts) != set(texts) or {len(column) for column in notes.texts.values()} != {n}:
         raise FileFormatError(f"expected {texts} of every node in {path}, {n} each. It is damaged: save it again.")
     shapes = {f"nodes/{name}": (n,) for name, kind in NODE_COLUMNS.items() if kind != "str"}
-    require_shapes(path, tensors, shapes | {f"edges/{name}": (m,) for name in EDGE_COLUMNS})
-    ends = [tensors[f"edges/{end}"] for end in ("source", "target")]
-    if any(end.dtype != torch.int64 or bool(((end < 0) | (end >= n)).any()) for end in ends):
+    shapes |= {f"edges/{name}": (m,) for name in EDGE_COLUMNS}
+    tables = ["edges"]
+    if "heads/part" in tensors:
+        shapes |= {f"heads/{name}": (tensors["heads/part"].numel(),) for name in HEAD_COLUMNS}
+        tables.append("heads")
+    require_shapes(path, tensors, shapes)
+    rows = {f"{table}/{end}": n for table in tables for end in ("source", "target")}
+    rows |= {"heads/kind": len(HEAD_KINDS)} if "heads" in tables else {}
+    if any(tensors[name].dtype != torch.int64 or not _within(tensors[name], most) for name, most in rows.items()):
         raise FileFormatError(f"edges in {path} lead to nodes that are not there. It is damaged: save it again.")
     nodes = pd.DataFrame(
         {  # pandas' own type of texts has no half surrogates
@@ -90,4 +101,13 @@ def from_file(
     )
     names = nodes["node"].to_numpy(dtype=object)
     edges = pd.DataFrame({name: tensors[f"edges/{name}"].numpy() for name in EDGE_COLUMNS})
-    return nodes, edges.assign(source=names[edges["source"]], target=names[edges["target"]])
+    edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]])
+    if "heads" not in tables:
+        return nodes, edges, None
+    parts = pd.DataFrame({name: tensors[f"heads/{name}"].numpy() for name in HEAD_COLUMNS})
+    kinds = np.array(HEAD_KINDS, dtype=object)[parts["kind"]]
+    return nodes, edges, parts.assign(source=names[parts["source"]], target=names[parts["target"]], kind=kinds)
+
+
+def _within(rows: Tensor, n: int) -> bool:
+    return bool(((rows >= 0) & (rows < n)).all())
