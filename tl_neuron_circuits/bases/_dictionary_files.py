@@ -146,12 +146,15 @@ def parse_config(config: Mapping[str, Any]) -> DictionaryConfig:
     for name in ("rescale_acts_by_decoder_norm", "apply_b_dec_to_input"):
         if not isinstance(config.get(name), bool | None):
             raise DictionaryError(f"cfg.json needs true or false as {name}, has {short(repr(config[name]))}.")
+    for name in ("normalize_activations", "reshape_activations"):
+        if not isinstance(config.get(name), str | None):
+            raise DictionaryError(f"cfg.json needs a text as {name}, has {short(repr(config[name]))}.")
     return DictionaryConfig(
         kind=kind_name,
         d_in=config["d_in"],
         d_dict=config["d_sae"],
         d_out=config["d_out"] if kind.is_transcoder else config["d_in"],
-        dtype=config.get("dtype"),
+        dtype=None if config.get("dtype") is None else str(config["dtype"]),
         settings={
             "k": config["k"] if kind.needs_k else None,
             "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm")) and kind.needs_k,
