@@ -75,7 +75,7 @@ class FileFormatError(NeuronCircuitsError):
         >>> import tl_neuron_circuits as tnc
         >>> tnc.NodeScores.load("no such folder")
         Traceback (most recent call last):
-        tl_neuron_circuits._errors.FileFormatError: expected saved scores at no such folder, but scores.json is ...
+        tl_neuron_circuits._errors.FileFormatError: expected saved scores at no such folder, but scores.safetensors ...
     """
 
 
