@@ -81,6 +81,16 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Every night: 2,000 damaged files, other ones each time; kills, races and full disks for every kind of save."""
+    session.install(*REQUIREMENTS["3.9"])
+    session.run(
+        "python", "-m", "pytest", "-s", "tests/test_damaged_files.py", env={**OFFLINE, "TNC_FUZZ_CASES": "2000"}
+    )
+    session.run("python", "-W", "ignore", "-m", "tests.killed_saves", "--disk", env=OFFLINE)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """An sdist and a wheel in dist/, and the demo from the wheel, in an environment without the checkout."""
     session.install("build")

@@ -98,5 +98,6 @@ from ._errors import NumericalError as NumericalError
 from ._errors import PairsError as PairsError
 from ._errors import ProcessesError as ProcessesError
 from ._errors import PropagationError as PropagationError
+from ._errors import SaveError as SaveError
 from ._errors import SettingsError as SettingsError
 from ._errors import UnsupportedModelError as UnsupportedModelError

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.evaluation.curves import comparison, curve
+from tests.saved_files import edit
 from tl_neuron_circuits._errors import FileFormatError
-from tl_neuron_circuits.evaluation import SparsityCurve
+from tl_neuron_circuits.evaluation import EdgeCurve, SparsityCurve
 from tl_neuron_circuits.evaluation._curve import area
 
 
@@ -88,9 +89,13 @@ def test_saving_and_loading_changes_nothing(tmp_path: Path) -> None:
         torch.equal(getattr(again, n), getattr(first, n)) for n in ("kept", "removed", "full", "empty", "predicted")
     )
     assert repr(again) == repr(first) and "<table" in again._repr_html_()
-    (tmp_path / "curve" / "curve.json").write_text("{}")
-    with pytest.raises(FileFormatError, match="something else"):
-        SparsityCurve.load(tmp_path / "curve")
+    for name in ("kept", "full", "predicted"):  # one row, pair or size short
+        first.save(tmp_path / "curve")
+        edit(tmp_path / "curve" / "curve.safetensors", lambda _, found, n=name: found.update({n: found[n][:-1]}))
+        with pytest.raises(FileFormatError, match="has the shape"):
+            SparsityCurve.load(tmp_path / "curve")
+    with pytest.raises(FileFormatError, match=r"edge_curve\.safetensors is missing"):
+        EdgeCurve.load(tmp_path / "curve")
 
 
 def test_compactness_counts_pairs_and_leaves_overshoot_to_its_own_number() -> None:

@@ -6,30 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx
-import numpy as np
 import pandas as pd
-import torch
 
 from .. import _html
-from .._errors import FileFormatError, SettingsError
+from .._errors import SettingsError
 from .._files import read_directory, write_directory
 from ..bases._site import Basis
 from ..models._protocol import TransformerLensModel
 from ..nodes._scores import NodeScores
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenized import TokenizedPairs
-from . import _algebra, _edge_heads, _groups, _neuronpedia, _prune, _scores
+from . import _algebra, _circuit_file, _edge_heads, _groups, _neuronpedia, _prune, _scores
 from ._attention import AttentionContributions
 from ._table import (
     CHOSEN,
     EDGE_COLUMNS,
     HEAD_COLUMNS,
-    HEAD_KINDS,
     LEFT_OUT,
     NODE_COLUMNS,
     SCHEMA,
     SINGLE,
-    rows_of,
     typed,
 )
 from ._targets import TargetLike
@@ -473,28 +469,14 @@ class Circuit:
         return graph
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `circuit.safetensors` and `circuit.json`; an existing one is replaced at once.
+        """Write a directory with `circuit.safetensors`, texts in its header; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
-        numbers = {
-            f"{table}/{name}": torch.from_numpy(np.array(frame[name]))
-            for table, frame, columns in (("nodes", self.nodes, NODE_COLUMNS), ("edges", self.edges, EDGE_COLUMNS))
-            for name, kind in columns.items()
-            if kind != "str"
-        }
-        index = {node: place for place, node in enumerate(self.nodes["node"])}
-        for end in ("source", "target"):
-            numbers[f"edges/{end}"] = torch.from_numpy(np.array(self.edges[end].map(index).astype("int64")))
-        texts = {name: self.nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
-        parts = self.head_parts
-        if parts is not None:
-            columns = {name: parts[name] for name, kind in HEAD_COLUMNS.items() if kind != "str"}
-            columns |= {end: rows_of(self.nodes, parts[end]) for end in ("source", "target")}
-            columns["kind"] = parts["kind"].map(HEAD_KINDS.index).astype("int64")
-            numbers |= {f"heads/{name}": torch.from_numpy(np.array(values)) for name, values in columns.items()}
-        write_directory(path, "circuit", SCHEMA, numbers, {"settings": dict(self.settings), "texts": texts})
+        tables = self.nodes, self.edges, self.settings, self.head_parts
+        write_directory(path, "circuit", SCHEMA, *_circuit_file.to_file(*tables))
 
     @classmethod
     def load(cls, path: str | Path, *, basis: Basis | Sequence[Basis] | None = None) -> "Circuit":
@@ -507,25 +489,9 @@ class Circuit:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        numbers, notes = read_directory(path, "circuit", SCHEMA, required=("settings", "texts"))
-        texts = notes["texts"]
-        try:
-            nodes = pd.DataFrame(
-                {c: texts[c] if k == "str" else numbers[f"nodes/{c}"].numpy() for c, k in NODE_COLUMNS.items()}
-            )
-            names = nodes["node"].to_numpy(dtype=object)
-            edges = pd.DataFrame({name: numbers[f"edges/{name}"].numpy() for name in EDGE_COLUMNS})
-            edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]])
-            parts = None
-            if "heads/part" in numbers:
-                parts = pd.DataFrame({name: numbers[f"heads/{name}"].numpy() for name in HEAD_COLUMNS})
-                kinds = np.array(HEAD_KINDS, dtype=object)[parts["kind"]]
-                parts = parts.assign(source=names[parts["source"]], target=names[parts["target"]], kind=kinds)
-        except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise FileFormatError(
-                f"the tables in {path} do not fit together ({error!r}): it is damaged. Save it again."
-            ) from error
-        return cls(nodes, edges, notes["settings"], basis=basis, head_parts=parts)
+        tensors, notes = read_directory(path, "circuit", SCHEMA, _circuit_file.CircuitNotes, surrogates=True)
+        nodes, edges, parts = _circuit_file.from_file(tensors, notes, path)
+        return cls(nodes, edges, notes.settings, basis=basis, head_parts=parts)
 
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
         """The circuit as a plotly figure: layers against positions, with the strongest edges."""
@@ -546,6 +512,7 @@ class Circuit:
 
         Raises:
             SettingsError: details of a node that is not there, or of another form.
+            SaveError: it could not be written; an older file is as it was.
 
         Example:
             >>> import tl_neuron_circuits as tnc
@@ -565,6 +532,10 @@ class Circuit:
             path: of the JSON file.
             slug: name of the graph; from the prompt unless given.
             scan: the model's name there; the model's own unless given.
+
+        Raises:
+            SettingsError: supernodes or summed positions, which the format cannot say.
+            SaveError: it could not be written; an older file is as it was.
         """
         _neuronpedia.write(self, Path(path), slug, scan)
 
@@ -577,7 +548,7 @@ class Circuit:
             basis: as in `load`.
 
         Raises:
-            FileFormatError: missing, not JSON, or not an attribution graph.
+            FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
         """
         return cls(*_neuronpedia.read(Path(path)), basis=basis)
 

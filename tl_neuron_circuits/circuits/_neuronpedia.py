@@ -17,20 +17,23 @@ counts such links.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 from .._errors import FileFormatError, SettingsError
-from .._files import versions
+from .._files import formed, parse_json, read_text, short, versions, write_text
 from ..bases._dictionary_basis import Dictionaries
 from ..bases._site import Basis
+from ._circuit_file import CircuitSettings, Count
 from ._table import EDGE_COLUMNS, NODE_COLUMNS, SCHEMA, complete, edge_table, node_table, normalized, typed
 
 if TYPE_CHECKING:
@@ -92,26 +95,90 @@ def write(circuit: Circuit, path: Path, slug: str | None, scan: str | None) -> N
             for source, target, weight in circuit.edges[["source", "target", "weight"]].itertuples(index=False)
         ],
     }  # fmt: skip
-    path.write_text(json.dumps(graph, allow_nan=False), encoding="utf-8")
+    plain = json.loads(json.dumps(graph, allow_nan=False))  # as a reader will have it
+    plain["metadata"]["info"][_OURS]["sha256"] = _checksum(plain)
+    write_text(path, json.dumps(plain, allow_nan=False))
 
 
 def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
     """Nodes, edges and settings.
 
     Raises:
-        FileFormatError: missing, not JSON, or not an attribution graph.
+        FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
     """
     try:
-        graph = json.loads(path.read_text(encoding="utf-8"))
-        ours = (graph["metadata"].get("info") or {}).get(_OURS)
-        return _read_foreign(graph) if ours is None else _read_ours(graph, ours, path)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"expected an attribution graph as JSON at {path}; cannot read it ({error}).") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        graph = parse_json(read_text(path), surrogates=True)
+    except (OSError, ValueError) as error:
+        raise FileFormatError(
+            f"expected an attribution graph as JSON at {path}; cannot read it ({short(error)})."
+        ) from error
+    try:
+        form = msgspec.convert(graph, _Graph)
+        ours = (form.metadata.info or {}).get(_OURS)
+        return _read_foreign(form) if ours is None else _read_ours(graph, form, ours, path)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise FileFormatError(
             f"expected an attribution graph at {path} (metadata, qParams, nodes, links); it is not one, or damaged: "
-            f"{error!r}."
+            f"{short(error)}."
         ) from error
+
+
+_Finite = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
+
+
+class _Node(msgspec.Struct):
+    """What is read of a node; the format has more."""
+
+    node_id: str
+    feature_type: str
+    layer: str | int
+    ctx_idx: Count
+    clerp: str | None = None
+    activation: _Finite | None = None
+    token_prob: _Finite | None = None
+
+
+class _Link(msgspec.Struct):
+    source: str
+    target: str
+    weight: _Finite
+
+
+class _Metadata(msgspec.Struct):
+    slug: str
+    scan: str
+    prompt: str
+    prompt_tokens: list[str]
+    info: dict[str, Any] | None = None
+
+
+class _Parameters(msgspec.Struct):
+    supernodes: list[Annotated[list[str], msgspec.Meta(min_length=1)]] = []
+
+
+class _Graph(msgspec.Struct):
+    metadata: _Metadata
+    qParams: _Parameters
+    nodes: list[_Node]
+    links: list[_Link]
+
+
+class _Tables(msgspec.Struct, forbid_unknown_fields=True):
+    """What the format has no place for; older schemas have no checksum."""
+
+    schema: int
+    settings: dict[str, Any]
+    nodes: dict[str, list[str | int | float | None]]
+    edges: dict[str, list[float | None]]
+    sha256: str = ""
+
+
+def _checksum(graph: Mapping[str, Any]) -> str:
+    """Of all that is read of a file of ours; texts that only a page shows may be edited."""
+    tables = {name: value for name, value in graph["metadata"]["info"][_OURS].items() if name != "sha256"}
+    links = [[link["source"], link["target"], link["weight"]] for link in graph["links"]]
+    content = json.dumps([tables, [node["node_id"] for node in graph["nodes"]], links], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _dictionaries(circuit: Circuit) -> list[str]:
@@ -223,56 +290,68 @@ def _tables(circuit: Circuit) -> dict[str, Any]:
 
 
 def _read_ours(
-    graph: Mapping[str, Any], ours: Mapping[str, Any], path: Path
+    graph: Mapping[str, Any], form: _Graph, tables: Any, path: Path
 ) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
-    if ours.get("schema") != SCHEMA:
+    ours = msgspec.convert(tables, _Tables)
+    if ours.schema != SCHEMA:
         raise FileFormatError(
-            f"expected schema {SCHEMA} of this package's tables in {path}; got {ours.get('schema')}. Export the "
+            f"expected schema {SCHEMA} of this package's tables in {path}; got {ours.schema}. Export the "
             "circuit again with this version."
         )
-    nodes = pd.DataFrame({name: pd.Series(ours["nodes"][name], dtype=object) for name in NODE_COLUMNS})
+    if ours.sha256 != _checksum(graph):
+        raise FileFormatError(
+            f"{path} was changed or damaged since it was exported. Export the circuit again, or remove "
+            f"metadata.info.{_OURS} to read what the graph itself says."
+        )
+    formed(ours.settings, CircuitSettings, path)
+    nodes = pd.DataFrame({name: pd.Series(ours.nodes[name], dtype=object) for name in NODE_COLUMNS})
     nodes = typed(nodes, NODE_COLUMNS)
-    names = dict(zip((node["node_id"] for node in graph["nodes"]), nodes["node"], strict=True))
+    names = dict(zip((node.node_id for node in form.nodes), nodes["node"], strict=True))
     edges = pd.DataFrame(
         {
-            "source": [names[link["source"]] for link in graph["links"]],
-            "target": [names[link["target"]] for link in graph["links"]],
-            "weight": [link["weight"] for link in graph["links"]],
-            **{name: ours["edges"][name] for name in ("relative", "attribution")},
+            "source": [names[link.source] for link in form.links],
+            "target": [names[link.target] for link in form.links],
+            "weight": [link.weight for link in form.links],
+            **{name: ours.edges[name] for name in ("relative", "attribution")},
         }
     )
     _require_finite(edges)
-    return nodes, typed(edges, EDGE_COLUMNS), ours["settings"]
+    return nodes, typed(edges, EDGE_COLUMNS), ours.settings
 
 
-def _read_foreign(graph: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
+def _read_foreign(graph: _Graph) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
     """Nodes, edges and settings of a graph that is not ours.
 
     Weights are its own. Relative weights are weights over the sum of the sizes of all weights into the target, and a
     logit's score is its probability: other programs give neither shares of activations nor scores.
 
     Raises:
-        FileFormatError: ids that are not unique, or links to nodes that are not there.
+        FileFormatError: ids that are not unique, links to nodes that are not there, or no logit with a probability.
     """
-    metadata, groups = graph["metadata"], {}
-    for name, *members in graph["qParams"].get("supernodes", []):
+    metadata, groups = graph.metadata, {}
+    for name, *members in graph.qParams.supernodes:
         groups |= dict.fromkeys(members, name)
-    tokens = list(metadata["prompt_tokens"])
-    rows = [_foreign_row(node, tokens, groups) for node in graph["nodes"]]
-    edges = pd.DataFrame(graph["links"], columns=["source", "target", "weight"])
+    tokens = metadata.prompt_tokens
+    rows = [_foreign_row(node, tokens, groups) for node in graph.nodes]
+    edges = pd.DataFrame(
+        [(link.source, link.target, link.weight) for link in graph.links], columns=["source", "target", "weight"]
+    )
+    edges["weight"] = edges["weight"].astype(float)
     _require_finite(edges)
     rows, edges = _told_apart(rows, edges)
     nodes = node_table(rows)
     edges["attribution"] = edges["weight"]
     edges["relative"] = np.sign(edges["weight"]) * normalized(nodes, edges)
     target_value = float(nodes.loc[nodes["kind"] == "logit", "score"].sum())
+    if target_value == 0:
+        raise FileFormatError("expected a logit whose token_prob is not 0: it is what the graph explains.")
     layers = [row["layer"] for row in rows if row["kind"] == "feature"]
     settings = {
-        "model": metadata["scan"], "prompt": metadata["prompt"], "tokens": tokens, "token_ids": None, "n_prompts": 1,
-        "n_layers": max(layers, default=0) + 1, "baseline": "zero", "pairs_hash": metadata["slug"],
+        "model": metadata.scan, "prompt": metadata.prompt, "tokens": tokens, "token_ids": None, "n_prompts": 1,
+        "n_layers": max(layers, default=0) + 1, "baseline": "zero", "pairs_hash": metadata.slug,
         "target": [row["label"] for row in rows if row["kind"] == "logit"], "target_value": target_value,
         "position": len(tokens) - 1, "rules": [], "versions": {},
-        "generator": (metadata.get("info") or {}).get("generator"),
+        "generator": (metadata.info or {}).get("generator"),
     }  # fmt: skip
     return complete(nodes, edges, target_value), edge_table(edges), settings
 
@@ -370,17 +449,17 @@ def _candidates(
     return in_order if all(in_order) else possible  # another writer's order says nothing
 
 
-def _foreign_row(node: Mapping[str, Any], tokens: list[str], groups: Mapping[str, str]) -> dict[str, Any]:
-    kind = _KIND_OF_TYPE.get(node["feature_type"], "feature")
-    layer, position = str(node["layer"]), int(node["ctx_idx"])
-    parts = str(node["node_id"]).split("_")
-    activation = node.get("activation")
+def _foreign_row(node: _Node, tokens: list[str], groups: Mapping[str, str]) -> dict[str, Any]:
+    kind = _KIND_OF_TYPE.get(node.feature_type, "feature")
+    layer, position = str(node.layer), node.ctx_idx
+    parts = node.node_id.split("_")
+    activation = node.activation
     return {
-        "node": node["node_id"], "label": node.get("clerp") or node["node_id"], "kind": kind,
+        "node": node.node_id, "label": node.clerp or node.node_id, "kind": kind,
         "layer": int(layer) if layer.isdigit() else -1,
         "unit": int(parts[1]) if kind != "error" and len(parts) == 3 and parts[1].isdigit() else -1,
         "position": position, "token": tokens[position] if 0 <= position < len(tokens) else "",
         "activation": activation, "sign": 0 if not activation else int(np.sign(activation)),
-        "score": node.get("token_prob") if kind == "logit" else None,
-        "probability": node.get("token_prob") if kind == "logit" else None, "group": groups.get(node["node_id"], ""),
+        "score": node.token_prob if kind == "logit" else None,
+        "probability": node.token_prob if kind == "logit" else None, "group": groups.get(node.node_id, ""),
     }  # fmt: skip

@@ -14,8 +14,9 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 
-SCHEMA = 2
-"""Of these tables in files. 2: kinds `unselected` and `linearization_error`; `nodes` in the settings is a label."""
+SCHEMA = 3
+"""Of these tables in files. 3: one file, with a checksum.
+2: kinds `unselected` and `linearization_error`; `nodes` in the settings is a label."""
 NODE_COLUMNS = {
     "node": "str", "label": "str", "kind": "str", "layer": "int64", "unit": "int64", "position": "int64",
     "token": "str", "activation": "float64", "change": "float64", "sign": "int64", "gate_sign": "int64",

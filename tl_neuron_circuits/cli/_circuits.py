@@ -173,6 +173,7 @@ def lasso(
     Give --pairs or --prompts. An edge says what predicts what; it is not a causal effect.
     """
     from .._errors import SettingsError
+    from .._files import write_text
     from ..lasso._circuit_lasso import CircuitLasso, MostEdges, Share
     from ..lasso._observations import Components
 
@@ -192,7 +193,7 @@ def lasso(
     circuit = found.to_circuit()
     circuit.save(files[1])
     circuit.to_html(files[2])
-    found.edges.to_csv(files[0], index=False)
+    write_text(files[0], found.edges.to_csv(index=False))
     if as_json:
         print_json({"circuit": repr(found), "files": files, "edges": found.edges})
         return
@@ -222,7 +223,6 @@ def export(
             f"expected --format html, neuronpedia or csv, or a name that ends in {endings}; got {chosen}."
         )
     result = load_saved(saved)
-    out.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(result, Circuit):
         files = _circuit(result, out, chosen, slug, scan)
     else:
@@ -234,25 +234,28 @@ def export(
 
 
 def _circuit(circuit: Any, out: Path, form: str, slug: str | None, scan: str | None) -> list[Path]:
+    from .._files import write_text
+
     if form == "html":
         circuit.to_html(out)
     elif form == "neuronpedia":
         circuit.to_neuronpedia(out, slug=slug, scan=scan)
     else:
         edges = out.with_name(f"{out.stem}_edges{out.suffix}")
-        circuit.to_dataframe().to_csv(out, index=False)
-        circuit.edges.to_csv(edges, index=False)
+        write_text(out, circuit.to_dataframe().to_csv(index=False))
+        write_text(edges, circuit.edges.to_csv(index=False))
         return [out, edges]
     return [out]
 
 
 def _scores(scores: Any, out: Path, form: str, top: int | None) -> list[Path]:
+    from .._files import write_text
     from .._html import document
 
     if form == "neuronpedia":
         raise SettingsError(f"expected a circuit for an attribution graph; got {scores!r}. Run trace for edges.")
     if form == "csv":
-        (scores.to_dataframe() if top is None else scores.top(top)).to_csv(out, index=False)
+        write_text(out, (scores.to_dataframe() if top is None else scores.top(top)).to_csv(index=False))
     else:
-        out.write_text(document(repr(scores), scores.to_html(top or 200)), encoding="utf-8")
+        write_text(out, document(repr(scores), scores.to_html(top or 200)))
     return [out]

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from .._errors import FileFormatError, PairsError, SettingsError
-from .._memory import is_out_of_memory
 from ._terminal import say
 
 Model = Annotated[
@@ -56,6 +55,8 @@ def load_model(name: str, backend: str = "auto", device: str | None = None, dtyp
 
         return load_demo_model(name, backend, device=device or "cpu", dtype=options["dtype"])
     loaders = {"HookedTransformer": [_hooked], "TransformerBridge": [_bridge], "auto": [_hooked, _bridge]}[backend]
+    from .._memory import is_out_of_memory
+
     reasons = []
     for load in loaders:
         try:
@@ -74,6 +75,8 @@ def load_model(name: str, backend: str = "auto", device: str | None = None, dtyp
 
 def _check_device(device: str | None) -> None:
     import torch
+
+    from .._memory import is_out_of_memory
 
     try:
         torch.empty(0, device=device or "cpu")
@@ -104,6 +107,7 @@ def _bridge(name: str, options: dict[str, Any]) -> Any:
 
 def read_inputs(pairs: Path | None, prompts: Path | None) -> Any:
     """Pairs, or the lines of a text file that are not blank."""
+    from .._files import read_text, short
     from ..tasks._pairs import PromptPairs
 
     if (pairs is None) == (prompts is None):
@@ -112,9 +116,9 @@ def read_inputs(pairs: Path | None, prompts: Path | None) -> Any:
         return PromptPairs.from_jsonl(pairs)
     assert prompts is not None
     try:
-        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise PairsError(f"expected UTF-8 text, one prompt per line, in {prompts}; got {error}.") from error
+        lines = [line.removesuffix("\r") for line in read_text(prompts).split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise PairsError(f"expected UTF-8 text, one prompt per line, in {prompts}; got {short(error)}.") from error
     if not lines:
         raise PairsError(f"expected text, one prompt per line, in {prompts}; it is empty.")
     return lines
@@ -127,17 +131,20 @@ def load_saved(path: Path) -> Any:
         FileFormatError: there is neither, or it is damaged.
     """
     from ..circuits._circuit import Circuit
+    from ..lasso._lasso_circuit import LassoCircuit
     from ..nodes._scores import NodeScores
 
     for folder in (path, path / "circuit"):
-        if (folder / "circuit.json").is_file():
+        if (folder / "circuit.safetensors").exists():
             return Circuit.load(folder)
-    if (path / "scores.json").is_file():
+    if (path / "lasso_circuit.safetensors").exists():
+        return LassoCircuit.load(path)
+    if (path / "scores.safetensors").exists():
         return NodeScores.load(path)
     found = "no such folder" if not path.is_dir() else ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
     raise FileFormatError(
-        f"expected a saved circuit (circuit.json) or saved scores (scores.json) in {path}; found: {found}. "
-        "Give a folder that trace, lasso or attribute wrote."
+        f"expected a saved circuit (circuit.safetensors) or saved scores (scores.safetensors) in {path}; found: "
+        f"{found}. Give a folder that trace, lasso or attribute wrote."
     )
 
 

@@ -167,8 +167,10 @@ def _readable(summary: Any) -> Any:
 
 def _write(result: Any, out: Path) -> list[Path]:
     """The figure, every point of every curve, and the summary."""
+    from .._files import write_text
+
     files = [out / name for name in ("sparsity.html", "sparsity.csv", "summary.csv")]
-    result.plot().write_html(files[0], include_plotlyjs=True)
-    result.to_dataframe().to_csv(files[1], index=False)
-    result.summary().to_csv(files[2], index=False)
+    write_text(files[0], result.plot().to_html(include_plotlyjs=True))
+    write_text(files[1], result.to_dataframe().to_csv(index=False))
+    write_text(files[2], result.summary().to_csv(index=False))
     return files

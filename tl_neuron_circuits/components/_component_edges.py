@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
@@ -15,8 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import _html
-from .._errors import NumericalError, SettingsError
-from .._files import read_directory, write_directory
+from .._errors import FileFormatError, NumericalError, SettingsError
+from .._files import formed, read_directory, require_shapes, write_directory
 from .._options import parse_options
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
@@ -33,7 +34,21 @@ from ._mib import write_mib
 from ._patching import Patching, metric_with_edges
 from ._streams import paired_streams
 
-SCHEMA = 2
+SCHEMA = 3
+
+
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    names: list[str]
+    settings: dict[str, Any]
+
+
+class _Settings(msgspec.Struct):
+    """What scores need of their settings."""
+
+    method: str
+    metric: str
+    model: str
+    n_pairs: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,14 +102,14 @@ class EdgeScores:
         return self.to_dataframe().head(k)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `edge_scores.safetensors` and `edge_scores.json`.
+        """Write a directory with `edge_scores.safetensors`; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
         optional = {"kept": self.kept, "qkv": self.qkv}
-        tensors = {"scores": self.scores.contiguous()}
-        tensors |= {name: tensor.contiguous() for name, tensor in optional.items() if tensor is not None}
+        tensors = {"scores": self.scores} | {name: tensor for name, tensor in optional.items() if tensor is not None}
         write_directory(
             path, "edge_scores", SCHEMA, tensors, {"names": list(self.names), "settings": dict(self.settings)}
         )
@@ -106,8 +121,15 @@ class EdgeScores:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "edge_scores", SCHEMA, required=("names", "settings"))
-        return cls(tuple(notes["names"]), tensors["scores"], notes["settings"], tensors.get("kept"), tensors.get("qkv"))
+        tensors, notes = read_directory(path, "edge_scores", SCHEMA, _Notes)
+        formed(notes.settings, _Settings, path)
+        square = (len(notes.names), len(notes.names))
+        shapes = {"scores": square, "kept": square, "qkv": (3, *square)}
+        require_shapes(path, tensors, {name: shapes[name] for name in ("scores", *tensors) if name in shapes})
+        kept, qkv = tensors.get("kept"), tensors.get("qkv")
+        if not tensors["scores"].is_floating_point() or (kept is not None and kept.dtype != torch.bool):
+            raise FileFormatError(f"expected scores, and whether edges are kept, in {path}. Save them again.")
+        return cls(tuple(notes.names), tensors["scores"], notes.settings, kept, qkv)
 
     def to_mib(self, path: str | Path, *, n_edges: int | None = None) -> None:
         """Write MIB's JSON: the score of every edge, q, k and v of heads apart, and a circuit where a size is given.

@@ -121,7 +121,7 @@ def compare(
     judge = {**common, "ablation": ablation, "error_nodes": error_nodes, "seed": seed}
     processes = current_processes()
     with processes.together("compare", settings):
-        found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)  # noqa: E731
+        found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings)  # noqa: E731
         done = processes.from_first(found)
         train, test = (  # once, not for every curve
             {task: tokenize(model, pairs) for task, pairs in sets.items()} for sets in (train, test)
@@ -139,8 +139,7 @@ def compare(
             fractions = list(scores.settings["variance_unexplained"].values())
             unexplained[key] = float(np.mean(fractions)) if fractions else 0.0
             if directory is not None and processes.first:
-                curves[key].save(Path(directory) / key.folder)
-                Comparison(curves, settings, grid, unexplained).save_index(directory)
+                Comparison(curves, settings, grid, unexplained).save(directory)
         return Comparison({key: curves[key] for key in keys}, settings, grid, unexplained)
 
 

@@ -17,8 +17,9 @@ Source: Marks et al. 2025, arXiv 2403.19647; Arora et al. 2026, arXiv 2601.22594
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
@@ -27,14 +28,31 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import FileFormatError
-from .._files import read_directory, write_directory
+from .._files import formed, read_directory, require_shapes, write_directory
 
-SCHEMA = 2
+SCHEMA = 3
 C = TypeVar("C", bound="Curve")
 _TENSORS = ("kept", "removed", "full", "empty", "predicted")
 _NO_TIE = ("answer_logit", "answer_log_probability")
 """Metrics whose zero does not stand between the answer and another one."""
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class CurveNotes(msgspec.Struct, forbid_unknown_fields=True):
+    """What a file says of a curve beside its tensors."""
+
+    sizes: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1)]
+    total: Annotated[int, msgspec.Meta(ge=1)]
+    settings: dict[str, Any]
+    groups: list[str] | None
+
+
+class _Settings(msgspec.Struct):
+    """What a curve needs of its settings."""
+
+    basis: str
+    method: str
+    ablation: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,15 +192,13 @@ class Curve:
         return area(at, MIB_FRACTIONS), area(np.abs(1 - at), MIB_FRACTIONS)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory of a safetensors and a JSON file.
+        """Write a directory with one safetensors file, settings in its header; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        notes = {"sizes": list(self.sizes), "total": self.total, "settings": dict(self.settings)}
-        notes["groups"] = None if self.groups is None else list(self.groups)
-        write_directory(path, self.KIND, SCHEMA, tensors, notes)
+        write_directory(path, self.KIND, SCHEMA, *self.to_file())
 
     @classmethod
     def load(cls: type[C], path: str | Path) -> C:
@@ -191,15 +207,40 @@ class Curve:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, cls.KIND, SCHEMA, required=("sizes", "total", "settings", "groups"))
-        if set(tensors) != set(_TENSORS):
+        return cls.from_file(*read_directory(path, cls.KIND, SCHEMA, CurveNotes), path)
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and notes of a file."""
+        groups = None if self.groups is None else list(self.groups)
+        notes = {"sizes": list(self.sizes), "total": self.total, "settings": dict(self.settings), "groups": groups}
+        return {name: getattr(self, name) for name in _TENSORS}, notes
+
+    @classmethod
+    def from_file(cls: type[C], tensors: Mapping[str, Tensor], notes: CurveNotes, path: str | Path) -> C:
+        """The curve of a file's tensors and notes.
+
+        Raises:
+            FileFormatError: they do not fit together.
+        """
+        formed(notes.settings, _Settings, path)
+        sizes, pairs = len(notes.sizes), tensors["full"].numel() if "full" in tensors else 0
+        both, each = (sizes, pairs), (pairs,)
+        shapes = {"kept": both, "removed": both, "full": each, "empty": each, "predicted": (sizes,)}
+        require_shapes(path, tensors, shapes)
+        groups = None if notes.groups is None else tuple(notes.groups)
+        fits = groups is None or len(groups) == pairs
+        if not fits or sorted(notes.sizes) != notes.sizes or notes.sizes[-1] > notes.total:
             raise FileFormatError(
-                f"expected the tensors {_TENSORS} in {path}; got {sorted(tensors)}: it is damaged. Save it again."
+                f"the sizes or groups in {path} do not fit its {pairs} pairs and {notes.total} nodes or edges. "
+                "Save it again."
             )
-        groups = None if notes["groups"] is None else tuple(notes["groups"])
+        if bad := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+            raise FileFormatError(f"expected numbers with fractions as {bad} in {path}. Save it again.")
         return cls(
-            sizes=tuple(notes["sizes"]), total=notes["total"], settings=notes["settings"], groups=groups, **tensors
-        )
+            sizes=tuple(notes.sizes), total=notes.total, settings=notes.settings, groups=groups,
+            kept=tensors["kept"], removed=tensors["removed"], full=tensors["full"], empty=tensors["empty"],
+            predicted=tensors["predicted"],
+        )  # fmt: skip
 
     def plot(self) -> Any:
         """A plotly figure of faithfulness and completeness, side by side."""

@@ -30,13 +30,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import FileFormatError, NumericalError, SettingsError
-from .._files import read_directory, write_directory
+from .._files import present, read_directory, require_shapes, write_directory
 from .._memory import Halving, available_memory
 from .._processes import Processes
 from ..bases._runs import Values, answers_only, require_fired, run_logits
@@ -56,7 +57,7 @@ CHOICES = {
     "start": ("zero", "relp"),
     "cache": ("auto", "always", "never"),
 }
-KIND, SCHEMA = "learning", 1
+KIND, SCHEMA = "learning", 2
 _BETAS = (0.9, 0.999)
 _CACHED_SHARE = 0.25  # of the memory that is free may go to counterfactual values
 _WRITING = 20  # writing may take one part in so many of the time
@@ -571,24 +572,31 @@ class _Saving:
         self._cost = self._written_at - started
 
 
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    settings: dict[str, Any]
+    losses: list[float]
+
+
 def _read_state(directory: Path, identity: Mapping[str, Any], steps: int) -> _State | None:
     """The state on disk; None where there is none yet."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not directory.exists() or (directory.is_dir() and not present(directory)):
         return None
-    tensors, notes = read_directory(directory, KIND, SCHEMA, required=("settings", "losses"))
+    tensors, notes = read_directory(directory, KIND, SCHEMA, _Notes)
+    n = tensors["scores"].numel() if "scores" in tensors else 0
+    require_shapes(directory, tensors, dict.fromkeys(("scores", "first", "second"), (n,)))
     wanted = json.loads(json.dumps(dict(identity)))
-    if notes["settings"] != wanted:
-        keys = sorted(wanted.keys() | notes["settings"].keys())
-        differ = [key for key in keys if notes["settings"].get(key) != wanted.get(key)]
+    if notes.settings != wanted:
+        keys = sorted(wanted.keys() | notes.settings.keys())
+        differ = [key for key in keys if notes.settings.get(key) != wanted.get(key)]
         raise FileFormatError(
             f"{directory} is of another run ({differ} differ). Resume from another directory, or remove it."
         )
-    if len(notes["losses"]) > steps:
+    if len(notes.losses) > steps:
         raise SettingsError(
-            f"{directory} holds {len(notes['losses'])} steps, more than the {steps} asked for. Ask for at least as "
+            f"{directory} holds {len(notes.losses)} steps, more than the {steps} asked for. Ask for at least as "
             "many, or begin in another directory."
         )
-    return _State(tensors["scores"], tensors["first"], tensors["second"], notes["losses"])
+    return _State(tensors["scores"], tensors["first"], tensors["second"], notes.losses)
 
 
 def select(batch: Batch, rows: Sequence[int]) -> Batch:

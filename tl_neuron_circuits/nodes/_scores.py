@@ -5,18 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from .. import _html
-from .._errors import NumericalError, SettingsError
-from .._files import read_directory, write_directory
+from .._errors import FileFormatError, NumericalError, SettingsError
+from .._files import formed, read_directory, require_shapes, write_directory
 from ..bases._activations import ACTIVATION_BASES
 from ..bases._site import Basis, Site
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,22 @@ class SiteLabels:
 
     layer: int
     letter: str
+
+
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    sites: dict[str, SiteLabels]
+    settings: dict[str, Any]
+
+
+class _Settings(msgspec.Struct):
+    """What scores need of their settings."""
+
+    method: str
+    metric: str
+    model: str
+    basis: str
+    n_pairs: int
+    positions: Literal["keep", "sum"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,10 +126,11 @@ class NodeScores:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("hook").rename_axis("position", axis=1)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `scores.safetensors` and `scores.json`; an existing one is replaced at once.
+        """Write a directory with `scores.safetensors`, settings in its header; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
         tensors = {f"{kind}/{hook}": t.contiguous().cpu() for hook, kind, t in self.blocks()}
         sites = {hook: {"layer": s.layer, "letter": s.letter} for hook, s in self.sites.items()}
@@ -128,17 +146,24 @@ class NodeScores:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "scores", SCHEMA, required=("sites", "settings"))
+        tensors, notes = read_directory(path, "scores", SCHEMA, _Notes)
+        settings = formed(notes.settings, _Settings, path)
         by_kind: dict[str, dict[str, Tensor]] = {"node": {}, "error": {}, "skip": {}}
-        sites = {hook: SiteLabels(**labels) for hook, labels in notes["sites"].items()}
-        for hook in sites:
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        for hook in notes.sites:
+            places = tensors[f"node/{hook}"].shape[:1] if f"node/{hook}" in tensors else ()
+            kept = (places[0] if places else None,) if settings.positions == "keep" else ()
             for kind, found in by_kind.items():
-                if f"{kind}/{hook}" in tensors:
-                    found[hook] = tensors[f"{kind}/{hook}"]
-        names = notes["settings"]["basis"].split("+")
+                if kind == "node" or f"{kind}/{hook}" in tensors:
+                    shapes[f"{kind}/{hook}"] = (*kept, None) if kind == "node" else kept
+                    found[hook] = tensors.get(f"{kind}/{hook}", torch.empty(0))
+        require_shapes(path, tensors, shapes)
+        if bad := [name for name, tensor in tensors.items() if not tensor.is_floating_point() or tensor.isinf().any()]:
+            raise FileFormatError(f"expected finite scores in {path}; {bad[:3]} are not. Save them again.")
+        names = settings.basis.split("+")
         bases: list[Basis] = [ACTIVATION_BASES[name]() for name in names if name in ACTIVATION_BASES]
         basis = bases if len(bases) == len(names) else None
-        return cls(by_kind["node"], by_kind["error"], by_kind["skip"], sites, notes["settings"], basis)
+        return cls(by_kind["node"], by_kind["error"], by_kind["skip"], notes.sites, notes.settings, basis)
 
     def __repr__(self) -> str:
         s = self.settings

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
+from .._files import write_text
 from .._version import versions
 from ._style import PALETTE
 
@@ -46,8 +47,9 @@ def write_page(circuit: "Circuit", path: str | Path, details: Mapping[str, Mappi
 
     Raises:
         SettingsError: details of a node that is not there, or of another form.
+        SaveError: it could not be written; an older file is as it was.
     """
-    Path(path).write_text(page(circuit, details), encoding="utf-8")
+    write_text(path, page(circuit, details))
 
 
 def page(circuit: "Circuit", details: Mapping[str, Mapping[str, Any]] | None = None) -> str:

@@ -11,12 +11,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import pandas as pd
 
 from .. import _html
 from .._errors import PairsError
+from .._files import parse_json_lines, read_text, short, write_text
 from .._typing import checked
 from ._split import split_groups
 
@@ -130,7 +131,8 @@ class PromptPairs:
         """Read JSON lines with `clean_prefix`, `clean_answer`, and optionally `patch_prefix`, `patch_answer`, `case`.
 
         Raises:
-            PairsError: the file is missing or empty, or a line is not such an object; the message has its number.
+            PairsError: the file is missing or empty, or a line is not such an object or has other fields; the message
+                has its number.
 
         Example:
             >>> import tl_neuron_circuits as tnc
@@ -140,23 +142,28 @@ class PromptPairs:
         """
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise PairsError(f"cannot read pairs from {path}: {error}. Give a UTF-8 file of JSON lines.") from error
-        rows = [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+            rows = [_read_row(path, number, row) for number, row in parse_json_lines(read_text(path))]
+        except (OSError, ValueError) as error:
+            raise PairsError(
+                f"cannot read pairs from {path}: {short(error)}. Give a UTF-8 file of JSON lines, one object per line."
+            ) from error
         if not rows:
             raise PairsError(f"{path} has no pairs: expected one JSON object per line with {', '.join(_JSON_FIELDS)}.")
         try:
             return cls.from_pairs(rows)
         except PairsError as error:
-            raise PairsError(f"{path}: {error} (pairs count from 0, blank lines not counted)") from error
+            raise PairsError(f"{path}: {short(error)} (pairs count from 0, blank lines not counted)") from error
 
     @checked
     def to_jsonl(self, path: str | Path) -> None:
-        """Write the pairs as JSON lines that `from_jsonl` reads back."""
+        """Write the pairs as JSON lines that `from_jsonl` reads back; an existing file is replaced at once.
+
+        Raises:
+            SaveError: it could not be written; an older file is as it was.
+        """
         rows = ({key: getattr(pair, name) for key, name in _JSON_FIELDS.items()} for pair in self)
         lines = [json.dumps({key: value for key, value in row.items() if value is not None}) for row in rows]
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(path, "\n".join(lines) + "\n")
 
     @checked
     def split(
@@ -279,21 +286,27 @@ def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:
     return column
 
 
-def _read_line(path: Path, number: int, line: str) -> PromptPair:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PairsError(f"{path}, line {number} is not JSON ({error}): expected one object per line.") from error
+def _read_row(path: Path, number: int, row: Any) -> PromptPair:
     if not isinstance(row, dict):
-        raise PairsError(f"{path}, line {number}: expected an object with {', '.join(_JSON_FIELDS)}, got {line!r}.")
+        raise PairsError(
+            f"{path}, line {number}: expected an object with {', '.join(_JSON_FIELDS)}, got {short(repr(row))}."
+        )
     missing = [key for key in ("clean_prefix", "clean_answer") if key not in row]
     if missing:
         raise PairsError(
-            f"{path}, line {number} lacks {' and '.join(missing)}; it has {', '.join(row) or 'no fields'}."
+            f"{path}, line {number} lacks {' and '.join(missing)}; it has {short(', '.join(row)) or 'no fields'}."
+        )
+    unknown = sorted(row.keys() - _JSON_FIELDS.keys())
+    if unknown:
+        raise PairsError(
+            f"{path}, line {number} has the unknown fields {short(str(unknown))}; there are {', '.join(_JSON_FIELDS)}. "
+            "Correct or remove them."
         )
     given = [key for key in _JSON_FIELDS if key in ("clean_prefix", "clean_answer") or row.get(key) is not None]
     wrong = [key for key in given if not (isinstance(row[key], str) and row[key])]
     if wrong:
-        raise PairsError(f"{path}, line {number}: {wrong[0]} must be a non-empty string, got {row[wrong[0]]!r}.")
+        raise PairsError(
+            f"{path}, line {number}: {wrong[0]} must be a non-empty string, got {short(repr(row[wrong[0]]))}."
+        )
     optional = (row.get(key) for key in ("patch_prefix", "patch_answer", "case"))
     return PromptPair(row["clean_prefix"], row["clean_answer"], *optional)
