@@ -5,12 +5,16 @@
 Each state is contrasted with one other, its partner under `seed`, so couples share no state, and neither do the parts
 made by `split(..., by="label")`. The cities are real: three well-known ones per state that are not its capital, do not
 contain its name, and are not also well-known in another state. Drawn for a model, states whose answer is several
-tokens are left out, and partners have cities (or names) of one token length. `tnc.demo.capitals` asks the same of invented towns.
+tokens are left out, cities (or names) have one token length, and states meet in groups of four, which a split by label
+keeps together. `tnc.demo.capitals` asks the same of invented towns.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from .._errors import PairsError
 from .._typing import checked
@@ -109,6 +113,7 @@ PHRASINGS: dict[Question, tuple[str, ...]] = {
 }
 
 MOST_SHOTS = 4
+_GROUP = 4  # states that are contrasted with each other, where pairs are drawn for a model
 _EXAMPLES = ("Washington", "Illinois", "Tennessee", "Florida", "Pennsylvania", "Louisiana")
 """States for solved examples: two more than are shown at most, since the two that a pair asks about are passed over."""
 
@@ -186,15 +191,17 @@ def capitals(
     lengths = {
         (name, city): fitting.length(ask(name, city, phrasings[0])[0]) for name in names for city in range(n_cities)
     }
+    unknown = [_BY_NAME[name].cities[city] for (name, city), length in lengths.items() if not length]
+    fitting.leave_out("cities with unknown words" if question != "one_hop" else "states with unknown words", unknown)
     best: list[tuple[str, int, str, int]] = []
     for length in sorted(set(lengths.values()) - {0}):
         cities = {name: [c for c in range(n_cities) if lengths[name, c] == length] for name in names}
         having = [name for name in names if cities[name]]
-        if len(having) % 2:
-            having.remove(min(having, key=lambda name: len(cities[name])))
-        couples = couple(having, seed, "states") if having else []
-        found = [(a, c, b, d) for a, b in couples for c in cities[a] for d in cities[b]]
-        best = max(best, found, key=len)
+        order = torch.randperm(len(having), generator=torch.Generator().manual_seed(seed)).tolist()
+        shuffled = [having[place] for place in order]
+        groups = [shuffled[start : start + _GROUP] for start in range(0, len(shuffled), _GROUP)]
+        couples = [two for group in groups for two in itertools.combinations(group, 2)]
+        best = max(best, [(a, c, b, d) for a, b in couples for c in cities[a] for d in cities[b]], key=len)
     return draw(
         n, seed, (len(best), len(phrasings)), lambda which, wording: contrast(*best[which], phrasings[wording]), fitting
     )

@@ -3,8 +3,8 @@
     When John and Mary went to the store, John | Mary gave a drink to       Mary | John
 
 Clean and corrupt differ in who gives; the names keep their places, and both orders of names are drawn. Each name is
-contrasted with one other, its partner under `seed`: parts made by `split(..., by="label")` share no name. Against "abc",
-the corrupt prompt names three others, who belong to that couple alone.
+contrasted with one other, its partner under `seed`: parts made by `split(..., by="label")` share no name. Against
+"abc" the corrupt prompt names three others, who belong to that couple alone.
 """
 
 from collections.abc import Sequence
