@@ -23,8 +23,10 @@ from ..interventions._steering_prompts import text_pieces
 from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label
 from ..propagation.rules import ALL_RULES
+from ..tasks._chat import special_positions
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import model_name, require_corrupt
+from ..tasks._text_tokens import text_tokens
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
 from ._choose import ByShare, Choice, choose_nodes
@@ -49,6 +51,7 @@ def trace(
     top_k: int = 5,
     baseline: Literal["auto", "corrupt", "zero"] = "auto",
     keep_bos: bool = False,
+    skip_special: bool = False,
     exclude: Sequence[tuple[int, int]] = (),
     prepend_bos: bool | None = None,
     max_bytes: int = 2**30,
@@ -81,6 +84,7 @@ def trace(
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.
         keep_bos: let nodes at the BOS position be chosen.
+        skip_special: let no nodes be chosen at special tokens, such as those between the turns of a chat.
         exclude: (layer, unit) of nodes that are never chosen, such as those that are active on everything.
         prepend_bos: None means the model's default.
         max_bytes: for one chunk of backward passes, on top of the graph of one forward pass.
@@ -117,6 +121,8 @@ def trace(
     targets = find_targets(model, pairs, target, text, top_k if single else None)
     slots = find_slots(model, basis)
     skipped = [] if keep_bos else _bos_positions(model, pairs)
+    if skip_special:
+        skipped = sorted({*skipped, *special_positions(model, pairs)} - ({0} if keep_bos else set()))
 
     def choose(totals: Totals) -> Int[Tensor, "node 3"]:
         layers = [slot.layer for slot in slots]
@@ -246,12 +252,12 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, 
         if len(lengths) > 1:
             raise PairsError(
                 f"a circuit has positions, so all prompts need one token length; got {lengths}. Trace the prompts of "
-                "each length separately, sum_positions() each circuit, and join them with Circuit.merge([...])."
+                "each length separately, sum_positions() each circuit, and join them with Circuit.merge([...]); or "
+                "keep one length: tasks.keep_fitting(model, pairs, same_length=True)."
             )
         return pairs
     if isinstance(prompt, str):
-        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        tokens = model.to_tokens(prompt, **options)
+        tokens = text_tokens(model, prompt, prepend_bos)
     else:
         if prepend_bos is not None:
             raise SettingsError("prepend_bos cannot be applied to tokens: put BOS into them.")

@@ -16,8 +16,6 @@ class MadeFor:
     """As it was asked for; None is the model's default."""
     begins_with_bos: bool
     """Whether the prompts begin with BOS."""
-    chat: bool = False
-    """Whether the prompts were rendered by the tokenizer's chat template."""
 
 
 @dataclass(frozen=True)

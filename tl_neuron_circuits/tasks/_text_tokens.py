@@ -33,12 +33,18 @@ class Tokenizer(Protocol):
 ModelOrTokenizer = TransformerLensModel | Tokenizer
 
 
-def text_tokens(
-    model: Any, text: str, prepend_bos: bool | None = None, *, silent: bool = False, **options: Any
-) -> Int[Tensor, "1 pos"]:
+class ChatPrompt(str):
+    """Text that a chat template rendered: that it begins with BOS is no surprise."""
+
+    def __add__(self, other: str) -> "ChatPrompt":
+        """Go on with other text."""
+        return ChatPrompt(super().__add__(other))
+
+
+def text_tokens(model: Any, text: str, prepend_bos: bool | None = None, **options: Any) -> Int[Tensor, "1 pos"]:
     """`model.to_tokens(text, ...)`, except that text that begins with BOS gets no other.
 
-    A second BOS that was kept away is a `UserWarning`, which Python shows once; not with `silent`.
+    A second BOS that was kept away is a `UserWarning`, which Python shows once.
     """
     if prepend_bos is not None:
         options["prepend_bos"] = prepend_bos
@@ -52,7 +58,7 @@ def text_tokens(
     if there < given:  # taken away with prepend_bos=False, as if the tokenizer had put it there
         missing = torch.full((1, given - there), int(bos), dtype=tokens.dtype, device=tokens.device)
         return torch.cat([missing, tokens], dim=1)
-    if there > given and not silent:
+    if there > given and not isinstance(text, ChatPrompt):
         warnings.warn(
             f"text that begins with the tokenizer's BOS {sign!r} gets no second one before it.", UserWarning, 1
         )

@@ -143,7 +143,7 @@ def keep_fitting(
     if left_out:
         _logger.info("%s; the first problem: %s", selection, first_problem)
     mark = pairs.made_for
-    same = mark is not None and mark == made_for(encode, pairs.clean[0], mark.chat)
+    same = mark is not None and mark == made_for(encode, pairs.clean[0])
     return pairs[kept].remember(mark if same else None, selection)
 
 
@@ -162,13 +162,12 @@ class Encoder:
     prepend_bos: bool | None
     unknown: int | None
     n_ctx: int | None
-    silent: bool = False
     known: dict[str, Tokens] = field(default_factory=dict)
 
     def __call__(self, text: str) -> Tokens:
         if text not in self.known:
-            options = {"truncate": False, "move_to_device": False, "silent": self.silent}
-            self.known[text] = tuple(text_tokens(self.model, text, self.prepend_bos, **options)[0].tolist())
+            tokens = text_tokens(self.model, text, self.prepend_bos, truncate=False, move_to_device=False)
+            self.known[text] = tuple(tokens[0].tolist())
         return self.known[text]
 
     def show(self, tokens: Sequence[int]) -> str:
@@ -176,7 +175,7 @@ class Encoder:
         return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'} {names}"
 
 
-def encoder(model: Any, prepend_bos: bool | None, *, silent: bool = False) -> Encoder:
+def encoder(model: Any, prepend_bos: bool | None) -> Encoder:
     """How a model, or a tokenizer by itself, makes tokens of text.
 
     Raises:
@@ -196,15 +195,15 @@ def encoder(model: Any, prepend_bos: bool | None, *, silent: bool = False) -> En
     # GPT-2's unknown token is its end of text, which is also its BOS: there it says nothing.
     if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         unknown = None
-    return Encoder(model, prepend_bos, unknown, n_ctx, silent)
+    return Encoder(model, prepend_bos, unknown, n_ctx)
 
 
-def made_for(encode: Encoder, prompt: str, chat: bool = False) -> MadeFor:
+def made_for(encode: Encoder, prompt: str) -> MadeFor:
     """What pairs with this prompt remember of the tokenizer."""
     tokenizer = encode.model.tokenizer
     begins = tokenizer.bos_token_id is not None and encode(prompt)[:1] == (tokenizer.bos_token_id,)
     name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
-    return MadeFor(name, tokenizer_fingerprint(tokenizer), encode.prepend_bos, begins, chat)
+    return MadeFor(name, tokenizer_fingerprint(tokenizer), encode.prepend_bos, begins)
 
 
 def _encoder_for_pairs(model: Any, pairs: PromptPairs, prepend_bos: bool | None) -> Encoder:
@@ -212,7 +211,7 @@ def _encoder_for_pairs(model: Any, pairs: PromptPairs, prepend_bos: bool | None)
     mark = pairs.made_for
     if mark is not None and prepend_bos is None:
         prepend_bos = mark.prepend_bos
-    return encoder(model, prepend_bos, silent=mark is not None and mark.chat)
+    return encoder(model, prepend_bos)
 
 
 def _require_same_tokenizer(encode: Encoder, pairs: PromptPairs) -> None:
