@@ -16,7 +16,7 @@ from ._text_tokens import ModelOrTokenizer
 from ._tokenize import encoder, fit_pair, made_for
 
 T = TypeVar("T")
-_FIRST = 256  # contrasts that decide the length
+_FIRST = 64  # contrasts that decide the length
 
 
 class Fitting:

@@ -100,7 +100,8 @@ def ioi(
         label = " and ".join(groups[which][:2])
         if against == "swap":
             return both(sides[0], sides[1], (label, label))
-        corrupt = ioi_prompt(*groups[which][2:], *rest)
+        c, d, giver = groups[which][2:]
+        corrupt = ioi_prompt(*((d, c) if swap else (c, d)), giver, *rest)
         (prompt, answer), (other, other_answer) = sides
         return (
             PromptPair(prompt, answer, corrupt, other_answer, label),

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..models._protocol import TransformerLensModel
 
 _SAMPLE = "The 12 boys' mother-in-law (aged 1984) isn't here.\n\tÉcole, naïve: x_1 == 0.5; Dallas, New York…"
+_told: "weakref.WeakSet[Any]" = weakref.WeakSet()  # Python's own "once" forgets whenever filters change
 _fingerprints: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
 
@@ -44,7 +45,7 @@ class ChatPrompt(str):
 def text_tokens(model: Any, text: str, prepend_bos: bool | None = None, **options: Any) -> Int[Tensor, "1 pos"]:
     """`model.to_tokens(text, ...)`, except that text that begins with BOS gets no other.
 
-    A second BOS that was kept away is a `UserWarning`, which Python shows once.
+    A second BOS that was kept away is a `UserWarning`, once per tokenizer.
     """
     if prepend_bos is not None:
         options["prepend_bos"] = prepend_bos
@@ -58,9 +59,10 @@ def text_tokens(model: Any, text: str, prepend_bos: bool | None = None, **option
     if there < given:  # taken away with prepend_bos=False, as if the tokenizer had put it there
         missing = torch.full((1, given - there), int(bos), dtype=tokens.dtype, device=tokens.device)
         return torch.cat([missing, tokens], dim=1)
-    if there > given and not isinstance(text, ChatPrompt):
+    if there > given and not isinstance(text, ChatPrompt) and tokenizer not in _told:
+        _told.add(tokenizer)
         warnings.warn(
-            f"text that begins with the tokenizer's BOS {sign!r} gets no second one before it.", UserWarning, 1
+            f"this text begins with the tokenizer's BOS {sign!r}: no second one is put before it.", UserWarning, 3
         )
     return tokens[:, there - given :]
 
