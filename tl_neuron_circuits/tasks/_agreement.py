@@ -78,23 +78,28 @@ def subject_verb_agreement(
     n_prepositions = len(PREPOSITIONS) if structure == "nounpp" else 1
 
     def contrast(
-        subject: Inflected, other: Inflected | None, plural: int, verb: int, transitive: int, preposition: int,
-        label: str | None = None,
-    ) -> tuple[PromptPair, PromptPair]:  # fmt: skip
+        subject: Inflected,
+        other: Inflected | None,
+        label: str,
+        plural: int,
+        verb: int,
+        transitive: int,
+        preposition: int,
+    ) -> tuple[PromptPair, PromptPair]:
         def side(number: bool) -> tuple[str, str]:
             numbers = (bool(plural), number) if inside else (number, bool(plural))
             words = {"verb": TRANSITIVE_VERBS[transitive], "preposition": PREPOSITIONS[preposition]}
             prompt = agreement_prompt(structure, subject, numbers[0], other, numbers[1], **words)
             return prompt, " " + asked[verb].form(number)
 
-        label = label or ((other or subject) if inside else subject).singular
         return both(side(False), side(True), (label, label))
 
     if model is None:
 
         def any_two(head: int, attractor: int, *choices: int) -> tuple[PromptPair, PromptPair]:
             other = nouns[attractor + (attractor >= head)] if len(nouns) > 1 else None
-            return contrast(nouns[head], other, *choices)
+            label = (other or nouns[head] if inside else nouns[head]).singular
+            return contrast(nouns[head], other, label, *choices)
 
         attractors, numbers = (1, 1) if structure == "simple" else (len(nouns) - 1, 2)
         return draw(n, seed, (len(nouns), attractors, numbers, len(asked), n_transitive, n_prepositions), any_two)
@@ -113,14 +118,17 @@ def subject_verb_agreement(
         lambda verb: verb.singular,
     )  # fmt: skip
     if structure == "simple":
-        sizes = (len(nouns), len(asked))
-        return draw(n, seed, sizes, lambda head, verb: contrast(nouns[head], None, 0, verb, 0, 0), fitting)
+
+        def alone(head: int, verb: int) -> tuple[PromptPair, PromptPair]:
+            return contrast(nouns[head], None, nouns[head].singular, 0, verb, 0, 0)
+
+        return draw(n, seed, (len(nouns), len(asked)), alone, fitting)
     singulars = [noun.singular for noun in nouns]
     names = groups_by_length(singulars, 2, seed, "nouns", lambda word: noun_length(by_singular[word]), fitting)
 
     def partners(couple: int, swap: int, *choices: int) -> tuple[PromptPair, PromptPair]:
         subject, other = (by_singular[name] for name in names[couple][:: -1 if swap else 1])
-        return contrast(subject, other, *choices, label=" and ".join(sorted(names[couple])))
+        return contrast(subject, other, " and ".join(sorted(names[couple])), *choices)
 
     return draw(n, seed, (len(names), 2, 2, len(asked), n_transitive, n_prepositions), partners, fitting)
 

@@ -191,8 +191,11 @@ def capitals(
     lengths = {
         (name, city): fitting.length(ask(name, city, phrasings[0])[0]) for name in names for city in range(n_cities)
     }
-    unknown = [_BY_NAME[name].cities[city] for (name, city), length in lengths.items() if not length]
-    fitting.leave_out("cities with unknown words" if question != "one_hop" else "states with unknown words", unknown)
+    unknown = [key for key, length in lengths.items() if not length]
+    if question == "one_hop":
+        fitting.leave_out("states with unknown words", [name for name, _ in unknown])
+    else:
+        fitting.leave_out("cities with unknown words", [_BY_NAME[name].cities[city] for name, city in unknown])
     best: list[tuple[str, int, str, int]] = []
     for length in sorted(set(lengths.values()) - {0}):
         cities = {name: [c for c in range(n_cities) if lengths[name, c] == length] for name in names}
@@ -202,6 +205,9 @@ def capitals(
         groups = [shuffled[start : start + _GROUP] for start in range(0, len(shuffled), _GROUP)]
         couples = [two for group in groups for two in itertools.combinations(group, 2)]
         best = max(best, [(a, c, b, d) for a, b in couples for c in cities[a] for d in cities[b]], key=len)
-    return draw(
-        n, seed, (len(best), len(phrasings)), lambda which, wording: contrast(*best[which], phrasings[wording]), fitting
-    )
+
+    def of_two(which: int, wording: int) -> tuple[PromptPair, PromptPair]:
+        name, city, other, other_city = best[which]
+        return contrast(name, city, other, other_city, phrasings[wording])
+
+    return draw(n, seed, (len(best), len(phrasings)), of_two, fitting)

@@ -300,13 +300,13 @@ class PromptPairs:
         """
         if not isinstance(other, PromptPairs):
             return NotImplemented
-        marks = {pairs.made_for for pairs in (self, other)} - {None}
+        marks = {pairs.made_for for pairs in (self, other) if pairs.made_for is not None}
         if len(marks) > 1:
             raise PairsError(
                 "these pairs were made for different tokenizers or BOS settings. Draw both with one model=, or join "
                 "their text: PromptPairs.from_pairs([*first, *second])."
             )
-        return PromptPairs.from_pairs([*self, *other]).remember(*marks)
+        return PromptPairs.from_pairs([*self, *other]).remember(next(iter(marks), None))
 
     def __repr__(self) -> str:
         """One line: how many, and the first pair."""
