@@ -61,7 +61,7 @@ def subject_verb_agreement(
         PromptPairs(n=2, first='The horse' → ' was' | 'The horses' → ' were')
         >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=64, model=tnc.load_demo_model())
         >>> pairs.made_for.begins_with_bos, pairs.labels[0]
-        (True, 'guard and horse')
+        (True, 'player and queen')
     """
     inside = structure == "within_rc"
     known = NOUNS

@@ -59,8 +59,8 @@ def greater_than(
         PromptPairs(n=2, first='The war lasted from the year 1236 to the year 12' → '37' | 'The war lasted from the year
         1262 to the year 12' → '36')
         >>> tnc.tasks.greater_than(2, words=["war"], digits=1)
-        PromptPairs(n=2, first='The war lasted from the year 1739 to the year 17' → '4' | 'The war lasted from the year
-        1759 to the year 17' → '3')
+        PromptPairs(n=2, first='The war lasted from the year 1209 to the year 12' → '1' | 'The war lasted from the year
+        1289 to the year 12' → '0')
     """
     events = choose(words, EVENTS, "events")
     fitting = None if model is None else Fitting(model, prepend_bos)

@@ -72,7 +72,8 @@ def ioi(
         Mary went to the station, Mary gave a kiss to' → ' John')
         >>> pair = tnc.tasks.ioi(2, against="abc", words=["John", "Mary", "Tom", "Anna", "James"])[0]
         >>> pair.clean, pair.corrupt
-        ('When Mary and Tom went to the station, Mary gave a kiss to', ...)
+        ('When James and John went to the station, James gave a kiss to', 'When Mary and Anna went to the station, Tom
+        gave a kiss to')
     """
     every = IOI_PHRASINGS + MORE_IOI_PHRASINGS
     phrasings = range(len(IOI_PHRASINGS if model is None else every))
@@ -81,17 +82,16 @@ def ioi(
         phrasings = range(phrasing, phrasing + 1)
     size = 2 if against == "swap" else 5
     names = choose(words, NAMES, "names", at_least=size)
-    if model is None:
-        fitting = None
-        groups = (
-            couple(names, seed, "names")
-            if against == "swap"
-            else groups_by_length(names, size, seed, "names", lambda name: 0, None)
-        )
+    fitting: Fitting | None = None
+    groups: Sequence[tuple[str, ...]]
+    if model is not None:
+        fit = fitting = Fitting(model, prepend_bos)
+        names = fit.keep("names", names, lambda name: fit.single_tokens("When", f" {name}"))
+        groups = groups_by_length(names, size, seed, "names", lambda name: fit.length(f"When {name}"), fit)
+    elif against == "swap":
+        groups = couple(names, seed, "names")
     else:
-        fitting = Fitting(model, prepend_bos)
-        names = fitting.keep("names", names, lambda name: fitting.single_tokens("When", f" {name}"))
-        groups = groups_by_length(names, size, seed, "names", lambda name: fitting.length(f"When {name}"), fitting)
+        groups = groups_by_length(names, size, seed, "names", lambda name: 0, None)
 
     def contrast(which: int, swap: int, place: int, thing: int, wording: int) -> tuple[PromptPair, PromptPair]:
         a, b = groups[which][:2][:: -1 if swap else 1]
