@@ -100,9 +100,8 @@ def ioi(
         label = " and ".join(groups[which][:2])
         if against == "swap":
             return both(sides[0], sides[1], (label, label))
-        others = groups[which]
-        c, d = (others[3], others[2]) if swap else (others[2], others[3])
-        corrupt = ioi_prompt(c, d, others[4], *rest)
+        c, d, giver = list(groups[which])[2:]
+        corrupt = ioi_prompt(*((d, c) if swap else (c, d)), giver, *rest)
         (prompt, answer), (other, other_answer) = sides
         return (
             PromptPair(prompt, answer, corrupt, other_answer, label),
