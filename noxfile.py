@@ -45,6 +45,13 @@ def smollm2(session: nox.Session, transformer_lens: str) -> None:
 
 
 @nox.session
+def architectures(session: nox.Session) -> None:
+    """Every architecture that TransformerLens 4.3's Bridge lists, built small: writes docs/architectures.md."""
+    session.install(*REQUIREMENTS["4.3"])
+    session.run("python", "-m", "tests.architectures", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff: style, docstrings, imports, formatting."""
     session.install("-c", "constraints.txt", "ruff")

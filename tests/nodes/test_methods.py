@@ -15,6 +15,8 @@ from tl_neuron_circuits import (
     Gradient,
     IntegratedGradients,
     IntegratedGradientsInputs,
+    LearnedMask,
+    MaskGradient,
     Patching,
     Random,
     RelP,
@@ -39,6 +41,9 @@ CASES = {
     "integrated_gradients(steps=3, rules=relp)": IntegratedGradients(3, "relp"),
     "integrated_gradients_inputs(steps=5)": IntegratedGradientsInputs(5),
     "patching": Patching(),
+    "learned_mask": LearnedMask(),
+    "learned_mask(steps=50, schedule=uniform, loss=kl, lr=0.1)": LearnedMask(50, "uniform", "kl", lr=0.1),
+    "mask_gradient(steps=4, direction=flip)": MaskGradient(4, direction="flip"),
     "activation_difference": ActivationDifference(),
     "random(seed=3)": Random(3),
 }

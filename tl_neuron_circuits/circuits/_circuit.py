@@ -11,12 +11,28 @@ import pandas as pd
 import torch
 
 from .. import _html
-from .._errors import FileFormatError
+from .._errors import FileFormatError, SettingsError
 from .._files import read_directory, write_directory
 from ..bases._site import Basis
+from ..models._protocol import TransformerLensModel
 from ..nodes._scores import NodeScores
-from . import _algebra, _groups, _neuronpedia, _prune, _scores
-from ._table import CHOSEN, EDGE_COLUMNS, LEFT_OUT, NODE_COLUMNS, SCHEMA, SINGLE, typed
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenized import TokenizedPairs
+from . import _algebra, _edge_heads, _groups, _neuronpedia, _prune, _scores
+from ._attention import AttentionContributions
+from ._table import (
+    CHOSEN,
+    EDGE_COLUMNS,
+    HEAD_COLUMNS,
+    HEAD_KINDS,
+    LEFT_OUT,
+    NODE_COLUMNS,
+    SCHEMA,
+    SINGLE,
+    rows_of,
+    typed,
+)
+from ._targets import TargetLike
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -58,6 +74,8 @@ class Circuit:
     settings: Mapping[str, Any]
     basis: Basis | Sequence[Basis] | None = field(default=None, kw_only=True)
     """Where the nodes live, for evaluation and steering; dictionaries are not saved with a circuit."""
+    head_parts: pd.DataFrame | None = field(default=None, kw_only=True)
+    """Edges split by head, once `with_heads` did it; `heads` shows them."""
 
     def __post_init__(self) -> None:
         """Give the columns one type each, whatever pandas made of them; the basis of neurons needs no dictionaries."""
@@ -65,6 +83,11 @@ class Circuit:
             object.__setattr__(self, "basis", _scores.own_basis(self.settings))
         object.__setattr__(self, "nodes", typed(self.nodes, NODE_COLUMNS))
         object.__setattr__(self, "edges", typed(self.edges, EDGE_COLUMNS))
+        if self.head_parts is not None:
+            there = pd.MultiIndex.from_frame(self.edges[["source", "target"]])
+            parts = typed(self.head_parts, HEAD_COLUMNS)
+            own = pd.MultiIndex.from_frame(parts[["source", "target"]]).isin(there)
+            object.__setattr__(self, "head_parts", parts[own].reset_index(drop=True))
 
     def __len__(self) -> int:
         """How many scalar nodes were chosen (neurons, features, components); members of supernodes count."""
@@ -228,6 +251,154 @@ class Circuit:
         """
         return _scores.to_scores(self)
 
+    def with_heads(
+        self,
+        model: TransformerLensModel,
+        edges: int | pd.DataFrame = 100,
+        *,
+        pairs: PromptPairs | TokenizedPairs | None = None,
+        target: TargetLike = None,
+    ) -> "Circuit":
+        """This circuit with edges split by the last attention head before their target.
+
+        Between neurons at different positions everything goes through attention. An edge's weight is the sum of what
+        each head brings from each position, and of a direct part (through the residual stream alone, between equal
+        positions). A part counts all that the source brings to that head's values, through earlier heads too; so the
+        position is where the *last* head looks. Patterns and norms are frozen, as in the edges themselves.
+
+        Args:
+            model: the model that was traced.
+            edges: how many of the strongest, or rows of `edges`.
+            pairs: those that were traced, if not a single prompt.
+            target: as given to `trace`, where it was a direction or a metric.
+
+        Returns:
+            A circuit whose `heads()` has the parts. Cost: about that of tracing the same edges.
+
+        Raises:
+            UnsupportedModelError: attention that is not a pattern times values, or no single residual stream.
+            SettingsError: another model, edges that are not there, or parts that do not sum to the edges.
+            PairsError: pairs are needed, or are not those that were traced.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> heads = circuit.with_heads(model, edges=10).heads()
+            >>> heads[["source", "target"]].drop_duplicates().shape
+            (10, 2)
+        """
+        return replace(self, head_parts=_edge_heads.split_edges(model, self, edges, pairs, target))
+
+    def heads(self, edges: int | pd.DataFrame | Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:
+        """Which heads carry edges, and from where: one row per part, strongest edges first.
+
+        Columns: source, target; kind ("head", "direct", or "rest" for parts too small for a row); layer, head,
+        from_position; part (in units of the edge's weight), attribution, share (of the edge). The parts of an edge sum
+        to it.
+
+        Args:
+            edges: how many edges, rows of `edges`, or (source, target) of some; by default all that were split.
+
+        Raises:
+            SettingsError: edges that were not split; `with_heads(model)` does it.
+        """
+        if self.head_parts is None:
+            raise SettingsError("this circuit's edges are not split by head: circuit.with_heads(model) does it.")
+        parts = self.head_parts
+        own = pd.MultiIndex.from_frame(parts[["source", "target"]])
+        if edges is None:
+            return parts.copy()
+        if isinstance(edges, int):
+            return parts[own.isin(own.unique()[:edges])].reset_index(drop=True)
+        pairs = edges[["source", "target"]].itertuples(index=False) if isinstance(edges, pd.DataFrame) else edges
+        wanted = [tuple(pair) for pair in pairs]
+        missing = [pair for pair in wanted if pair not in own]
+        if missing:
+            raise SettingsError(
+                f"expected edges that were split by head; {missing[:3]} were not. circuit.with_heads(model, edges=...) "
+                "takes a number, or rows of circuit.edges."
+            )
+        return parts[own.isin(wanted)].reset_index(drop=True)
+
+    def attention(
+        self,
+        model: TransformerLensModel,
+        at: tuple[str, str] | tuple[int, int, int, int],
+        *,
+        pairs: PromptPairs | TokenizedPairs | None = None,
+        top: int = 20,
+    ) -> AttentionContributions:
+        """Why a head looks where it looks: its score, split into what wrote into the residual stream at both ends.
+
+        RelP cuts queries and keys, so this is an explanation beside the edges and never added to them.
+
+        Args:
+            model: the model that was traced.
+            at: (layer, head, query position, key position); or an edge (source, target) that was split, of which the
+                strongest head is taken.
+            pairs: the one that was traced, if not a single prompt.
+            top: how many nodes of a layer have rows of their own, and how many writes of each side are paired.
+
+        Returns:
+            The key's score minus the pattern's mean of all scores (the change of the log of the pattern), the
+            contributions of every write on the query's and on the keys' side, each side summing to it, and the
+            strongest pairs of writes.
+
+        Raises:
+            SettingsError: a place that is not there.
+            UnsupportedModelError: queries, keys or scores cannot be read on this model.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> why = circuit.attention(model, (1, 0, 7, 6))
+            >>> sides = why.writes.groupby("side")["contribution"].sum()
+            >>> bool(abs(sides["query"] - sides["key"]) < 1e-3)
+            True
+        """
+        return _edge_heads.explain_attention(model, self, at, pairs, top)
+
+    def cut_heads(
+        self,
+        model: TransformerLensModel,
+        rows: pd.DataFrame | None = None,
+        *,
+        pairs: PromptPairs | TokenizedPairs | None = None,
+    ) -> pd.DataFrame:
+        """Test parts of edges: cut each by path patching through its head, and measure what changes.
+
+        The source is ablated for that head alone; the target reads the head without it, all other heads and neurons
+        held at their live values. Nothing is linearized, so `measured` differs from `predicted` by what norms and the
+        target's own nonlinearity do.
+
+        Args:
+            model: the model that was traced.
+            rows: of `heads()`; by default the strongest 20 parts that heads bring.
+            pairs: those that were traced, if not a single prompt.
+
+        Returns:
+            The rows with columns predicted (the part) and measured (live minus cut), in the target's units: a neuron's
+            activation, a logit.
+
+        Raises:
+            SettingsError: rows of features, errors or groups, or of targets that are not tokens.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> tested = circuit.with_heads(model, edges=20).cut_heads(model)
+            >>> bool(tested["predicted"].corr(tested["measured"]) > 0.5)
+            True
+        """
+        chosen = self.heads() if rows is None else rows
+        if rows is None:
+            brought = chosen[chosen["kind"] == "head"]
+            chosen = brought.loc[brought["attribution"].abs().sort_values(ascending=False, kind="stable").index[:20]]
+        return _edge_heads.cut_parts(model, self, chosen, pairs)
+
     def graph(self) -> networkx.DiGraph:
         """The circuit as a networkx graph, with the tables' columns as attributes."""
         graph = networkx.DiGraph(**dict(self.settings))
@@ -255,6 +426,12 @@ class Circuit:
         for end in ("source", "target"):
             numbers[f"edges/{end}"] = torch.from_numpy(np.array(self.edges[end].map(index).astype("int64")))
         texts = {name: self.nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
+        parts = self.head_parts
+        if parts is not None:
+            columns = {name: parts[name] for name, kind in HEAD_COLUMNS.items() if kind != "str"}
+            columns |= {end: rows_of(self.nodes, parts[end]) for end in ("source", "target")}
+            columns["kind"] = parts["kind"].map(HEAD_KINDS.index).astype("int64")
+            numbers |= {f"heads/{name}": torch.from_numpy(np.array(values)) for name, values in columns.items()}
         write_directory(path, "circuit", SCHEMA, numbers, {"settings": dict(self.settings), "texts": texts})
 
     @classmethod
@@ -277,11 +454,16 @@ class Circuit:
             names = nodes["node"].to_numpy(dtype=object)
             edges = pd.DataFrame({name: numbers[f"edges/{name}"].numpy() for name in EDGE_COLUMNS})
             edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]])
+            parts = None
+            if "heads/part" in numbers:
+                parts = pd.DataFrame({name: numbers[f"heads/{name}"].numpy() for name in HEAD_COLUMNS})
+                kinds = np.array(HEAD_KINDS, dtype=object)[parts["kind"]]
+                parts = parts.assign(source=names[parts["source"]], target=names[parts["target"]], kind=kinds)
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise FileFormatError(
                 f"the tables in {path} do not fit together ({error!r}): it is damaged. Save it again."
             ) from error
-        return cls(nodes, edges, notes["settings"], basis=basis)
+        return cls(nodes, edges, notes["settings"], basis=basis, head_parts=parts)
 
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
         """The circuit as a plotly figure: layers against positions, with the strongest edges."""

@@ -20,7 +20,7 @@ one by one, so tables per prompt would need nothing but another sum.
 Source: Arora et al. 2026, arXiv 2601.22594; Ameisen et al. 2025 (features, local replacement); METHODS 1.2, 1.5, 4.5.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -235,9 +235,17 @@ class OpenPrompt:
 
 @contextmanager
 def open_prompt(
-    model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], targets: Targets, *, paired: bool
+    model: TransformerLensModel,
+    batch: Batch,
+    slots: Sequence[Slot],
+    targets: Targets,
+    *,
+    paired: bool,
+    keep: Iterable[str] = (),
 ) -> Iterator[OpenPrompt]:
     """Run a batch of one prompt with a graph, and its corrupt prompt without one for pairs.
+
+    `keep` names hook points whose tensors of the graph the caller wants.
 
     Raises:
         PropagationError: gradients are disabled.
@@ -251,7 +259,7 @@ def open_prompt(
         with torch.no_grad():
             base = run_prompt(model, corrupt, slots)
     with relp(model), nullcontext({}) if paired else biases_in_graph(model) as bias_of_name:
-        run, biases = run_prompt(model, batch, slots), list(bias_of_name.values())
+        run, biases = run_prompt(model, batch, slots, keep), list(bias_of_name.values())
         found = targets(run.logits[0, position].detach()) if callable(targets) else targets
         values = torch.stack([target.value(run, batch) for target in found])
         target_changes, embedding = values.detach().cpu().double(), run.embedding.detach()

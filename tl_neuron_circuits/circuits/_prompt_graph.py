@@ -10,7 +10,7 @@ twice, and only one layer's gradients are in memory. Whether anything bypasses t
 graph itself; if so, the receivers of each slot take the whole graph below them at once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -40,12 +40,15 @@ class PromptRun:
     logits: Float[Tensor, "1 pos d_vocab"]
     stream: Sequence[Float[Tensor, "1 pos d_model"] | None]
     """The residual stream above each layer; the last is `final`. None where the model does not show it."""
+    kept: Mapping[str, Tensor]
+    """What entered the hook points that the caller asked for."""
 
 
-def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot]) -> PromptRun:
+def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], keep: Iterable[str] = ()) -> PromptRun:
     """Run the model on a batch of one prompt.
 
-    Inside `relp` the run has a graph; under `torch.no_grad()` it only has values.
+    Inside `relp` the run has a graph; under `torch.no_grad()` it only has values. `keep` names hook points whose
+    tensors of the graph the caller wants.
 
     Raises:
         PropagationError: the unembedding did not run as a module.
@@ -83,6 +86,8 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot])
     above = [f"blocks.{layer}.hook_resid_pre" for layer in range(1, int(model.cfg.n_layers))]
     # Pre-hooks see the tensors of the graph itself; a hook point's forward hooks may already have reshaped copies.
     early = [(name, note_input(stream, name)) for name in above if name in points]
+    kept: Seen = {}
+    early += [(name, note_input(kept, name)) for name in keep]
     early += [pair for slot, record in zip(slots, seen, strict=True) for pair in slot.early_hooks(record)]
     with ExitStack() as stack:
         stack.callback(unembed.register_forward_hook(unembedding).remove)
@@ -107,6 +112,7 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot])
         final=final,
         logits=logits,
         stream=[*(stream.get(name) for name in above), final],
+        kept=kept,
     )
 
 

@@ -29,6 +29,19 @@ EDGE_COLUMNS = {
     "relative": "float64",
     "attribution": "float64",
 }
+HEAD_COLUMNS = {
+    "source": "str",
+    "target": "str",
+    "kind": "str",
+    "layer": "int64",
+    "head": "int64",
+    "from_position": "int64",
+    "part": "float64",
+    "attribution": "float64",
+    "share": "float64",
+}
+HEAD_KINDS = ("head", "direct", "rest")
+"""What a part is of: a head, the residual stream alone, or parts too small for a row of their own."""
 SINGLE = ("neuron", "feature", "component")
 """Kinds of single nodes that were chosen, supernodes aside."""
 CHOSEN = (*SINGLE, "head", "skip", "group")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .._errors import FileFormatError, PairsError, SettingsError
+from .._memory import is_out_of_memory
 from ._terminal import say
 
 Model = Annotated[
@@ -73,6 +74,8 @@ def load_model(name: str, backend: str = "auto", device: str | None = None, dtyp
         except ImportError:
             reasons.append(f"{load.__name__.strip('_')}: not in the installed TransformerLens")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             reasons.append(f"{load.__name__.strip('_')}: {(str(error).strip() or repr(error)).splitlines()[0][:200]}")
     raise SettingsError(
         f"cannot load {name!r}. Give demo-gelu, demo-swiglu, a name that TransformerLens knows or a local Hugging Face "
@@ -86,6 +89,8 @@ def _check_device(device: str | None) -> None:
     try:
         torch.empty(0, device=device or "cpu")
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise SettingsError(
             f"expected a --device that this torch can use, such as cpu or cuda; {device!r} gives: "
             f"{str(error).splitlines()[0]}"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..bases._runs import Values, capture, require_fired, run_logits, run_values
 from ..models._protocol import TransformerLensModel
+from ..propagation._gradients import gradients_by_name
 from ..propagation._relp import relp
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
@@ -87,7 +88,7 @@ def _sum_over_batches(
 ) -> Float[Tensor, "source target"]:
     """Scores summed over pairs; the row of the logits and pairs that are not edges mean nothing."""
     model, graph = question.model, question.graph
-    scores = torch.zeros(len(graph), len(graph))
+    scores = torch.zeros(len(graph), len(graph), dtype=torch.float32)
     for batch in question.batches(label):
         clean, corrupt = paired_streams(model, graph, batch)
         change = (clean.writes - corrupt.writes).flatten(1)
@@ -128,10 +129,8 @@ def read_gradients(
     outputs = [c.hook for c in graph.components[1:-1]]
     unique = list(dict.fromkeys(outputs))
     last = graph.components[-1]
-    *at_outputs, at_end = torch.autograd.grad(
-        total, [*(store[n] for n in unique), store[last.reads]], retain_graph=True
-    )
-    at_output = dict(zip(unique, at_outputs, strict=True))
+    at_output = gradients_by_name(total, {name: store[name] for name in (*unique, last.reads)}, retain_graph=True)
+    at_end = at_output[last.reads]
     gradients = [torch.zeros_like(at_end)]
     for component in graph.components[1:-1]:
         output, gradient = store[component.hook], at_output[component.hook]

@@ -165,10 +165,10 @@ def _provenance(
 def _mib(
     model: TransformerLensModel, pairs: TaskPairs, scores: NodeScores, judge: Mapping[str, Any]
 ) -> tuple[float, float]:
-    """CPR by the signed ranking and CMD by the |score| ranking, on MIB's grid."""
+    """CPR by the signed ranking and CMD by the |score| ranking (of a learned order: by score too), on MIB's grid."""
     sizes = sorted({max(1, round(fraction * len(scores))) for fraction in MIB_FRACTIONS})
     run = lambda ranking: evaluate(model, pairs, scores, sizes=sizes, ranking=ranking, completeness=False, **judge)  # noqa: E731
-    return run("signed").cpr, run("abs").cmd
+    return run("signed").cpr, run(scores.ranking).cmd
 
 
 def _by_label(methods: Sequence[str | Method]) -> dict[str, Method]:

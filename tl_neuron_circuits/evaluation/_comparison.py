@@ -78,7 +78,9 @@ class Comparison:
         return table.reindex(columns=[*first, *(column for column in table if column not in first)])
 
     def summary(self, levels: tuple[float, ...] = (0.5, 0.8)) -> pd.DataFrame:
-        """One row per curve: F(full), F(empty), nodes, log area of absolute counts, size at levels, CPR, CMD, FVU."""
+        """One row per curve: F(full), F(empty), nodes, log area of absolute counts, compactness, overshoot (largest
+        faithfulness - 1), size at levels, CPR and CMD (MIB's fixed percentages), FVU.
+        """
         rows = []
         largest = {t: max(c.n_nodes for k, c in self.curves.items() if k.task == t) for t in self.tasks}
         for key, curve in self.curves.items():
@@ -87,6 +89,7 @@ class Comparison:
                 {
                     **key._asdict(), "metric_full": curve.metric_full, "metric_empty": curve.metric_empty,
                     "n_nodes": curve.n_nodes, "log_area": curve.log_area(largest[key.task]),
+                    "compactness": curve.compactness, "overshoot": curve.overshoot,
                     **{f"size_at_{level:g}": curve.size_at(level) for level in levels},
                     "cpr": cpr, "cmd": cmd, "unexplained": self.unexplained.get(key, float("nan")),
                 }

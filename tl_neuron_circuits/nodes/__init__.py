@@ -7,6 +7,8 @@ from ._controls import ActivationDifference as ActivationDifference
 from ._controls import Random as Random
 from ._integrated_gradients import IntegratedGradients as IntegratedGradients
 from ._integrated_gradients import IntegratedGradientsInputs as IntegratedGradientsInputs
+from ._learned_mask import LearnedMask as LearnedMask
+from ._learned_mask import MaskGradient as MaskGradient
 from ._memory import MemoryEstimate as MemoryEstimate
 from ._methods import parse_method as parse_method
 from ._patching import Patching as Patching

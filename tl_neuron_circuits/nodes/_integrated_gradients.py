@@ -20,6 +20,7 @@ from torch import Tensor
 from .._errors import PairsError, SettingsError
 from ..bases._runs import Values, answers_only, run_logits, run_values
 from ..bases._site import Parts, Site
+from ..propagation._gradients import gradients_by_name
 from ..propagation._relp import relp
 from ..propagation.rules import rule_set
 from ..tasks._metrics import measure
@@ -68,7 +69,8 @@ class IntegratedGradients(Method):
             with relp(scope.model, self.rules):
                 with answers_only(scope.model, batch, scope.metric) as narrowed, scope.model.hooks(fwd_hooks=replace):
                     logits = run_logits(scope.model, batch.clean, batch.attention_mask)
-                (gradient,) = torch.autograd.grad(measure(scope.metric, logits, narrowed).sum(), point)
+                total = measure(scope.metric, logits, narrowed).sum()
+                gradient = gradients_by_name(total, {site.hook: point})[site.hook]
             mean += gradient / self.steps
         return mean
 

@@ -1,6 +1,7 @@
 """What the methods of `attribute` have in common."""
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from ._scope import Blocks, Means, Scope
 @dataclasses.dataclass(frozen=True)
 class Method(Options):
     """One way to score nodes."""
+
+    ranking: ClassVar[Literal["abs", "signed"]] = "abs"
+    """How its scores rank nodes: by |score|, or by score where a low one means "last", as a learned order has it."""
 
     def score(
         self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
@@ -61,4 +65,4 @@ class Method(Options):
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """N(0, 1) in float32, drawn on the CPU so that every device gets the same."""
-    return torch.randn(like.shape, generator=generator).to(like.device)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)

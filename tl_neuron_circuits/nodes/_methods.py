@@ -5,6 +5,7 @@ from typing import Literal
 from .._options import parse_options
 from ._controls import ActivationDifference, Random
 from ._integrated_gradients import IntegratedGradients, IntegratedGradientsInputs
+from ._learned_mask import LearnedMask, MaskGradient
 from ._method import Method
 from ._patching import Patching
 from ._relp import Gradient, RelP
@@ -15,6 +16,8 @@ MethodName = Literal[
     "integrated_gradients",
     "integrated_gradients_inputs",
     "patching",
+    "learned_mask",
+    "mask_gradient",
     "activation_difference",
     "random",
 ]
@@ -22,7 +25,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(RelP, Gradient, IntegratedGradients, IntegratedGradientsInputs, Patching),
-        *(ActivationDifference, Random),
+        *(LearnedMask, MaskGradient, ActivationDifference, Random),
     )
 }
 

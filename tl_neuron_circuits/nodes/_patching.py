@@ -93,7 +93,7 @@ class Patching(Method):
             parts = site.take_apart(values)
             for kind in ("node", *site.vectors):
                 shape = block_shape(scope, parts, kind)
-                scores = torch.full((shape.numel(),), torch.nan)
+                scores = torch.full((shape.numel(),), torch.nan, dtype=torch.float32)
                 wanted = self._wanted(scope, site.hook, kind, shape)
                 for chunk in wanted.split(max(1, rows // len(run))) if len(wanted) else ():
                     fall = _fall(scope, run, site, kind, shape, chunk, parts, baselines[site.hook], start)

@@ -62,6 +62,11 @@ class NodeScores:
         """Whether positions were kept or summed."""
         return self.settings["positions"]
 
+    @property
+    def ranking(self) -> Literal["abs", "signed"]:
+        """How these scores rank nodes: by |score|, or by score, as a learned order does."""
+        return self.settings.get("ranking", "abs")
+
     def __len__(self) -> int:
         """How many nodes there are."""
         return sum(t.numel() for _, _, t in self.blocks())
@@ -78,14 +83,14 @@ class NodeScores:
         """All scores as one vector, on the CPU."""
         return torch.cat([t.reshape(-1).cpu() for _, _, t in self.blocks()])
 
-    def top(self, k: int = 10, *, by: Literal["abs", "signed"] = "abs") -> pd.DataFrame:
-        """The `k` nodes with the largest |score| (or the largest score), best first.
+    def top(self, k: int = 10, *, by: Literal["abs", "signed"] | None = None) -> pd.DataFrame:
+        """The `k` nodes with the largest |score| (or the largest score), best first; `by` is `.ranking` unless given.
 
         Columns: label, layer, unit, position, score, kind, hook. `unit` is -1 for error and skip nodes, `position` -1
         where positions were summed.
         """
         flat = self.flat()
-        key = flat.abs() if by == "abs" else flat
+        key = flat.abs() if (by or self.ranking) == "abs" else flat
         key = torch.where(key.isnan(), torch.full_like(key, -torch.inf), key)
         k = min(k, int((~flat.isnan()).sum()))
         return self._rows(key.topk(k).indices.numpy())

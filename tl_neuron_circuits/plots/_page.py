@@ -91,10 +91,26 @@ def page_data(circuit: "Circuit", details: Mapping[str, Mapping[str, Any]] | Non
             "target": [index[name] for name in edges["target"]],
             **{name: _column(edges[name]) for name in ("weight", "relative", "attribution")},
         },
+        "heads": _heads(circuit),
         "members": {str(group): list(members) for group, members in (settings.get("groups") or {}).items()},
         "details": checked_details(nodes, details or {}),
         "group_colors": list(_GROUPS),
     }
+
+
+def _heads(circuit: "Circuit", most: int = 3) -> dict[int, list[tuple[int, int, int, float | None]]]:
+    """By edge, where edges were split: layer, head, position and share of its strongest parts; layer -1 is direct."""
+    if circuit.head_parts is None:
+        return {}
+    parts = (
+        circuit.head_parts[circuit.head_parts["kind"] != "rest"].groupby(["source", "target"], sort=False).head(most)
+    )
+    place = {pair: row for row, pair in enumerate(zip(circuit.edges["source"], circuit.edges["target"], strict=True))}
+    heads: dict[int, list[tuple[int, int, int, float | None]]] = {}
+    for part in parts.itertuples(index=False):
+        row = (int(part.layer), int(part.head), int(part.from_position), _number(part.share))
+        heads.setdefault(place[part.source, part.target], []).append(row)
+    return heads
 
 
 def _part(name: str) -> str:
