@@ -58,6 +58,7 @@ from .bases._dictionary_objects import as_dictionary as as_dictionary
 from .circuits._circuit import Circuit as Circuit
 from .circuits._trace import trace as trace
 from .circuits._choose import ByMass as ByMass
+from .circuits._explained import ByExplained as ByExplained
 from .circuits._choose import ByShare as ByShare
 
 # How good scores and circuits are.

@@ -145,6 +145,7 @@ def test_running_out_of_memory_is_raised_as_what_it_is(case: ModelCase, monkeypa
     """At every backward pass of a trace: no other way is tried, and the model is left as found."""
     model = case.build()
     tokens, real, calls = random_tokens(model, 1, 6), torch.autograd.grad, []
+    trace(model, tokens, nodes=5)  # the first use of a model checks that relevance is conserved
 
     def counting(*arguments: Any, **options: Any) -> Any:
         calls.append(options.get("is_grads_batched", False))

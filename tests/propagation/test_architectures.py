@@ -1,10 +1,17 @@
 """Ten of the architectures of docs/architectures.md, measured: exact or refused by name, none "runs and is wrong"."""
 
+from importlib.metadata import version
+
 import pytest
 import transformer_lens.model_bridge  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 pytest.importorskip("transformer_lens.factories.architecture_adapter_factory")
 from tests.architectures import SAMPLE, architectures, measure
+
+if int(version("transformer-lens").split(".")[0]) < 4:
+    pytest.skip(
+        "the table is of TransformerLens 4.3; older adapters fail on some of these", allow_module_level=True
+    )
 
 REASONS = {
     "BertLMHeadModel": "prediction head",

@@ -3,4 +3,5 @@
 from ._choose import ByMass as ByMass
 from ._choose import ByShare as ByShare
 from ._circuit import Circuit as Circuit
+from ._explained import ByExplained as ByExplained
 from ._trace import trace as trace

@@ -60,7 +60,7 @@ class Circuit:
         >>> model = tnc.load_demo_model()
         >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
         >>> circuit
-        Circuit(30 nodes, 775 edges, target 'Austin' = 18.412 on demo-gelu, 1 prompt(s), 69% left out)
+        Circuit(30 nodes, 775 edges, target 'Austin' = 18.412 on demo-gelu, 1 prompt(s), 31% explained, predicted 99.9%)
         >>> small = circuit.prune(count=10)
         >>> len(small & circuit), len(circuit - small)
         (10, 20)
@@ -103,6 +103,50 @@ class Circuit:
         """Share of the target that flows to nodes left out, cut edges, and what dictionaries or linearization miss."""
         left = self.nodes["kind"].isin(LEFT_OUT)
         return float(self.nodes.loc[left, "flow"].sum() / self.target_value)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before telling a story about this circuit, and what to do; empty where nothing stands out.
+
+        A target that is not among the model's five likeliest tokens; a token that is likelier with a leading space; a
+        target that is negative; more than half of it left out.
+        """
+        notes, settings = [], self.settings
+        probability = dict(zip(self.nodes["node"], self.nodes["probability"], strict=True))
+        label = dict(zip(self.nodes["node"], self.nodes["label"], strict=True))
+        predicted = ", ".join(f"{token!r} {p:.1%}" for token, p in settings.get("predicted", [])[:3])
+        for name, rank in (settings.get("target_ranks") or {}).items():
+            if rank > 5:
+                notes.append(
+                    f"the model does not predict {label[name]!r}: probability {probability[name]:.2%}, rank {rank}; it "
+                    f"says {predicted}. Change the prompt, or explain its own token (target=None)."
+                )
+        for name, (twin, p) in (settings.get("twins") or {}).items():
+            notes.append(
+                f"{twin!r}, with a leading space, is likelier ({p:.2%}) than {label[name]!r} "
+                f"({probability[name]:.2%}): if that is meant, give target={twin!r}."
+            )
+        if self.target_value < 0:
+            notes.append("the target is negative: the model is against it, and nodes with positive scores support it.")
+        if self.target_value and self.unexplained > 0.5:
+            notes.append(
+                f"{self.unexplained:.0%} of the target flows to what was left out. Choose more nodes (a number, "
+                "ByMass(0.8)); circuit.layers() shows where the rest is."
+            )
+        return notes
+
+    def layers(self) -> pd.DataFrame:
+        """One row per layer with nodes: layer, chosen (how many), score and size of all its nodes, share of the chosen.
+
+        `score` is the sum of all scores of the layer, chosen or not, `size` the sum of their sizes, and `chosen_size`
+        that of the chosen ones: where the rest sits.
+        """
+        rows = self.settings.get("layer_scores") or []
+        frame = pd.DataFrame(rows, columns=["layer", "score", "size"]).astype({"layer": "int64"})
+        own = self.nodes[self.nodes["kind"].isin(SINGLE)]
+        by_layer = own["score"].abs().groupby(own["layer"]).agg(["count", "sum"]).reindex(frame["layer"]).fillna(0)
+        frame.insert(1, "chosen", by_layer["count"].to_numpy(dtype="int64"))
+        return frame.assign(chosen_size=by_layer["sum"].to_numpy())
 
     @property
     def graph_replacement(self) -> float:
@@ -524,11 +568,21 @@ class Circuit:
         target = ", ".join(map(repr, s["target"]))
         return (
             f"Circuit({len(self)} nodes, {len(self.edges):,} edges, target {target} = {self.target_value:.3f} on "
-            f"{s['model']}, {s['n_prompts']} prompt(s), {self.unexplained:.0%} left out)"
+            f"{s['model']}, {s['n_prompts']} prompt(s), {1 - self.unexplained:.0%} explained{self._predicted()})"
         )
 
+    def _predicted(self) -> str:
+        """How likely the one token is that a prompt's circuit explains."""
+        ranks = self.settings.get("target_ranks") or {}
+        if len(ranks) != 1:
+            return ""
+        ((name, rank),) = ranks.items()
+        rows = self.nodes.loc[self.nodes["node"] == name, "probability"]
+        rank_text = f" (rank {rank})" if rank > 1 else ""
+        return f", predicted {float(rows.iloc[0]):.1%}{rank_text}" if len(rows) else ""
+
     def _repr_html_(self) -> str:
-        best = self.to_dataframe().head(20)
+        best = self.to_dataframe().query("kind not in ('logit', 'unselected', 'bias')").head(20)
         shown = ["label", "kind", "layer", "position", "token", "activation", "score", "share", "group"]
         pages = _html.neuron_pages(str(self.settings["model"]), best)
         return _html.block(repr(self), _html.table(best[shown], bars=("score",), links={"label": pages}))

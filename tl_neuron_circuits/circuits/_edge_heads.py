@@ -118,22 +118,22 @@ def _run_again(model: TransformerLensModel, circuit: "Circuit", pairs: Any, targ
         if pairs.hash != settings["pairs_hash"]:
             raise PairsError("these are not the pairs that the circuit was traced on. Give the same ones, in order.")
     if target is not None:
-        targets = find_targets(model, pairs, target, settings["prompt"], None)
+        targets = find_targets(model, pairs, target, settings["prompt"], None, center=settings.get("center", True))
         targets = [] if callable(targets) else targets
     else:
         names = circuit.nodes.loc[circuit.nodes["kind"] == "logit", "node"]
-        targets = [_target_of(name) for name in names]
+        targets = [_target_of(name, settings.get("center", True)) for name in names]
     slots = find_slots(model, circuit.basis or Neurons())
     return _Again(list(pairs.batches(1)), slots, targets, settings["baseline"] == "corrupt")
 
 
-def _target_of(name: str) -> Target:
+def _target_of(name: str, center: bool) -> Target:
     """The target that a logit node is called after."""
     if name.startswith("logit/"):
         tokens = [int(token) for token in name.removeprefix("logit/").split("-")]
-        return token_target(*tokens) if len(tokens) == 1 else difference_target(*tokens)
+        return token_target(*tokens, center=center) if len(tokens) == 1 else difference_target(*tokens)
     if name in ("logit_difference", "answer_logit"):
-        return answer_target(against_wrong=name == "logit_difference")
+        return answer_target(against_wrong=name == "logit_difference", center=center)
     raise SettingsError(f"the circuit explains {name!r}, which its name alone does not give: say target=...")
 
 

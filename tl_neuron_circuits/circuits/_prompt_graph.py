@@ -28,17 +28,17 @@ from ._slots import Seen, Slot, SlotRun, leaves_of, note_input
 
 @dataclass(frozen=True)
 class PromptRun:
-    """What one forward pass left: at the slots, at both ends, and between the layers."""
+    """What one forward pass left: at the slots, at both ends, and between the layers. One row where it has slots."""
 
     slots: Sequence[SlotRun]
-    embedding: Float[Tensor, "1 pos d_model"]
-    positional: Float[Tensor, "1 pos d_model"] | None
-    raw_logits: Float[Tensor, "1 pos d_vocab"]
+    embedding: Float[Tensor, "row pos d_model"]
+    positional: Float[Tensor, "row pos d_model"] | None
+    raw_logits: Float[Tensor, "row pos d_vocab"]
     """Before any soft cap: relevance is conserved here and not beyond."""
-    final: Float[Tensor, "1 pos d_model"]
+    final: Float[Tensor, "row pos d_model"]
     """What the unembedding reads, after the final norm."""
-    logits: Float[Tensor, "1 pos d_vocab"]
-    stream: Sequence[Float[Tensor, "1 pos d_model"] | None]
+    logits: Float[Tensor, "row pos d_vocab"]
+    stream: Sequence[Float[Tensor, "row pos d_model"] | None]
     """The residual stream above each layer; the last is `final`. None where the model does not show it."""
     kept: Mapping[str, Tensor]
     """What entered the hook points that the caller asked for."""

@@ -62,7 +62,7 @@ def trace(
     circuit.to_neuronpedia(files[2])
     best = circuit.to_dataframe().head(20)
     if as_json:
-        print_json({"circuit": repr(circuit), "files": files, "nodes": best})
+        print_json({"circuit": repr(circuit), "notes": circuit.notes, "files": files, "nodes": best})
         return
     show(best[["node", "kind", "token", "activation", "score", "share"]], repr(circuit))
     show_written(files)

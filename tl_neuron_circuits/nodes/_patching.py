@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import SettingsError
+from ..bases._activations import Neurons
 from ..bases._runs import Values, answers_only, run_logits
 from ..bases._site import Parts, Site
 from ..tasks._metrics import measure
@@ -29,7 +30,7 @@ from ._scope import Blocks, Means, Scope
 
 @dataclass(frozen=True, eq=False)
 class Patching(Method):
-    """Patch every node, or only the rows of `nodes` (columns hook, position, unit and kind, as `NodeScores.top` has).
+    """Patch every node, or only `nodes`: rows of `NodeScores.top`, or of a circuit's table (its neurons).
 
     Nodes that are not measured score nan.
 
@@ -43,6 +44,14 @@ class Patching(Method):
 
     name: ClassVar[str] = "patching"
     nodes: pd.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        """Take the neurons among rows of a circuit's table."""
+        nodes = self.nodes
+        if nodes is not None and "hook" not in nodes.columns and {"kind", "layer", "unit", "position"} <= {*nodes}:
+            nodes = nodes[nodes["kind"] == "neuron"]
+            nodes = nodes.assign(hook=[Neurons.hook.format(layer=layer) for layer in nodes["layer"]], kind="node")
+        object.__setattr__(self, "nodes", nodes)
 
     @property
     def measures_all(self) -> bool:
@@ -69,7 +78,7 @@ class Patching(Method):
         if missing:
             raise SettingsError(
                 f"expected nodes with columns hook, unit, position and kind; {sorted(missing)} missing. Give rows of "
-                "NodeScores.top."
+                "NodeScores.top, or circuit.nodes."
             )
         hooks = [site.hook for site in scope.sites]
         unknown = set(self.nodes["hook"]) - set(hooks)

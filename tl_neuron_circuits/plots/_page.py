@@ -153,11 +153,16 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str]]:
             _percent(circuit.graph_completeness),
             "share of all nodes' inputs that does not come from what was left out",
         ),
+        ("the model says", _prediction(settings), "its likeliest next tokens"),
         ("baseline", str(settings.get("baseline", "")), "scores are differences to this"),
         ("prompts", str(prompts) if prompts != 1 else "", "numbers are means over them"),
         *((name, str(version), "version the circuit was made with") for name, version in made_with.items()),
     ]
     return [fact for fact in facts if fact[1]]
+
+
+def _prediction(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{str(token).strip()} {_percent(p)}" for token, p in (settings.get("predicted") or [])[:3])
 
 
 def _percent(value: float) -> str:

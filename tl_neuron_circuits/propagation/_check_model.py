@@ -16,6 +16,7 @@ from ..models._protocol import TransformerLensModel, hook_points
 from ..models._run_state import state_problems
 from ..models._sites import ModelSites, find_sites
 from ._conservation import describe_failure, measure_conservation, short_input
+from ._relp import relp
 from .rules import RULE_SETS
 
 
@@ -98,7 +99,7 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
         problems += state_problems(model)
         fired = _fire(model, tokens)
         if not problems:
-            measured = measure_conservation(model, sites, tokens)
+            measured = measure_conservation(model, sites, tokens, relp(model, check=False))
             conservation, graph_bytes = measured.ratio, measured.graph_bytes
             problems += [measured.problem] if measured.problem else []
     except Exception as error:

@@ -12,7 +12,7 @@ would not: an embedding that conserves says nothing of neurons that are none.
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +47,13 @@ class Conservation:
     problem: str | None
 
 
-def require_conservation(model: TransformerLensModel, needs: tuple[str, ...]) -> None:
+def require_conservation(
+    model: TransformerLensModel, needs: tuple[str, ...], all_rules: AbstractContextManager[None]
+) -> None:
     """Raise where relevance propagation does not hold on `model`; measured anew when its weights or flags change.
 
     Where the model has no site for a rule that is not in `needs`, nothing can be measured: the user left that rule out.
+    `all_rules` is the context in which all four rules apply, whatever the user chose.
 
     Raises:
         UnsupportedModelError: with what `check_model` would say.
@@ -63,7 +66,7 @@ def require_conservation(model: TransformerLensModel, needs: tuple[str, ...]) ->
         lacking = {rule for problem in sites.problems for rule in problem.rules} & set(RULE_SETS["relp"].needs)
         if lacking - set(needs):
             return
-        known = state, find_problem(model, sites)
+        known = state, find_problem(model, sites, all_rules)
         _HOLDS[model] = known
     if known[1] is not None:
         raise UnsupportedModelError(
@@ -72,10 +75,10 @@ def require_conservation(model: TransformerLensModel, needs: tuple[str, ...]) ->
         )
 
 
-def find_problem(model: TransformerLensModel, sites: ModelSites) -> str | None:
+def find_problem(model: TransformerLensModel, sites: ModelSites, all_rules: AbstractContextManager[None]) -> str | None:
     """What is wrong, in one sentence or two; None where everything holds."""
     try:
-        return measure_conservation(model, sites, short_input(model)).problem
+        return measure_conservation(model, sites, short_input(model), all_rules).problem
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, NumericalError):  # these weights' fault, not the architecture's
             raise
@@ -97,15 +100,15 @@ def short_input(model: TransformerLensModel) -> Tensor:
     return spread[None, : max(1, min(8, int(getattr(model.cfg, "n_ctx", 8) or 8)))]
 
 
-def measure_conservation(model: TransformerLensModel, sites: ModelSites, tokens: Tensor) -> Conservation:
+def measure_conservation(
+    model: TransformerLensModel, sites: ModelSites, tokens: Tensor, all_rules: AbstractContextManager[None]
+) -> Conservation:
     """Run one forward and one backward pass with all four rules, with users' hooks set aside.
 
     Raises:
         PropagationError: a rule does not stand for what the model computes, or the logits were not seen.
         UnsupportedModelError: a hook did not fire.
     """
-    from ._relp import relp
-
     points = hook_points(model)
     cut = f"blocks.{(sites.n_layers - 1) // 2}.hook_resid_post"
     positional = model.cfg.positional_embedding_type == "standard"
@@ -146,7 +149,7 @@ def measure_conservation(model: TransformerLensModel, sites: ModelSites, tokens:
     with _users_hooks_aside(model, points):
         handle = unembed.register_forward_hook(unembedded)
         try:
-            with relp(model, check=False), biases_in_graph(model) as biases, _graph_size(model) as size:
+            with all_rules, biases_in_graph(model) as biases, _graph_size(model) as size:
                 with model.hooks(fwd_hooks=hooks):
                     logits = model(tokens)
                 if not raw_logits or not isinstance(logits, Tensor):

@@ -17,7 +17,7 @@ from ..models._run_state import require_steady
 from ..models._sites import find_sites, require
 from ._conservation import require_conservation
 from ._wiring import Wiring
-from .rules import RuleSet, rule_set
+from .rules import RULE_SETS, RuleSet, rule_set
 
 _ACTIVE: "weakref.WeakSet[TransformerLensModel]" = weakref.WeakSet()
 """Models that `relp` is active on. Not a mark on the model itself, which would be copied and pickled with it."""
@@ -88,7 +88,7 @@ class Relp:
         if self._model in _ACTIVE:
             raise PropagationError("relp is active on this model already; rules cannot be stacked. Leave it first.")
         if self._check and self._rules != RuleSet():
-            require_conservation(self._model, self._rules.needs)
+            require_conservation(self._model, self._rules.needs, Relp(self._model, RULE_SETS["relp"], check=False))
         wiring = Wiring(self._model, points, sites, self._rules)
         try:
             wiring.install()
