@@ -209,7 +209,7 @@ def test_ioi_answers_with_the_name_that_does_not_give() -> None:
         names = [word.strip(",.") for word in pair.clean.split() if word.strip(",.") in english.NAMES]
         first, second, giver = names
         assert pair.answer == f" {second if giver == first else first}" and pair.wrong_answer == f" {giver}"
-    with pytest.raises(PairsError, match="phrasing must be 0 to 2"):
+    with pytest.raises(PairsError, match="phrasing must be 0 to 8"):
         ioi(phrasing=-1)
 
 

@@ -24,8 +24,10 @@ from ..interventions._steering_prompts import text_pieces
 from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label
 from ..propagation.rules import ALL_RULES
+from ..tasks._chat import special_positions
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import model_name, require_corrupt
+from ..tasks._text_tokens import text_tokens
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._choose import ByShare, Choice, choose_nodes, rank_nodes
@@ -54,6 +56,7 @@ def trace(
     baseline: Literal["auto", "corrupt", "zero"] = "auto",
     center: bool = True,
     keep_bos: bool = False,
+    skip_special: bool = False,
     exclude: Sequence[tuple[int, int]] = (),
     reference: Sequence[str] | None = None,
     prepend_bos: bool | None = None,
@@ -91,6 +94,7 @@ def trace(
         center: take a token's logit minus the mean over the vocabulary. False takes it raw, as the seed paper's code
             does: nodes that raise all logits alike, which no probability depends on, then have scores too.
         keep_bos: let nodes at the BOS position be chosen.
+        skip_special: let no nodes be chosen at special tokens, such as those between the turns of a chat.
         exclude: (layer, unit) of nodes that are never chosen, such as those that are active on everything.
         reference: texts over whose tokens means are taken, for `ByExplained` on a single prompt: what nodes are when
             they are not live.
@@ -129,6 +133,8 @@ def trace(
     targets = find_targets(model, pairs, target, text, top_k if single else None, center=center)
     slots = find_slots(model, basis)
     skipped = [] if keep_bos else _bos_positions(model, pairs)
+    if skip_special:
+        skipped = sorted({*skipped, *special_positions(model, pairs)} - ({0} if keep_bos else set()))
 
     choice = _BY_SHARE if isinstance(nodes, ByExplained) else nodes
 
@@ -335,12 +341,12 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, 
         if len(lengths) > 1:
             raise PairsError(
                 f"a circuit has positions, so all prompts need one token length; got {lengths}. Trace the prompts of "
-                "each length separately, sum_positions() each circuit, and join them with Circuit.merge([...])."
+                "each length separately, sum_positions() each circuit, and join them with Circuit.merge([...]); or "
+                "keep one length: tasks.keep_fitting(model, pairs, same_length=True)."
             )
         return pairs
     if isinstance(prompt, str):
-        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        tokens = model.to_tokens(prompt, **options)
+        tokens = text_tokens(model, prompt, prepend_bos)
     else:
         if prepend_bos is not None:
             raise SettingsError("prepend_bos cannot be applied to tokens: put BOS into them.")

@@ -7,13 +7,17 @@ import typer
 
 from .._errors import SettingsError
 from ._inputs import (
+    AnswerStart,
     AsJson,
     Backend,
     BatchSize,
+    Chat,
     Device,
     Dtype,
     Model,
     Seed,
+    SkipSpecial,
+    in_chat,
     load_circuit,
     load_model,
     load_saved,
@@ -35,6 +39,9 @@ def trace(
         str,
         typer.Option(help="How many neurons, 'share(0.005)' of the target each, or 'mass(0.8)' of all |scores|."),
     ] = "share(0.005)",
+    chat: Chat = False,
+    answer_start: AnswerStart = "",
+    skip_special: SkipSpecial = False,
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -47,7 +54,8 @@ def trace(
 
     choice = parse_choice(nodes)
     loaded = load_model(model, backend, device, dtype)
-    circuit = run(loaded, prompt, target, nodes=choice, verbose=progress())
+    prompt = in_chat(loaded, prompt, chat, answer_start)
+    circuit = run(loaded, prompt, target, nodes=choice, skip_special=skip_special, verbose=progress())
     files = [out / "circuit", out / "circuit.html", out / "neuronpedia.json"]
     circuit.save(files[0])
     circuit.to_html(files[1], details=node_details(loaded, circuit))
@@ -78,6 +86,8 @@ def steer(
     ] = None,
     top: Annotated[int, typer.Option(help="Tokens listed before and after.", min=1)] = 10,
     generate: Annotated[int, typer.Option(help="Also continue the prompt by this many tokens.", min=0)] = 0,
+    chat: Chat = False,
+    answer_start: AnswerStart = "",
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -93,6 +103,7 @@ def steer(
     chosen = _nodes(node or [], circuit, group or [])
     places = _positions(positions)
     loaded = load_model(model, backend, device, dtype)
+    prompt = in_chat(loaded, prompt, chat, answer_start)
     result = run(
         loaded, prompt, chosen, scale=scale, value=value, add=add, positions=places, top_k=top, generate=generate
     )

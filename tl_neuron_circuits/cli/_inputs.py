@@ -25,6 +25,17 @@ PairsFile = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Prompts per pass.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of all random draws.")]
 
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put prompts into the model's chat template.", rich_help_panel="Chat")
+]
+AnswerStart = Annotated[
+    str, typer.Option(help="With --chat: how the answer begins, such as 'The capital is'.", rich_help_panel="Chat")
+]
+SkipSpecial = Annotated[
+    bool,
+    typer.Option("--skip-special", help="No nodes at special tokens, such as BOS.", rich_help_panel="Chat"),
+]
+
 BACKENDS = ("auto", "HookedTransformer", "TransformerBridge")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -103,6 +114,21 @@ def _bridge(name: str, options: dict[str, Any]) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(name, **options)
+
+
+def in_chat(model: Any, prompts: Any, chat: bool, answer_start: str) -> Any:
+    """A prompt or pairs inside the model's chat template, or as they are.
+
+    Raises:
+        SettingsError: no such template, or the beginning of an answer without a chat.
+    """
+    if not chat:
+        if answer_start:
+            raise SettingsError("expected --chat beside --answer-start: answers begin in chats. Add it.")
+        return prompts
+    from ..tasks._chat import apply_chat_template
+
+    return apply_chat_template(model, prompts, answer_start=answer_start)
 
 
 def read_inputs(pairs: Path | None, prompts: Path | None) -> Any:

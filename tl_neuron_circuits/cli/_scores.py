@@ -6,7 +6,21 @@ from typing import Annotated, Any
 import typer
 
 from .._errors import SettingsError
-from ._inputs import AsJson, Backend, BatchSize, Device, Dtype, Model, PairsFile, Seed, load_model
+from ._inputs import (
+    AnswerStart,
+    AsJson,
+    Backend,
+    BatchSize,
+    Chat,
+    Device,
+    Dtype,
+    Model,
+    PairsFile,
+    Seed,
+    SkipSpecial,
+    in_chat,
+    load_model,
+)
 from ._terminal import FAILED, console, print_json, progress, say, show, show_written
 
 
@@ -46,6 +60,9 @@ def attribute(
     batch_size: BatchSize = 32,
     top: Annotated[int, typer.Option(help="How many nodes to show.", min=1)] = 20,
     out: Annotated[Path | None, typer.Option(help="Save all scores to this folder.")] = None,
+    chat: Chat = False,
+    answer_start: AnswerStart = "",
+    skip_special: SkipSpecial = False,
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -63,12 +80,14 @@ def attribute(
     read = PromptPairs.from_jsonl(pairs)
     processes = current_processes()  # before the model is loaded: under `accelerate launch` it chooses the GPU
     loaded = load_model(model, backend, device, dtype)
+    read = in_chat(loaded, read, chat, answer_start)
     scores = score(
         loaded,
         tokenize(loaded, read, multi_token=multi_token),  # pyright: ignore[reportArgumentType]
         method=method,
         basis=ACTIVATION_BASES[basis](),
         positions=positions,  # pyright: ignore[reportArgumentType]
+        skip_special=skip_special,
         batch_size=batch_size,
         verbose=progress(),
     )
@@ -97,6 +116,8 @@ def compare(
     ablation: Annotated[str, typer.Option(help="mean, zero, resample or corrupt.")] = "mean",
     error_nodes: Annotated[str, typer.Option(help="Errors of dictionaries: rank, keep or ablate.")] = "rank",
     mib: Annotated[bool, typer.Option("--mib", help="Also CPR and CMD on MIB's grid.")] = False,
+    chat: Chat = False,
+    answer_start: AnswerStart = "",
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     backend: Backend = "auto",
@@ -118,10 +139,11 @@ def compare(
         train, test = train.split(0.5, seed=seed, by="contrast" if train.labels is None else "label")
     else:
         test = PromptPairs.from_jsonl(evaluation_pairs)
+    loaded = load_model(model, backend, device, dtype)
     result = run(
-        load_model(model, backend, device, dtype),
-        train,
-        test,
+        loaded,
+        in_chat(loaded, train, chat, answer_start),
+        in_chat(loaded, test, chat, answer_start),
         bases=bases,
         methods=method or DEFAULT_METHODS,
         sizes=size,

@@ -34,6 +34,7 @@ from ..models._protocol import TransformerLensModel
 from ..nodes._scores import label
 from ..tasks._metrics import Metric, measure
 from ..tasks._pairs import PromptPairs
+from ..tasks._text_tokens import text_tokens
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._statistics import Accumulator, Statistics, combine
@@ -56,8 +57,7 @@ def tokenize_inputs(model: TransformerLensModel, inputs: Inputs, prepend_bos: bo
     if isinstance(inputs, str):
         inputs = [inputs]
     if isinstance(inputs, list):
-        given = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        clean = [model.to_tokens(prompt, **given)[0] for prompt in inputs]
+        clean = [text_tokens(model, prompt, prepend_bos)[0] for prompt in inputs]
     else:
         clean = list(inputs)
     if not clean:

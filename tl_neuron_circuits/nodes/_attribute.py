@@ -27,6 +27,7 @@ from .._typing import check_arguments, checked
 from ..bases._activations import Neurons
 from ..bases._site import Basis, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
+from ..tasks._chat import special_positions
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance, require_corrupt
@@ -38,7 +39,7 @@ from ._method import Method
 from ._methods import MethodName, as_method
 from ._resume import SavedSums
 from ._scope import Baseline, Blocks, Direction, Scope, shared_means
-from ._scores import NodeScores, require_finite, site_labels
+from ._scores import NodeScores, require_finite, site_labels, without_positions
 from ._sums import ROWS, Sums, unexplained_sums
 
 _FIELD = {"node": "values", "error": "errors", "skip": "skips"}
@@ -56,6 +57,7 @@ def attribute(
     units: Literal["keep", "sum"] = "keep",
     baseline: Baseline = "corrupt",
     direction: Direction = "noising",
+    skip_special: bool = False,
     batch_size: int | Literal["auto"] = 32,
     resume: str | Path | None = None,
     verbose: bool = False,
@@ -83,6 +85,8 @@ def attribute(
         baseline: what a node is compared with: its value on the corrupt prompt, zero, or its mean over the clean
             prompts (per position, among prompts of the same length).
         direction: "noising" takes gradients on the clean run; "denoising" on the corrupt run (RelP's own protocol).
+        skip_special: give no scores (nan) at special tokens, such as BOS and those between the turns of a chat; needs
+            positions="keep".
         batch_size: prompts in one pass. Batches hold prompts of one length, so nothing is padded. "auto" begins with
             what `estimate_memory` says fits, and halves where memory runs out all the same; `.settings["batch_size"]`
             says what was used.
@@ -114,6 +118,10 @@ def attribute(
     basis = Neurons() if basis is None else basis
     scope = Scope(model, basis_sites(model, basis), metric, baseline, direction, positions, units)
     check_scope(scope, method, batch_size)
+    if skip_special and positions == "sum":
+        raise SettingsError("skip_special leaves out positions, and positions='sum' adds them up. Keep the positions.")
+    if skip_special and isinstance(method, LearnedMask):
+        raise SettingsError("a learned mask ranks the nodes of all positions together; leave out skip_special.")
     processes = current_processes()
     tokens = tokenize(model, pairs)
     settings = _provenance(scope, method, tokens, basis_name(basis))
@@ -153,7 +161,8 @@ def attribute(
         used = min(processes.gather(batches.size))
         settings |= {"batch_size": used, "variance_unexplained": sums.variance_unexplained()}
         scores = _scores(scope, method.finish(sums.blocks, len(tokens)), settings, basis)
-        return require_finite(scores) if method.measures_all else scores
+        scores = require_finite(scores) if method.measures_all else scores
+        return without_positions(scores, special_positions(model, tokens)) if skip_special else scores
 
 
 def _learn(
@@ -224,7 +233,7 @@ def check_pairs(tokens: TokenizedPairs, scope: Scope) -> None:
         counts = {length: tokens.lengths.count(length) for length in lengths}
         raise PairsError(
             f"positions='keep' needs prompts of one token length; got {counts} (length: prompts). Use "
-            "positions='sum', or keep the prompts of one length."
+            "positions='sum', or keep the prompts of one length: tasks.keep_fitting(model, pairs, same_length=True)."
         )
 
 

@@ -50,7 +50,7 @@ class NodeScores:
 
     `values` maps each hook point to float32 scores `[pos, unit]`, or `[unit]` where positions were summed; `errors` and
     `skips` hold one score per position (`[pos]`, or `[]`) where the basis has error or skip nodes. `nan` means: not
-    measured (exact patching of chosen nodes).
+    measured (exact patching of chosen nodes, positions left out by `skip_special`).
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -215,6 +215,21 @@ def label(layer: int, letter: str, unit: int, position: int, kind: str) -> str:
 def site_labels(sites: Sequence[Site]) -> dict[str, SiteLabels]:
     """What scores keep of their sites."""
     return {site.hook: SiteLabels(site.layer, site.letter) for site in sites}
+
+
+def without_positions(scores: NodeScores, positions: Sequence[int]) -> NodeScores:
+    """The scores with nan at these positions, so that no node there is chosen; positions must be kept."""
+    rows = list(positions)
+
+    def blank(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        blocks = {hook: t.clone() for hook, t in blocks.items()}
+        for t in blocks.values():
+            t[rows] = torch.nan
+        return blocks
+
+    settings = {**scores.settings, "skipped_positions": rows}
+    fields = (blank(scores.values), blank(scores.errors), blank(scores.skips))
+    return NodeScores(*fields, scores.sites, settings, scores.basis)
 
 
 def require_finite(scores: NodeScores) -> NodeScores:

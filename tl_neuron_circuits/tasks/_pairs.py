@@ -9,9 +9,9 @@ Files: JSON lines in the fields of Marks et al. 2025 (arXiv 2403.19647; METHODS.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import pandas as pd
 
@@ -19,7 +19,12 @@ from .. import _html
 from .._errors import PairsError
 from .._files import parse_json_lines, read_text, short, write_text
 from .._typing import checked
+from ._selection import MadeFor, Selection
 from ._split import split_groups
+
+if TYPE_CHECKING:
+    from ..models._protocol import TransformerLensModel
+    from ._metrics import Metric
 
 _JSON_FIELDS = {
     "clean_prefix": "clean",
@@ -28,6 +33,9 @@ _JSON_FIELDS = {
     "patch_answer": "wrong_answer",
     "case": "label",
 }
+
+
+_COLUMNS = ("clean", "answer", "corrupt", "wrong_answer", "labels")
 
 
 class PromptPair(NamedTuple):
@@ -54,6 +62,10 @@ class PromptPairs:
     Answers are the text that continues the prompt, as it stands: `" are"` after `"The keys"`.
     Without `corrupt` the pairs serve unpaired methods only; without `wrong_answer`, metrics of one answer only.
 
+    Pairs that a task drew for a model also know it: `made_for` has the tokenizer's fingerprint and the BOS setting,
+    which `tasks.tokenize` uses and holds other models to. `selection` says how many candidates were left out and why,
+    until pairs are picked out of them. Neither belongs to the content: files, `hash` and `==` do without.
+
     Raises:
         PairsError: lengths differ, an entry is empty or not a string, or an answer equals its wrong answer.
 
@@ -69,13 +81,15 @@ class PromptPairs:
     corrupt: Sequence[str] | None = None
     wrong_answer: Sequence[str] | None = None
     labels: Sequence[str] | None = None
+    made_for: MadeFor | None = field(default=None, compare=False)
+    selection: Selection | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Store every column as a tuple and check it."""
-        for field in fields(self):
-            column = getattr(self, field.name)
+        for name in _COLUMNS:
+            column = getattr(self, name)
             if column is not None:
-                object.__setattr__(self, field.name, _column(field.name, column))
+                object.__setattr__(self, name, _column(name, column))
         self._check_lengths()
         for index, pair in enumerate(self):
             if pair.answer == pair.wrong_answer:
@@ -85,7 +99,7 @@ class PromptPairs:
                 )
 
     def _check_lengths(self) -> None:
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns = {name: getattr(self, name) for name in _COLUMNS}
         lengths = {name: len(column) for name, column in columns.items() if column is not None}
         if max(lengths.values()) == 0:
             raise PairsError("expected at least one pair, got none. Give non-empty lists for `clean` and `answer`.")
@@ -215,7 +229,42 @@ class PromptPairs:
         pairs = list(self)
         swapped = [PromptPair(p.corrupt or "", p.wrong_answer or "", p.clean, p.answer, p.label) for p in pairs]
         seen = {pair[:4] for pair in pairs}
-        return PromptPairs.from_pairs([*pairs, *(pair for pair in swapped if pair[:4] not in seen)])
+        both = PromptPairs.from_pairs([*pairs, *(pair for pair in swapped if pair[:4] not in seen)])
+        return both.remember(self.made_for)
+
+    def where_model_is_right(
+        self, model: "TransformerLensModel", *, metric: "Metric | None" = None, batch_size: int = 32
+    ) -> "PromptPairs":
+        """Only the contrasts in which the model prefers the answer in every direction: a metric above zero.
+
+        A curve over pairs that the model fails measures noise. `.selection.share` has the share of pairs that were
+        kept, and the repr says it. Directions that are not among the pairs are not asked.
+
+        Args:
+            model: a HookedTransformer or TransformerBridge.
+            metric: the logit difference unless given; right is above zero.
+            batch_size: prompts of one length in one pass.
+
+        Raises:
+            PairsError: the model is right in no contrast, or pairs do not fit its tokenizer.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=32).where_model_is_right(model)
+            >>> pairs.selection.share
+            1.0
+        """
+        from ._where_right import contrasts_right
+
+        kept = contrasts_right(model, self, metric, batch_size)
+        lost = len(self) - len(kept)
+        left_out = {"of contrasts in which the model is wrong": lost} if lost else {}
+        return self[kept].remember(self.made_for, Selection(len(kept), len(self), left_out))
+
+    def remember(self, made_for: MadeFor | None = None, selection: Selection | None = None) -> "PromptPairs":
+        """The same pairs with this note of their tokenizer and of how they were chosen."""
+        return replace(self, made_for=made_for, selection=selection)
 
     @property
     def hash(self) -> str:
@@ -248,17 +297,23 @@ class PromptPairs:
         indices = range(len(self))[key] if isinstance(key, slice) else key
         if len(indices) == 0:
             raise PairsError(f"the choice {key!r} of {len(self)} pairs is empty. Choose at least one pair.")
-        return PromptPairs.from_pairs([self[index] for index in indices])
+        return PromptPairs.from_pairs([self[index] for index in indices]).remember(self.made_for)
 
     def __add__(self, other: "PromptPairs") -> "PromptPairs":
         """Join two sets of pairs that have the same columns.
 
         Raises:
-            PairsError: one has a column that the other lacks.
+            PairsError: one has a column that the other lacks, or they were made for different tokenizers.
         """
         if not isinstance(other, PromptPairs):
             return NotImplemented
-        return PromptPairs.from_pairs([*self, *other])
+        marks = {pairs.made_for for pairs in (self, other) if pairs.made_for is not None}
+        if len(marks) > 1:
+            raise PairsError(
+                "these pairs were made for different tokenizers or BOS settings. Draw both with one model=, or join "
+                "their text: PromptPairs.from_pairs([*first, *second])."
+            )
+        return PromptPairs.from_pairs([*self, *other]).remember(next(iter(marks), None))
 
     def __repr__(self) -> str:
         """One line: how many, and the first pair."""
@@ -268,10 +323,35 @@ class PromptPairs:
             text += f" | {first.corrupt!r}"
         if first.wrong_answer is not None:
             text += f" → {first.wrong_answer!r}"
+        chosen = self.selection
+        if chosen is not None and (chosen.left_out or chosen.words):
+            text += f"; {chosen}"
         return f"PromptPairs(n={len(self)}, first={text})"
 
     def _repr_html_(self) -> str:
         return _html.block(repr(self), _html.table(self.to_dataframe(), rows=10))
+
+
+def directions(pairs: PromptPairs) -> list[int]:
+    """The contrast that each pair belongs to, by number: a pair and the one that swaps it are one contrast.
+
+    Where no pair swaps both prompts and answers, pairs with swapped answers against one corrupt prompt belong together
+    (IOI against three other names), or else those of one {clean, corrupt} (greater-than).
+    """
+    rows = {pair[:4] for pair in pairs}
+    against = {pair[1:4] for pair in pairs}
+    numbers: dict[Any, int] = {}
+    out = []
+    for clean, answer, corrupt, wrong, _ in pairs:
+        answers = frozenset((answer, wrong))
+        if (corrupt, wrong, clean, answer) in rows:
+            key = (frozenset((clean, corrupt)), answers)
+        elif corrupt is not None and (wrong, corrupt, answer) in against:
+            key = (corrupt, answers)
+        else:
+            key = frozenset((clean, corrupt or clean))
+        out.append(numbers.setdefault(key, len(numbers)))
+    return out
 
 
 def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:

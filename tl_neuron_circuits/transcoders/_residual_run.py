@@ -33,6 +33,7 @@ from ..bases._runs import Values, values_at
 from ..bases._site import refuse_cross_layer
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..propagation._norms import read_norm
+from ..tasks._text_tokens import text_tokens
 
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 
@@ -411,8 +412,7 @@ def one_prompt(model: TransformerLensModel, prompt: Prompt, prepend_bos: bool | 
         SettingsError: no tokens, or `prepend_bos` for tokens.
     """
     if isinstance(prompt, str):
-        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        tokens = model.to_tokens(prompt, **options)
+        tokens = text_tokens(model, prompt, prepend_bos)
     else:
         if prepend_bos is not None:
             raise SettingsError("prepend_bos cannot be applied to tokens: put BOS into them.")
