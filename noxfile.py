@@ -45,6 +45,13 @@ def smollm2(session: nox.Session, transformer_lens: str) -> None:
 
 
 @nox.session
+def architectures(session: nox.Session) -> None:
+    """Every architecture that TransformerLens 4.3's Bridge lists, built small: writes docs/architectures.md."""
+    session.install(*REQUIREMENTS["4.3"])
+    session.run("python", "-m", "tests.architectures", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff: style, docstrings, imports, formatting."""
     session.install("-c", "constraints.txt", "ruff")
@@ -71,6 +78,16 @@ def benchmarks(session: nox.Session) -> None:
     """Time and memory against a reference measured in the same run; needs an otherwise idle machine."""
     session.install(*REQUIREMENTS["3.9"])
     session.run("python", "-m", "tests.benchmarks", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Every night: 2,000 damaged files, other ones each time; kills, races and full disks for every kind of save."""
+    session.install(*REQUIREMENTS["3.9"])
+    session.run(
+        "python", "-m", "pytest", "-s", "tests/test_damaged_files.py", env={**OFFLINE, "TNC_FUZZ_CASES": "2000"}
+    )
+    session.run("python", "-W", "ignore", "-m", "tests.killed_saves", "--disk", env=OFFLINE)
 
 
 @nox.session

@@ -306,6 +306,27 @@ def all_models(*names: str) -> list[Any]:
     return [pytest.param(case, id=case.id) for case in model_cases(*names)]
 
 
+TYPICAL = {
+    "gpt2": "HookedTransformer",  # LN and GELU
+    "llama": "TransformerBridge",  # gated, RMS, grouped queries
+    "gemma2": "HookedTransformer",  # post norms, soft caps, windows
+    "pythia": "TransformerBridge",  # parallel blocks
+    "bloom": "TransformerBridge",  # ALiBi
+    "qwen3": "HookedTransformer",  # norms of queries and keys
+    "solu_ln": "HookedTransformer",  # a norm inside the activation
+    "opt": "TransformerBridge",  # ReLU: no identity rule
+    "no_norm": "HookedTransformer",  # no ln rule
+    "llama_biased": "TransformerBridge",  # biases beside a product
+}
+
+
+def typical_models() -> list[Any]:
+    """Parametrize a test of a test tool by one model of each kind, in `TYPICAL`'s class if there, else in the other."""
+    chosen = {case.family: case for case in model_cases(*TYPICAL)}
+    chosen |= {case.family: case for case in model_cases(*TYPICAL) if TYPICAL[case.family] == case.backend}
+    return [pytest.param(case, id=case.id) for case in chosen.values()]
+
+
 def unsupported_models() -> list[Any]:
     """Parametrize a test by the models that relevance propagation must refuse."""
     return [pytest.param(case, id=case.id) for case in model_cases(supported=False)]

@@ -3,4 +3,4 @@
 
 def with_steps(method: str, steps: int) -> str:
     """The method with that many steps, where it takes steps."""
-    return f"{method}(steps={steps})" if method.startswith("integrated") else method
+    return f"{method}(steps={steps})" if method.startswith(("integrated", "learned", "mask")) else method

@@ -148,7 +148,7 @@ def test_export_writes_scores_and_refuses_what_they_have_not(tmp_path: Path) -> 
         code, _, err = run("export", tmp_path / "scores", "--out", tmp_path / out, *options)
         assert code == 2 and message in " ".join(err.split()), err
     code, _, err = run("export", tmp_path, "--out", tmp_path / "x.csv")
-    assert code == 2 and "saved circuit (circuit.json) or saved scores" in " ".join(err.split())
+    assert code == 2 and "saved circuit (circuit.safetensors) or saved scores" in " ".join(err.split())
     code, _, err = run("steer", "demo-gelu", "a", "--circuit", tmp_path / "scores", "--scale", "0")
     assert code == 2 and "expected a circuit in" in " ".join(err.split())
 

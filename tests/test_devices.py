@@ -113,6 +113,8 @@ METHODS = [
     "integrated_gradients",
     "integrated_gradients_inputs",
     "patching",
+    "learned_mask",
+    "mask_gradient",
     "activation_difference",
 ]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.fake_devices import CPU, FIRST, SECOND, DeviceTensor, fake_devices
+from tests.loops import for_each
 
 Operation = Callable[[Tensor, Tensor], Any]
 
@@ -45,8 +46,8 @@ MIXED: dict[str, Operation] = {
 }
 
 
-@pytest.mark.parametrize("other", [SECOND, CPU], ids=str)
-@pytest.mark.parametrize("operation", MIXED.values(), ids=MIXED)
+@for_each("other", [SECOND, CPU])
+@for_each("operation", MIXED.values(), ids=MIXED)
 def test_two_devices_do_not_mix(operation: Operation, other: torch.device) -> None:
     operation(vector(FIRST), vector(FIRST))
     with pytest.raises(RuntimeError, match="same device"):
@@ -67,7 +68,7 @@ ALLOWED: dict[str, Operation] = {
 }
 
 
-@pytest.mark.parametrize("operation", ALLOWED.values(), ids=ALLOWED)
+@for_each("operation", ALLOWED.values(), ids=ALLOWED)
 def test_a_cpu_tensor_beside_a_device_is_what_torch_allows(operation: Operation) -> None:
     found, expected = operation(vector(FIRST), vector()), operation(vector(), vector())
     if found is not None:
@@ -78,7 +79,7 @@ def test_a_cpu_tensor_beside_a_device_is_what_torch_allows(operation: Operation)
 SEEN_BY_TORCH = ["add", "matmul", "where", "masked_fill", "cat", "gather", "index_select", "index_add", "linear"]
 
 
-@pytest.mark.parametrize("name", SEEN_BY_TORCH)
+@for_each("name", SEEN_BY_TORCH)
 def test_torchs_own_tensors_without_data_refuse_the_same(name: str) -> None:
     with FakeTensorMode():
         a, b = torch.empty(4, device="cuda:0"), torch.empty(4)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import ModelCase, all_models, model_cases, random_tokens, unsupported_models
+from tests.families import ModelCase, model_cases, random_tokens, typical_models, unsupported_models
+from tests.loops import for_each
 from tests.real_models import load_stories260K
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 
 
-@pytest.mark.parametrize("case", all_models() + unsupported_models())
+@for_each("case", model_cases() + model_cases(supported=False), ids=lambda case: case.id)
 def test_a_seed_fixes_the_model(case: ModelCase) -> None:
     """The same seed gives equal logits, another seed gives others."""
     model = case.build()
@@ -25,7 +26,7 @@ def test_a_seed_fixes_the_model(case: ModelCase) -> None:
     assert not torch.allclose(logits, case.build(seed=1)(tokens))
 
 
-@pytest.mark.parametrize("case", all_models() + unsupported_models())
+@for_each("case", model_cases() + model_cases(supported=False), ids=lambda case: case.id)
 def test_no_parameter_is_trivial(case: ModelCase) -> None:
     """Every parameter is spread out, so that a rule that drops one changes the numbers."""
     parameters = dict(case.build().named_parameters())
@@ -34,7 +35,7 @@ def test_no_parameter_is_trivial(case: ModelCase) -> None:
     assert trivial in ([], ["lm_head._original_component.bias"], ["unembed._original_component.bias"])
 
 
-@pytest.mark.parametrize("case", all_models() + unsupported_models())
+@pytest.mark.parametrize("case", typical_models() + unsupported_models())
 def test_a_plain_forward_leaves_no_trace(case: ModelCase, untouched: Untouched) -> None:
     """`untouched` accepts what changes nothing, a run with temporary hooks included."""
     model = case.build()
@@ -82,7 +83,7 @@ def _draw(model: Any) -> None:
     torch.rand(1)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "change",
     [
         _add_hook,
@@ -95,6 +96,7 @@ def _draw(model: Any) -> None:
         _set_a_flag,
         _draw,
     ],
+    ids=lambda change: change.__name__,
 )
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in model_cases("llama")])
 def test_untouched_sees_each_trace(case: ModelCase, change: Callable[[Any], None], untouched: Untouched) -> None:

@@ -123,7 +123,9 @@ def test_reentrant_checkpointing_is_refused() -> None:
         attribute(model, PAIRS)
 
 
-@pytest.mark.parametrize("method", ["relp", "gradient", "integrated_gradients_inputs", "patching", "random"])
+@pytest.mark.parametrize(
+    "method", ["relp", "gradient", "integrated_gradients_inputs", "learned_mask", "patching", "random"]
+)
 def test_the_estimate_is_what_a_batch_needs(method: Any) -> None:
     model = scaled_llama("HookedTransformer", layers=2)
     estimate = estimate_memory(model, PAIRS, method=method, batch_size=8)

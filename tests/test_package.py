@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tl_neuron_circuits as tnc
+from tests.loops import for_each
 from tests.test_architecture import OPTIONAL, re_exports
 from tl_neuron_circuits._lazy import lazy_names
 from tl_neuron_circuits._renamed import RENAMED
@@ -80,7 +81,7 @@ def test_a_stub_may_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     del tnc.Other  # what was looked up is kept in the package
 
 
-@pytest.mark.parametrize("old", RENAMED)
+@for_each("old", RENAMED)
 def test_an_old_name_says_the_new_one(old: str) -> None:
     room, _, name = old.rpartition(".")
     with pytest.raises(

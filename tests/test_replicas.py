@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tests.families import FAMILIES, ModelCase, all_models, model_cases, random_tokens
+from tests.families import FAMILIES, ModelCase, all_models, model_cases, random_tokens, typical_models
+from tests.loops import for_each
 from tests.real_models import BACKENDS, load_stories260K
 from tests.replicas import ALL_RULES, from_hooked_transformer, measure_conservation, replica_gradients, replica_of
 from tests.replicas._forward import RATIOS
@@ -71,7 +72,7 @@ def by_backward_hooks(model: Any, tokens: Tensor, names: list[str]) -> dict[str,
     return captured
 
 
-@pytest.mark.parametrize("measure", [by_autograd, by_backward_hooks])
+@for_each("measure", [by_autograd, by_backward_hooks])
 @pytest.mark.parametrize("case", all_models())
 def test_gradients_without_rules_are_the_models_own(case: ModelCase, measure: Callable[..., dict[str, Tensor]]) -> None:
     """At every hook that the replica records and the model has, the neurons and the embeddings among them."""
@@ -102,7 +103,7 @@ def test_resid_mid_is_on_the_residual_path_in_hooked_transformer_only(case: Mode
     assert whole == (case.backend == "HookedTransformer")
 
 
-@pytest.mark.parametrize("case", all_models())
+@pytest.mark.parametrize("case", typical_models())
 def test_rules_leave_the_forward_pass_alone(case: ModelCase) -> None:
     """Every rule changes gradients only, and each that applies to the family does change them."""
     replica = replica_of(case)
@@ -115,7 +116,7 @@ def test_rules_leave_the_forward_pass_alone(case: ModelCase) -> None:
         assert unchanged == (rule not in breaking_rules(case)), rule
 
 
-@pytest.mark.parametrize("case", all_models())
+@pytest.mark.parametrize("case", typical_models())
 def test_relevance_is_conserved_with_all_rules(case: ModelCase) -> None:
     """Embeddings and biases together carry sum_v (dm/dz_v) z_v, z before the soft cap."""
     tokens = random_tokens(case.build(), pos=9)
@@ -124,7 +125,7 @@ def test_relevance_is_conserved_with_all_rules(case: ModelCase) -> None:
     assert abs(measured.logits) > 1e-3
 
 
-@pytest.mark.parametrize("case", all_models())
+@pytest.mark.parametrize("case", typical_models())
 def test_conservation_tells_a_missing_rule(case: ModelCase) -> None:
     """Except attention where queries and keys are normed: their scale is then irrelevant, so they carry nothing."""
     tokens = random_tokens(case.build(), pos=9)
@@ -138,7 +139,7 @@ def test_conservation_tells_a_missing_rule(case: ModelCase) -> None:
             assert error > 1e-3, rule
 
 
-@pytest.mark.parametrize("case", all_models())
+@pytest.mark.parametrize("case", typical_models())
 def test_every_bias_but_those_of_queries_and_keys_carries_relevance(case: ModelCase) -> None:
     """These count: b_V, b_O, the MLP's, those of norms and of the unembedding."""
     tokens = random_tokens(case.build(), pos=9)

@@ -225,6 +225,79 @@ def test_agreement_across_a_noun_is_better_without_bos(smollm2: Any, nounpp: tnc
     assert share_right(smollm2, nounpp, prepend_bos=False) > share_right(smollm2, nounpp, prepend_bos=True)
 
 
+ASKED = {
+    "simple": lambda model, bos: tnc.tasks.subject_verb_agreement("simple", 32, model=model, prepend_bos=bos),
+    "nounpp": lambda model, bos: tnc.tasks.subject_verb_agreement("nounpp", 64, model=model, prepend_bos=bos),
+    "one_hop": lambda model, bos: tnc.tasks.capitals(32, question="one_hop", model=model, prepend_bos=bos),
+    "two_hop": lambda model, bos: tnc.tasks.capitals(64, model=model, prepend_bos=bos),
+    "ioi": lambda model, bos: tnc.tasks.ioi(32, model=model, prepend_bos=bos),
+    "greater_than": lambda model, bos: tnc.tasks.greater_than(32, model=model, prepend_bos=bos),
+}
+RIGHT = {
+    ("simple", None): (0.9, 1.0), ("nounpp", None): (0.55, 0.8), ("nounpp", False): (0.9, 1.0),
+    ("one_hop", None): (0.95, 1.0), ("two_hop", None): (0.55, 0.8), ("ioi", None): (0.95, 1.0),
+    ("greater_than", None): (0.95, 1.0),
+}  # fmt: skip
+"""Bounds on the share of contrasts that it gets right both ways, drawn for it; None is with BOS.
+
+Measured on 60 to 128 pairs, with BOS and without: simple .97, 1.00; nounpp .66, .97; rc .66, .94; within_rc .97, .94;
+one_hop 1.00, 1.00; two_hop .69, .59; state .50, .47; ioi (also abc) 1.00, 1.00; greater_than (decades) 1.00, 1.00.
+"""
+
+
+@pytest.mark.parametrize(("task", "prepend_bos"), list(RIGHT))
+def test_tasks_drawn_for_it_are_what_it_can_do(task: str, prepend_bos: bool | None, smollm2: Any) -> None:
+    pairs = ASKED[task](smollm2, prepend_bos)
+    metric = tnc.tasks.ProbabilityDifference.for_years(smollm2, pairs) if task == "greater_than" else None
+    right = pairs.where_model_is_right(smollm2, metric=metric)
+    least, most = RIGHT[task, prepend_bos]
+    assert right.selection is not None and least <= right.selection.share <= most
+    assert right.made_for == pairs.made_for and len(right) % 2 == 0
+
+
+# Chats
+
+QUESTION, ANSWER_START = "What is the capital of Texas?", "The capital of Texas is"
+
+
+def test_a_chat_has_one_bos_and_is_answered(smollm2: Any) -> None:
+    chat = tnc.tasks.apply_chat_template(smollm2, QUESTION, answer_start=ANSWER_START)
+    assert chat.startswith("<|im_start|>system\n") and chat.endswith(f"<|im_start|>assistant\n{ANSWER_START}")
+    result = tnc.steer(smollm2, chat, ["L10/N5"], scale=1)
+    assert result.top_before == [" Austin"]
+    circuit = tnc.trace(smollm2, chat, " Austin", nodes=30, skip_special=True)
+    turns = circuit.settings["tokens"]
+    assert turns[:2] == ["<|im_start|>", "system"], "one BOS"
+    special = [place for place, token in enumerate(turns) if token.startswith("<|im_")]
+    assert circuit.settings["skipped_positions"] == special and len(special) == 5
+    neurons = circuit.nodes[circuit.nodes["kind"] == "neuron"]
+    assert len(neurons) == 30 and not set(neurons["position"]) & set(special)
+
+
+def test_pairs_in_a_chat_are_scored_outside_of_its_marks(smollm2: Any) -> None:
+    pairs = tnc.tasks.capitals(2, question="one_hop", model=smollm2)
+    chats = tnc.tasks.apply_chat_template(smollm2, pairs, message="Complete the sentence.", answer_start="{prompt}")
+    scores = tnc.attribute(smollm2, chats, skip_special=True)
+    assert scores.settings["skipped_positions"] == [0, 19, 21, 28, 30]
+    assert scores.top(100)["position"].min() > 30
+
+
+def test_the_command_line_chats(smollm2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from tl_neuron_circuits.cli import _circuits
+    from tl_neuron_circuits.cli._app import app
+
+    monkeypatch.setattr(_circuits, "load_model", lambda *_: smollm2)
+    asked = ["steer", HUB_NAME, QUESTION, "--node", "L10/N5", "--scale", "1", "--json"]
+    done = CliRunner().invoke(app, [*asked, "--chat", "--answer-start", ANSWER_START])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["top_before"] == " Austin" and report["tokens"][:2] == ["<|im_start|>", "system"]
+    done = CliRunner().invoke(app, [*asked, "--answer-start", ANSWER_START])
+    assert done.exit_code != 0 and "--chat" in done.output + str(done.exception)
+
+
 def test_an_answer_of_two_tokens_is_refused_and_left_out(smollm2: Any) -> None:
     good = tnc.tasks.PromptPair("The dogs", " are", "The dog", " is")
     long = tnc.tasks.PromptPair("The war lasted from 1732 to 17", "33", "The war lasted from 1766 to 17", "67")

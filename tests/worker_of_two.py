@@ -29,6 +29,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "patching": {"method": "patching", "basis": MLPOutputs(), "batch_size": 2},
     "random": {"method": "random"},
     "auto": {"batch_size": "auto"},
+    "learned": {"method": "learned_mask(steps=6, pairs_per_step=3)", "positions": "sum", "batch_size": 2},
 }
 PAIRS = {
     "ragged": random_pairs(5, 4, 5, 6, 5),
@@ -38,6 +39,7 @@ PAIRS = {
     "patching": random_pairs(4, 4, 4),
     "random": random_pairs(4, 4, 4),
     "auto": random_pairs(5, 5, 5),
+    "learned": random_pairs(5, 4, 5, 6, 5),
 }
 ABLATIONS = ("mean", "resample")
 LASSO = CircuitLasso(penalty=Share(0.3), shares=(0.5,), readout="logits", blocks=3, noise=0.1, skip_positions=0)

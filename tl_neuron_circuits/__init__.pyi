@@ -42,6 +42,8 @@ from .nodes._relp import Gradient as Gradient
 from .nodes._integrated_gradients import IntegratedGradients as IntegratedGradients
 from .nodes._integrated_gradients import IntegratedGradientsInputs as IntegratedGradientsInputs
 from .nodes._patching import Patching as Patching
+from .nodes._learned_mask import LearnedMask as LearnedMask
+from .nodes._learned_mask import MaskGradient as MaskGradient
 from .nodes._controls import ActivationDifference as ActivationDifference
 from .nodes._controls import Random as Random
 from .nodes._methods import parse_method as parse_method
@@ -56,6 +58,7 @@ from .bases._dictionary_objects import as_dictionary as as_dictionary
 from .circuits._circuit import Circuit as Circuit
 from .circuits._trace import trace as trace
 from .circuits._choose import ByMass as ByMass
+from .circuits._explained import ByExplained as ByExplained
 from .circuits._choose import ByShare as ByShare
 
 # How good scores and circuits are.
@@ -65,6 +68,10 @@ from .evaluation._compare_with_patching import compare_with_patching as compare_
 from .evaluation._comparison import Comparison as Comparison
 from .evaluation._curve import SparsityCurve as SparsityCurve
 from .evaluation._evaluate import evaluate as evaluate
+from .evaluation._reliability import Reliability as Reliability
+from .evaluation._reliability import reliability as reliability
+from .evaluation._stability import Stability as Stability
+from .evaluation._stability import stability as stability
 
 # What nodes do, and what they are about.
 from .interventions._direct_logit_effects import direct_logit_effects as direct_logit_effects
@@ -91,5 +98,6 @@ from ._errors import NumericalError as NumericalError
 from ._errors import PairsError as PairsError
 from ._errors import ProcessesError as ProcessesError
 from ._errors import PropagationError as PropagationError
+from ._errors import SaveError as SaveError
 from ._errors import SettingsError as SettingsError
 from ._errors import UnsupportedModelError as UnsupportedModelError

@@ -75,7 +75,21 @@ class FileFormatError(NeuronCircuitsError):
         >>> import tl_neuron_circuits as tnc
         >>> tnc.NodeScores.load("no such folder")
         Traceback (most recent call last):
-        tl_neuron_circuits._errors.FileFormatError: expected saved scores at no such folder, but scores.json is ...
+        tl_neuron_circuits._errors.FileFormatError: expected saved scores at no such folder, but scores.safetensors ...
+    """
+
+
+class SaveError(NeuronCircuitsError, OSError):
+    """A file could not be written: a full or read-only disk, or no permission. What was there before is unchanged.
+
+    `errno` is that of the system's error.
+
+    Example:
+        >>> import tl_neuron_circuits as tnc
+        >>> pairs = tnc.PromptPairs(clean=["The dog"], answer=[" is"])
+        >>> pairs.to_jsonl("/proc/pairs.jsonl")
+        Traceback (most recent call last):
+        tl_neuron_circuits._errors.SaveError: /proc/pairs.jsonl could not be written ...
     """
 
 

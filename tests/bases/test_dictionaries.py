@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.bases.dictionaries import CASES, D_DICT, D_IN, DictionaryCase, K, slow_decode, slow_encode
+from tests.loops import for_each
 from tl_neuron_circuits._errors import DictionaryError, FileFormatError
 from tl_neuron_circuits.bases import Dictionary, load_dictionary, save_dictionary
 
-each_case = pytest.mark.parametrize("case", CASES, ids=repr)
+each_case = for_each("case", CASES, ids=repr)
 STANDARD = CASES[0]
 LAYER_NORM = next(case for case in CASES if case.name == "standard-layer_norm")
 
@@ -188,7 +189,7 @@ DAMAGE = {
     "no width": (lambda f: _change(f, d_in=None), DictionaryError, "needs the integer 'd_in'"),
     "temporal": (lambda f: _change(f, architecture="temporal"), DictionaryError, "earlier positions"),
     "matching pursuit": (lambda f: _change(f, architecture="matching_pursuit"), DictionaryError, "as_dictionary"),
-    "checkpoint": (lambda f: _change(f, architecture="batchtopk"), DictionaryError, "save_inference_model"),
+    "checkpoint": (lambda f: _change(f, architecture="batchtopk"), DictionaryError, "lacks threshold"),
     "unknown kind": (lambda f: _change(f, architecture="novel"), DictionaryError, "it is unknown. Known architectures"),
     "unknown norm": (
         lambda f: _change(f, normalize_activations="l2"),
@@ -200,7 +201,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGE)
+@for_each("what", DAMAGE)
 def test_a_damaged_or_foreign_folder_is_a_clear_error(what: str, tmp_path: Path) -> None:
     """Each kind of damage raises the right error, which names the folder and the fault."""
     damage, error, message = DAMAGE[what]

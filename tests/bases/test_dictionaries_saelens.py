@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.bases.dictionaries import CASES, D_DICT, D_IN, DictionaryCase, K
+from tests.loops import for_each
 from tl_neuron_circuits._errors import DictionaryError
 from tl_neuron_circuits.bases import Dictionary, as_dictionary, load_dictionary, save_dictionary
 
@@ -18,7 +19,7 @@ with warnings.catch_warnings():
     sae_lens = pytest.importorskip("sae_lens")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:sae_lens")
-each_case = pytest.mark.parametrize("case", CASES, ids=repr)
+each_case = for_each("case", CASES, ids=repr)
 
 
 def make_sae(case: DictionaryCase, **settings: Any) -> Any:
@@ -104,7 +105,7 @@ OLD = {
 }
 
 
-@pytest.mark.parametrize("old", OLD)
+@for_each("old", OLD)
 def test_reads_the_layout_before_sae_lens_6(old: str, tmp_path: Path) -> None:
     """An old `cfg.json` without a version means the same to us as to sae-lens 6.54."""
     config = {"d_in": D_IN, "d_sae": D_DICT, "dtype": "torch.float32", "device": "cpu", "model_name": "gpt2-small"}

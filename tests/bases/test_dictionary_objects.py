@@ -111,7 +111,7 @@ REFUSED = {
     "a call adds": (lambda: Changed(forward=lambda x: x.sum(-1, keepdim=True) + torch.zeros(D_OUT)), "no feature"),
     "no decode": (lambda: SimpleNamespace(encode=None, W_enc=None, W_dec=None), "it lacks decode"),
     "a module": (lambda: nn.Linear(3, 3), "Linear is not a dictionary: it lacks encode, decode, W_enc, W_dec"),
-    "cross-layer": (lambda: Changed(W_dec=torch.zeros(D_DICT, 2, D_OUT)), "Cross-layer"),
+    "cross-layer": (lambda: Changed(W_dec=torch.zeros(D_DICT, 2, D_OUT)), "cross-layer"),
     "widths differ": (lambda: Changed(W_enc=torch.zeros(D_IN, D_DICT + 1)), r"W_enc \[8, 21\]"),
     "NaN": (lambda: Transcoder(TENSORS | {"W_skip": torch.full((D_OUT, D_IN), float("nan"))}), "NaN"),
     "hooks": (Transcoder, "Name the hooks"),

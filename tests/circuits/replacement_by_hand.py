@@ -24,7 +24,18 @@ class FrozenReplacement:
         with torch.no_grad():
             _, self._clean = model.run_with_cache(tokens)
             self.features = {layer: d.encode(self._read(d)) for layer, d in self.dictionaries.items()}
-            self.errors = {layer: self._clean[d.hook_out] - d(self._read(d)) for layer, d in self.dictionaries.items()}
+            self.errors = {
+                layer: self._clean[d.hook_out] - d(self._read(d)) - self._from_earlier(layer, self.features)
+                for layer, d in self.dictionaries.items()
+            }
+
+    def _from_earlier(self, layer: int, features: dict[int, Tensor]) -> Tensor:
+        """What features of earlier layers of a cross-layer transcoder write into a layer's output."""
+        total = torch.zeros_like(self._clean[self.dictionaries[layer].hook_out])
+        for earlier, dictionary in self.dictionaries.items():
+            if earlier < layer and dictionary.W_dec_later is not None:
+                total = total + features[earlier] @ dictionary.W_dec_later[layer - earlier - 1]
+        return total
 
     def _read(self, dictionary: Any) -> Tensor:
         return self._clean[dictionary.hook_in]
@@ -40,6 +51,7 @@ class FrozenReplacement:
         """
         seen: dict[int, Tensor] = {}
         inputs: dict[str, Tensor] = {}
+        live: dict[int, Tensor] = {}
 
         def mlp(layer: int) -> Callable[..., Tensor]:
             dictionary = self.dictionaries[layer]
@@ -51,7 +63,9 @@ class FrozenReplacement:
                 features = self.features[layer].clone() if direct else torch.where(fires, seen[layer], 0.0)
                 if feature is not None and feature[0][0] == layer:
                     features[0, feature[0][1], feature[0][2]] += feature[1]
+                live[layer] = features
                 out = features @ dictionary.W_dec + dictionary.b_dec + self.errors[layer]
+                out = out + self._from_earlier(layer, live)
                 out = out if dictionary.W_skip is None else out + x @ dictionary.W_skip.T
                 return out if error is None else out + error[layer]
 

@@ -14,6 +14,7 @@ import torch
 from tests.circuits.checks import assert_sums_hold, small_circuit
 from tests.families import all_models, random_tokens
 from tests.real_models import BACKENDS
+from tests.saved_files import edit
 from tests.stories_tasks import pronoun_pairs
 from tl_neuron_circuits import Circuit, attribute, evaluate, trace
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
@@ -104,8 +105,7 @@ def test_influence_is_the_series_of_circuit_tracer(circuit: Circuit) -> None:
     assert circuit.graph_replacement == pytest.approx(embeddings / (embeddings + left))
     reach = series + weights
     of_left = n[:, circuit.nodes["kind"] == "unselected"].sum(1)
-    targets = n.sum(1) > 0
-    expected = ((1 - of_left) * reach)[targets].sum() / reach[targets].sum()
+    expected = ((1 - of_left) * reach).sum() / reach.sum()
     assert circuit.graph_completeness == pytest.approx(expected)
 
 
@@ -263,7 +263,7 @@ def _shared() -> Path:
     return Path(os.environ.get("TNC_SHARED_MODELS", Path(__file__).resolve().parents[3] / "shared" / "models"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "short", "older"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "short", "older", "an edge to nowhere"])
 def test_damaged_directories_are_errors(circuit: Circuit, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "circuit"
     circuit.save(path)
@@ -273,13 +273,13 @@ def test_damaged_directories_are_errors(circuit: Circuit, tmp_path: Path, damage
         file = path / "circuit.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
     elif damage == "foreign":
-        (path / "circuit.json").write_text('{"generator": "another"}')
+        (path / "circuit.safetensors").write_bytes(b"another")
     elif damage == "older":
-        file = path / "circuit.json"
-        file.write_text(file.read_text().replace('"schema": 2', '"schema": 1'))
+        edit(path / "circuit.safetensors", lambda head, _: head.update(schema=2))
+    elif damage == "an edge to nowhere":
+        edit(path / "circuit.safetensors", lambda _, tensors: tensors["edges/source"].fill_(-1))
     else:
-        file = path / "circuit.json"
-        file.write_text(file.read_text().replace('"settings"', '"elsewhere"'))
+        edit(path / "circuit.safetensors", lambda head, _: head["notes"]["texts"]["node"].pop())
     with pytest.raises(FileFormatError):
         Circuit.load(path)
 

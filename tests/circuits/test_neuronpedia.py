@@ -1,7 +1,6 @@
 """The exported graph is what Neuronpedia reads, and comes back whole."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from tests.circuits.checks import assert_sums_hold, small_circuit
 from tests.families import all_models
 from tl_neuron_circuits import Circuit, trace
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
-from tl_neuron_circuits.circuits._table import complete
 
 CASE = all_models("gpt2")[0].values[0]
 TEXT, NUMBER = str, (int, float)
@@ -22,12 +20,27 @@ NODE = {
     "node_id": TEXT, "feature": int, "layer": TEXT, "ctx_idx": int, "feature_type": TEXT, "jsNodeId": TEXT,
     "clerp": TEXT, "influence": NUMBER, "token_prob": NUMBER, "is_target_logit": bool,
 }  # fmt: skip
-TYPES = {"cross layer transcoder", "embedding", "logit", "mlp reconstruction error"}
+TYPES = {"cross layer transcoder", "embedding", "logit", "mlp reconstruction error", "bias"}
 
 
 def assert_fields(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, kind in expected.items():
         assert isinstance(found[name], kind), f"{name} is {found.get(name)!r}, expected {kind}"
+
+
+def shown_nodes(graph: dict[str, Any]) -> set[str]:
+    """What circuit-tracer's frontend shows at first: its rules of influence, and of features that are everywhere."""
+    threshold = graph["metadata"]["node_threshold"]
+    kept = [
+        n for n in graph["nodes"]
+        if not threshold or n["feature_type"] in ("embedding", "logit") or n["influence"] <= threshold
+    ]  # fmt: skip
+    of_feature: dict[str, list[str]] = {}
+    for node in kept:
+        end = f"__err_{node['ctx_idx']}" if "error" in node["feature_type"] else ""
+        of_feature.setdefault(f"{node['layer']}_{node['feature']}_{node['ctx_idx']}{end}", []).append(node["node_id"])
+    limit = len(graph["metadata"]["prompt_tokens"]) * 2 / 3
+    return {name for same in of_feature.values() if len(same) <= limit for name in same}
 
 
 def assert_is_a_graph(graph: dict[str, Any]) -> None:
@@ -38,7 +51,8 @@ def assert_is_a_graph(graph: dict[str, Any]) -> None:
     assert_fields(graph["metadata"]["info"]["generator"], {"name": TEXT, "version": TEXT, "url": TEXT})
     assert_fields(graph["qParams"], QUERY)
     ids = [node["node_id"] for node in graph["nodes"]]
-    assert len(set(ids)) == len(ids)
+    assert len(set(ids)) == len(ids) == len({node["jsNodeId"] for node in graph["nodes"]})
+    assert len(shown_nodes(graph)) == len(ids)
     for node in graph["nodes"]:
         assert_fields(node, NODE)
         assert node["feature_type"] in TYPES
@@ -47,12 +61,13 @@ def assert_is_a_graph(graph: dict[str, Any]) -> None:
         assert int(position) == node["ctx_idx"]
         if node["feature_type"] == "cross layer transcoder":
             x, y = int(first), int(unit)
-            assert (node["layer"], node["jsNodeId"]) == (first, f"{x}_{y}-0")
+            assert (node["layer"], node["jsNodeId"]) == (first, f"{x}_{y}-{position}")
             assert node["feature"] == (x + y) * (x + y + 1) // 2 + y
         if node["feature_type"] == "logit":
             assert node["clerp"].startswith('Output "') and "(p=" in node["clerp"]
         assert (first == "E") == (node["feature_type"] == "embedding")
         assert (first == "err") == (node["feature_type"] == "mlp reconstruction error")
+        assert (first == "bias") == (node["feature_type"] == "bias")
         assert not (first == "err" and node["node_id"] in graph["qParams"]["pinnedIds"])
     for link in graph["links"]:
         assert set(link) == {"source", "target", "weight"}
@@ -107,15 +122,13 @@ def test_graphs_of_other_programs_are_read_as_far_as_they_say(circuit: Circuit, 
     assert len(back) == len(circuit)
     assert back.settings["model"] == "a-model"
     assert sorted(back.edges["weight"]) == sorted(circuit.edges["weight"])
-    assert set(back.nodes["kind"]) == {"feature", "embedding", "logit", "error"}
+    assert set(back.nodes["kind"]) == {"feature", "embedding", "logit", "error", "bias"}
     assert (
         back.nodes.query("kind == 'feature'")["unit"].tolist()
         == circuit.nodes.query("kind == 'neuron'")["unit"].tolist()
     )
     key = lambda c: sorted(c.nodes.loc[c.nodes["kind"].isin(("neuron", "feature")), "influence"])  # noqa: E731
-    kinds = circuit.nodes["kind"].replace("bias", "error")  # the format has no biases
-    table = complete(circuit.nodes.assign(kind=kinds), circuit.edges, circuit.target_value)
-    assert key(back) == pytest.approx(key(replace(circuit, nodes=table)))
+    assert key(back) == pytest.approx(key(circuit))
     assert len(back.prune(node_influence=0.5)) < len(back)
     with pytest.raises(SettingsError, match="single neurons"):
         back.to_scores()

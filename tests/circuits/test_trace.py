@@ -148,6 +148,7 @@ def test_running_out_of_memory_is_raised_as_what_it_is(case: ModelCase, monkeypa
     """At every backward pass of a trace: no other way is tried, and the model is left as found."""
     model = case.build()
     tokens, real, calls = random_tokens(model, 1, 6), torch.autograd.grad, []
+    trace(model, tokens, nodes=5)  # the first use of a model checks that relevance is conserved
 
     def counting(*arguments: Any, **options: Any) -> Any:
         calls.append(options.get("is_grads_batched", False))
@@ -204,6 +205,19 @@ def test_text_prompts_on_a_real_model(stories260K: Any) -> None:
     with_bos = trace(stories260K, prompt, " She", nodes=60, keep_bos=True)
     assert with_bos.settings["skipped_positions"] == [] != circuit.settings["skipped_positions"]
     assert abs(circuit.unexplained) < 0.3
+
+
+@pytest.mark.parametrize("case", both)
+def test_raw_logits_are_explained_without_the_mean(case: ModelCase) -> None:
+    model = case.build()
+    tokens = random_tokens(model, 1, 6)
+    raw, centered = (trace(model, tokens, [3, 7], nodes=10, center=center) for center in (False, True))
+    logits = model(tokens)[0, -1].detach().double()
+    assert raw.target_value == pytest.approx(float(logits[[3, 7]].sum()), rel=1e-5)
+    assert centered.target_value == pytest.approx(float(logits[[3, 7]].sum() - 2 * logits.mean()), rel=1e-5)
+    assert_sums_hold(raw, max(case.tolerance, 1e-9))
+    pair = [trace(model, tokens, (3, 7), nodes=10, center=center).target_value for center in (False, True)]
+    assert pair[0] == pair[1]
 
 
 def test_pairs_on_a_real_model(stories260K: Any) -> None:

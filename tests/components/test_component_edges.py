@@ -159,7 +159,7 @@ def test_relp_without_rules_and_ig_of_one_step_are_eap(case: ModelCase) -> None:
     model = case.build()
     pairs = some_pairs(model)
     eap = component_edges(model, pairs, method="eap").scores
-    ig = component_edges(model, pairs, method="eap_ig_inputs(steps=1)").scores
+    ig = component_edges(model, pairs, method="eap_ig_inputs(steps=1, start=clean)").scores
     plain = component_edges(model, pairs, method=RelP(rules=())).scores
     ruled = component_edges(model, pairs, method="relp").scores
     assert torch.equal(eap.nan_to_num(), ig.nan_to_num()) and torch.equal(eap.nan_to_num(), plain.nan_to_num())
@@ -189,6 +189,7 @@ def test_a_method_is_its_label(method: Any) -> None:
         ("eap_ig", "expected a method out of"),
         ("eap(steps=2)", "expected options of eap"),
         ("eap_ig_inputs(steps=0)", "at least 1"),
+        ("eap_ig_inputs(start=middle)", "start='corrupt' or 'clean'"),
     ],
 )
 def test_what_a_method_does_not_have_is_refused(method: Any, message: str) -> None:
@@ -198,22 +199,24 @@ def test_what_a_method_does_not_have_is_refused(method: Any, message: str) -> No
 
 
 @pytest.mark.parametrize("case", all_models("gpt2"))
-def test_ig_is_the_mean_of_gradients_along_the_path(case: ModelCase) -> None:
+@pytest.mark.parametrize("start", ["corrupt", "clean"])
+def test_ig_is_the_mean_of_gradients_along_the_path(case: ModelCase, start: str) -> None:
     model = case.build()
     pairs = some_pairs(model)
     batch, graph = next(pairs.batches(4)), component_graph(model)
     with torch.no_grad():
         ends = [model.run_with_cache(tokens)[1]["hook_embed"] for tokens in (batch.clean, batch.corrupt)]
+        ends = ends if start == "clean" else ends[::-1]
     total = 0
     for k in range(3):
         point = ends[0] + k / 3 * (ends[1] - ends[0])
         with relp(model, ()):
             hook = ("hook_embed", lambda value, hook, point=point: point.clone().requires_grad_(True))
-            total = total + read_gradients(model, graph, batch, logit_difference, [hook]) / 3
+            total = total + read_gradients(model, graph, batch, logit_difference, [hook])[0] / 3
     clean, corrupt = paired_streams(model, graph, batch)
     change = clean.writes - corrupt.writes
     expected = torch.einsum("sbtd,rbtd->sr", change, total.to(change)) / 4
-    found = component_edges(model, pairs, method="eap_ig_inputs(steps=3)").scores
+    found = component_edges(model, pairs, method=f"eap_ig_inputs(steps=3, start={start})").scores
     assert torch.allclose(found[:-1][graph.edges[:-1]], expected[graph.edges[:-1]], atol=1e-9)
 
 

@@ -142,10 +142,10 @@ def test_neurons_of_a_compiled_model(shared_models: Path) -> None:
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match="not a readable JSON"):
+    with pytest.raises(FileFormatError, match="not readable JSON"):
         tracr_ground_truth(tmp_path)
     (tmp_path / "ground_truth.json").write_text(json.dumps([1]))
-    with pytest.raises(FileFormatError, match="expected an object"):
+    with pytest.raises(FileFormatError, match="Expected `object`"):
         tracr_ground_truth(tmp_path)
 
 

@@ -83,11 +83,11 @@ class Stopped(Exception):
 
 
 @quiet
-@pytest.mark.parametrize("where", ["evaluate", "save_index"])
+@pytest.mark.parametrize("where", ["evaluate", "save"])
 def test_a_stopped_comparison_goes_on_where_it_was(
     model: Any, whole: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    real_evaluate, real_save, calls = module.evaluate, Comparison.save_index, []
+    real_evaluate, real_save, calls = module.evaluate, Comparison.save, []
 
     def counted(*args: Any, **keywords: Any) -> Any:
         if keywords.get("completeness") is False:  # for MIB's grid
@@ -98,12 +98,12 @@ def test_a_stopped_comparison_goes_on_where_it_was(
         return real_evaluate(*args, **keywords)
 
     def save(self: Comparison, path: Any) -> None:
-        if where == "save_index" and len(calls) == 6:
+        if where == "save" and len(calls) == 6:
             raise Stopped
         real_save(self, path)
 
     monkeypatch.setattr(module, "evaluate", counted)
-    monkeypatch.setattr(Comparison, "save_index", save)
+    monkeypatch.setattr(Comparison, "save", save)
     with pytest.raises(Stopped):
         run(model, tmp_path / "here")
     assert len(Comparison.load(tmp_path / "here").curves) == 5
@@ -142,9 +142,9 @@ def test_a_directory_of_something_else_is_refused_before_any_work(model: Any, tm
     with pytest.raises(FileFormatError, match="there is a file"):
         run(model, foreign / "thesis.tex", **small)
     assert [entry.name for entry in foreign.iterdir()] == ["thesis.tex"]
-    index = done / "index" / "comparison.json"
-    index.write_text(index.read_text()[:100])
-    with pytest.raises(FileFormatError, match="not readable JSON"):
+    file = done / "comparison.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(FileFormatError, match="truncated"):
         run(model, done, **small)
 
 

@@ -1,14 +1,17 @@
 """Sizes, areas, CPR and CMD of curves whose numbers are known."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.evaluation.curves import curve
+from tests.evaluation.curves import comparison, curve
+from tests.saved_files import edit
 from tl_neuron_circuits._errors import FileFormatError
-from tl_neuron_circuits.evaluation import SparsityCurve
+from tl_neuron_circuits.evaluation import EdgeCurve, SparsityCurve
 from tl_neuron_circuits.evaluation._curve import area
 
 
@@ -86,6 +89,36 @@ def test_saving_and_loading_changes_nothing(tmp_path: Path) -> None:
         torch.equal(getattr(again, n), getattr(first, n)) for n in ("kept", "removed", "full", "empty", "predicted")
     )
     assert repr(again) == repr(first) and "<table" in again._repr_html_()
-    (tmp_path / "curve" / "curve.json").write_text("{}")
-    with pytest.raises(FileFormatError, match="something else"):
-        SparsityCurve.load(tmp_path / "curve")
+    for name in ("kept", "full", "predicted"):  # one row, pair or size short
+        first.save(tmp_path / "curve")
+        edit(tmp_path / "curve" / "curve.safetensors", lambda _, found, n=name: found.update({n: found[n][:-1]}))
+        with pytest.raises(FileFormatError, match="has the shape"):
+            SparsityCurve.load(tmp_path / "curve")
+    with pytest.raises(FileFormatError, match=r"edge_curve\.safetensors is missing"):
+        EdgeCurve.load(tmp_path / "curve")
+
+
+def test_compactness_counts_pairs_and_leaves_overshoot_to_its_own_number() -> None:
+    # Faithfulness of five pairs at 1, 10 and 100 nodes: the fifth pair is wrong in the model itself and counts nowhere.
+    wanted = torch.tensor([[0.0, 0.0, 0.0, 0.0, 9.0], [1.0, 9.0, 1.0, 0.4, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    made = curve([1, 10, 100], wanted)
+    full = torch.tensor([3.0, 3.0, 3.0, 3.0, -1.0])
+    swapped = dataclasses.replace(
+        made, kept=-3 + 6 * wanted, removed=3 - 6 * wanted, full=full, empty=torch.full((5,), -3.0)
+    )
+    assert swapped.accuracy.tolist() == swapped.flips.tolist() == [0.0, 0.75, 1.0]
+    assert swapped.compactness == pytest.approx((0.375 + 0.875) / 2)  # trapezoids over log 1, log 10, log 100
+    assert swapped.overshoot == pytest.approx(float(swapped.faithfulness.max()) - 1) and swapped.overshoot > 0.5
+    assert "faithfulness up to" in repr(swapped) and curve([1, 100], [0.0, 1.0]).overshoot == 0
+    summary = comparison({("t", "neurons", "relp"): swapped}).summary()
+    assert summary["compactness"][0] == swapped.compactness and summary["overshoot"][0] == swapped.overshoot
+    untied = dataclasses.replace(swapped, settings=dict(swapped.settings) | {"metric": "answer_log_probability"})
+    assert math.isnan(untied.compactness) and math.isnan(untied.accuracy[0])
+    unmeasured = dataclasses.replace(swapped, removed=torch.full_like(swapped.removed, torch.nan))
+    assert math.isnan(unmeasured.compactness) and unmeasured.accuracy.tolist() == [0.0, 0.75, 1.0]
+
+
+def test_the_normalizations_of_mib_differ_where_sizes_do_not_reach_all_nodes() -> None:
+    made = curve([0, 10, 20], [0.0, 1.0, 1.0], 1000)
+    assert (made.cpr, made.cmd) == made.mib("percentages") != made.mib("counts")
+    assert made.mib("counts") == (pytest.approx(0.75), pytest.approx(0.25))

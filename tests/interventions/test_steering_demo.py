@@ -77,3 +77,26 @@ def test_a_circuit_is_steered_by_its_neurons(demo: Any) -> None:
     tables = [tnc.trace(demo, text, nodes=30).nodes for text in prompts]
     found = tnc.score_features(tables, [index % 2 for index in range(8)])
     assert found.table["label"].nunique() > 30 and found.table["auroc_heldout"].notna().all()
+
+
+def test_circuits_their_tables_rows_and_supernodes_all_steer_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    model, prompt = tnc.load_demo_model(), "The capital of the state containing Dallas is"
+    circuit = tnc.trace(model, prompt, " Austin", nodes=30)
+    neurons = circuit.nodes[circuit.nodes["kind"] == "neuron"]
+    collapsed = circuit.group({"half": sorted(circuit.members)[:15], "rest": sorted(circuit.members)[15:]}).collapse()
+    results = [
+        tnc.steer(model, prompt, nodes, scale=0).after
+        for nodes in (circuit, circuit.nodes, neurons, list(neurons["node"]), collapsed)
+    ]
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert "embed@0 (embedding)" in caplog.text  # rows of the whole table that have no unit
+    with pytest.raises(tnc.SettingsError, match=r"embed@0 \(embedding\).* alone"):
+        tnc.steering_hooks(model, circuit.nodes[circuit.nodes["kind"] == "embedding"], scale=0)
+    with pytest.raises(tnc.SettingsError, match="supernodes"):
+        tnc.steering_hooks(model, collapsed.nodes, scale=0)
+    pairs, zero = (
+        tnc.PromptPairs(clean=[prompt], answer=[" Austin"]),
+        {"baseline": "zero", "metric": tnc.tasks.answer_logit},
+    )
+    measured = [tnc.attribute(model, pairs, method=tnc.Patching(nodes), **zero) for nodes in (neurons, circuit.nodes)]
+    assert len(measured[0].top(50)) == 30 and measured[0].top(50).equals(measured[1].top(50))

@@ -29,7 +29,7 @@ Untouched = Callable[[Any], AbstractContextManager[None]]
 models = pytest.mark.parametrize("case", all_models("gpt2"))
 METHODS = (
     *("relp", "gradient", "integrated_gradients", "integrated_gradients_inputs", "patching"),
-    *("activation_difference", "random"),
+    *("learned_mask", "mask_gradient", "activation_difference", "random"),
 )
 
 

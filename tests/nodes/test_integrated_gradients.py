@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.families import ModelCase, all_models
@@ -14,7 +16,7 @@ from tests.propagation.readings import ALL_RULES, model_of
 from tl_neuron_circuits import IntegratedGradients
 from tl_neuron_circuits.bases import ResidualStream
 from tl_neuron_circuits.bases._activations import ActivationSite
-from tl_neuron_circuits.nodes import attribute
+from tl_neuron_circuits.nodes import Conductance, attribute
 
 models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
 rotary = pytest.mark.parametrize("case", all_models("llama", "gemma2"))
@@ -89,3 +91,36 @@ def test_the_residual_stream_is_a_full_cut_too(case: ModelCase) -> None:
     )
     for name in fine:
         assert_converges(coarse[name], fine[name], effect)
+
+
+@models
+def test_conductance_of_any_full_cut_is_the_whole_effect(case: ModelCase) -> None:
+    """At the residual stream after any layer: m(clean) - m(corrupt), each step counted once."""
+    model, pairs = model_of(case), random_pairs(4)
+    effect = metric_with(model, pairs, 0, pairs.clean[0], {}) - metric_with(model, pairs, 0, pairs.corrupt[0], {})
+    coarse, fine = (
+        attribute(model, pairs, method=Conductance(steps), basis=ResidualStream()).values for steps in (40, 80)
+    )
+    for name in fine:
+        assert_converges(coarse[name], fine[name], effect)
+
+
+@models
+@pytest.mark.parametrize("baseline", ["corrupt", "zero"])
+def test_conductance_is_each_steps_gradient_times_what_it_changes(case: ModelCase, baseline: Any) -> None:
+    model, pairs = model_of(case), random_pairs(5)
+    found = attribute(model, pairs, method="conductance(steps=3)", baseline=baseline).values
+    with torch.no_grad():
+        ends = [model.run_with_cache(row[0][None])[1]["hook_embed"] for row in (pairs.corrupt, pairs.clean)]
+    ends[0] = ends[0] if baseline == "corrupt" else torch.zeros_like(ends[0])
+    runs = []
+    for k in range(4):
+        kept: dict[str, Tensor] = {}
+        point = (ends[0] + k / 3 * (ends[1] - ends[0])).requires_grad_(True)
+        hooks = [("hook_embed", lambda value, hook, p=point: p)]
+        hooks += [(name, lambda value, hook, n=name, kept=kept: kept.update({n: value}) or value) for name in POSTS]
+        metric = metric_at(model.run_with_hooks(pairs.clean[0][None], fwd_hooks=hooks), pairs, 0)
+        runs.append((dict(kept), torch.autograd.grad(metric, [kept[name] for name in POSTS])))
+    for place, name in enumerate(POSTS):
+        steps = [g[place] * (now[name] - before[name]) for (before, _), (now, g) in pairwise(runs)]
+        assert torch.allclose(found[name].double(), sum(steps)[0].double().detach(), rtol=1e-4, atol=1e-5)

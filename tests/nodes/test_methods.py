@@ -15,6 +15,8 @@ from tl_neuron_circuits import (
     Gradient,
     IntegratedGradients,
     IntegratedGradientsInputs,
+    LearnedMask,
+    MaskGradient,
     Patching,
     Random,
     RelP,
@@ -23,7 +25,7 @@ from tl_neuron_circuits import (
     parse_method,
 )
 from tl_neuron_circuits.models import _threads
-from tl_neuron_circuits.nodes import _attribute, attribute
+from tl_neuron_circuits.nodes import Conductance, _attribute, attribute
 from tl_neuron_circuits.nodes._methods import METHODS, as_method
 from tl_neuron_circuits.propagation._relp import Relp
 
@@ -39,7 +41,11 @@ CASES = {
     "integrated_gradients(steps=20)": IntegratedGradients(steps=20),
     "integrated_gradients(steps=3, rules=relp)": IntegratedGradients(3, "relp"),
     "integrated_gradients_inputs(steps=5)": IntegratedGradientsInputs(5),
+    "conductance(steps=4)": Conductance(4),
     "patching": Patching(),
+    "learned_mask": LearnedMask(),
+    "learned_mask(steps=50, schedule=uniform, loss=kl, lr=0.1)": LearnedMask(50, "uniform", "kl", lr=0.1),
+    "mask_gradient(steps=4, direction=flip)": MaskGradient(4, direction="flip"),
     "activation_difference": ActivationDifference(),
     "random(seed=3)": Random(3),
 }

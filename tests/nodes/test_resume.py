@@ -1,6 +1,5 @@
 """An attribution that was stopped goes on from its directory and ends with the same bits."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from tests.families import model_cases
 from tests.nodes.plain import random_pairs
 from tl_neuron_circuits import attribute
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
-from tl_neuron_circuits._files import read_directory, write_directory
 from tl_neuron_circuits.bases import MLPOutputs, Neurons
 from tl_neuron_circuits.tasks import answer_logit, logit_difference
 
@@ -129,19 +127,6 @@ def test_a_foreign_directory_and_a_damaged_one_are_refused(model: Any, tmp_path:
     tensors.write_bytes(tensors.read_bytes()[:50])
     with pytest.raises(FileFormatError, match="truncated"):
         attribute(model, PAIRS, metric=stops_at(99), positions="sum", batch_size=2, resume=tmp_path / "damaged")
-
-
-def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
-    """`write_directory` moves the old directory aside before it moves the new one in."""
-    write_directory(tmp_path / "it", "scores", 1, {"x": torch.ones(2)}, {"note": "old"})
-    aside = tmp_path / ".it-old-abcdefgh"
-    aside.mkdir()
-    (tmp_path / "it").rename(aside / "old")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tensors, notes = read_directory(tmp_path / "it", "scores", 1)
-    assert notes["note"] == "old" and torch.equal(tensors["x"], torch.ones(2))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["it"]
 
 
 def test_a_batch_of_nothing_is_still_an_error(model: Any) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.families import ModelCase, all_models
 from tests.nodes.plain import POSTS, random_pairs
 from tests.propagation.readings import model_of
+from tests.saved_files import edit
 from tl_neuron_circuits._errors import FileFormatError
 from tl_neuron_circuits.bases import HeadOutputs, Neurons, ResidualStream
 from tl_neuron_circuits.nodes import NodeScores, Random, attribute
@@ -74,25 +76,45 @@ def _truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
 
 
-def _cut_json(folder: Path) -> None:
-    file = folder / "scores.json"
-    file.write_text(file.read_text()[:40])
+def _flip_a_bit(folder: Path) -> None:
+    file = folder / "scores.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
 
 
 def _foreign(folder: Path) -> None:
-    (folder / "scores.json").write_text('{"some": "thing"}')
+    save_file({"x": torch.ones(2)}, folder / "scores.safetensors")
+
+
+def _older(folder: Path) -> None:
+    """As the version before wrote it."""
+    _foreign(folder)
+    (folder / "scores.json").write_text('{"generator": "tl_neuron_circuits", "kind": "scores", "schema": 2}')
 
 
 def _newer(folder: Path) -> None:
-    file = folder / "scores.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 99}))
+    edit(folder / "scores.safetensors", lambda head, _: head.update(schema=99))
 
 
 def _without_settings(folder: Path) -> None:
-    file = folder / "scores.json"
-    notes = json.loads(file.read_text())
-    del notes["settings"]
-    file.write_text(json.dumps(notes))
+    edit(folder / "scores.safetensors", lambda head, _: head["notes"].pop("settings"))
+
+
+def _without_a_setting(folder: Path) -> None:
+    edit(folder / "scores.safetensors", lambda head, _: head["notes"]["settings"].pop("positions"))
+
+
+def _without_a_layer(folder: Path) -> None:
+    edit(folder / "scores.safetensors", lambda _, tensors: tensors.popitem())
+
+
+def _infinite(folder: Path) -> None:
+    edit(folder / "scores.safetensors", lambda _, tensors: next(iter(tensors.values())).fill_(torch.inf))
+
+
+def _flat(folder: Path) -> None:
+    edit(folder / "scores.safetensors", lambda _, tensors: tensors.update({k: t[0] for k, t in tensors.items()}))
 
 
 def _without_tensors(folder: Path) -> None:
@@ -101,10 +123,15 @@ def _without_tensors(folder: Path) -> None:
 
 DAMAGES = {
     _truncate: "truncated or foreign",
-    _cut_json: "not readable JSON",
-    _foreign: "describes something else",
-    _newer: "expected schema 2 .*; got 99",
-    _without_settings: "lacks .'settings'",
+    _flip_a_bit: "another checksum",
+    _foreign: "holds something else",
+    _older: "kept settings in scores.json",
+    _newer: "expected schema 3 .*; got 99",
+    _without_settings: "missing required field `settings`",
+    _without_a_setting: "missing required field `positions`",
+    _without_a_layer: "missing",
+    _infinite: "expected finite scores",
+    _flat: "has the shape",
     _without_tensors: "scores.safetensors is missing",
 }
 
@@ -126,7 +153,7 @@ def test_other_peoples_files_are_not_overwritten(case: ModelCase, tmp_path: Path
         with pytest.raises(FileFormatError, match="found something else there"):
             scores.save(path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    with pytest.raises(FileFormatError, match=r"scores\.json is missing"):
+    with pytest.raises(FileFormatError, match=r"scores\.safetensors is missing"):
         NodeScores.load(tmp_path / "nothing")
 
 

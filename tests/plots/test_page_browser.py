@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.plots.made_up import NASTY, large_circuit, nasty_circuit
-from tl_neuron_circuits import Circuit
+from tl_neuron_circuits import Circuit, load_demo_model
 
 Opener = Callable[..., Any]
 HEAD = "getComputedStyle(document.body).backgroundColor"
@@ -331,3 +331,17 @@ def test_a_hidden_node_comes_back_when_an_edge_leads_to_it(dallas: Circuit, open
             break
     assert page.locator(".node.selected").get_attribute("data-key") == name and heading(page) == name
     assert shown(page)[0] > kept
+
+
+def test_the_panel_says_which_heads_bring_an_edge(dallas: Circuit, open_page: Opener) -> None:
+    split = dallas.with_heads(load_demo_model(), edges=50)
+    best = split.heads().query("kind == 'head' and target.str.startswith('L')", engine="python").iloc[0]
+    page = open_page(split)
+    node(page, best["target"]).click()
+    lines = page.locator("#panel .heads").all_inner_texts()
+    assert any(
+        f"L{best['layer']}H{best['head']} from" in line and f"@{best['from_position']}" in line for line in lines
+    )
+    page = open_page(dallas)
+    node(page, best["target"]).click()
+    assert page.locator("#panel .heads").count() == 0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.families import ModelCase, all_models, model_cases, random_tokens
+from tests.loops import for_each
 from tests.propagation.readings import ALL_RULES, STEPWISE_NORMS, model_of, tokens_of
 from tests.real_models import load_stories260K
 from tl_neuron_circuits.propagation import relp
@@ -35,7 +36,7 @@ def test_forward_is_bit_identical(case: ModelCase) -> None:
     assert_identical(model, tokens, ("half",), stabilizer=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@for_each("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", all_models())
 def test_forward_is_bit_identical_in_other_dtypes(case: ModelCase, dtype: torch.dtype) -> None:
     model = case.build(dtype=dtype)

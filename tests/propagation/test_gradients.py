@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.families import ModelCase, all_models
+from tests.loops import for_each
 from tests.propagation.readings import (
     ALL_RULES,
     PAIRS_OF_RULES,
@@ -29,7 +30,7 @@ Untouched = Callable[[Any], AbstractContextManager[None]]
 
 
 @STEPWISE_NORMS
-@pytest.mark.parametrize("reading", READINGS)
+@for_each("reading", READINGS)
 @pytest.mark.parametrize("case", all_models())
 def test_gradients_are_the_replicas(case: ModelCase, reading: str, untouched: Untouched) -> None:
     """Each rule alone and all together; three ways of reading; the parameters get no `.grad`."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.families import ModelCase, all_models
+from tests.loops import for_each
 from tests.propagation.readings import model_of
 from tl_neuron_circuits._errors import NumericalError
 from tl_neuron_circuits.propagation import relp
@@ -44,7 +45,7 @@ def one_by_one(case: ModelCase) -> list[tuple[Tensor, dict[str, Tensor]]]:
     return [gradients(model_of(case), single) for single in singles]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@for_each("side", ["left", "right"])
 @pytest.mark.parametrize("case", all_models())
 def test_a_padded_batch_is_its_members(case: ModelCase, side: Literal["left", "right"]) -> None:
     model, tokens = model_of(case), pairs()

@@ -24,6 +24,7 @@ from tests.families import (
     model_cases,
     random_tokens,
 )
+from tests.loops import for_each
 from tests.propagation.readings import (
     READINGS,
     STEPWISE_NORMS,
@@ -63,6 +64,16 @@ def sets_and_models(*families: str, sets: Collection[str] = SETS) -> list[Any]:
     ]
 
 
+def each_set(*families: str, sets: Collection[str] = SETS) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Parametrize a test by a model, and loop over the sets that it offers inside."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        looped = for_each("name", sets, unless=lambda case, name: name == "gim" and case in WITHOUT_SCORES)(test)
+        return pytest.mark.parametrize("case", all_models(*families))(looped)
+
+    return decorate
+
+
 def attention_hooks(ends: Iterable[str]) -> list[str]:
     """Name these hooks in both layers."""
     return [f"blocks.{layer}.attn.hook_{end}" for layer in range(2) for end in ends]
@@ -79,12 +90,12 @@ def captured_run(model: Any, tokens: Tensor, names: Collection[str]) -> tuple[Te
 # --- What a set does to values: nothing; to gradients: what the replica says ---
 
 
-@pytest.mark.parametrize(("case", "name"), sets_and_models())
+@each_set()
 def test_forward_is_bit_identical(case: ModelCase, name: str) -> None:
     assert_identical(model_of(case), tokens_of(case), name)
 
 
-@pytest.mark.parametrize(("case", "name"), sets_and_models("gpt2", "llama", "gemma2", "bloom", sets=FREE))
+@each_set("gpt2", "llama", "gemma2", "bloom", sets=FREE)
 def test_forward_is_bit_identical_in_bfloat16(case: ModelCase, name: str) -> None:
     """Softmax is computed in float32 by most Bridges, in the model's own dtype elsewhere."""
     model = case.build(dtype=torch.bfloat16)
@@ -116,7 +127,7 @@ def test_compatibility_mode_changes_no_gradient_of_a_neuron(case: ModelCase, nam
 
 
 @STEPWISE_NORMS
-@pytest.mark.parametrize(("case", "name"), sets_and_models())
+@each_set()
 def test_gradients_are_the_replicas(case: ModelCase, name: str, untouched: Untouched) -> None:
     """At the embedding, the residual stream, neurons, z and values, and where they are not cut at queries and keys."""
     model, tokens = model_of(case), tokens_of(case)
@@ -160,7 +171,7 @@ def test_cp_is_relp_bit_for_bit_and_both_are_the_four_rules(case: ModelCase) -> 
             assert torch.equal(found[name], expected[name]), (rules, name)
 
 
-@pytest.mark.parametrize("rule", ["ln", "identity", "half", "attention"])
+@for_each("rule", ["ln", "identity", "half", "attention"])
 @pytest.mark.parametrize("case", all_models("llama"))
 def test_the_name_of_one_rule_is_that_rule_alone(case: ModelCase, rule: str) -> None:
     model, tokens = model_of(case), tokens_of(case)
@@ -195,7 +206,7 @@ def relevance_at(model: Any, tokens: Tensor, rules: str, names: Collection[str])
     return {name: float((v * g).sum().detach()) for (name, v), g in zip(values.items(), found, strict=True)}
 
 
-@pytest.mark.parametrize(("case", "name"), sets_and_models(sets=FREE))
+@each_set(sets=FREE)
 def test_values_carry_half_of_z_and_queries_as_much_as_keys(case: ModelCase, name: str) -> None:
     """In every layer, biases or not: what the half rule conserves where attention is not cut."""
     model, tokens = model_of(case), tokens_of(case)[:1]
@@ -207,7 +218,7 @@ def test_values_carry_half_of_z_and_queries_as_much_as_keys(case: ModelCase, nam
         assert abs(q - k) <= close
 
 
-@pytest.mark.parametrize(("case", "name"), sets_and_models())
+@each_set()
 def test_the_ledger_of_relevance_closes(case: ModelCase, name: str) -> None:
     """Without biases, embeddings carry what the logits carry and what attention and activations add or lose.
 
@@ -235,7 +246,7 @@ def test_the_ledger_of_relevance_closes(case: ModelCase, name: str) -> None:
 # --- One graph, many backward passes; many graphs, one backward pass ---
 
 
-@pytest.mark.parametrize(("case", "name"), sets_and_models(*THOROUGH))
+@each_set(*THOROUGH)
 def test_batches_of_gradients_are_their_members(case: ModelCase, name: str) -> None:
     """Once more with `retain_graph`, and together with `is_grads_batched`."""
     model, tokens = model_of(case), tokens_of(case)
@@ -251,7 +262,7 @@ def test_batches_of_gradients_are_their_members(case: ModelCase, name: str) -> N
             torch.testing.assert_close(batched[site][row], gradient, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("case", "name"), sets_and_models(*THOROUGH, sets=FREE))
+@each_set(*THOROUGH, sets=FREE)
 def test_each_forward_pass_keeps_its_own_scores(case: ModelCase, name: str) -> None:
     """Two forward passes, then their gradients together and one after the other, in either order."""
     model = model_of(case)
@@ -296,7 +307,7 @@ def test_gim_softens_the_scores_that_the_model_used(case: ModelCase, when: str) 
     assert_close(found, {name: expected[name] for name in names}, case)
 
 
-@pytest.mark.parametrize(("case", "name"), sets_and_models(*THOROUGH, sets=FREE))
+@each_set(*THOROUGH, sets=FREE)
 def test_backward_hooks_inside_attention_are_heard(case: ModelCase, name: str) -> None:
     """A hook at the scores or the pattern fires in every layer; listening changes no other gradient."""
     model, tokens = model_of(case), tokens_of(case)
@@ -333,7 +344,7 @@ def left_padded(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return padded, (torch.arange(padded.shape[1])[None] >= 2).to(padded.dtype)
 
 
-@pytest.mark.parametrize(("case", "name"), sets_and_models("gpt2", "llama", "gemma2", "bloom"))
+@each_set("gpt2", "llama", "gemma2", "bloom")
 def test_left_padding_gives_a_prompt_its_own_gradients(case: ModelCase, name: str) -> None:
     """Where the model's own logits are NaN, as most Bridges' are, the error says so, whichever the set."""
     model, tokens = model_of(case), tokens_of(case)[:1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.families import ModelCase, all_models, hooked_transformer, model_cases, unsupported_models
+from tests.loops import for_each
 from tests.propagation.readings import (
     ALL_RULES,
     assert_close,
@@ -109,10 +110,8 @@ def test_a_piece_that_no_longer_computes_what_its_rule_says_is_an_error(case: Mo
         model(tokens_of(case))
 
 
-@pytest.mark.parametrize("when", ["before relp", "inside relp"])
-@pytest.mark.parametrize(
-    "name", ["mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "attn.hook_v", "hook_resid_pre"]
-)
+@for_each("when", ["before relp", "inside relp"])
+@for_each("name", ["mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "attn.hook_v", "hook_resid_pre"])
 @both_classes
 def test_a_users_edit_is_part_of_the_model(case: ModelCase, name: str, when: str, monkeypatch: Any) -> None:
     """The replica with the same edit gives the same gradients, whoever came first."""

@@ -120,7 +120,7 @@ def test_tokens_that_do_not_fit_are_refused() -> None:
         TokenizedPairs.from_tokens([tokens[0][:0], tokens[1]], answer)
     with pytest.raises(PairsError, match="at least one pair"):
         TokenizedPairs.from_tokens(tokens[:0], answer[:0])
-    with pytest.raises(Exception, match="from_tokens: expected answer to be Int"):
+    with pytest.raises(Exception, match="from_tokens: expected clean to be Int"):
         TokenizedPairs.from_tokens(tokens.float(), answer)
     with pytest.raises(Exception, match="from_tokens: expected answer to be Int"):
         TokenizedPairs.from_tokens(tokens, torch.tensor([1, 2, 3]))

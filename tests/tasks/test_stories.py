@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.loops import for_each
 from tests.stories_tasks import BOYS, GIRLS, PRONOUN_TEMPLATES, pronoun_pairs
 from tl_neuron_circuits._errors import PairsError
 from tl_neuron_circuits.tasks import PromptPairs, logit_difference, tokenize
@@ -19,8 +20,8 @@ def test_at_least_eight_templates_with_disjoint_names() -> None:
     assert len(pairs) == 24 and pairs == pairs.both_directions()
 
 
-@pytest.mark.parametrize("part", ["attribution", "evaluation"])
-@pytest.mark.parametrize("template", PRONOUN_TEMPLATES)
+@for_each("part", ["attribution", "evaluation"])
+@for_each("template", PRONOUN_TEMPLATES)
 def test_the_real_model_solves_every_template(stories260K: Any, template: str, part: str) -> None:
     tokens = tokenize(stories260K, pronoun_pairs(template, part, 4))
     assert len(set(tokens.lengths)) == 1

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.loops import for_each
 from tl_neuron_circuits import tasks
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.demo import _states as states
@@ -34,7 +35,7 @@ TASKS: dict[str, tuple[Callable[..., PromptPairs], dict[str, Any], int, list[str
     "ioi-all-phrasings": (ioi, {"phrasing": None}, 18_000, ["John", "Mary"]),
     "greater_than": (greater_than, {}, 6580, ["war"]),
 }
-each_task = pytest.mark.parametrize("name", TASKS)
+each_task = for_each("name", TASKS)
 
 
 def make(name: str, n: int = 32, seed: int = 0, **more: Any) -> PromptPairs:
@@ -71,7 +72,7 @@ def test_asking_for_more_pairs_than_there_are_says_how_many(name: str) -> None:
             make(name, n=n)
 
 
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task[2] <= 6580])
+@for_each("name", [name for name, task in TASKS.items() if task[2] <= 6580])
 def test_all_pairs_that_are_counted_exist(name: str) -> None:
     total = TASKS[name][2]
     assert len({pair[:4] for pair in make(name, n=total)}) == total
@@ -208,7 +209,7 @@ def test_ioi_answers_with_the_name_that_does_not_give() -> None:
         names = [word.strip(",.") for word in pair.clean.split() if word.strip(",.") in english.NAMES]
         first, second, giver = names
         assert pair.answer == f" {second if giver == first else first}" and pair.wrong_answer == f" {giver}"
-    with pytest.raises(PairsError, match="phrasing must be 0 to 2"):
+    with pytest.raises(PairsError, match="phrasing must be 0 to 8"):
         ioi(phrasing=-1)
 
 

@@ -152,7 +152,8 @@ def test_keep_fitting_drops_both_directions_and_says_why(word_model: Any, caplog
     with caplog.at_level(logging.INFO, logger="tl_neuron_circuits"):
         kept = keep_fitting(word_model, good.both_directions() + bad.both_directions() + half)
     assert kept == good.both_directions()
-    assert "kept 2 of 6 pairs; the first problem: pair 2" in caplog.text and "wombat" in caplog.text
+    assert "first problem: pair 2" in caplog.text
+    assert "2 of 6 qualified (33%), left out 2 with unknown words" in caplog.text and "wombat" in caplog.text
     with pytest.raises(PairsError, match=r"none of the 2 pairs fits this model's tokenizer.*wombat"):
         keep_fitting(word_model, bad.both_directions())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.transcoders.conftest import SMALL
 from tests.transcoders.test_train import assert_equal
-from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
+from tl_neuron_circuits._errors import FileFormatError, NumericalError, SaveError, SettingsError
 from tl_neuron_circuits.transcoders import train
 from tl_neuron_circuits.transcoders._train import checkpoints, newest_checkpoint, read_checkpoint, write_checkpoint
 from tl_neuron_circuits.transcoders._trainee import Trainee
@@ -90,9 +90,9 @@ from tests.transcoders.conftest import SMALL
 from tl_neuron_circuits import _files
 from tl_neuron_circuits.transcoders import train
 original = _files.save_file
-def dying(tensors, path):
-    original(tensors, path)
-    if "00000018" in str(path):
+def dying(tensors, path, metadata):
+    original(tensors, path, metadata)
+    if "00000018" in str(path):  # the folder of the checkpoint
         with open(path, "r+b") as file:
             file.truncate(1000)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -109,7 +109,7 @@ def test_a_process_killed_while_writing_leaves_a_readable_directory(
     done = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], cwd=root, capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000009"]
-    assert len(list(tmp_path.iterdir())) == 2  # what was being written is still there, under another name
+    assert len(list(tmp_path.iterdir())) == 2  # what was being written is still there, but not as a checkpoint
     resumed = train(one_tiny, tokens, SMALL, directory=tmp_path, resume=True, verbose=False)
     assert_equal(train(one_tiny, tokens, SMALL, verbose=False), resumed)
     assert len(list(tmp_path.iterdir())) == 2 == len(checkpoints(tmp_path))
@@ -125,16 +125,17 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(
     train(one_tiny, tokens, SMALL.replace(steps=9), directory=tmp_path, verbose=False)
     config = SMALL.replace(steps=9)
     tensors, notes = read_checkpoint(newest_checkpoint(tmp_path), config, {})
+    contents = {name: getattr(notes, name) for name in notes.__struct_fields__}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-        with pytest.raises(FileFormatError, match=r"could not be written.*checkpoint-00000009 is whole"):
-            write_checkpoint(tmp_path, 18, tensors, notes, keep=2)
+        with pytest.raises(SaveError, match=r"could not be written.*checkpoint-00000009 is whole"):
+            write_checkpoint(tmp_path, 18, tensors, contents, keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000009"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000009"]
     again, _ = read_checkpoint(newest_checkpoint(tmp_path), config, {})
     assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
 

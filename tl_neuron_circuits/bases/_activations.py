@@ -41,9 +41,19 @@ class ActivationSite:
         """The value with these components."""
         return parts.nodes.reshape(*parts.nodes.shape[:2], *like.shape[2:]).to(like.dtype)
 
-    def node_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos unit"]:
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The hook point itself."""
+        return (self.hook,)
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def node_gradient(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, "batch pos unit"]:
         """The gradient itself."""
-        return _flat(gradient)
+        return _flat(gradients[self.hook])
 
     def vector_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos d"]:
         """The gradient itself."""

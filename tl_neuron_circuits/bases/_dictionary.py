@@ -10,9 +10,14 @@ the features are, by the activation of the dictionary's kind,
     jumprelu   relu(pre) where pre > threshold, else 0
     topk       relu of the k largest pre, else 0
     abstopk    the k largest |pre| with their sign, else 0
+    signed_topk  the k largest pre with their sign, else 0    circuit-tracer's TopK: negative where fewer are positive
     gated      relu(exp(r_mag) * (x_n @ W_enc) + b_mag) where x_n @ W_enc + b_gate > 0, else 0
 
-Kinds are SAELens' architectures; batch-topk and matryoshka SAEs are saved as jumprelu.
+Kinds are SAELens' architectures; batch-topk and matryoshka SAEs are read as jumprelu, as SAELens saves them.
+
+A cross-layer transcoder is one dictionary per layer. Features of layer l write `W_dec` into that layer's output and
+`W_dec_later[k]` into that of layer l + 1 + k; `Dictionaries` joins the layers. What is written into layer m is
+sum over l <= m of features_l @ W_dec(l -> m), plus b_dec of layer m. Source: Ameisen et al. 2025.
 
 `W_dec` holds effective directions: a decoder that divides by its own row norms (`rescale_acts_by_decoder_norm`) is
 folded on loading. So one unit of feature f writes exactly `decoder_scale(x) * W_dec[f]`. The scale is 1 except under
@@ -43,6 +48,7 @@ ENCODER_TENSORS: dict[str, tuple[str, ...]] = {
     "jumprelu": ("b_enc", "threshold"),
     "topk": ("b_enc",),
     "abstopk": ("b_enc",),
+    "signed_topk": ("b_enc",),
     "gated": ("r_mag", "b_gate", "b_mag"),
 }
 """Per activation, the vectors `[d_dict]` it needs besides W_enc."""
@@ -61,17 +67,19 @@ class Kind:
     is_transcoder: bool = False
     has_skip: bool = False
     in_saelens: bool = True
+    is_cross_layer: bool = False
 
     @property
     def needs_k(self) -> bool:
         """Whether the activation keeps a fixed number of features."""
-        return self.activation in ("topk", "abstopk")
+        return self.activation in ("topk", "abstopk", "signed_topk")
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """The names of every tensor that a file of this kind holds."""
         skip = ("W_skip",) if self.has_skip else ()
-        return ("W_enc", "W_dec", "b_dec", *ENCODER_TENSORS.get(self.activation, ()), *skip)
+        later = ("W_dec_later",) if self.is_cross_layer else ()
+        return ("W_enc", "W_dec", "b_dec", *ENCODER_TENSORS.get(self.activation, ()), *skip, *later)
 
 
 KINDS: dict[str, Kind] = {
@@ -84,9 +92,13 @@ KINDS: dict[str, Kind] = {
     "skip_transcoder": Kind("relu", is_transcoder=True, has_skip=True),
     "jumprelu_transcoder": Kind("jumprelu", is_transcoder=True),
     "jumprelu_skip_transcoder": Kind("jumprelu", is_transcoder=True, has_skip=True),
-    # SAELens has no topk transcoders: only this package reads these two.
+    # SAELens has no topk or cross-layer transcoders: only this package reads these from a folder of its layout.
     "topk_transcoder": Kind("topk", is_transcoder=True, in_saelens=False),
     "topk_skip_transcoder": Kind("topk", is_transcoder=True, has_skip=True, in_saelens=False),
+    "signed_topk_transcoder": Kind("signed_topk", is_transcoder=True, in_saelens=False),
+    "signed_topk_skip_transcoder": Kind("signed_topk", is_transcoder=True, has_skip=True, in_saelens=False),
+    "cross_layer_transcoder": Kind("relu", is_transcoder=True, in_saelens=False, is_cross_layer=True),
+    "jumprelu_cross_layer_transcoder": Kind("jumprelu", is_transcoder=True, in_saelens=False, is_cross_layer=True),
     # A live object with an encoder of its own; never in a file.
     "custom": Kind("custom", in_saelens=False),
 }
@@ -94,8 +106,6 @@ KINDS: dict[str, Kind] = {
 REFUSED_KINDS: dict[str, str] = {
     "temporal": "its features depend on earlier positions and its reconstruction is not W_dec times the features",
     "matching_pursuit": "its encoder is a search; load it with sae-lens and pass the object to as_dictionary",
-    "batchtopk": "it is a training checkpoint; save it with save_inference_model, which writes jumprelu",
-    "matryoshka_batchtopk": "it is a training checkpoint; save it with save_inference_model, which writes jumprelu",
 }
 
 
@@ -125,6 +135,7 @@ class Dictionary:
         kind: SAELens' architecture name ("standard", "gated", "topk", "jumprelu", "skip_transcoder", ...).
         hook_in: the hook point it reads, by its author's name; bases find the same place on a model.
         hook_out: the hook point it writes; equal to `hook_in` for an SAE.
+        W_dec_later: what the features write into the outputs of the layers after their own, for cross-layer kinds.
         k: features kept per position, for the topk kinds.
         own_encode: the encoder of a live object, for kind "custom".
 
@@ -150,6 +161,7 @@ class Dictionary:
     b_gate: Float[Tensor, " d_dict"] | None = None
     b_mag: Float[Tensor, " d_dict"] | None = None
     W_skip: Float[Tensor, "d_out d_in"] | None = None
+    W_dec_later: Float[Tensor, "later d_dict d_out"] | None = None
     k: int | None = None
     hook_in: str | None = None
     hook_out: str | None = None
@@ -199,6 +211,11 @@ class Dictionary:
         return self.W_enc.device
 
     @property
+    def n_later(self) -> int:
+        """How many layers after its own its features write into."""
+        return 0 if self.W_dec_later is None else len(self.W_dec_later)
+
+    @property
     def is_transcoder(self) -> bool:
         """Whether it writes at another hook point than it reads, or is of a kind that does."""
         return self._kind.is_transcoder or self.hook_in != self.hook_out
@@ -245,9 +262,9 @@ class Dictionary:
         pre = linear + self._weight("b_enc", linear)
         if activation == "jumprelu":  # no gradient reaches the threshold
             return pre.relu() * (pre > self._weight("threshold", pre)).to(pre.dtype)
-        if activation in ("topk", "abstopk") and self.k is not None:
-            signed = activation == "abstopk"
-            index = (pre.abs() if signed else pre).topk(self.k, dim=-1, sorted=False).indices
+        if self._kind.needs_k and self.k is not None:
+            signed = activation != "topk"
+            index = (pre.abs() if activation == "abstopk" else pre).topk(self.k, dim=-1, sorted=False).indices
             kept = pre.gather(-1, index)
             return torch.zeros_like(pre).scatter(-1, index, kept if signed else kept.relu())
         return pre.relu()
@@ -416,6 +433,8 @@ def _check_settings(dictionary: Dictionary) -> None:
             f"{name}: apply_b_dec_to_input has no meaning for a {dictionary.kind}: b_dec belongs to the output. "
             "Fold it into b_enc (b_enc - b_dec @ W_enc) and pass apply_b_dec_to_input=False."
         )
+    if dictionary.W_dec_later is not None and not kind.is_cross_layer:
+        raise DictionaryError(f"{name}: W_dec_later belongs to cross-layer kinds; a {dictionary.kind} writes once.")
     if (kind.activation == "custom") != (dictionary.own_encode is not None):
         raise DictionaryError(f"{name}: kind 'custom' and own_encode go together; use as_dictionary(object).")
     tied = dictionary.apply_b_dec_to_input or dictionary.scale_depends_on_input
@@ -438,6 +457,9 @@ def _check_tensors(kind_name: str, name: str, tensors: Mapping[str, Tensor]) -> 
     shapes |= {vector: (d_dict,) for vector in ENCODER_TENSORS.get(kind.activation, ())}
     if "W_skip" in tensors or kind.has_skip:
         shapes["W_skip"] = (d_out, d_in)
+    if "W_dec_later" in tensors or kind.is_cross_layer:
+        later = tensors.get("W_dec_later")
+        shapes["W_dec_later"] = (0 if later is None else len(later), d_dict, d_out)
     for tensor_name, shape in shapes.items():
         tensor = tensors.get(tensor_name)
         if tensor is None:

@@ -5,7 +5,9 @@
 so that the value at the hook point is rebuilt exactly whatever the dictionary misses: error is all that is left. The
 value is linear in the nodes, hence gradients need no splice: with g the model's own gradient at the hook point,
 d m / d node(f) = W_dec[f] . g, and features + error + skip add up to the MLP output's own scores.
-A transcoder reads the MLP's input and writes at its output. Source: Marks et al. 2025; METHODS 1.1 (caution) and 4.3.
+A transcoder reads the MLP's input and writes at its output. Features of a cross-layer transcoder write at the outputs
+of their own and all later layers: d m / d node(f) is then a sum over these, and error is what all layers up to its own
+leave. Source: Marks et al. 2025; METHODS 1.1 (caution) and 4.3.
 
 A dictionary names its hook points as its author did; `resolve_hooks` finds the same places on either model class. Which
 hook point carries the value that enters the MLP (measured with random norm weights):
@@ -29,7 +31,7 @@ where there is one; the Bridge's `mlp.hook_out` is before it.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ from ..models._protocol import TransformerLensModel, hook_point, hook_points
 from ..models._threads import hooked
 from ._dictionary import Dictionary
 from ._dictionary_variance import VarianceSums
-from ._site import Parts
+from ._site import Parts, refuse_cross_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +56,32 @@ class DictionarySite:
     hook: str
     layer: int
     letter: str = "F"
+    before: "tuple[DictionarySite, ...]" = ()
+    """Sites of earlier layers of a cross-layer transcoder, whose features write here too."""
+    later: tuple[str, ...] = ()
+    """Hook points of later layers that its features write to."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The hook points it reads and writes."""
-        return tuple(dict.fromkeys((self.hook_in, self.hook)))
+        """The hook points it reads and writes, and those that earlier layers' features are read from."""
+        return tuple(dict.fromkeys((self.hook_in, self.hook, *(site.hook_in for site in self.before))))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The hook points its features write to."""
+        return (self.hook, *self.later)
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """Hooks of the sites whose features write here too."""
+        return tuple(site.hook for site in self.before)
+
+    def decoder(self, hook: str) -> Float[Tensor, "d_dict d_out"]:
+        """What its features write at one of `writes`."""
+        later = self.dictionary.W_dec_later
+        if hook == self.hook or later is None:
+            return self.dictionary.W_dec
+        return later[self.later.index(hook)]
 
     @property
     def identity(self) -> str:
@@ -79,22 +102,28 @@ class DictionarySite:
         if self.dictionary.scale_depends_on_input:
             nodes = nodes * self.dictionary.decoder_scale(x)
         skip = self.dictionary.skip(x)
-        rebuilt = self._decode(nodes) if skip is None else self._decode(nodes) + skip
+        earlier = {site.hook: site.dictionary.encode(values[site.hook_in]).to(nodes) for site in self.before}
+        rebuilt = self._decode(nodes, earlier) if skip is None else self._decode(nodes, earlier) + skip
         vectors = {"error": output.to(rebuilt) - rebuilt}
-        return Parts(nodes, vectors if skip is None else {**vectors, "skip": skip})
+        return Parts(nodes, vectors if skip is None else {**vectors, "skip": skip}, earlier)
 
     def put_together(self, parts: Parts, like: Tensor) -> Tensor:
-        """The value given by these nodes, error and skip."""
-        value = self._decode(parts.nodes)
+        """The value given by these nodes, those of earlier layers, error and skip."""
+        if set(parts.earlier) != set(self.earlier):
+            refuse_cross_layer([self], "putting a layer's output together from its own features alone")
+        value = self._decode(parts.nodes, parts.earlier)
         for vector in parts.vectors.values():
             value = value + vector
         return value.reshape(like.shape).to(like.dtype)
 
-    def node_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos unit"]:
-        """W_dec[f] . gradient for every feature."""
-        dtype = torch.promote_types(torch.promote_types(gradient.dtype, self.dictionary.dtype), torch.float32)
-        gradient = _flat(gradient).to(dtype)
-        return gradient @ self.dictionary.W_dec.to(gradient).mT
+    def node_gradient(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, "batch pos unit"]:
+        """W_dec[f] . gradient for every feature, summed over the places it writes to."""
+        total: Any = 0
+        for hook in self.writes:
+            gradient = _flat(gradients[hook])
+            dtype = torch.promote_types(torch.promote_types(gradient.dtype, self.dictionary.dtype), torch.float32)
+            total = total + gradient.to(dtype) @ self.decoder(hook).to(gradient.device, dtype).mT
+        return total
 
     def vector_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos d"]:
         """The gradient itself, heads concatenated."""
@@ -102,10 +131,21 @@ class DictionarySite:
 
     def variance(self, values: Mapping[str, Tensor]) -> VarianceSums:
         """Sums for the fraction of variance that the dictionary leaves unexplained on a run."""
+        if self.before:
+            error = self.take_apart(values).vectors["error"]
+            value = _flat(values[self.hook]).to(error)
+            return VarianceSums.measure(value, value - error)
         return VarianceSums.measure(_flat(values[self.hook]), _flat(self.dictionary(values[self.hook_in])))
 
-    def _decode(self, nodes: Tensor) -> Tensor:
-        return nodes @ self.dictionary.W_dec.to(nodes) + self.dictionary.b_dec.to(nodes)
+    def written(self, nodes: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:
+        """What features write at `hook`: its own, and those of earlier layers by their hooks."""
+        value = nodes @ self.dictionary.W_dec.to(nodes)
+        for site in self.before:
+            value = value + earlier[site.hook].to(nodes) @ site.decoder(self.hook).to(nodes)
+        return value
+
+    def _decode(self, nodes: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:
+        return self.written(nodes, earlier) + self.dictionary.b_dec.to(nodes)
 
 
 def _flat(value: Tensor) -> Tensor:
@@ -141,14 +181,35 @@ class Dictionaries:
 
         Raises:
             DictionaryError: a dictionary's hook points do not exist on the model, or its width differs.
-            SettingsError: two dictionaries write at the same hook point.
+            SettingsError: two dictionaries write at the same hook point, or layers of a cross-layer transcoder are
+                missing.
         """
         sites = [DictionarySite(d, *resolve_hooks(model, d), d.layer) for d in self.dictionaries]
         hooks = [site.hook for site in sites]
         twice = sorted({hook for hook in hooks if hooks.count(hook) > 1})
         if twice:
             raise SettingsError(f"expected one dictionary per hook point; got several that write at {twice}.")
-        return tuple(sorted(sites, key=lambda site: site.layer))
+        return _joined(tuple(sorted(sites, key=lambda site: site.layer)))
+
+
+def _joined(sites: tuple[DictionarySite, ...]) -> tuple[DictionarySite, ...]:
+    """The sites, layers of a cross-layer transcoder knowing each other."""
+    cross = {site.layer: site for site in sites if site.dictionary.W_dec_later is not None}
+    if not cross:
+        return sites
+    last = max(layer + site.dictionary.n_later for layer, site in cross.items())
+    missing = sorted(set(range(last + 1)) - set(cross))
+    if missing or any(layer + site.dictionary.n_later != last for layer, site in cross.items()):
+        raise SettingsError(
+            f"expected the layers 0 to {last} of one cross-layer transcoder, each writing up to layer {last}; got "
+            f"{sorted(cross)}: a layer's error is what all earlier layers leave of it. Pass all that "
+            "load_dictionaries gave."
+        )
+    made: dict[int, DictionarySite] = {}
+    for layer in range(last + 1):
+        later = tuple(cross[beyond].hook for beyond in range(layer + 1, last + 1))
+        made[layer] = replace(cross[layer], before=tuple(made.values()), later=later)
+    return tuple(made[site.layer] if site.dictionary.W_dec_later is not None else site for site in sites)
 
 
 _LAYER = re.compile(r"blocks\.(\d+)\.(.+)")

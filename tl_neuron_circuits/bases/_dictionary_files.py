@@ -3,32 +3,42 @@
 `cfg.json` comes in two layouts. Since SAELens 6.0 the settings of an architecture are at the top and everything about
 model and hooks is under `metadata`. Before (no `sae_lens_version`, or a lower one) all of it is at the top, under older
 names, with defaults, and top-k is an activation function. Both are read with SAELens 6.54's defaults, except where
-those would change the numbers silently: that is an error.
+those would change the numbers silently: that is an error. Training checkpoints of batch-topk and matryoshka SAEs are
+read as SAELens' `save_inference_model` writes them: as jumprelu at the threshold that training kept.
+
+Two files cannot be replaced at once. So the weights' header holds the settings too, with a checksum of both, which is
+the id of the folder: `cfg.json` carries it as well. Where the ids differ, a save was stopped between the two files (or
+is at work), and the header has the settings that belong to the weights.
+
+Other programs' files are read in `_dictionary_formats.py`.
 """
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .._errors import DictionaryError, FileFormatError
+from .._files import parse_json, present, read_tensors, read_text, short, write_tensors, write_text
 from .._typing import checked
 from ._dictionary import Dictionary, build_dictionary, kind_of
+from ._dictionary_formats import read_other_format
 
 FORMAT_VERSION = "6.54.12"
 """The sae-lens release whose layout `save_dictionary` follows; readers choose their parser by it."""
 
-_CONFIG_FILE = "cfg.json"
-_WEIGHTS_FILE = "sae_weights.safetensors"
-_OWN_FILES = frozenset({_CONFIG_FILE, _WEIGHTS_FILE, "sparsity.safetensors"})
+ID = "tl_neuron_circuits_id"
+"""Under `metadata` in `cfg.json`: the checksum of the weights that it belongs to."""
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+TRAINED_AS_JUMPRELU = ("batchtopk", "matryoshka_batchtopk")
+"""Architectures of training checkpoints that are jumprelu when they are used."""
+_OWN_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, "sparsity.safetensors"})
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _METADATA_KEYS = (
     "model_name",
@@ -57,11 +67,12 @@ _OLD_NAMES = {
 
 @checked
 def load_dictionary(path: str | Path) -> Dictionary:
-    """The SAE or transcoder of a SAELens folder.
+    """The SAE or transcoder of a folder or file of SAELens, Gemma Scope, EleutherAI's sparsify, or circuit-tracer.
 
-    Reads standard, gated, topk, abstopk and jumprelu SAEs (batch-topk and matryoshka SAEs are saved as jumprelu) and
-    the four transcoders, of SAELens 6 and of the older layout, in the dtype that `cfg.json` names. It may come without
-    hooks; `as_dictionary(load_dictionary(path), hook_in=..., hook_out=...)` names them.
+    Of SAELens 6 and of the older layout, standard, gated, topk, abstopk and jumprelu SAEs are read, batch-topk and
+    matryoshka SAEs as jumprelu, and the four transcoders, in the dtype that `cfg.json` names; of the others .npz and
+    .safetensors files and sparsify's folders. It may come without hooks;
+    `as_dictionary(load_dictionary(path), hook_in=..., hook_out=...)` names them.
 
     Raises:
         FileFormatError: the folder or a file is missing, truncated, or not JSON or safetensors.
@@ -74,8 +85,14 @@ def load_dictionary(path: str | Path) -> Dictionary:
         Dictionary(jumprelu, 768 features, 128 -> 128, blocks.3.hook_mlp_out, torch.float32)
     """
     folder = Path(path)
-    config = _read_config(folder)
-    tensors = _read_tensors(folder / _WEIGHTS_FILE)
+    others = None if (folder / WEIGHTS_FILE).is_file() else read_other_format(folder)
+    if others is not None:
+        if len(others) > 1:
+            raise FileFormatError(
+                f"{folder} holds {len(others)} dictionaries; expected one. load_dictionaries reads them."
+            )
+        return others[0]
+    config, tensors = _read_folder(folder)
     try:
         parsed = parse_config(config)
         tensors = _converted(tensors, parsed)
@@ -83,29 +100,6 @@ def load_dictionary(path: str | Path) -> Dictionary:
         return build_dictionary(parsed.kind, tensors, metadata=parsed.metadata, name=name, **parsed.settings)
     except DictionaryError as error:
         raise DictionaryError(f"{folder}: {error}") from error
-
-
-def load_dictionaries(paths: Iterable[str | Path]) -> list[Dictionary]:
-    """The dictionaries of several folders, each a SAELens folder or a folder of such folders.
-
-    Raises:
-        FileFormatError: a folder is missing or holds no dictionary, or one is damaged.
-        DictionaryError: as in `load_dictionary`.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> for sae in tnc.load_demo_dictionaries("sae"):
-        ...     folder = tnc.save_dictionary(sae, f"saes/layer-{sae.layer:02d}")
-        >>> [sae.hook_out for sae in tnc.bases.load_dictionaries(["saes"])][:2]
-        ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
-    """
-    dictionaries: list[Dictionary] = []
-    for path in map(Path, paths):
-        inside = sorted(file.parent for file in path.glob(f"*/{_CONFIG_FILE}"))
-        if not (path / _CONFIG_FILE).exists() and path.is_dir() and not inside:
-            raise FileFormatError(f"expected {_CONFIG_FILE} in {path} or in the folders in it; found none.")
-        dictionaries += [load_dictionary(folder) for folder in (inside or [path])]
-    return dictionaries
 
 
 @dataclass(frozen=True)
@@ -130,21 +124,35 @@ def parse_config(config: Mapping[str, Any]) -> DictionaryConfig:
     """
     if _is_old(config):
         config = _modernized(config)
+    trained = config.get("architecture") in TRAINED_AS_JUMPRELU
+    if trained:
+        config = {**config, "architecture": "jumprelu"}
     kind_name = str(config.get("architecture", "standard"))
     kind = kind_of(kind_name)
     for name in ("d_in", "d_sae", *(("d_out",) if kind.is_transcoder else ()), *(("k",) if kind.needs_k else ())):
-        if not isinstance(config.get(name), int):
-            raise DictionaryError(f"cfg.json of a {kind_name} needs the integer {name!r}, has {config.get(name)!r}.")
-    metadata = dict(config.get("metadata") or {})
+        found = config.get(name)
+        if not isinstance(found, int) or isinstance(found, bool) or not 0 < found < 2**40:
+            raise DictionaryError(f"cfg.json of a {kind_name} needs the integer {name!r}, has {short(repr(found))}.")
+    metadata = {key: value for key, value in _object(config, "metadata").items() if key != ID}
+    for name in ("hook_name", "hook_name_out", "neuronpedia_id"):
+        if not isinstance(metadata.get(name), str | None):
+            raise DictionaryError(f"cfg.json needs a text as {name}, has {short(repr(metadata[name]))}.")
+    for name in ("rescale_acts_by_decoder_norm", "apply_b_dec_to_input"):
+        if not isinstance(config.get(name), bool | None):
+            raise DictionaryError(f"cfg.json needs true or false as {name}, has {short(repr(config[name]))}.")
+    for name in ("normalize_activations", "reshape_activations"):
+        if not isinstance(config.get(name), str | None):
+            raise DictionaryError(f"cfg.json needs a text as {name}, has {short(repr(config[name]))}.")
     return DictionaryConfig(
         kind=kind_name,
         d_in=config["d_in"],
         d_dict=config["d_sae"],
         d_out=config["d_out"] if kind.is_transcoder else config["d_in"],
-        dtype=config.get("dtype"),
+        dtype=None if config.get("dtype") is None else str(config["dtype"]),
         settings={
             "k": config["k"] if kind.needs_k else None,
-            "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm")) and kind.needs_k,
+            "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm"))
+            and (kind.needs_k or trained),
             "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", not kind.is_transcoder)),
             "normalize_activations": config.get("normalize_activations") or "none",
             "reshape_activations": config.get("reshape_activations") or "none",
@@ -155,12 +163,20 @@ def parse_config(config: Mapping[str, Any]) -> DictionaryConfig:
     )
 
 
+def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What is under a name that may be missing or null."""
+    found = config.get(name)
+    if not isinstance(found, Mapping | None):
+        raise DictionaryError(f"cfg.json needs an object as {name}, has {short(repr(found))}.")
+    return found or {}
+
+
 def _is_old(config: Mapping[str, Any]) -> bool:
-    version = config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version")
+    version = config.get("sae_lens_version") or _object(config, "metadata").get("sae_lens_version")
     if not version:
         return True
     major = str(version).split(".")[0]
-    if not major.isdigit():
+    if not (major.isascii() and major.isdigit() and len(major) < 10):
         raise DictionaryError(f"cfg.json has sae_lens_version {version!r}, which is not a version number.")
     return int(major) < 6
 
@@ -170,7 +186,7 @@ def _modernized(config: Mapping[str, Any]) -> dict[str, Any]:
     new = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
     activation = new.get("activation_fn") or "relu"
     if activation == "topk":
-        new |= {"architecture": "topk", "k": (new.get("activation_fn_kwargs") or {}).get("k", new.get("k"))}
+        new |= {"architecture": "topk", "k": _object(new, "activation_fn_kwargs").get("k", new.get("k"))}
     elif activation != "relu":
         raise DictionaryError(
             f"cfg.json has activation_fn {activation!r}; expected 'relu' or 'topk'. SAELens 6 would load it as relu, "
@@ -178,42 +194,55 @@ def _modernized(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if isinstance(new.get("normalize_activations"), bool):
         new["normalize_activations"] = "expected_average_only_in" if new["normalize_activations"] else "none"
-    new.setdefault("reshape_activations", "hook_z" if "hook_z" in (new.get("hook_name") or "") else "none")
+    new.setdefault("reshape_activations", "hook_z" if "hook_z" in str(new.get("hook_name") or "") else "none")
     new.setdefault("prepend_bos", True)
     top = {key: new[key] for key in _METADATA_KEYS if key in new}
-    return new | {"metadata": top | dict(new.get("metadata") or {})}
+    return new | {"metadata": top | dict(_object(new, "metadata"))}
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    file = folder / _CONFIG_FILE
+    file = folder / CONFIG_FILE
     if not file.is_file():
         inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else ""
         what = f"found {inside or 'an empty folder'}" if folder.is_dir() else "no such folder"
         raise FileFormatError(
-            f"{file} is missing ({what}). Expected a SAELens folder with {_CONFIG_FILE} and {_WEIGHTS_FILE}, as "
+            f"{file} is missing ({what}). Expected a SAELens folder with {CONFIG_FILE} and {WEIGHTS_FILE}, as "
             "SAE.save_model writes it."
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{file} is not JSON: {error}. Download or save the dictionary again.") from error
+        config = parse_json(read_text(file))
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{file} is not JSON: {short(error)}. Download or save the dictionary again.") from error
     if not isinstance(config, dict):
         raise FileFormatError(f"{file} holds a {type(config).__name__}, expected the settings of a dictionary.")
     return config
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
+def _read_folder(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """The settings and the weights, which belong together."""
+    file = folder / WEIGHTS_FILE
+    if not file.is_file() and (folder / CONFIG_FILE).is_file():
         hint = " sae.safetensors is EleutherAI's sparsify layout." if file.with_name("sae.safetensors").exists() else ""
         raise FileFormatError(
             f"{file} is missing.{hint} Load the dictionary with sae-lens and save it with save_model."
         )
+    tensors, content, checksum = read_tensors(file) if file.is_file() else ({}, None, "")
+    if content is None:  # written by others
+        return _read_config(folder), tensors
     try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+        own = parse_json(content)
+    except ValueError as error:
+        raise FileFormatError(f"the settings in {file} are not JSON: {short(error)}. Save it again.") from error
+    config = _read_config(folder) if (folder / CONFIG_FILE).exists() else {"metadata": {ID: None}}
+    metadata = dict(_object(config, "metadata"))
+    if ID not in metadata:
+        return config, tensors  # edited on purpose
+    if metadata.pop(ID) == checksum and {**config, "metadata": metadata} != own:
         raise FileFormatError(
-            f"{file} is truncated or not a safetensors file: {error}. Download or save the dictionary again."
-        ) from error
+            f"{folder / CONFIG_FILE} was changed or damaged since the dictionary was saved. Save it again; or, to "
+            f"load it as it stands, remove {ID} from its metadata."
+        )
+    return own, tensors
 
 
 def _converted(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str, Tensor]:
@@ -223,6 +252,8 @@ def _converted(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str
         raise DictionaryError(
             "scaling_factor is not all ones, and SAELens 6 does not apply it: fold it into W_dec's rows."
         )
+    if "topk_threshold" in tensors:
+        tensors["threshold"] = tensors["b_enc"].new_full(tensors["b_enc"].shape, float(tensors.pop("topk_threshold")))
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     widths = {"W_enc": (config.d_in, config.d_dict), "W_dec": (config.d_dict, config.d_out), "b_dec": (config.d_out,)}
@@ -239,13 +270,14 @@ def _converted(tensors: dict[str, Tensor], config: DictionaryConfig) -> dict[str
 
 @checked
 def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a dictionary as a SAELens folder and return its path; it appears whole or not at all.
+    """Write a dictionary as a SAELens folder and return its path; `load_dictionary` finds it whole or not at all.
 
-    sae-lens 6 loads it with `SAE.load_from_disk(path)`. The kinds "topk_transcoder" and "topk_skip_transcoder", which
-    sae-lens does not have, are read by `load_dictionary` only.
+    sae-lens 6 loads it with `SAE.load_from_disk(path)`. Kinds that sae-lens does not have (transcoders with topk,
+    layers of cross-layer transcoders) are read by `load_dictionary` only.
 
     Raises:
         FileFormatError: the path exists and `overwrite` is not given, or it holds something other than a dictionary.
+        SaveError: it could not be written; a dictionary that was there is as it was.
         DictionaryError: it has an encoder of its own (kind "custom"), metadata that JSON cannot hold, or a form that no
             SAELens architecture has.
 
@@ -260,30 +292,30 @@ def save_dictionary(dictionary: Dictionary, path: str | Path, *, overwrite: bool
     target = Path(path)
     _check_savable(dictionary)
     if target.exists():
-        if not target.is_dir() or {entry.name for entry in target.iterdir()} - _OWN_FILES:
+        if not target.is_dir() or present(target) - _OWN_FILES:
             raise FileFormatError(f"{target} exists and is not a dictionary's folder: choose another path.")
-        if any(target.iterdir()) and not overwrite:
+        if present(target) and not overwrite:
             raise FileFormatError(f"{target} holds a dictionary already: choose another path or pass overwrite=True.")
-    text = _config_text(dictionary)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        fresh, old = temporary / "new", temporary / "old"
-        fresh.mkdir()
-        weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dictionary.tensors().items()}
-        save_file(weights, fresh / _WEIGHTS_FILE)
-        (fresh / _CONFIG_FILE).write_text(text, encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        try:
-            fresh.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    config = _config(dictionary)
+    _stamp(target / CONFIG_FILE)
+    checksum = write_tensors(target / WEIGHTS_FILE, dictionary.tensors(), json.dumps(config))
+    config["metadata"] = config["metadata"] | {ID: checksum}
+    write_text(target / CONFIG_FILE, json.dumps(config, indent=2))
+    with suppress(OSError):
+        (target / "sparsity.safetensors").unlink()  # of the dictionary that was replaced
     return target
+
+
+def _stamp(file: Path) -> None:
+    """Give the settings of other programs' weights an id, so that they are never taken for those of what comes now."""
+    try:
+        config = parse_json(read_text(file))
+    except (OSError, ValueError):
+        return  # absent, or damaged: no settings of anything
+    if isinstance(config, dict) and isinstance(config.get("metadata"), dict | None):
+        metadata = config.get("metadata") or {}
+        if ID not in metadata:
+            write_text(file, json.dumps(config | {"metadata": metadata | {ID: None}}, indent=2))
 
 
 def _check_savable(dictionary: Dictionary) -> None:
@@ -299,7 +331,7 @@ def _check_savable(dictionary: Dictionary) -> None:
         raise DictionaryError(f"{name} has a W_skip, which a {dictionary.kind} cannot keep: make it a skip transcoder.")
 
 
-def _config_text(dictionary: Dictionary) -> str:
+def _config(dictionary: Dictionary) -> dict[str, Any]:
     kind = kind_of(dictionary.kind)
     hooks = {"hook_name": dictionary.hook_in}
     hooks |= {"hook_name_out": dictionary.hook_out} if dictionary.is_transcoder else {}
@@ -320,6 +352,6 @@ def _config_text(dictionary: Dictionary) -> str:
     config |= {"d_out": dictionary.d_out} if kind.is_transcoder else {}
     config |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False} if kind.needs_k else {}
     try:
-        return json.dumps(config, indent=2)
-    except (TypeError, ValueError) as error:
+        return json.loads(json.dumps(config, allow_nan=False))  # as a reader will have it
+    except (TypeError, ValueError, RecursionError) as error:
         raise DictionaryError(f"{dictionary.name}: its metadata cannot be written as JSON: {error}.") from error

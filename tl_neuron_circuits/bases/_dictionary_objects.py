@@ -1,9 +1,11 @@
 """Live objects as dictionaries, recognized by their structure: no library is imported for it.
 
 1. A SAELens object (`cfg.architecture()` and the tensors of that architecture) is read like its file.
-2. Anything with `encode`, `decode`, `W_enc` and `W_dec`, circuit-tracer's transcoders (`W_enc [d_dict, d_in]`) among
-   them, keeps its own `encode`. Its `decode` is replaced by `features @ W_dec + decode(0)`, because scores are read off
-   the rows of `W_dec`. Random numbers check that the two agree, and that a call adds nothing but `W_skip`.
+2. A layer of circuit-tracer's (`activation_function` beside `W_enc [d_dict, d_in]` and `b_enc`) whose activation is a
+   ReLU, a JumpReLU or its TopK is read like its file. Its TopK keeps negative values, as kind "signed_topk_..." does.
+3. Anything with `encode`, `decode`, `W_enc` and `W_dec` keeps its own `encode`. Its `decode` is replaced by
+   `features @ W_dec + decode(0)`, because scores are read off the rows of `W_dec`. Random numbers check that the two
+   agree, and that a call adds nothing but `W_skip`.
 """
 
 import inspect
@@ -18,7 +20,7 @@ from torch import Tensor
 from .._errors import DictionaryError
 from .._typing import checked
 from ._dictionary import Dictionary, build_dictionary, check_finite, kind_of
-from ._dictionary_files import FORMAT_VERSION, parse_config
+from ._dictionary_files import FORMAT_VERSION, TRAINED_AS_JUMPRELU, parse_config
 
 _PROBES = 4
 """How many random inputs and feature vectors an object is checked on."""
@@ -54,6 +56,8 @@ def as_dictionary(source: Any, *, hook_in: str | None = None, hook_out: str | No
         dictionary = source
     elif (kind := _saelens_kind(source)) is not None and kind != "matching_pursuit":
         dictionary = _from_saelens(source, kind)
+    elif (kind := _circuit_tracer_kind(source)) is not None:
+        dictionary = _from_circuit_tracer(source, kind)
     else:
         dictionary = _from_protocol(source)
     return _with_hooks(dictionary, hook_in, hook_out)
@@ -96,7 +100,50 @@ def _as_dict(settings: Any) -> dict[str, Any]:
     return dict(settings.to_dict() if hasattr(settings, "to_dict") else vars(settings))
 
 
+def _circuit_tracer_kind(source: Any) -> str | None:
+    """The kind of a layer of circuit-tracer's; None for anything else, and for an activation that is not known."""
+    activation = getattr(source, "activation_function", None)
+    tensors: list[Any] = [getattr(source, name, None) for name in ("W_enc", "W_dec", "b_enc", "b_dec")]
+    if activation is None or not all(isinstance(tensor, Tensor) for tensor in tensors) or tensors[0].dim() != 2:
+        return None
+    if isinstance(getattr(activation, "threshold", None), Tensor):
+        start = "jumprelu_" if bool((activation.threshold >= 0).all()) else None
+    elif isinstance(getattr(activation, "k", None), int):
+        start = "signed_topk_"
+    else:
+        start = "" if activation is torch.relu or getattr(activation, "__name__", "") == "relu" else None
+    skip = "skip_" if isinstance(getattr(source, "W_skip", None), Tensor) else ""
+    return None if start is None else f"{start}{skip}transcoder"
+
+
+def _from_circuit_tracer(source: Any, kind: str) -> Dictionary:
+    values = {name: getattr(source, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    if "skip" in kind:
+        values["W_skip"] = source.W_skip
+    if kind.startswith("jumprelu"):
+        values["threshold"] = source.activation_function.threshold.reshape(-1)
+    values = {name: value.detach().to(values["W_dec"]) for name, value in values.items()}
+    values["W_enc"] = values["W_enc"].mT
+    k = source.activation_function.k if "topk" in kind else None
+    name = f"{type(source).__name__} at no hook"
+    dictionary = build_dictionary(kind, values, k=k, name=name)
+    _check_agreement(source, dictionary, type(source).__name__)
+    x = _random(_PROBES, dictionary.d_in, like=dictionary.W_dec)
+    with torch.no_grad():
+        if not _close(source.encode(x), dictionary.encode(x)):
+            raise DictionaryError(
+                f"The {type(source).__name__}'s encode is not the {kind} that its activation_function says. Wrap it in "
+                "an object with encode, decode, W_enc and W_dec alone."
+            )
+    return dictionary
+
+
 def _from_saelens(source: Any, kind: str) -> Dictionary:
+    if kind in TRAINED_AS_JUMPRELU:
+        raise DictionaryError(
+            f"The {type(source).__name__} is in training: it keeps features by the batch they are in. Save it with "
+            "save_model, or with save_inference_model, and load that: load_dictionary(path) reads it as jumprelu."
+        )
     names = kind_of(kind).tensors
     missing = [name for name in names if not isinstance(getattr(source, name, None), Tensor)]
     if missing:
@@ -128,8 +175,8 @@ def _from_protocol(source: Any) -> Dictionary:
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if any(len(shapes.get(name, ())) != 2 for name in ("W_enc", "W_dec")):
         raise DictionaryError(
-            f"The {label} has tensors {shapes}; expected matrices W_enc and W_dec. Cross-layer transcoders, which "
-            "write to several layers, are not supported."
+            f"The {label} has tensors {shapes}; expected matrices W_enc and W_dec. A cross-layer "
+            "transcoder is read from its files: transcoder.to_safetensors(folder), then load_dictionaries(folder)."
         )
     dtype = tensors["W_dec"].dtype
     tensors = {name: tensor.to(tensors["W_dec"].device, dtype) for name, tensor in tensors.items()}

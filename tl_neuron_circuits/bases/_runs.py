@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._errors import UnsupportedModelError
 from ..models._protocol import TransformerLensModel, hook_point, submodule
+from ..models._run_state import require_steady
 from ..models._threads import hooked, this_thread_only
 from ..tasks._metrics import Metric, reads_answers_only
 from ..tasks._tokenized import Batch
@@ -24,7 +25,13 @@ def list_reads(sites: Iterable[Site]) -> list[str]:
 
 
 def run_logits(model: TransformerLensModel, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Run the model on tokens."""
+    """Run the model on tokens.
+
+    Raises:
+        UnsupportedModelError: dropout is training.
+        PropagationError: autocast is on.
+    """
+    require_steady(model, gradients=False)
     return model(tokens) if attention_mask is None else model(tokens, attention_mask=attention_mask)
 
 

@@ -6,17 +6,14 @@
 transcoder's skip connection), each one node per position. Attribution, evaluation and interventions use only this
 protocol and never ask which basis they work in.
 
-Each site writes to one hook point today. A cross-layer transcoder's features write to the MLP outputs of their own and
-all later layers, so `features + error = this layer's output` no longer holds layer by layer; what holds is, per output,
+A cross-layer transcoder's features write to the outputs of their own and all later layers, so there
+`features + error = this layer's output` does not hold layer by layer; what holds is, per output m,
 
     value_m = sum over sites l <= m of decode_{l -> m}(nodes_l) + b_m + error_m
 
-The protocol would carry it so: `writes` lists the hook points a site writes to, `hook` stays the first of them and the
-key of its scores; `node_gradient` takes the gradients at all of `writes` and sums W_dec_{l -> m}[f] . g_m; the error
-stays a vector node of the output it completes, so `take_apart` of site m needs the inputs of the sites before it, which
-`reads` can already name; and `put_together` of output m takes the parts of all sites that write there, not one site's.
-Until then nothing outside the sites should assume that a layer's features and error are the layer's output: ask
-`put_together`.
+`writes` lists the hook points a site writes to, `hook` the first of them and the key of its scores. A node's gradient
+is summed over `writes`; `take_apart` of site m reads the inputs of the sites before it and gives their nodes as
+`Parts.earlier`, which `put_together` needs: who changes nodes of an earlier site in the same run puts them there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +34,8 @@ class Parts:
 
     nodes: Float[Tensor, "batch pos unit"]
     vectors: Mapping[str, Float[Tensor, "batch pos d"]] = field(default_factory=dict)
+    earlier: Mapping[str, Float[Tensor, "batch pos _"]] = field(default_factory=dict)
+    """Nodes of earlier sites that write here too, by their hooks; of this run only, so neither mapped nor added."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Parts":
         """The same parts with `function` applied to each tensor."""
@@ -83,12 +82,26 @@ class Site(Protocol):
         """The nodes of a run, from its values at `reads`."""
         ...
 
-    def put_together(self, parts: Parts, like: Tensor) -> Tensor:
-        """The value at `hook` given by these parts, in the shape and dtype of `like`."""
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Hook points that its nodes write to, `hook` first."""
         ...
 
-    def node_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos unit"]:
-        """The gradient at each node from the gradient at `hook`; exact, because `put_together` is linear."""
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """Hooks of other sites whose nodes write to `hook` too."""
+        ...
+
+    def put_together(self, parts: Parts, like: Tensor) -> Tensor:
+        """The value at `hook` given by these parts, in the shape and dtype of `like`.
+
+        Raises:
+            SettingsError: earlier sites write here too, and the parts lack their nodes.
+        """
+        ...
+
+    def node_gradient(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, "batch pos unit"]:
+        """The gradient at each node from those at `writes`; exact, because `put_together` is linear."""
         ...
 
     def vector_gradient(self, gradient: Tensor) -> Float[Tensor, "batch pos d"]:
@@ -126,6 +139,21 @@ def basis_sites(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> 
         problem = f"{twice} more than once" if twice else "no site at all"
         raise SettingsError(f"expected every hook point once over the bases {[b.name for b in bases]}; got {problem}.")
     return sites
+
+
+def refuse_cross_layer(sites: Sequence[Site], what: str) -> None:
+    """Raise if nodes of some site write to several hook points, for what changes one hook point at a time.
+
+    Raises:
+        SettingsError: they do.
+    """
+    names = [site.hook for site in sites if len(site.writes) > 1 or site.earlier]
+    if names:
+        raise SettingsError(
+            f"expected nodes that write to one place for {what}; the features of the cross-layer transcoder at "
+            f"{names[0]} write to later layers too. Use attribute with relp, gradient or integrated_gradients_inputs, "
+            "trace, or evaluate."
+        )
 
 
 def basis_name(basis: Basis | Sequence[Basis]) -> str:

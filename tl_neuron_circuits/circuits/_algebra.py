@@ -91,6 +91,7 @@ def _check(circuits: Sequence[Circuit]) -> None:
 
 def _settings(circuits: Sequence[Circuit], target_value: float) -> dict:
     settings = dict(circuits[0].settings)
+    settings.pop("influence_before_pruning", None)  # of one circuit's nodes alone
     tokens = [circuit.settings["tokens"] for circuit in circuits]
     aligned = len({len(one) for one in tokens}) == 1
     hashes = "".join(circuit.settings["pairs_hash"] for circuit in circuits)

@@ -110,21 +110,8 @@ def choose_nodes(
         NumericalError: the target is zero, so nothing has a share of it.
         SettingsError: a number out of its range, or nothing to choose from.
     """
-    scores = [slot.cpu().double() for slot in scores]
-    mean = sum(float(score.abs().sum()) for score in scores) / max(1, sum(int((s != 0).sum()) for s in scores))
-    allowed = [score.abs() > _NEAR_ZERO * mean for score in scores]
-    for mask in allowed:
-        mask[list(skipped_positions)] = False
-    for layer, unit in excluded:
-        if layer not in layers or not 0 <= unit < scores[layers.index(layer)].shape[1]:
-            raise SettingsError(
-                f"exclude= names the unit ({layer}, {unit}), which has no nodes here; nodes are in the layers {layers} "
-                f"with {[score.shape[1] for score in scores]} units."
-            )
-        allowed[layers.index(layer)][:, unit] = False
-    flat = [torch.where(mask, score.abs(), 0.0).flatten() for mask, score in zip(allowed, scores, strict=True)]
-    size = torch.cat(flat)
-    available = sum(int(mask.sum()) for mask in allowed)
+    ranking = rank_nodes(scores, layers, skipped_positions=skipped_positions, excluded=excluded)
+    size, available = ranking.size, ranking.available
     if isinstance(choice, int):
         if not 1 <= choice <= available:
             raise SettingsError(f"expected between 1 and {available:,} nodes, as many as are active; got {choice}.")
@@ -142,9 +129,50 @@ def choose_nodes(
                 f"no node has {choice.share:g} of the target ({target:.4g}); the largest has "
                 f"{float(size.max()) / abs(target):.2g}. Lower ByShare(...), or give a number: nodes=100."
             )
-    index = size.topk(count).indices.sort().values
-    ends = torch.tensor([len(part) for part in flat]).cumsum(0)
-    slot = torch.searchsorted(ends, index, right=True)
-    inside = index - torch.cat([torch.zeros(1, dtype=torch.long), ends])[slot]
-    width = torch.tensor([score.shape[1] for score in scores])[slot]
-    return torch.stack([slot, inside // width, inside % width], 1)
+    return ranking.first(count)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All nodes that may be chosen, by |score|."""
+
+    size: Float[Tensor, " node"]
+    """|score|, zero where a node may not be chosen: all slots' nodes, one after the other."""
+    available: int
+    shapes: Sequence[tuple[int, int]]
+    """Positions and units of each slot."""
+
+    def first(self, count: int) -> Int[Tensor, "chosen 3"]:
+        """Slot, position and unit of the strongest nodes, in that order."""
+        index = self.size.topk(count).indices.sort().values
+        ends = torch.tensor([positions * units for positions, units in self.shapes]).cumsum(0)
+        slot = torch.searchsorted(ends, index, right=True)
+        inside = index - torch.cat([torch.zeros(1, dtype=torch.long), ends])[slot]
+        width = torch.tensor([units for _, units in self.shapes])[slot]
+        return torch.stack([slot, inside // width, inside % width], 1)
+
+
+def rank_nodes(
+    scores: Sequence[Float[Tensor, "pos _"]], layers: Sequence[int], *,
+    skipped_positions: Collection[int] = (), excluded: Collection[tuple[int, int]] = (),
+) -> Ranking:  # fmt: skip
+    """Rank the nodes that may be chosen; arguments as in `choose_nodes`.
+
+    Raises:
+        SettingsError: an excluded unit that is not there.
+    """
+    scores = [slot.cpu().double() for slot in scores]
+    mean = sum(float(score.abs().sum()) for score in scores) / max(1, sum(int((s != 0).sum()) for s in scores))
+    allowed = [score.abs() > _NEAR_ZERO * mean for score in scores]
+    for mask in allowed:
+        mask[list(skipped_positions)] = False
+    for layer, unit in excluded:
+        if layer not in layers or not 0 <= unit < scores[layers.index(layer)].shape[1]:
+            raise SettingsError(
+                f"exclude= names the unit ({layer}, {unit}), which has no nodes here; nodes are in the layers {layers} "
+                f"with {[score.shape[1] for score in scores]} units."
+            )
+        allowed[layers.index(layer)][:, unit] = False
+    flat = [torch.where(mask, score.abs(), 0.0).flatten() for mask, score in zip(allowed, scores, strict=True)]
+    shapes = [(len(score), score.shape[1]) for score in scores]
+    return Ranking(torch.cat(flat), sum(int(mask.sum()) for mask in allowed), shapes)

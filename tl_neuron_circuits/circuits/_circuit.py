@@ -1,23 +1,35 @@
 """`Circuit`: chosen nodes, the edges between them, and the settings that gave them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx
-import numpy as np
 import pandas as pd
-import torch
 
 from .. import _html
-from .._errors import FileFormatError
+from .._errors import SettingsError
 from .._files import read_directory, write_directory
 from .._typing import checked
 from ..bases._site import Basis
+from ..models._protocol import TransformerLensModel
 from ..nodes._scores import NodeScores
-from . import _algebra, _groups, _neuronpedia, _prune, _scores
-from ._table import CHOSEN, EDGE_COLUMNS, LEFT_OUT, NODE_COLUMNS, SCHEMA, SINGLE, typed
+from ..tasks._pairs import PromptPairs
+from ..tasks._tokenized import TokenizedPairs
+from . import _algebra, _circuit_file, _edge_heads, _groups, _neuronpedia, _prune, _scores
+from ._attention import AttentionContributions
+from ._table import (
+    CHOSEN,
+    EDGE_COLUMNS,
+    HEAD_COLUMNS,
+    LEFT_OUT,
+    NODE_COLUMNS,
+    SCHEMA,
+    SINGLE,
+    typed,
+)
+from ._targets import TargetLike
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,7 +57,7 @@ class Circuit:
         >>> model = tnc.load_demo_model()
         >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
         >>> circuit
-        Circuit(30 nodes, 775 edges, target 'Austin' = 18.412 on demo-gelu, 1 prompt(s), 69% left out)
+        Circuit(30 nodes, 775 edges, target 'Austin' = 18.412 on demo-gelu, 1 prompt(s), 31% explained, predicted 99.9%)
         >>> small = circuit.prune(count=10)
         >>> len(small & circuit), len(circuit - small)
         (10, 20)
@@ -59,6 +71,8 @@ class Circuit:
     settings: Mapping[str, Any]
     basis: Basis | Sequence[Basis] | None = field(default=None, kw_only=True)
     """Where the nodes live, for evaluation and steering; dictionaries are not saved with a circuit."""
+    head_parts: pd.DataFrame | None = field(default=None, kw_only=True)
+    """Edges split by head, once `with_heads` did it; `heads` shows them."""
 
     def __post_init__(self) -> None:
         """Give the columns one type each, whatever pandas made of them; the basis of neurons needs no dictionaries."""
@@ -66,6 +80,11 @@ class Circuit:
             object.__setattr__(self, "basis", _scores.own_basis(self.settings))
         object.__setattr__(self, "nodes", typed(self.nodes, NODE_COLUMNS))
         object.__setattr__(self, "edges", typed(self.edges, EDGE_COLUMNS))
+        if self.head_parts is not None:
+            there = pd.MultiIndex.from_frame(self.edges[["source", "target"]])
+            parts = typed(self.head_parts, HEAD_COLUMNS)
+            own = pd.MultiIndex.from_frame(parts[["source", "target"]]).isin(there)
+            object.__setattr__(self, "head_parts", parts[own].reset_index(drop=True))
 
     def __len__(self) -> int:
         """How many scalar nodes were chosen (neurons, features, components); members of supernodes count."""
@@ -83,29 +102,88 @@ class Circuit:
         return float(self.nodes.loc[left, "flow"].sum() / self.target_value)
 
     @property
-    def graph_replacement(self) -> float:
-        """How much of the influence on the logits starts at the tokens, 0 to 1.
+    def notes(self) -> list[str]:
+        """What to know before telling a story about this circuit, and what to do; empty where nothing stands out.
 
-            I(embeddings) / (I(embeddings) + I(errors) + I(remainders) + I(linearization error))
-
-        I is `influence`. circuit-tracer's replacement score, where the errors are all that is left out: its graphs have
-        every active feature as a node. Here nodes that were not chosen, and edges that were cut, are counted as errors
-        too, since what goes into them is not known; so the number is a lower bound, falls with pruning, and is
-        circuit-tracer's where every active feature was chosen. Biases do not count; neurons have no errors.
-        Source: METHODS 4.5.
+        A target that is not among the model's five likeliest tokens; a token that is likelier with a leading space; a
+        target that is negative; more than half of it left out.
         """
-        return _prune.graph_replacement(self.nodes)
+        notes, settings = [], self.settings
+        probability = dict(zip(self.nodes["node"], self.nodes["probability"], strict=True))
+        label = dict(zip(self.nodes["node"], self.nodes["label"], strict=True))
+        predicted = ", ".join(f"{token!r} {p:.1%}" for token, p in settings.get("predicted", [])[:3])
+        for name, rank in (settings.get("target_ranks") or {}).items():
+            if rank > 5:
+                notes.append(
+                    f"the model does not predict {label[name]!r}: probability {probability[name]:.2%}, rank {rank}; it "
+                    f"says {predicted}. Change the prompt, or explain its own token (target=None)."
+                )
+        for name, (twin, p) in (settings.get("twins") or {}).items():
+            notes.append(
+                f"{twin!r}, with a leading space, is likelier ({p:.2%}) than {label[name]!r} "
+                f"({probability[name]:.2%}): if that is meant, give target={twin!r}."
+            )
+        if self.target_value < 0:
+            notes.append("the target is negative: the model is against it, and nodes with positive scores support it.")
+        if self.target_value and self.unexplained > 0.5:
+            notes.append(
+                f"{self.unexplained:.0%} of the target flows to what was left out. Choose more nodes (a number, "
+                "ByMass(0.8)); circuit.layers() shows where the rest is."
+            )
+        return notes
+
+    def layers(self) -> pd.DataFrame:
+        """One row per layer with nodes: layer, chosen (how many), score and size of all its nodes, share of the chosen.
+
+        `score` is the sum of all scores of the layer, chosen or not, `size` the sum of their sizes, and `chosen_size`
+        that of the chosen ones: where the rest sits.
+        """
+        rows = self.settings.get("layer_scores") or []
+        frame = pd.DataFrame(rows, columns=["layer", "score", "size"]).astype({"layer": "int64"})
+        own = self.nodes[self.nodes["kind"].isin(SINGLE)]
+        by_layer = own["score"].abs().groupby(own["layer"]).agg(["count", "sum"]).reindex(frame["layer"]).fillna(0)
+        frame.insert(1, "chosen", by_layer["count"].to_numpy(dtype="int64"))
+        return frame.assign(chosen_size=by_layer["sum"].to_numpy())
+
+    @property
+    def graph_replacement(self) -> float:
+        """The first of `graph_scores()`: how much of the influence on the logits starts at the tokens, 0 to 1."""
+        return self.graph_scores()[0]
 
     @property
     def graph_completeness(self) -> float:
-        """Share of all nodes' inputs that does not come from errors, weighted by influence, 0 to 1.
+        """The second of `graph_scores()`: the share of all nodes' inputs that does not come from errors, 0 to 1."""
+        return self.graph_scores()[1]
 
-            sum_t (1 - sum_{s left out} N_ts) I'_t / sum_t I'_t        I' = I + the logits' weights
+    def graph_scores(self, *, zero_positions: Collection[int] = ()) -> tuple[float, float]:
+        """circuit-tracer's two scores of a graph: replacement and completeness, each 0 to 1.
 
-        N are the sizes of edges into t over their sum, without biases; `graph_replacement` says what is left out.
-        circuit-tracer's completeness score. Source: METHODS 4.5.
+            replacement  = I(embeddings) / (I(embeddings) + I(errors) + I(remainders) + I(linearization error))
+            completeness = sum_t (1 - sum_{s left out} N_ts) I'_t / sum_t I'_t        I' = I + the logits' weights
+
+        I is `influence`, N are the sizes of edges into t over their sum, without biases. The second sum is over all
+        nodes: those without inputs (tokens, errors) count as explained. circuit-tracer's graphs have every active
+        feature as a node, so that errors are all that is left out. Here nodes that were not chosen, and edges that were
+        cut, are counted as errors too, since what goes into them is not known; so both numbers fall with pruning, and
+        are circuit-tracer's where every active feature was chosen. Neurons have no errors. nan where nothing has an
+        influence.
+
+        Args:
+            zero_positions: positions whose features, errors and remainders count as zero; `[0]` for circuit-tracer's
+                numbers, which leaves them out at BOS.
+
+        Source: circuit-tracer 0.5 (`compute_graph_scores`); METHODS 4.5.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> transcoders = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
+            >>> prompt = "The capital of the state containing Dallas is"
+            >>> circuit = tnc.trace(tnc.load_demo_model(), prompt, basis=transcoders)
+            >>> replacement, completeness = circuit.graph_scores(zero_positions=[0])
+            >>> 0 < replacement < completeness < 1
+            True
         """
-        return _prune.graph_completeness(self.nodes, self.edges)
+        return _prune.graph_scores(self.nodes, self.edges, zero_positions)
 
     @checked
     def prune(
@@ -117,6 +195,7 @@ class Circuit:
         relative: float | None = None,
         node_influence: float | None = None,
         edge_influence: float | None = None,
+        zero_positions: Collection[int] = (),
     ) -> "Circuit":
         """Fewer nodes and edges. Whatever goes, its part of each target moves to the remainder at its position.
 
@@ -130,7 +209,9 @@ class Circuit:
             relative: keep edges with |relative weight| of at least this.
             node_influence: keep the fewest nodes, and errors, that make up this much of the influence (circuit-tracer's
                 default .8).
-            edge_influence: the same for edges (.98).
+            edge_influence: the same for edges (.98). Nodes that `node_influence` cuts are left out first, and edges
+                weighed among what is left.
+            zero_positions: as in `graph_scores`, for the two criteria of influence.
 
         Raises:
             SettingsError: no criterion, or one out of its range.
@@ -142,9 +223,9 @@ class Circuit:
             >>> len(circuit.prune(node_influence=0.8, edge_influence=0.98)) < len(circuit)
             True
         """
-        rule = _prune.Rule(share, count, edges, relative, node_influence, edge_influence)
+        rule = _prune.Rule(share, count, edges, relative, node_influence, edge_influence, zero_positions)
         nodes, kept = _prune.prune(self.nodes, self.edges, self.target_value, rule)
-        return replace(self, nodes=nodes, edges=kept)
+        return replace(self, nodes=nodes, edges=kept, settings=_neuronpedia.with_influence(self, nodes))
 
     @checked
     def label(self, labels: Mapping[str, str]) -> "Circuit":
@@ -232,6 +313,154 @@ class Circuit:
         """
         return _scores.to_scores(self)
 
+    def with_heads(
+        self,
+        model: TransformerLensModel,
+        edges: int | pd.DataFrame = 100,
+        *,
+        pairs: PromptPairs | TokenizedPairs | None = None,
+        target: TargetLike = None,
+    ) -> "Circuit":
+        """This circuit with edges split by the last attention head before their target.
+
+        Between neurons at different positions everything goes through attention. An edge's weight is the sum of what
+        each head brings from each position, and of a direct part (through the residual stream alone, between equal
+        positions). A part counts all that the source brings to that head's values, through earlier heads too; so the
+        position is where the *last* head looks. Patterns and norms are frozen, as in the edges themselves.
+
+        Args:
+            model: the model that was traced.
+            edges: how many of the strongest, or rows of `edges`.
+            pairs: those that were traced, if not a single prompt.
+            target: as given to `trace`, where it was a direction or a metric.
+
+        Returns:
+            A circuit whose `heads()` has the parts. Cost: about that of tracing the same edges.
+
+        Raises:
+            UnsupportedModelError: attention that is not a pattern times values, or no single residual stream.
+            SettingsError: another model, edges that are not there, or parts that do not sum to the edges.
+            PairsError: pairs are needed, or are not those that were traced.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> heads = circuit.with_heads(model, edges=10).heads()
+            >>> heads[["source", "target"]].drop_duplicates().shape
+            (10, 2)
+        """
+        return replace(self, head_parts=_edge_heads.split_edges(model, self, edges, pairs, target))
+
+    def heads(self, edges: int | pd.DataFrame | Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:
+        """Which heads carry edges, and from where: one row per part, strongest edges first.
+
+        Columns: source, target; kind ("head", "direct", or "rest" for parts too small for a row); layer, head,
+        from_position; part (in units of the edge's weight), attribution, share (of the edge). The parts of an edge sum
+        to it.
+
+        Args:
+            edges: how many edges, rows of `edges`, or (source, target) of some; by default all that were split.
+
+        Raises:
+            SettingsError: edges that were not split; `with_heads(model)` does it.
+        """
+        if self.head_parts is None:
+            raise SettingsError("this circuit's edges are not split by head: circuit.with_heads(model) does it.")
+        parts = self.head_parts
+        own = pd.MultiIndex.from_frame(parts[["source", "target"]])
+        if edges is None:
+            return parts.copy()
+        if isinstance(edges, int):
+            return parts[own.isin(own.unique()[:edges])].reset_index(drop=True)
+        pairs = edges[["source", "target"]].itertuples(index=False) if isinstance(edges, pd.DataFrame) else edges
+        wanted = [tuple(pair) for pair in pairs]
+        missing = [pair for pair in wanted if pair not in own]
+        if missing:
+            raise SettingsError(
+                f"expected edges that were split by head; {missing[:3]} were not. circuit.with_heads(model, edges=...) "
+                "takes a number, or rows of circuit.edges."
+            )
+        return parts[own.isin(wanted)].reset_index(drop=True)
+
+    def attention(
+        self,
+        model: TransformerLensModel,
+        at: tuple[str, str] | tuple[int, int, int, int],
+        *,
+        pairs: PromptPairs | TokenizedPairs | None = None,
+        top: int = 20,
+    ) -> AttentionContributions:
+        """Why a head looks where it looks: its score, split into what wrote into the residual stream at both ends.
+
+        RelP cuts queries and keys, so this is an explanation beside the edges and never added to them.
+
+        Args:
+            model: the model that was traced.
+            at: (layer, head, query position, key position); or an edge (source, target) that was split, of which the
+                strongest head is taken.
+            pairs: the one that was traced, if not a single prompt.
+            top: how many nodes of a layer have rows of their own, and how many writes of each side are paired.
+
+        Returns:
+            The key's score minus the pattern's mean of all scores (the change of the log of the pattern), the
+            contributions of every write on the query's and on the keys' side, each side summing to it, and the
+            strongest pairs of writes.
+
+        Raises:
+            SettingsError: a place that is not there.
+            UnsupportedModelError: queries, keys or scores cannot be read on this model.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> why = circuit.attention(model, (1, 0, 7, 6))
+            >>> sides = why.writes.groupby("side")["contribution"].sum()
+            >>> bool(abs(sides["query"] - sides["key"]) < 1e-3)
+            True
+        """
+        return _edge_heads.explain_attention(model, self, at, pairs, top)
+
+    def cut_heads(
+        self,
+        model: TransformerLensModel,
+        rows: pd.DataFrame | None = None,
+        *,
+        pairs: PromptPairs | TokenizedPairs | None = None,
+    ) -> pd.DataFrame:
+        """Test parts of edges: cut each by path patching through its head, and measure what changes.
+
+        The source is ablated for that head alone; the target reads the head without it, all other heads and neurons
+        held at their live values. Nothing is linearized, so `measured` differs from `predicted` by what norms and the
+        target's own nonlinearity do.
+
+        Args:
+            model: the model that was traced.
+            rows: of `heads()`; by default the strongest 20 parts that heads bring.
+            pairs: those that were traced, if not a single prompt.
+
+        Returns:
+            The rows with columns predicted (the part) and measured (live minus cut), in the target's units: a neuron's
+            activation, a logit.
+
+        Raises:
+            SettingsError: rows of features, errors or groups, or of targets that are not tokens.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> tested = circuit.with_heads(model, edges=20).cut_heads(model)
+            >>> bool(tested["predicted"].corr(tested["measured"]) > 0.5)
+            True
+        """
+        chosen = self.heads() if rows is None else rows
+        if rows is None:
+            brought = chosen[chosen["kind"] == "head"]
+            chosen = brought.loc[brought["attribution"].abs().sort_values(ascending=False, kind="stable").index[:20]]
+        return _edge_heads.cut_parts(model, self, chosen, pairs)
+
     def graph(self) -> networkx.DiGraph:
         """The circuit as a networkx graph, with the tables' columns as attributes."""
         graph = networkx.DiGraph(**dict(self.settings))
@@ -244,22 +473,14 @@ class Circuit:
         return graph
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `circuit.safetensors` and `circuit.json`; an existing one is replaced at once.
+        """Write a directory with `circuit.safetensors`, texts in its header; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
-        numbers = {
-            f"{table}/{name}": torch.from_numpy(np.array(frame[name]))
-            for table, frame, columns in (("nodes", self.nodes, NODE_COLUMNS), ("edges", self.edges, EDGE_COLUMNS))
-            for name, kind in columns.items()
-            if kind != "str"
-        }
-        index = {node: place for place, node in enumerate(self.nodes["node"])}
-        for end in ("source", "target"):
-            numbers[f"edges/{end}"] = torch.from_numpy(np.array(self.edges[end].map(index).astype("int64")))
-        texts = {name: self.nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
-        write_directory(path, "circuit", SCHEMA, numbers, {"settings": dict(self.settings), "texts": texts})
+        tables = self.nodes, self.edges, self.settings, self.head_parts
+        write_directory(path, "circuit", SCHEMA, *_circuit_file.to_file(*tables))
 
     @classmethod
     def load(cls, path: str | Path, *, basis: Basis | Sequence[Basis] | None = None) -> "Circuit":
@@ -272,20 +493,9 @@ class Circuit:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        numbers, notes = read_directory(path, "circuit", SCHEMA, required=("settings", "texts"))
-        texts = notes["texts"]
-        try:
-            nodes = pd.DataFrame(
-                {c: texts[c] if k == "str" else numbers[f"nodes/{c}"].numpy() for c, k in NODE_COLUMNS.items()}
-            )
-            names = nodes["node"].to_numpy(dtype=object)
-            edges = pd.DataFrame({name: numbers[f"edges/{name}"].numpy() for name in EDGE_COLUMNS})
-            edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]])
-        except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise FileFormatError(
-                f"the tables in {path} do not fit together ({error!r}): it is damaged. Save it again."
-            ) from error
-        return cls(nodes, edges, notes["settings"], basis=basis)
+        tensors, notes = read_directory(path, "circuit", SCHEMA, _circuit_file.CircuitNotes, surrogates=True)
+        nodes, edges, parts = _circuit_file.from_file(tensors, notes, path)
+        return cls(nodes, edges, notes.settings, basis=basis, head_parts=parts)
 
     @checked
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
@@ -307,6 +517,7 @@ class Circuit:
 
         Raises:
             SettingsError: details of a node that is not there, or of another form.
+            SaveError: it could not be written; an older file is as it was.
 
         Example:
             >>> import tl_neuron_circuits as tnc
@@ -326,6 +537,10 @@ class Circuit:
             path: of the JSON file.
             slug: name of the graph; from the prompt unless given.
             scan: the model's name there; the model's own unless given.
+
+        Raises:
+            SettingsError: supernodes or summed positions, which the format cannot say.
+            SaveError: it could not be written; an older file is as it was.
         """
         _neuronpedia.write(self, Path(path), slug, scan)
 
@@ -338,7 +553,7 @@ class Circuit:
             basis: as in `load`.
 
         Raises:
-            FileFormatError: missing, not JSON, or not an attribution graph.
+            FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
         """
         return cls(*_neuronpedia.read(Path(path)), basis=basis)
 
@@ -347,11 +562,21 @@ class Circuit:
         target = ", ".join(map(repr, s["target"]))
         return (
             f"Circuit({len(self)} nodes, {len(self.edges):,} edges, target {target} = {self.target_value:.3f} on "
-            f"{s['model']}, {s['n_prompts']} prompt(s), {self.unexplained:.0%} left out)"
+            f"{s['model']}, {s['n_prompts']} prompt(s), {1 - self.unexplained:.0%} explained{self._predicted()})"
         )
 
+    def _predicted(self) -> str:
+        """How likely the one token is that a prompt's circuit explains."""
+        ranks = self.settings.get("target_ranks") or {}
+        if len(ranks) != 1:
+            return ""
+        ((name, rank),) = ranks.items()
+        rows = self.nodes.loc[self.nodes["node"] == name, "probability"]
+        rank_text = f" (rank {rank})" if rank > 1 else ""
+        return f", predicted {float(rows.iloc[0]):.1%}{rank_text}" if len(rows) else ""
+
     def _repr_html_(self) -> str:
-        best = self.to_dataframe().head(20)
+        best = self.to_dataframe().query("kind not in ('logit', 'unselected', 'bias')").head(20)
         shown = ["label", "kind", "layer", "position", "token", "activation", "score", "share", "group"]
         pages = _html.neuron_pages(str(self.settings["model"]), best)
         return _html.block(repr(self), _html.table(best[shown], bars=("score",), links={"label": pages}))

@@ -20,7 +20,7 @@ one by one, so tables per prompt would need nothing but another sum.
 Source: Arora et al. 2026, arXiv 2601.22594; Ameisen et al. 2025 (features, local replacement); METHODS 1.2, 1.5, 4.5.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ from ..propagation._biases import biases_in_graph
 from ..propagation._relp import relp
 from ..tasks._tokenized import Batch
 from ._prompt_graph import End, Paths, PromptRun, find_paths, run_prompt
-from ._slots import Chosen, Reading, Slot, SlotChange, sum_last_axis, widened
+from ._slots import Chosen, DictionarySlot, Reading, Slot, SlotChange, node_gradient, sum_last_axis, widened
 from ._targets import Target
 
 Targets = Sequence[Target] | Callable[[Float[Tensor, " d_vocab"]], Sequence[Target]]
@@ -235,9 +235,17 @@ class OpenPrompt:
 
 @contextmanager
 def open_prompt(
-    model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], targets: Targets, *, paired: bool
+    model: TransformerLensModel,
+    batch: Batch,
+    slots: Sequence[Slot],
+    targets: Targets,
+    *,
+    paired: bool,
+    keep: Iterable[str] = (),
 ) -> Iterator[OpenPrompt]:
     """Run a batch of one prompt with a graph, and its corrupt prompt without one for pairs.
+
+    `keep` names hook points whose tensors of the graph the caller wants.
 
     Raises:
         PropagationError: gradients are disabled.
@@ -251,7 +259,7 @@ def open_prompt(
         with torch.no_grad():
             base = run_prompt(model, corrupt, slots)
     with relp(model), nullcontext({}) if paired else biases_in_graph(model) as bias_of_name:
-        run, biases = run_prompt(model, batch, slots), list(bias_of_name.values())
+        run, biases = run_prompt(model, batch, slots, keep), list(bias_of_name.values())
         found = targets(run.logits[0, position].detach()) if callable(targets) else targets
         values = torch.stack([target.value(run, batch) for target in found])
         target_changes, embedding = values.detach().cpu().double(), run.embedding.detach()
@@ -279,9 +287,9 @@ def total_effects(prompt: OpenPrompt) -> Totals:
     gradients = prompt.paths.total(slots)
     at_sources = [gradients.get(("slot", i), torch.zeros_like(s.source))[0].flatten(1) for i, s in enumerate(run.slots)]
     bias = sum(_dot(bias, gradients.get(("bias", i))) for i, bias in enumerate(prompt.biases))
+    nodes = [node_gradient(slots, index, dict(enumerate(at_sources))) for index in range(len(slots))]
     if not prompt.paired:
-        bias += sum(s.bias_score(r, g) for s, r, g in zip(slots, run.slots, at_sources, strict=True))
-    nodes = [slot.node_gradient(gradient) for slot, gradient in zip(slots, at_sources, strict=True)]
+        bias += sum(s.bias_score(r, g, n) for s, r, g, n in zip(slots, run.slots, at_sources, nodes, strict=True))
     at_embedding = gradients.get(("embedding", 0), torch.zeros_like(prompt.embedding))
     return Totals(
         score=[widened(change.nodes) * g for change, g in zip(changes, nodes, strict=True)],
@@ -370,11 +378,19 @@ class _Edges:
         prompt, columns, own = self._prompt, self.columns, self._rows_of_slot[end.index]
         place, unit = self._nodes[own, 1], self._nodes[own, 2]
         run, change = prompt.paths.runs[end.index], prompt.changes[end.index]
-        parts = prompt.slots[end.index].contributions(gradient, run, change, place, unit)
-        weights[:, own] = parts.nodes
+        slot = prompt.slots[end.index]
+        parts = slot.contributions(gradient, run, change, place, unit)
+        weights[:, own] += parts.nodes
         left = weights[:, columns.unselected : columns.positional]
         left += parts.everything
         left.index_add_(1, place, parts.nodes, alpha=-1)
+        for index, other in enumerate(prompt.slots):  # earlier layers of a cross-layer transcoder write here too
+            if isinstance(slot, DictionarySlot) and isinstance(other, DictionarySlot) and slot.receives_from(other):
+                own = self._rows_of_slot[index]
+                place, unit = self._nodes[own, 1], self._nodes[own, 2]
+                nodes = slot.contributions_of(other, gradient, prompt.changes[index], place, unit)
+                weights[:, own] += nodes
+                left.index_add_(1, place, nodes, alpha=-1)
         if parts.error is not None:
             weights[:, columns.errors(end.index)] = parts.error
         if parts.bias is not None and not prompt.paired:

@@ -10,7 +10,7 @@ twice, and only one layer's gradients are in memory. Whether anything bypasses t
 graph itself; if so, the receivers of each slot take the whole graph below them at once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -24,29 +24,32 @@ from ..bases._runs import require_fired, run_logits
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._threads import hooked, this_thread_only
 from ..tasks._tokenized import Batch
-from ._slots import Seen, Slot, SlotRun, leaves_of, note_input
+from ._slots import Seen, Slot, SlotRun, leaves_of, node_gradient, note_input
 
 
 @dataclass(frozen=True)
 class PromptRun:
-    """What one forward pass left: at the slots, at both ends, and between the layers."""
+    """What one forward pass left: at the slots, at both ends, and between the layers. One row where it has slots."""
 
     slots: Sequence[SlotRun]
-    embedding: Float[Tensor, "1 pos d_model"]
-    positional: Float[Tensor, "1 pos d_model"] | None
-    raw_logits: Float[Tensor, "1 pos d_vocab"]
+    embedding: Float[Tensor, "row pos d_model"]
+    positional: Float[Tensor, "row pos d_model"] | None
+    raw_logits: Float[Tensor, "row pos d_vocab"]
     """Before any soft cap: relevance is conserved here and not beyond."""
-    final: Float[Tensor, "1 pos d_model"]
+    final: Float[Tensor, "row pos d_model"]
     """What the unembedding reads, after the final norm."""
-    logits: Float[Tensor, "1 pos d_vocab"]
-    stream: Sequence[Float[Tensor, "1 pos d_model"] | None]
+    logits: Float[Tensor, "row pos d_vocab"]
+    stream: Sequence[Float[Tensor, "row pos d_model"] | None]
     """The residual stream above each layer; the last is `final`. None where the model does not show it."""
+    kept: Mapping[str, Tensor]
+    """What entered the hook points that the caller asked for."""
 
 
-def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot]) -> PromptRun:
+def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], keep: Iterable[str] = ()) -> PromptRun:
     """Run the model on a batch of one prompt.
 
-    Inside `relp` the run has a graph; under `torch.no_grad()` it only has values.
+    Inside `relp` the run has a graph; under `torch.no_grad()` it only has values. `keep` names hook points whose
+    tensors of the graph the caller wants.
 
     Raises:
         PropagationError: the unembedding did not run as a module.
@@ -84,6 +87,8 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot])
     above = [f"blocks.{layer}.hook_resid_pre" for layer in range(1, int(model.cfg.n_layers))]
     # Pre-hooks see the tensors of the graph itself; a hook point's forward hooks may already have reshaped copies.
     early = [(name, note_input(stream, name)) for name in above if name in points]
+    kept: Seen = {}
+    early += [(name, note_input(kept, name)) for name in keep]
     early += [pair for slot, record in zip(slots, seen, strict=True) for pair in slot.early_hooks(record)]
     with ExitStack() as stack:
         stack.callback(unembed.register_forward_hook(this_thread_only(unembedding)).remove)
@@ -108,6 +113,7 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot])
         final=final,
         logits=logits,
         stream=[*(stream.get(name) for name in above), final],
+        kept=kept,
     )
 
 
@@ -196,12 +202,22 @@ class Paths:
             if stretch.slot == len(slots):
                 assert stretch.reading is not None
                 sources.append((stretch.reading, torch.ones_like(stretch.reading)))
-            elif ("slot", stretch.slot) in gradients:
+            elif any(("slot", index) in gradients for index in self._written_by(slots, stretch.slot)):
                 assert stretch.reading is not None
-                at_leaf = gradients["slot", stretch.slot]
-                sources.append((stretch.reading, slots[stretch.slot].pass_on(self.runs[stretch.slot], at_leaf)))
+                index, run = stretch.slot, self.runs[stretch.slot]
+                places = self._written_by(slots, index)
+                at = {p: gradients.get(("slot", p), torch.zeros_like(self.runs[p].source)) for p in places}
+                nodes = node_gradient(slots, index, {p: gradient[0].flatten(1) for p, gradient in at.items()})
+                sources.append((stretch.reading, slots[index].pass_on(run, at[index], nodes)))
             flowing = pull(sources, stretch.bottom, stretch.ends)
         return gradients
+
+    @staticmethod
+    def _written_by(slots: Sequence[Slot], index: int) -> list[int]:
+        """The slots whose sources the nodes of one slot write to, its own first."""
+        if not 0 <= index < len(slots):
+            return []
+        return [index, *(place for place, slot in enumerate(slots) if slot.receives_from(slots[index]))]
 
 
 def find_paths(

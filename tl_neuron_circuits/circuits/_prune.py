@@ -1,12 +1,23 @@
 """Pruning: fewer nodes and edges, with nothing lost from the sums. METHODS 1.5 (edges), 4.5 (circuit-tracer)."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
-from ._table import CHOSEN, FIXED_SOURCES, LEFT_OUT, logit_weights, normalized, restrict
+from ._table import (
+    CHOSEN,
+    FIXED_SOURCES,
+    LEFT_OUT,
+    influence,
+    logit_weights,
+    normalized,
+    restrict,
+    rows_of,
+    without_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,8 @@ class Rule:
     relative: float | None
     node_influence: float | None
     edge_influence: float | None
+    zero_positions: Collection[int] = ()
+    """Where nodes, errors and remainders count as zero when influence is computed."""
 
 
 def prune(
@@ -30,15 +43,21 @@ def prune(
         SettingsError: no criterion, or one out of its range.
     """
     _check(rule)
-    kept = _nodes_to_keep(nodes, rule)
+    counted = without_positions(nodes, edges, rule.zero_positions)
+    whole = nodes.assign(influence=influence(nodes, counted)) if rule.zero_positions else nodes
+    kept = _nodes_to_keep(whole, rule)
+    live, fixed = _edges_by_influence(whole, edges, kept, rule)
+    ids = pd.MultiIndex.from_frame(edges[["source", "target"]])
     nodes, edges = restrict(nodes, edges, kept, np.ones(len(edges), dtype=bool), target_value)
-    kept_edges = _edges_to_keep(nodes, edges, rule)
-    alive = _on_a_path(nodes, edges, kept_edges)
-    return restrict(nodes, edges, alive, kept_edges, target_value)
+    chosen = ids.get_indexer(pd.MultiIndex.from_frame(edges[["source", "target"]]))  # -1: of a new remainder
+    live, fixed = ((chosen >= 0) & mask[chosen] for mask in (live, fixed))
+    live &= _edges_to_keep(nodes, edges, rule)
+    alive = _on_a_path(nodes, edges, live, fixed)
+    return restrict(nodes, edges, alive, live, target_value)
 
 
 def _check(rule: Rule) -> None:
-    given = {name: value for name, value in vars(rule).items() if value is not None}
+    given = {name: value for name, value in vars(rule).items() if value is not None and name != "zero_positions"}
     if not given:
         raise SettingsError("expected a criterion, such as share=0.01, edges=500 or node_influence=0.8; got none.")
     for name in ("node_influence", "edge_influence"):
@@ -71,11 +90,33 @@ def _edges_to_keep(nodes: pd.DataFrame, edges: pd.DataFrame, rule: Rule) -> np.n
         kept &= _top(np.where(counted, edges["attribution"].abs(), -np.inf), rule.edges)
     if rule.relative is not None:
         kept &= edges["relative"].abs().to_numpy() >= rule.relative
-    if rule.edge_influence is not None:
-        table = nodes.assign(reach=nodes["influence"] + logit_weights(nodes)).set_index("node")
-        score = normalized(nodes, edges) * table.loc[edges["target"], "reach"].to_numpy()
-        kept &= cumulative(score, rule.edge_influence)
     return kept & counted
+
+
+def _edges_by_influence(
+    nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray, rule: Rule
+) -> tuple[np.ndarray, np.ndarray]:
+    """Edges that meet the criterion of influence, and those of remainders that do: circuit-tracer's edge rule.
+
+    What the nodes' criterion cuts is left out first, remainders of little influence too, and nothing stands in for it:
+    edges are normalized, and influence is computed, among what is left. Remainders count as errors do.
+    """
+    everything = np.ones(len(edges), dtype=bool)
+    fixed = nodes["kind"].isin(FIXED_SOURCES).to_numpy()[rows_of(nodes, edges["source"])]
+    if rule.edge_influence is None:
+        return everything, ~everything
+    stays = kept | ~nodes["kind"].isin((*CHOSEN, "error")).to_numpy()
+    if rule.node_influence is not None:
+        mass = cumulative(nodes["influence"].to_numpy(), rule.node_influence)
+        stays &= mass | ~nodes["kind"].isin(FIXED_SOURCES).to_numpy()
+    source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
+    inner = stays[source] & stays[target]
+    inner &= edges.index.isin(without_positions(nodes, edges, rule.zero_positions).index)
+    left = edges[inner]
+    reach = influence(nodes, left) + logit_weights(nodes)
+    chosen = ~everything
+    chosen[inner] = cumulative(normalized(nodes, left) * reach[target[inner]], rule.edge_influence)
+    return chosen, chosen & fixed
 
 
 def _top(size: np.ndarray, count: int) -> np.ndarray:
@@ -86,6 +127,8 @@ def _top(size: np.ndarray, count: int) -> np.ndarray:
 
 def cumulative(size: np.ndarray, mass: float) -> np.ndarray:
     """The fewest entries that make up `mass` of the sum."""
+    if not len(size):
+        return np.zeros(0, dtype=bool)
     order = np.argsort(-size, kind="stable")
     reached = np.cumsum(size[order]) >= mass * size.sum() * (1 - 1e-12)
     mask = np.zeros(len(size), dtype=bool)
@@ -93,15 +136,18 @@ def cumulative(size: np.ndarray, mass: float) -> np.ndarray:
     return mask
 
 
-def _on_a_path(nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray) -> np.ndarray:
-    """Drop nodes without a kept incoming or outgoing edge, again and again; errors have no incoming ones."""
+def _on_a_path(nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """Drop nodes without a kept incoming or outgoing edge, again and again; errors have no incoming ones.
+
+    `fixed` are edges of remainders that count as incoming.
+    """
     index = pd.Series(np.arange(len(nodes)), index=nodes["node"])
     source, target = index[edges["source"]].to_numpy(), index[edges["target"]].to_numpy()
     chosen, errors = (nodes["kind"].isin(kinds).to_numpy() for kinds in (CHOSEN, ("error",)))
     alive = np.ones(len(nodes), dtype=bool)
     while True:
         live = kept & alive[source] & alive[target]
-        has_in = np.bincount(target[live], minlength=len(nodes)) > 0
+        has_in = np.bincount(target[live | (fixed & alive[target])], minlength=len(nodes)) > 0
         has_out = np.bincount(source[live], minlength=len(nodes)) > 0
         after = alive & (~chosen | (has_in & has_out)) & (~errors | has_out)
         if (after == alive).all():
@@ -109,18 +155,15 @@ def _on_a_path(nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray) -> np
         alive = after
 
 
-def graph_replacement(nodes: pd.DataFrame) -> float:
-    """I(embeddings) / (I(embeddings) + I(what is left out))."""
-    tokens = nodes.loc[nodes["kind"] == "embedding", "influence"].sum()
-    errors = nodes.loc[nodes["kind"].isin(LEFT_OUT), "influence"].sum()
-    return float(tokens / (tokens + errors)) if tokens + errors else float("nan")
-
-
-def graph_completeness(nodes: pd.DataFrame, edges: pd.DataFrame) -> float:
-    """sum_t (1 - sum over what is left out of N_ts) I'_t / sum_t I'_t with I' = influence + logit weight."""
-    table = nodes.assign(reach=nodes["influence"] + logit_weights(nodes)).set_index("node")
-    left = table["kind"].isin(LEFT_OUT)[edges["source"]].to_numpy()
-    from_errors = pd.Series(np.where(left, normalized(nodes, edges), 0.0)).groupby(edges["target"].to_numpy()).sum()
-    reach = table.loc[from_errors.index, "reach"]
-    total = float(reach.sum())  # 0 where nothing has an influence, as in a circuit of regressions
-    return float(((1 - from_errors) * reach).sum()) / total if total else float("nan")
+def graph_scores(nodes: pd.DataFrame, edges: pd.DataFrame, zero_positions: Collection[int] = ()) -> tuple[float, float]:
+    """Replacement and completeness, as `Circuit.graph_scores` defines them; nan where nothing has an influence."""
+    edges = without_positions(nodes, edges, zero_positions)
+    weights, passed = logit_weights(nodes), influence(nodes, edges)
+    tokens = passed[(nodes["kind"] == "embedding").to_numpy()].sum()
+    left_out = nodes["kind"].isin(LEFT_OUT).to_numpy()
+    errors, reach = passed[left_out].sum(), passed + weights
+    source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
+    from_errors = np.bincount(target, normalized(nodes, edges) * left_out[source], len(nodes))
+    replacement = tokens / (tokens + errors) if tokens + errors else np.nan
+    completeness = ((1 - from_errors) * reach).sum() / reach.sum() if reach.sum() else np.nan
+    return float(replacement), float(completeness)

@@ -4,11 +4,12 @@ A slot answers three questions about its nodes: what their values are in a run, 
 read as the receiver of edges, and at which tensor the gradient tells what each contributes as a source. In a run every
 slot writes a leaf: later layers read a copy without a past, so that gradients at the leaf are direct effects.
 
-A dictionary that writes to several sites (a cross-layer transcoder) would be one slot that is read once and has one
-leaf per site: contributions of all leaves add up, and so must errors, one per site.
+A cross-layer transcoder has one slot per layer like any other dictionary: its features are read there, and its leaf
+is that layer's output. At that leaf stand the features of earlier layers too (`receives_from`): their contributions to
+a receiver add up over the leaves they write to, and so do their gradients.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,6 +52,8 @@ class SlotRun:
     """Where gradients of a few nodes are cheaper than at `source`."""
     input: "Input | None" = None
     """Where a few nodes are cheaper to read than at `reading`."""
+    written: Float[Tensor, "pos d"] | None = None
+    """What the features of all layers write here, for a cross-layer transcoder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,8 +216,12 @@ class NeuronSlot:
         """The gradient at every node, from that at the source."""
         return widened(gradient)
 
-    def pass_on(self, run: SlotRun, gradient: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """From the gradient at the source to the gradient at `run.reading`, all nodes together."""
+    def receives_from(self, other: "Slot") -> bool:
+        """Whether nodes of an earlier slot write to this one's source."""
+        return False
+
+    def pass_on(self, run: SlotRun, gradient: Float[Tensor, "..."], nodes: Float[Tensor, "pos unit"]) -> Tensor:
+        """From the gradients at the source, and at the nodes, to that at `run.reading`, all nodes together."""
         return gradient
 
     def read(self, run: SlotRun, place: Tensor, unit: Tensor) -> Reading:
@@ -272,8 +279,8 @@ class NeuronSlot:
         nodes = written_by_nodes(gradient, rows, change.nodes.to(gradient.device)[place, unit], place)
         return Contributions(nodes.cpu().double(), sum_last_axis(gradient * change.written.to(gradient)))
 
-    def bias_score(self, run: SlotRun, gradient: Float[Tensor, "pos d"]) -> float:
-        """The biases of encoder and decoder times their gradients."""
+    def bias_score(self, run: SlotRun, gradient: Float[Tensor, "pos d"], nodes: Float[Tensor, "pos unit"]) -> float:
+        """The biases of encoder and decoder times their gradients; `nodes` are those at the nodes."""
         return 0.0
 
 
@@ -334,14 +341,19 @@ class DictionarySlot:
         return self.reader.early_hooks(seen)
 
     def hooks(self, seen: Seen) -> Hooks:
-        readers: Hooks = [(name, keep_value(seen, "x")) for name in self.site.reads if name != self.site.hook]
+        keys = {name: "x" if name == self.site.hook_in else name for name in self.site.reads if name != self.site.hook}
+        readers: Hooks = [(name, keep_value(seen, key)) for name, key in keys.items()]
         return [*readers, (self.site.hook, partial(self._replace, seen))]
 
     def _replace(self, seen: Seen, value: Tensor, hook: Any) -> Tensor:
         if self.site.hook_in == self.site.hook:
             seen["x"] = value
         with torch.no_grad():
-            parts = self.site.take_apart({self.site.hook_in: seen["x"].detach(), self.site.hook: value.detach()})
+            inputs = {site.hook_in: seen[site.hook_in].detach() for site in self.site.before}
+            inputs |= {self.site.hook_in: seen["x"].detach(), self.site.hook: value.detach()}
+            parts = self.site.take_apart(inputs)
+            if self.site.before:
+                seen["written"] = self.site.written(parts.nodes, parts.earlier)[0]
         seen["nodes"], seen["error"] = parts.nodes[0], parts.vectors["error"][0]
         if not torch.is_grad_enabled():
             return value
@@ -359,23 +371,41 @@ class DictionarySlot:
     def run(self, seen: Seen) -> SlotRun:
         nothing = torch.zeros(())  # a run without a graph has values only
         reading, source = seen.get("reading", nothing), seen.get("source", nothing)
-        return SlotRun(seen["nodes"], reading, source, seen["error"], seen.get("factor"))
+        return SlotRun(seen["nodes"], reading, source, seen["error"], seen.get("factor"), written=seen.get("written"))
 
     def change(self, run: SlotRun, base: SlotRun | None) -> SlotChange:
         assert run.error is not None
-        nodes, error = run.nodes, run.error
+        nodes, error, written = run.nodes, run.error, run.written
         if base is not None:
             assert base.error is not None
             nodes, error = nodes - base.nodes, error - base.error
-        return SlotChange(nodes, error, nodes @ self.site.dictionary.W_dec.to(nodes))
+            written = None if written is None or base.written is None else written - base.written
+        return SlotChange(nodes, error, nodes @ self.site.dictionary.W_dec.to(nodes) if written is None else written)
 
     def node_gradient(self, gradient: Float[Tensor, "pos d"]) -> Float[Tensor, "pos unit"]:
-        gradient = widened(gradient)
-        return gradient @ self.site.dictionary.W_dec.to(gradient).mT
+        return self.gradient_of(self, gradient)
 
-    def pass_on(self, run: SlotRun, gradient: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def receives_from(self, other: "Slot") -> bool:
+        return isinstance(other, DictionarySlot) and other.hook in self.site.earlier
+
+    def gradient_of(self, other: "DictionarySlot", gradient: Float[Tensor, "pos d"]) -> Float[Tensor, "pos unit"]:
+        """The gradient at the nodes of a slot that writes here, from that at this source."""
+        gradient = widened(gradient)
+        return gradient @ other.site.decoder(self.hook).to(gradient).mT
+
+    def contributions_of(
+        self, other: "DictionarySlot", gradient: Float[Tensor, "receiver pos d"], change: SlotChange, place: Tensor,
+        unit: Tensor,
+    ) -> Float[Tensor, "receiver node"]:  # fmt: skip
+        """What chosen nodes of a slot contribute that write here; `change` is that slot's."""
+        decoder, gradient = other.site.decoder(self.hook), gradient.to(change.nodes)
+        rows = decoder[unit.to(decoder.device)].to(gradient)
+        values = change.nodes[place.to(gradient.device), unit.to(gradient.device)]
+        return written_by_nodes(gradient, rows, values, place).cpu().double()
+
+    def pass_on(self, run: SlotRun, gradient: Float[Tensor, "..."], nodes: Float[Tensor, "pos unit"]) -> Tensor:
         assert run.factor is not None
-        nodes = self.node_gradient(gradient[0].flatten(1)) * run.factor
+        nodes = nodes.to(run.factor) * run.factor
         return (nodes.to(run.reading) @ self.encoder.weight.to(run.reading).mT).reshape(run.reading.shape)
 
     def read(self, run: SlotRun, place: Tensor, unit: Tensor) -> Reading:
@@ -391,20 +421,18 @@ class DictionarySlot:
     ) -> Contributions:
         assert change.written is not None and change.error is not None
         dictionary, gradient = self.site.dictionary, gradient.to(change.written)
-        place, unit = place.to(gradient.device), unit.to(gradient.device)
-        rows = dictionary.W_dec[unit.to(dictionary.W_dec.device)].to(gradient)
-        nodes = written_by_nodes(gradient, rows, change.nodes[place, unit], place)
+        nodes = self.contributions_of(self, gradient, change, place, unit)
         bias = gradient.sum(1) @ dictionary.b_dec.to(gradient)
         return Contributions(
-            nodes.cpu().double(), sum_last_axis(gradient * change.written), sum_last_axis(gradient * change.error),
+            nodes, sum_last_axis(gradient * change.written), sum_last_axis(gradient * change.error),
             bias.cpu().double(),
         )  # fmt: skip
 
-    def bias_score(self, run: SlotRun, gradient: Float[Tensor, "pos d"]) -> float:
+    def bias_score(self, run: SlotRun, gradient: Float[Tensor, "pos d"], nodes: Float[Tensor, "pos unit"]) -> float:
         assert run.factor is not None
         gradient = gradient.to(run.factor)
         decoder = gradient.sum(0) @ self.site.dictionary.b_dec.to(gradient)
-        encoder = (self.node_gradient(gradient) * run.factor).sum(0) @ self.encoder.bias.to(gradient)
+        encoder = (nodes.to(gradient) * run.factor).sum(0) @ self.encoder.bias.to(gradient)
         return float(decoder + encoder)
 
 
@@ -422,6 +450,18 @@ class _StandIn(torch.autograd.Function):
 
 
 Slot = NeuronSlot | DictionarySlot
+
+
+def node_gradient(
+    slots: Sequence[Slot], index: int, at_sources: Mapping[int, Float[Tensor, "pos d"]]
+) -> Float[Tensor, "pos unit"]:
+    """The gradient at every node of one slot, over all sources that it writes to."""
+    own = slots[index]
+    total = own.node_gradient(at_sources[index])
+    for place, slot in enumerate(slots):
+        if isinstance(slot, DictionarySlot) and isinstance(own, DictionarySlot) and slot.receives_from(own):
+            total = total + slot.gradient_of(own, at_sources[place])
+    return total
 
 
 def find_slots(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tuple[Slot, ...]:

@@ -14,8 +14,9 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 
-SCHEMA = 2
-"""Of these tables in files. 2: kinds `unselected` and `linearization_error`; `nodes` in the settings is a label."""
+SCHEMA = 3
+"""Of these tables in files. 3: one file, with a checksum.
+2: kinds `unselected` and `linearization_error`; `nodes` in the settings is a label."""
 NODE_COLUMNS = {
     "node": "str", "label": "str", "kind": "str", "layer": "int64", "unit": "int64", "position": "int64",
     "token": "str", "activation": "float64", "change": "float64", "sign": "int64", "gate_sign": "int64",
@@ -29,6 +30,19 @@ EDGE_COLUMNS = {
     "relative": "float64",
     "attribution": "float64",
 }
+HEAD_COLUMNS = {
+    "source": "str",
+    "target": "str",
+    "kind": "str",
+    "layer": "int64",
+    "head": "int64",
+    "from_position": "int64",
+    "part": "float64",
+    "attribution": "float64",
+    "share": "float64",
+}
+HEAD_KINDS = ("head", "direct", "rest")
+"""What a part is of: a head, the residual stream alone, or parts too small for a row of their own."""
 SINGLE = ("neuron", "feature", "component")
 """Kinds of single nodes that were chosen, supernodes aside."""
 CHOSEN = (*SINGLE, "head", "skip", "group")
@@ -124,12 +138,23 @@ def normalized(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:
     """|attribution| over the sum of the target's incoming ones; zero for biases, which circuit-tracer leaves out.
 
     On a single prompt that is circuit-tracer's |weight| over their sum; with pairs in both directions weights cancel.
+    Into a node of score zero all attributions are zero, and weights are not: there they are taken.
     """
     source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
-    bias = (nodes["kind"] == "bias").to_numpy()
-    size = np.where(bias[source], 0.0, edges["attribution"].abs().to_numpy())
-    sums = np.bincount(target, size, len(nodes))
-    return size / sums[target].clip(min=np.finfo(float).tiny)
+    bias = (nodes["kind"] == "bias").to_numpy()[source]
+    sizes = (np.where(bias, 0.0, edges[name].abs().to_numpy()) for name in ("attribution", "weight"))
+    by_attribution, by_weight = ((size, np.bincount(target, size, len(nodes))[target]) for size in sizes)
+    dead = by_attribution[1] == 0
+    size, total = (np.where(dead, w, a) for a, w in zip(by_attribution, by_weight, strict=True))
+    return size / total.clip(min=np.finfo(float).tiny)
+
+
+def without_positions(nodes: pd.DataFrame, edges: pd.DataFrame, positions: Collection[int]) -> pd.DataFrame:
+    """The edges that do not come from nodes, errors or remainders at these positions: circuit-tracer's zeros at BOS."""
+    if not positions:
+        return edges
+    zeroed = nodes["position"].isin(list(positions)) & ~nodes["kind"].isin(("embedding", "logit", "bias"))
+    return edges[~zeroed.to_numpy()[rows_of(nodes, edges["source"])]]
 
 
 def influence(nodes: pd.DataFrame, edges: pd.DataFrame) -> np.ndarray:

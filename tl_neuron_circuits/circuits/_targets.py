@@ -1,7 +1,8 @@
 """What a circuit explains: targets, each one number read from a run and one logit node of the circuit.
 
 Tokens and directions are read from the logits before any soft cap, where relevance is conserved; a token's logit is
-taken minus the mean over the vocabulary, so that centering an unembedding changes nothing. A metric is read from the
+taken minus the mean over the vocabulary, so that centering an unembedding changes nothing (raw with `center=False`, as
+in the seed paper's code: what every logit has in common is then explained too). A metric is read from the
 model's own logits, and what it is not linear in shows as a linearization error.
 
 A target is what `trace` explains, never the end of an edge: the nodes that edges lead to are *receivers* in this code,
@@ -44,12 +45,12 @@ class Target:
     linear: bool = True
 
 
-def token_target(token: int) -> Target:
-    """The logit of a token minus the mean logit."""
+def token_target(token: int, *, center: bool = True) -> Target:
+    """The logit of a token, minus the mean logit if centered."""
 
     def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
         logits = _logits(run, batch)
-        return logits[token] - logits.mean()
+        return logits[token] - logits.mean() if center else logits[token]
 
     return Target(f"logit/{token}", value, (token,))
 
@@ -64,13 +65,15 @@ def difference_target(token: int, other: int) -> Target:
     return Target(f"logit/{token}-{other}", value, (token, other))
 
 
-def answer_target(*, against_wrong: bool) -> Target:
-    """Each pair's answer: its logit minus the wrong answer's, or minus the mean logit."""
+def answer_target(*, against_wrong: bool, center: bool = True) -> Target:
+    """Each pair's answer: its logit minus the wrong answer's; alone, minus the mean logit if centered."""
 
     def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
         logits = _logits(run, batch)
-        wrong = batch.wrong_answer if against_wrong else None
-        return logits[int(batch.answer[0])] - (logits.mean() if wrong is None else logits[int(wrong[0])])
+        answer, wrong = logits[int(batch.answer[0])], batch.wrong_answer if against_wrong else None
+        if wrong is not None:
+            return answer - logits[int(wrong[0])]
+        return answer - logits.mean() if center else answer
 
     return Target("logit_difference" if against_wrong else "answer_logit", value)
 
@@ -101,7 +104,13 @@ def metric_target(metric: Metric) -> Target:
 
 
 def find_targets(
-    model: TransformerLensModel, pairs: TokenizedPairs, target: TargetLike, prompt: str | None, top_k: int | None
+    model: TransformerLensModel,
+    pairs: TokenizedPairs,
+    target: TargetLike,
+    prompt: str | None,
+    top_k: int | None,
+    *,
+    center: bool = True,
 ) -> list[Target] | Callable[[Tensor], list[Target]]:
     """The targets that a caller of `trace` named.
 
@@ -112,8 +121,8 @@ def find_targets(
     """
     if target is None:
         if top_k is not None:
-            return lambda logits: [token_target(token) for token in logits.topk(top_k).indices.tolist()]
-        return [answer_target(against_wrong=pairs.wrong_answer is not None)]
+            return lambda logits: [token_target(token, center=center) for token in logits.topk(top_k).indices.tolist()]
+        return [answer_target(against_wrong=pairs.wrong_answer is not None, center=center)]
     if isinstance(target, Tensor):
         return [direction_target(model, target)]
     if callable(target):
@@ -127,7 +136,7 @@ def find_targets(
     ids = list(dict.fromkeys(_token_id(model, token, prompt) for token in tokens))
     if not ids:
         raise SettingsError("expected at least one token in target; got an empty list.")
-    return [token_target(token) for token in ids]
+    return [token_target(token, center=center) for token in ids]
 
 
 def target_label(model: Any, target: Target) -> str:

@@ -4,6 +4,7 @@ What is explained is read by `_targets.py`, the nodes' homes by `_slots.py`; `_c
 and `_direct_effects.py` computes scores and edges. Here they meet, and numbers become the two tables of a circuit.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,16 +25,21 @@ from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ..nodes._scores import label
 from ..propagation.rules import ALL_RULES
+from ..tasks._chat import special_positions
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import require_corrupt
+from ..tasks._text_tokens import text_tokens
 from ..tasks._tokenize import tokenize
-from ..tasks._tokenized import TokenizedPairs
-from ._choose import ByShare, Choice, choose_nodes
+from ..tasks._tokenized import Batch, TokenizedPairs
+from ._choose import ByShare, Choice, choose_nodes, rank_nodes
 from ._circuit import Circuit
-from ._direct_effects import DirectEffects, Totals, direct_effects
+from ._direct_effects import DirectEffects, Targets, Totals, direct_effects, mean_totals
+from ._explained import ByExplained, count_explained
 from ._slots import Slot, find_slots
 from ._table import KIND_OF_LETTER, complete, edge_table, node_table, relative_weights, unselected_row
-from ._targets import TargetLike, find_targets, target_label, token_text
+from ._targets import Target, TargetLike, find_targets, target_label, token_text
+
+logger = logging.getLogger(__name__)
 
 _NEURONS, _BY_SHARE = Neurons(), ByShare()
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"] | PromptPairs | TokenizedPairs
@@ -47,11 +53,14 @@ def trace(
     target: TargetLike = None,
     *,
     basis: Basis | Sequence[Basis] = _NEURONS,
-    nodes: Choice = _BY_SHARE,
+    nodes: Choice | ByExplained = _BY_SHARE,
     top_k: int = 5,
     baseline: Literal["auto", "corrupt", "zero"] = "auto",
+    center: bool = True,
     keep_bos: bool = False,
+    skip_special: bool = False,
     exclude: Sequence[tuple[int, int]] = (),
+    reference: Sequence[str] | None = None,
     prepend_bos: bool | None = None,
     max_bytes: int = 2**30,
     verbose: bool = False,
@@ -61,7 +70,8 @@ def trace(
     A neuron's score is `(a - a_baseline) * dG/da` under all rules of relevance propagation, G the sum of the target's
     logits: positive supports it. Edges are direct effects, with attention and norms frozen and nodes in between
     stopped; what comes into a node sums to its activation. Nodes that were not chosen stay visible as one remainder
-    per position.
+    per position. On the same pairs `attribute` gives the same scores, except that its metrics read logits after a soft
+    cap and do not center an answer without a wrong answer.
 
     With dictionaries the same holds for the local replacement model. Its forward pass is the model's own, bit for bit.
     Its gradient replaces the MLP by the dictionary's features, each frozen as firing or not, its skip, and an error
@@ -74,16 +84,22 @@ def trace(
         target: a token (text as it follows the prompt, or its number), a list of tokens, a tuple of two tokens (the
             difference of their logits), a direction over the logits or over what the unembedding reads, or a metric.
             By default the `top_k` likeliest next tokens; for pairs the answer against the wrong answer. Logits are
-            taken before any soft cap and minus their mean over the vocabulary.
+            taken before any soft cap.
         basis: `Neurons()`, `Dictionaries(...)` (transcoders, or SAEs at any hook point), or several of them that have
             nodes in different layers. Layers without nodes are paths, under the rules of relevance propagation.
         nodes: which nodes to choose by |score|: a number of nodes, `ByShare(0.005)` (of the target) or `ByMass(0.8)`
-            (of the sum of all |scores|).
+            (of the sum of all |scores|); or `ByExplained(0.5)`, as many as give half of the target when they are run
+            alone.
         top_k: how many tokens the default target has.
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.
+        center: take a token's logit minus the mean over the vocabulary. False takes it raw, as the seed paper's code
+            does: nodes that raise all logits alike, which no probability depends on, then have scores too.
         keep_bos: let nodes at the BOS position be chosen.
+        skip_special: let no nodes be chosen at special tokens, such as those between the turns of a chat.
         exclude: (layer, unit) of nodes that are never chosen, such as those that are active on everything.
+        reference: texts over whose tokens means are taken, for `ByExplained` on a single prompt: what nodes are when
+            they are not live.
         prepend_bos: None means the model's default.
         max_bytes: for one chunk of backward passes, on top of the graph of one forward pass.
         verbose: show progress.
@@ -116,19 +132,34 @@ def trace(
     single = not isinstance(prompt_or_pairs, PromptPairs | TokenizedPairs)
     pairs = _as_pairs(model, prompt_or_pairs, prepend_bos, top_k, answered=callable(target))
     paired = _is_paired(pairs, baseline)
-    targets = find_targets(model, pairs, target, text, top_k if single else None)
+    targets = find_targets(model, pairs, target, text, top_k if single else None, center=center)
     slots = find_slots(model, basis)
     skipped = [] if keep_bos else _bos_positions(model, pairs)
+    if skip_special:
+        skipped = sorted({*skipped, *special_positions(model, pairs)} - ({0} if keep_bos else set()))
+
+    choice = _BY_SHARE if isinstance(nodes, ByExplained) else nodes
 
     def choose(totals: Totals) -> Int[Tensor, "node 3"]:
         layers = [slot.layer for slot in slots]
         return choose_nodes(
-            totals.score, totals.target, layers, nodes, skipped_positions=skipped, excluded=list(exclude)
+            totals.score, totals.target, layers, choice, skipped_positions=skipped, excluded=list(exclude)
         )
 
     batches = list(pairs.batches(1))
+    chosen, explained = choose, {}
+    if isinstance(nodes, ByExplained):
+        targets = _known_targets(model, batches, targets)
+        totals = mean_totals(model, batches, targets, paired=paired, slots=slots)
+        layers = [slot.layer for slot in slots]
+        ranking = rank_nodes(totals.score, layers, skipped_positions=skipped, excluded=list(exclude))
+        texts = None if paired else _reference_tokens(model, reference, prepend_bos)
+        count, sizes = count_explained(
+            model, basis, batches, targets, ranking, nodes, reference=texts, skipped_positions=skipped
+        )
+        chosen, explained = ranking.first(count), {"share": dict(sizes)[count], "sizes": [list(pair) for pair in sizes]}
     effects = direct_effects(
-        model, batches, choose, targets, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
+        model, batches, chosen, targets, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
     )
     if single:  # its answer is the likeliest token, which is known now
         pairs = TokenizedPairs.from_tokens(pairs.clean, effects.totals.probabilities.topk(1).indices)
@@ -157,10 +188,74 @@ def trace(
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
         "target": labels, "target_value": effects.totals.target, "position": position,
         "baseline": "corrupt" if paired else "zero", "nodes": nodes if isinstance(nodes, int) else nodes.label,
+        "explained": explained, "center": center, **_prediction(model, effects, single=single),
+        "layer_scores": _layer_scores(effects, slots),
         "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude], "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
     }  # fmt: skip
-    return Circuit(table, edge_table(edges), settings, basis=basis)
+    circuit = Circuit(table, edge_table(edges), settings, basis=basis)
+    for note in circuit.notes:
+        logger.warning(note)
+    return circuit
+
+
+def _known_targets(model: Any, batches: Sequence[Batch], targets: Targets) -> Sequence[Target]:
+    """Targets that are found from the model's own next token, found."""
+    if not callable(targets):
+        return targets
+    with torch.no_grad():
+        logits = run_logits(model, batches[0].clean, batches[0].attention_mask)
+    return targets(logits[0, int(batches[0].position[0])])
+
+
+def _reference_tokens(model: Any, reference: Sequence[str] | None, prepend_bos: bool | None) -> list[Tensor]:
+    if not reference:
+        raise SettingsError(
+            "ByExplained on a single prompt needs texts over which nodes have their means: reference=[...], a few "
+            "dozen sentences; or pairs with corrupt prompts. Zero would be a value that the model never sees."
+        )
+    options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+    return [model.to_tokens(text, **options)[0] for text in reference]
+
+
+def _prediction(model: Any, effects: DirectEffects, *, single: bool) -> dict[str, Any]:
+    """What the model itself says next: its likeliest tokens, and of each target token rank and likelier twin.
+
+    Over several prompts probabilities are means, and ranks are not given: prompts have answers of their own.
+    """
+    probabilities = effects.totals.probabilities
+    best = probabilities.topk(min(5, len(probabilities)))
+    predicted = [
+        [token_text(model, token), round(float(p), 6)]
+        for p, token in zip(best.values, best.indices.tolist(), strict=True)
+    ]
+    ranks, twins = {}, {}
+    for target in effects.targets if single else ():
+        if len(target.tokens) == 1:
+            (token,) = target.tokens
+            ranks[target.name] = 1 + int((probabilities > probabilities[token]).sum())
+            twin = _spaced_twin(model, token)
+            if twin is not None and probabilities[twin] > probabilities[token]:
+                twins[target.name] = [token_text(model, twin), round(float(probabilities[twin]), 6)]
+    return {"predicted": predicted, "target_ranks": ranks, "twins": twins}
+
+
+def _spaced_twin(model: Any, token: int) -> int | None:
+    """The token that differs by a leading space alone; None for tokens that have it, and where there is none."""
+    tokenizer, text = getattr(model, "tokenizer", None), token_text(model, token)
+    if tokenizer is None or not text.strip() or text.startswith(" "):
+        return None
+    for mark in ("Ġ", "▁"):
+        twin = tokenizer.convert_tokens_to_ids(mark + text)
+        if isinstance(twin, int) and twin != tokenizer.unk_token_id and twin != token:
+            return twin
+    return None
+
+
+def _layer_scores(effects: DirectEffects, slots: Sequence[Slot]) -> list[list[int | float]]:
+    """Of each layer: its number, the sum of all its nodes' scores, and of their sizes; chosen or not."""
+    scores = effects.totals.score
+    return [[s.layer, float(own.sum()), float(own.abs().sum())] for s, own in zip(slots, scores, strict=True)]
 
 
 def _source_rows(
@@ -248,12 +343,12 @@ def _as_pairs(model: Any, prompt: Prompt, prepend_bos: bool | None, top_k: int, 
         if len(lengths) > 1:
             raise PairsError(
                 f"a circuit has positions, so all prompts need one token length; got {lengths}. Trace the prompts of "
-                "each length separately, sum_positions() each circuit, and join them with Circuit.merge([...])."
+                "each length separately, sum_positions() each circuit, and join them with Circuit.merge([...]); or "
+                "keep one length: tasks.keep_fitting(model, pairs, same_length=True)."
             )
         return pairs
     if isinstance(prompt, str):
-        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        tokens = model.to_tokens(prompt, **options)
+        tokens = text_tokens(model, prompt, prepend_bos)
     else:
         if prepend_bos is not None:
             raise SettingsError("prepend_bos cannot be applied to tokens: put BOS into them.")

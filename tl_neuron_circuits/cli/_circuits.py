@@ -7,13 +7,17 @@ import typer
 
 from .._errors import SettingsError
 from ._inputs import (
+    AnswerStart,
     AsJson,
     Backend,
     BatchSize,
+    Chat,
     Device,
     Dtype,
     Model,
     Seed,
+    SkipSpecial,
+    in_chat,
     load_circuit,
     load_model,
     load_saved,
@@ -35,6 +39,9 @@ def trace(
         str,
         typer.Option(help="How many neurons, 'share(0.005)' of the target each, or 'mass(0.8)' of all |scores|."),
     ] = "share(0.005)",
+    chat: Chat = False,
+    answer_start: AnswerStart = "",
+    skip_special: SkipSpecial = False,
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -47,14 +54,15 @@ def trace(
 
     choice = parse_choice(nodes)
     loaded = load_model(model, backend, device, dtype)
-    circuit = run(loaded, prompt, target, nodes=choice, verbose=progress())
+    prompt = in_chat(loaded, prompt, chat, answer_start)
+    circuit = run(loaded, prompt, target, nodes=choice, skip_special=skip_special, verbose=progress())
     files = [out / "circuit", out / "circuit.html", out / "neuronpedia.json"]
     circuit.save(files[0])
     circuit.to_html(files[1], details=node_details(loaded, circuit))
     circuit.to_neuronpedia(files[2])
     best = circuit.to_dataframe().head(20)
     if as_json:
-        print_json({"circuit": repr(circuit), "files": files, "nodes": best})
+        print_json({"circuit": repr(circuit), "notes": circuit.notes, "files": files, "nodes": best})
         return
     show(best[["node", "kind", "token", "activation", "score", "share"]], repr(circuit))
     show_written(files)
@@ -78,6 +86,8 @@ def steer(
     ] = None,
     top: Annotated[int, typer.Option(help="Tokens listed before and after.", min=1)] = 10,
     generate: Annotated[int, typer.Option(help="Also continue the prompt by this many tokens.", min=0)] = 0,
+    chat: Chat = False,
+    answer_start: AnswerStart = "",
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -93,6 +103,7 @@ def steer(
     chosen = _nodes(node or [], circuit, group or [])
     places = _positions(positions)
     loaded = load_model(model, backend, device, dtype)
+    prompt = in_chat(loaded, prompt, chat, answer_start)
     result = run(
         loaded, prompt, chosen, scale=scale, value=value, add=add, positions=places, top_k=top, generate=generate
     )
@@ -173,6 +184,7 @@ def lasso(
     Give --pairs or --prompts. An edge says what predicts what; it is not a causal effect.
     """
     from .._errors import SettingsError
+    from .._files import write_text
     from ..lasso._circuit_lasso import CircuitLasso, MostEdges, Share
     from ..lasso._observations import Components
 
@@ -192,7 +204,7 @@ def lasso(
     circuit = found.to_circuit()
     circuit.save(files[1])
     circuit.to_html(files[2])
-    found.edges.to_csv(files[0], index=False)
+    write_text(files[0], found.edges.to_csv(index=False))
     if as_json:
         print_json({"circuit": repr(found), "files": files, "edges": found.edges})
         return
@@ -222,7 +234,6 @@ def export(
             f"expected --format html, neuronpedia or csv, or a name that ends in {endings}; got {chosen}."
         )
     result = load_saved(saved)
-    out.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(result, Circuit):
         files = _circuit(result, out, chosen, slug, scan)
     else:
@@ -234,25 +245,28 @@ def export(
 
 
 def _circuit(circuit: Any, out: Path, form: str, slug: str | None, scan: str | None) -> list[Path]:
+    from .._files import write_text
+
     if form == "html":
         circuit.to_html(out)
     elif form == "neuronpedia":
         circuit.to_neuronpedia(out, slug=slug, scan=scan)
     else:
         edges = out.with_name(f"{out.stem}_edges{out.suffix}")
-        circuit.to_dataframe().to_csv(out, index=False)
-        circuit.edges.to_csv(edges, index=False)
+        write_text(out, circuit.to_dataframe().to_csv(index=False))
+        write_text(edges, circuit.edges.to_csv(index=False))
         return [out, edges]
     return [out]
 
 
 def _scores(scores: Any, out: Path, form: str, top: int | None) -> list[Path]:
+    from .._files import write_text
     from .._html import document
 
     if form == "neuronpedia":
         raise SettingsError(f"expected a circuit for an attribution graph; got {scores!r}. Run trace for edges.")
     if form == "csv":
-        (scores.to_dataframe() if top is None else scores.top(top)).to_csv(out, index=False)
+        write_text(out, (scores.to_dataframe() if top is None else scores.top(top)).to_csv(index=False))
     else:
-        out.write_text(document(repr(scores), scores.to_html(top or 200)), encoding="utf-8")
+        write_text(out, document(repr(scores), scores.to_html(top or 200)))
     return [out]

@@ -25,6 +25,17 @@ PairsFile = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Prompts per pass.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of all random draws.")]
 
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put prompts into the model's chat template.", rich_help_panel="Chat")
+]
+AnswerStart = Annotated[
+    str, typer.Option(help="With --chat: how the answer begins, such as 'The capital is'.", rich_help_panel="Chat")
+]
+SkipSpecial = Annotated[
+    bool,
+    typer.Option("--skip-special", help="No nodes at special tokens, such as BOS.", rich_help_panel="Chat"),
+]
+
 BACKENDS = ("auto", "HookedTransformer", "TransformerBridge")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -55,6 +66,8 @@ def load_model(name: str, backend: str = "auto", device: str | None = None, dtyp
 
         return load_demo_model(name, backend, device=device or "cpu", dtype=options["dtype"])
     loaders = {"HookedTransformer": [_hooked], "TransformerBridge": [_bridge], "auto": [_hooked, _bridge]}[backend]
+    from .._memory import is_out_of_memory
+
     reasons = []
     for load in loaders:
         try:
@@ -62,6 +75,8 @@ def load_model(name: str, backend: str = "auto", device: str | None = None, dtyp
         except ImportError:
             reasons.append(f"{load.__name__.strip('_')}: not in the installed TransformerLens")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             reasons.append(f"{load.__name__.strip('_')}: {(str(error).strip() or repr(error)).splitlines()[0][:200]}")
     raise SettingsError(
         f"cannot load {name!r}. Give demo-gelu, demo-swiglu, a name that TransformerLens knows or a local Hugging Face "
@@ -72,9 +87,13 @@ def load_model(name: str, backend: str = "auto", device: str | None = None, dtyp
 def _check_device(device: str | None) -> None:
     import torch
 
+    from .._memory import is_out_of_memory
+
     try:
         torch.empty(0, device=device or "cpu")
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise SettingsError(
             f"expected a --device that this torch can use, such as cpu or cuda; {device!r} gives: "
             f"{str(error).splitlines()[0]}"
@@ -97,8 +116,24 @@ def _bridge(name: str, options: dict[str, Any]) -> Any:
     return TransformerBridge.boot_transformers(name, **options)
 
 
+def in_chat(model: Any, prompts: Any, chat: bool, answer_start: str) -> Any:
+    """A prompt or pairs inside the model's chat template, or as they are.
+
+    Raises:
+        SettingsError: no such template, or the beginning of an answer without a chat.
+    """
+    if not chat:
+        if answer_start:
+            raise SettingsError("expected --chat beside --answer-start: answers begin in chats. Add it.")
+        return prompts
+    from ..tasks._chat import apply_chat_template
+
+    return apply_chat_template(model, prompts, answer_start=answer_start)
+
+
 def read_inputs(pairs: Path | None, prompts: Path | None) -> Any:
     """Pairs, or the lines of a text file that are not blank."""
+    from .._files import read_text, short
     from ..tasks._pairs import PromptPairs
 
     if (pairs is None) == (prompts is None):
@@ -107,9 +142,9 @@ def read_inputs(pairs: Path | None, prompts: Path | None) -> Any:
         return PromptPairs.from_jsonl(pairs)
     assert prompts is not None
     try:
-        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise PairsError(f"expected UTF-8 text, one prompt per line, in {prompts}; got {error}.") from error
+        lines = [line.removesuffix("\r") for line in read_text(prompts).split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise PairsError(f"expected UTF-8 text, one prompt per line, in {prompts}; got {short(error)}.") from error
     if not lines:
         raise PairsError(f"expected text, one prompt per line, in {prompts}; it is empty.")
     return lines
@@ -122,17 +157,20 @@ def load_saved(path: Path) -> Any:
         FileFormatError: there is neither, or it is damaged.
     """
     from ..circuits._circuit import Circuit
+    from ..lasso._lasso_circuit import LassoCircuit
     from ..nodes._scores import NodeScores
 
     for folder in (path, path / "circuit"):
-        if (folder / "circuit.json").is_file():
+        if (folder / "circuit.safetensors").exists():
             return Circuit.load(folder)
-    if (path / "scores.json").is_file():
+    if (path / "lasso_circuit.safetensors").exists():
+        return LassoCircuit.load(path)
+    if (path / "scores.safetensors").exists():
         return NodeScores.load(path)
     found = "no such folder" if not path.is_dir() else ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
     raise FileFormatError(
-        f"expected a saved circuit (circuit.json) or saved scores (scores.json) in {path}; found: {found}. "
-        "Give a folder that trace, lasso or attribute wrote."
+        f"expected a saved circuit (circuit.safetensors) or saved scores (scores.safetensors) in {path}; found: "
+        f"{found}. Give a folder that trace, lasso or attribute wrote."
     )
 
 

@@ -6,7 +6,21 @@ from typing import Annotated, Any
 import typer
 
 from .._errors import SettingsError
-from ._inputs import AsJson, Backend, BatchSize, Device, Dtype, Model, PairsFile, Seed, load_model
+from ._inputs import (
+    AnswerStart,
+    AsJson,
+    Backend,
+    BatchSize,
+    Chat,
+    Device,
+    Dtype,
+    Model,
+    PairsFile,
+    Seed,
+    SkipSpecial,
+    in_chat,
+    load_model,
+)
 from ._terminal import FAILED, console, print_json, progress, say, show, show_written
 
 
@@ -46,6 +60,9 @@ def attribute(
     batch_size: BatchSize = 32,
     top: Annotated[int, typer.Option(help="How many nodes to show.", min=1)] = 20,
     out: Annotated[Path | None, typer.Option(help="Save all scores to this folder.")] = None,
+    chat: Chat = False,
+    answer_start: AnswerStart = "",
+    skip_special: SkipSpecial = False,
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -63,12 +80,14 @@ def attribute(
     read = PromptPairs.from_jsonl(pairs)
     processes = current_processes()  # before the model is loaded: under `accelerate launch` it chooses the GPU
     loaded = load_model(model, backend, device, dtype)
+    read = in_chat(loaded, read, chat, answer_start)
     scores = score(
         loaded,
         tokenize(loaded, read, multi_token=multi_token),  # pyright: ignore[reportArgumentType]
         method=method,
         basis=ACTIVATION_BASES[basis](),
         positions=positions,  # pyright: ignore[reportArgumentType]
+        skip_special=skip_special,
         batch_size=batch_size,
         verbose=progress(),
     )
@@ -97,6 +116,8 @@ def compare(
     ablation: Annotated[str, typer.Option(help="mean, zero, resample or corrupt.")] = "mean",
     error_nodes: Annotated[str, typer.Option(help="Errors of dictionaries: rank, keep or ablate.")] = "rank",
     mib: Annotated[bool, typer.Option("--mib", help="Also CPR and CMD on MIB's grid.")] = False,
+    chat: Chat = False,
+    answer_start: AnswerStart = "",
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     backend: Backend = "auto",
@@ -118,10 +139,11 @@ def compare(
         train, test = train.split(0.5, seed=seed, by="contrast" if train.labels is None else "label")
     else:
         test = PromptPairs.from_jsonl(evaluation_pairs)
+    loaded = load_model(model, backend, device, dtype)
     result = run(
-        load_model(model, backend, device, dtype),
-        train,
-        test,
+        loaded,
+        in_chat(loaded, train, chat, answer_start),
+        in_chat(loaded, test, chat, answer_start),
         bases=bases,
         methods=method or DEFAULT_METHODS,
         sizes=size,
@@ -146,7 +168,7 @@ def _bases(names: list[str], sae: list[Path], transcoder: list[Path]) -> list[An
     """Bases of the layers that the dictionaries have, so that all compete for the same layers."""
     from ..bases._activations import ACTIVATION_BASES
     from ..bases._dictionary_basis import Dictionaries
-    from ..bases._dictionary_files import load_dictionaries
+    from ..bases._load_dictionaries import load_dictionaries
 
     if wrong := [name for name in names if name not in ACTIVATION_BASES]:
         raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {', '.join(wrong)}.")
@@ -167,8 +189,10 @@ def _readable(summary: Any) -> Any:
 
 def _write(result: Any, out: Path) -> list[Path]:
     """The figure, every point of every curve, and the summary."""
+    from .._files import write_text
+
     files = [out / name for name in ("sparsity.html", "sparsity.csv", "summary.csv")]
-    result.plot().write_html(files[0], include_plotlyjs=True)
-    result.to_dataframe().to_csv(files[1], index=False)
-    result.summary().to_csv(files[2], index=False)
+    write_text(files[0], result.plot().to_html(include_plotlyjs=True))
+    write_text(files[1], result.to_dataframe().to_csv(index=False))
+    write_text(files[2], result.summary().to_csv(index=False))
     return files

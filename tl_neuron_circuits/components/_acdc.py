@@ -61,7 +61,7 @@ class ACDC(EdgeMethod):
             return total / count
 
         kept = graph.edges.clone()
-        scores = torch.zeros(len(graph), len(graph))
+        scores = torch.zeros(len(graph), len(graph), dtype=torch.float32)
         current = distance(kept)
         for source, target in tqdm(list(_backwards(graph)), desc="acdc", disable=not question.verbose, leave=False):
             kept[source, target] = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
@@ -15,8 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import _html
-from .._errors import NumericalError, SettingsError
-from .._files import read_directory, write_directory
+from .._errors import FileFormatError, NumericalError, SettingsError
+from .._files import formed, read_directory, require_shapes, write_directory
 from .._options import parse_options
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
@@ -30,10 +31,25 @@ from ._acdc import ACDC
 from ._eap import EAP, EAPIGInputs, RelP
 from ._graph import AttentionUnit, component_graph
 from ._method import EdgeMethod, EdgeQuestion, Random
+from ._mib import write_mib
 from ._patching import Patching, metric_with_edges
 from ._streams import paired_streams
 
-SCHEMA = 2
+SCHEMA = 3
+
+
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    names: list[str]
+    settings: dict[str, Any]
+
+
+class _Settings(msgspec.Struct):
+    """What scores need of their settings."""
+
+    method: str
+    metric: str
+    model: str
+    n_pairs: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,13 +74,15 @@ class EdgeScores:
     scores: Float[Tensor, "source target"]
     settings: Mapping[str, Any]
     kept: Bool[Tensor, "source target"] | None = None
+    qkv: Float[Tensor, "3 source target"] | None = None
+    """The scores of edges into heads by what reads them: q, k, v; zero for other targets. Their sum is `scores`."""
 
     def __len__(self) -> int:
         """How many edges there are."""
         return int((~self.scores.isnan()).sum())
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Columns source, target, score (and kept), largest |score| first."""
+        """Columns source, target, score (and kept; q, k and v where they are split), largest |score| first."""
         source, target = (~self.scores.isnan()).nonzero(as_tuple=True)
         score = self.scores[source, target].double().numpy()
         frame = pd.DataFrame(
@@ -74,6 +92,8 @@ class EdgeScores:
                 "score": score,
             }
         )
+        if self.qkv is not None:
+            frame = frame.assign(**{n: self.qkv[k, source, target].double().numpy() for k, n in enumerate("qkv")})
         if self.kept is not None:
             frame["kept"] = self.kept[source, target].numpy()
         return frame.iloc[np.argsort(-np.abs(score), kind="stable")].reset_index(drop=True)
@@ -84,12 +104,14 @@ class EdgeScores:
         return self.to_dataframe().head(k)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `edge_scores.safetensors` and `edge_scores.json`.
+        """Write a directory with `edge_scores.safetensors`; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
-        tensors = {"scores": self.scores.contiguous()} | ({} if self.kept is None else {"kept": self.kept.contiguous()})
+        optional = {"kept": self.kept, "qkv": self.qkv}
+        tensors = {"scores": self.scores} | {name: tensor for name, tensor in optional.items() if tensor is not None}
         write_directory(
             path, "edge_scores", SCHEMA, tensors, {"names": list(self.names), "settings": dict(self.settings)}
         )
@@ -101,8 +123,34 @@ class EdgeScores:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "edge_scores", SCHEMA, required=("names", "settings"))
-        return cls(tuple(notes["names"]), tensors["scores"], notes["settings"], tensors.get("kept"))
+        tensors, notes = read_directory(path, "edge_scores", SCHEMA, _Notes)
+        formed(notes.settings, _Settings, path)
+        square = (len(notes.names), len(notes.names))
+        shapes = {"scores": square, "kept": square, "qkv": (3, *square)}
+        require_shapes(path, tensors, {name: shapes[name] for name in ("scores", *tensors) if name in shapes})
+        kept, qkv = tensors.get("kept"), tensors.get("qkv")
+        if not tensors["scores"].is_floating_point() or (kept is not None and kept.dtype != torch.bool):
+            raise FileFormatError(f"expected scores, and whether edges are kept, in {path}. Save them again.")
+        return cls(tuple(notes.names), tensors["scores"], notes.settings, kept, qkv)
+
+    def to_mib(self, path: str | Path, *, n_edges: int | None = None) -> None:
+        """Write MIB's JSON: the score of every edge, q, k and v of heads apart, and a circuit where a size is given.
+
+        Args:
+            path: of the file; an existing one is replaced.
+            n_edges: size of the circuit, by |score|, before edges on no path from input to logits are dropped; MIB's
+                sizes are `int(p * N)` for p = .001 ... 1. `counts` in the file says both numbers.
+
+        Raises:
+            SettingsError: heads that are not split (`component_edges(split_qkv=True)`), or more edges than there are.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
+            >>> edges = tnc.components.component_edges(model, pairs, method="eap", split_qkv=True)
+            >>> edges.to_mib("importances.json", n_edges=100)
+        """
+        write_mib(Path(path), self.names, self.scores, self.qkv, self.settings.get("d_model"), n_edges)
 
     def __repr__(self) -> str:
         s = self.settings
@@ -126,6 +174,7 @@ def component_edges(
     method: str | EdgeMethod = "relp",
     metric: Metric = logit_difference,
     attention: AttentionUnit = "heads",
+    split_qkv: bool = False,
     batch_size: int = 32,
     verbose: bool = False,
 ) -> EdgeScores:
@@ -139,6 +188,7 @@ def component_edges(
             its label: `ACDC(threshold=0.1)`, "eap_ig_inputs(steps=10)".
         metric: from logits and batch to one number per prompt.
         attention: heads as single components, or attention layers.
+        split_qkv: also score what reaches a head through its q, k and v alone (gradient methods, with heads).
         batch_size: prompts in one pass. "patching" and "acdc" multiply the rows by edges and heads.
         verbose: show progress.
 
@@ -163,16 +213,22 @@ def component_edges(
     chosen = parse_options(method, METHODS, what="a method") if isinstance(method, str) else method
     tokens = _paired(model, pairs)
     graph = component_graph(model, attention)
-    question = EdgeQuestion(model, graph, tokens, metric, batch_size, verbose)
+    if split_qkv and (attention != "heads" or not isinstance(chosen, EAP | EAPIGInputs)):
+        raise SettingsError(
+            f"split_qkv=True is for gradients into single heads: method 'eap', 'eap_ig_inputs' or 'relp' with "
+            f"attention='heads'; got {chosen.label!r} with {attention!r}."
+        )
+    question = EdgeQuestion(model, graph, tokens, metric, batch_size, verbose, split_qkv)
     sums = chosen.score(question)
     scores = sums.scores / len(tokens)
     if not bool(torch.isfinite(scores[graph.edges]).all()):
         raise NumericalError("edge scores contain NaN or inf. Run the model in float32 or float64.")
     settings = {
         "method": chosen.label, "method_options": chosen.to_json(), "metric": metric_name(metric),
-        "attention": attention, **provenance(model, tokens),
+        "attention": attention, "d_model": int(model.cfg.d_model), **provenance(model, tokens),
     }  # fmt: skip
-    return EdgeScores(tuple(graph.names), torch.where(graph.edges, scores, torch.nan), settings, sums.kept)
+    qkv = None if sums.qkv is None else torch.where(graph.edges, sums.qkv / len(tokens), 0.0)
+    return EdgeScores(tuple(graph.names), torch.where(graph.edges, scores, torch.nan), settings, sums.kept, qkv)
 
 
 @holding

@@ -4,20 +4,42 @@ A compiled component reads and writes named directions of the residual stream, a
 what the other reads. Directions that never vary ("one") carry nothing and are left out.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import msgspec
 from torch import Tensor
 
 from .._errors import FileFormatError, SettingsError
+from .._files import read_json, read_tensors, require_shapes
 from ._ground_truth import Edge, GroundTruth
 
 Granularity = Literal["components", "neurons"]
+Width = Annotated[int, msgspec.Meta(ge=0, lt=2**24)]
+
+
+class _Neuron(msgspec.Struct):
+    reads: dict[str, float]
+    writes: dict[str, float]
+
+
+class _Layer(msgspec.Struct):
+    active_neurons: dict[Width, _Neuron]
+
+
+class _Truth(msgspec.Struct):
+    residual_labels: list[str]
+    layers: Annotated[list[_Layer], msgspec.Meta(max_length=10_000)]
+
+
+class _Config(msgspec.Struct):
+    d_model: Width
+    n_heads: Width
+    d_mlp: Width
+
+
 _HEAD = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(?:result|z|q|k|v|[qkv]_input|attn_in|attn_result)\[(\d+)\]")
 _MLP = re.compile(r"blocks\.(\d+)\.(?:mlp\.hook_(?:in|pre|post|out)|hook_mlp_(?:in|out))(?:\[.*\])?")
 _START = re.compile(r"(?:hook_embed|hook_pos_embed|blocks\.0\.hook_resid_pre|embeds?|input)(?:\[.*\])?")
@@ -54,19 +76,29 @@ def tracr_ground_truth(
         [('embedding', 'logits')]
     """
     path = Path(path)
-    truth, config = _json(path / "ground_truth.json"), _json(path / "config.json")
-    try:
-        weights = load_file(path / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise FileFormatError(
-            f"{path / 'model.safetensors'} cannot be read: {error}. Give a compiled model's folder."
-        ) from error
-    if "residual_labels" not in truth or len(truth["residual_labels"]) != config.get("d_model"):
+    truth, config = read_json(path / "ground_truth.json", _Truth), read_json(path / "config.json", _Config)
+    weights, _, _ = read_tensors(path / "model.safetensors")
+    labels = truth.residual_labels
+    if len(labels) != config.d_model:
         raise FileFormatError(
             f"expected one residual label per dimension in {path / 'ground_truth.json'}; "
-            f"got {len(truth.get('residual_labels', []))} for {config.get('d_model')}. Compile the model again."
+            f"got {len(labels)} for {config.d_model}. Compile the model again."
         )
-    labels = truth["residual_labels"]
+    if beyond := [unit for layer in truth.layers for unit in layer.active_neurons if unit >= config.d_mlp]:
+        raise FileFormatError(
+            f"{path / 'ground_truth.json'} names neuron {beyond[0]}, but config.json says {config.d_mlp} per layer. "
+            "Compile the model again."
+        )
+    d, heads = config.d_model, config.n_heads
+    shapes: dict[str, tuple[int | None, ...]] = {"embed.W_E": (None, d), "unembed.W_U": (d, None)}
+    shapes |= {"pos_embed.W_pos": (None, d)} if "pos_embed.W_pos" in weights else {}
+    for layer in range(len(truth.layers)):
+        shapes |= {f"blocks.{layer}.attn.W_{name}": (heads, d, None) for name in "QKV"}
+        shapes |= {f"blocks.{layer}.attn.W_O": (heads, None, d)}
+    read = {name: weight for name, weight in weights.items() if name in shapes}
+    require_shapes(path / "model.safetensors", read, shapes)
+    if bad := [name for name, weight in read.items() if not weight.isfinite().all()]:
+        raise FileFormatError(f"{bad[:3]} in {path / 'model.safetensors'} are not finite. Compile the model again.")
     ignored = set(constant)
 
     def directions(weight: Tensor, dimension: int) -> frozenset[str]:
@@ -78,22 +110,22 @@ def tracr_ground_truth(
     if "pos_embed.W_pos" in weights:
         start |= directions(weights["pos_embed.W_pos"], 1)
     nodes = [("embedding", 0, frozenset(), start)]
-    for layer, content in enumerate(truth["layers"]):
+    for layer, content in enumerate(truth.layers):
         attention = {name: weights[f"blocks.{layer}.attn.W_{name}"] for name in "QKVO"}
-        for head in range(config["n_heads"]):
+        for head in range(heads):
             reads = frozenset().union(*(directions(attention[name][head], 0) for name in "QKV"))
             nodes.append((f"L{layer}/H{head}", 2 * layer + 1, reads, directions(attention["O"][head], 1)))
-        nodes += _mlp_nodes(layer, content["active_neurons"], config["d_mlp"], granularity, ignored)
+        nodes += _mlp_nodes(layer, content.active_neurons, config.d_mlp, granularity, ignored)
     end = directions(weights["unembed.W_U"], 0)
-    nodes.append(("logits", 2 * len(truth["layers"]) + 1, end, frozenset()))
+    nodes.append(("logits", 2 * len(truth.layers) + 1, end, frozenset()))
     return _from_directions(path.name, nodes)
 
 
 def _mlp_nodes(
-    layer: int, neurons: Mapping[str, Any], width: int, granularity: Granularity, ignored: set[str]
+    layer: int, neurons: Mapping[int, _Neuron], width: int, granularity: Granularity, ignored: set[str]
 ) -> list[tuple[str, int, frozenset[str], frozenset[str]]]:
-    reads = {int(unit): frozenset(neuron["reads"]) - ignored for unit, neuron in neurons.items()}
-    writes = {int(unit): frozenset(neuron["writes"]) - ignored for unit, neuron in neurons.items()}
+    reads = {unit: frozenset(neuron.reads) - ignored for unit, neuron in neurons.items()}
+    writes = {unit: frozenset(neuron.writes) - ignored for unit, neuron in neurons.items()}
     stage, none = 2 * layer + 2, frozenset()
     if granularity == "neurons":
         return [(f"L{layer}/N{unit}", stage, reads.get(unit, none), writes.get(unit, none)) for unit in range(width)]
@@ -186,17 +218,3 @@ def _component_of(node: str, n_layers: int) -> str:
         f"expected a node such as 'blocks.0.attn.hook_result[3]', 'blocks.0.mlp.hook_post', 'hook_embed' or "
         f"'blocks.{n_layers - 1}.hook_resid_post'; got {node!r}."
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(
-            f"{path} is not a readable JSON file: {error}. Give a compiled model's folder."
-        ) from error
-    if not isinstance(content, dict):
-        raise FileFormatError(
-            f"expected an object in {path}; got {type(content).__name__}. Give a compiled model's folder."
-        )
-    return content

@@ -26,6 +26,7 @@ class EdgeQuestion:
     metric: Metric
     batch_size: int
     verbose: bool
+    split_qkv: bool = False
 
     def batches(self, label: str) -> Iterator[Batch]:
         """The pairs, batch by batch, under a progress bar."""
@@ -41,6 +42,8 @@ class EdgeSums:
 
     scores: Tensor
     kept: Tensor | None = None
+    qkv: Tensor | None = None
+    """`[3, source, target]`: the scores of heads by what reads the source, q, k or v."""
 
 
 @dataclass(frozen=True)

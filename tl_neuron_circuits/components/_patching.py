@@ -40,7 +40,7 @@ class Patching(EdgeMethod):
     def score(self, question: EdgeQuestion) -> EdgeSums:
         """The fall of the metric for every edge."""
         graph = question.graph
-        scores = torch.zeros(len(graph), len(graph))
+        scores = torch.zeros(len(graph), len(graph), dtype=torch.float32)
         for batch in question.batches(self.label):
             part = self._score_batch(question, batch)
             scores = scores.to(torch.promote_types(scores.dtype, part.dtype)) + part.cpu()

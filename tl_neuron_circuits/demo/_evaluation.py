@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from .._files import write_text
 from ..tasks import _english as english
 from ..tasks._agreement import STRUCTURES, Structure, agreement_prompt
 from ..tasks._greater_than import greater_than_prompt
@@ -363,7 +364,7 @@ either."""
 def write_card(folder: Path, name: str, metrics: dict[str, Any], recipe: dict[str, Any]) -> None:
     """Write `metrics.json` and the model card `README.md`."""
     content = {"name": name, "recipe": recipe, **metrics}
-    (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
     settings = ", ".join(f"{key} {value}" for key, value in recipe.items())
     card = f"""---
 license: mit
@@ -385,7 +386,7 @@ Trained by `python -m tl_neuron_circuits.demo.train_models --name {name}` ({sett
 
 {_EXPLANATION.format(swaps=metrics["swaps"])}
 """
-    (folder / "README.md").write_text(card)
+    write_text(folder / "README.md", card)
 
 
 def documentation(all_metrics: dict[str, dict[str, Any]]) -> str:

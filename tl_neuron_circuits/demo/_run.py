@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .._files import write_text
 from ..bases._activations import Neurons
 from ..evaluation._compare import compare
 from ..evaluation._comparison import Comparison
@@ -97,13 +98,12 @@ def _dallas(seed: int) -> PromptPairs:
 
 
 def _write(out: Path, agreement: NodeScores, dallas: NodeScores, comparison: Comparison) -> tuple[Path, ...]:
-    out.mkdir(parents=True, exist_ok=True)
     figure, table = out / "sparsity.html", out / "sparsity.csv"
-    comparison.plot().write_html(figure, include_plotlyjs=True)
-    comparison.to_dataframe().to_csv(table, index=False)
+    write_text(figure, comparison.plot().to_html(include_plotlyjs=True))
+    write_text(table, comparison.to_dataframe().to_csv(index=False))
     tops = {"agreement": agreement, "dallas": dallas}
     files = [figure, table]
     for name, scores in tops.items():
         files.append(out / f"top_neurons_{name}.csv")
-        scores.top(300).to_csv(files[-1], index=False)
+        write_text(files[-1], scores.top(300).to_csv(index=False))
     return tuple(files)

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .._files import write_text
 from ..bases._dictionary import Dictionary
-from ..bases._dictionary_files import load_dictionary, save_dictionary
+from ..bases._dictionary_files import ID, load_dictionary, save_dictionary
 from ..transcoders._config import TrainingConfig
 from ..transcoders._fidelity import Fidelity, fidelity
 from ..transcoders._train import train
@@ -71,7 +72,7 @@ def train_demo(kind: str, config: TrainingConfig, folder: Path, *, verbose: bool
         "held_out_tokens": measured.tokens,
         "table": json.loads(measured.table.to_json(orient="records", double_precision=6)),
     }
-    (folder / "fidelity.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "fidelity.json", json.dumps(notes, indent=1) + "\n")
     return measured
 
 
@@ -85,7 +86,8 @@ def _write(dictionary: Dictionary, path: Path) -> Dictionary:
     save_dictionary(dictionary.to(dtype=torch.float16), path, overwrite=True)
     file = path / "cfg.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(settings | {"dtype": "float32"}, indent=1) + "\n", encoding="utf-8")
+    settings["metadata"].pop(ID)  # the settings are no longer those that the weights' header has
+    write_text(file, json.dumps(settings | {"dtype": "float32"}, indent=1) + "\n")
     return load_dictionary(path)
 
 

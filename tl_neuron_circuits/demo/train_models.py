@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from .._errors import FileFormatError, SettingsError
+from .._files import staged, write_text
 from ._evaluation import documentation, down_projections, edited_neurons, measure, write_card
 from ._models import DEMO_MODELS, demo_model_path
 from ._text import (
@@ -206,7 +207,7 @@ def _optimizers(model: PreTrainedModel, recipe: Recipe) -> tuple[list[Any], list
 
 
 def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -226,7 +227,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     _write_json(folder / "config.json", {**head, **fields, **extra})
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     weights.pop("lm_head.weight")  # tied to the embedding
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with staged(folder / "model.safetensors") as place:
+        save_file(weights, place, metadata={"format": "pt"})
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     tokens = {f"{role}_token": getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
     settings: dict[str, object] = {
@@ -275,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_card(folder, name, results[name], asdict(recipe))
         _log.info("%s: %s", name, results[name])
     if options.documentation is not None:
-        options.documentation.write_text(documentation(results))
+        write_text(options.documentation, documentation(results))
 
 
 if __name__ == "__main__":

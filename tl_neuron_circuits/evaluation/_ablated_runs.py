@@ -90,7 +90,7 @@ class Evaluation:
 
     def measured(self, runs: Callable[[Batch, Baselines, Read], list[Tensor]], n: int) -> list[Tensor]:
         """The metric of every prompt in n runs, of all processes' prompts; `runs` makes them for one batch."""
-        out = torch.zeros(n, len(self._tokens))
+        out = torch.zeros(n, len(self._tokens), dtype=torch.float32)
         total = n * sum(len(batch) for batch in self._batches)
         with torch.no_grad(), tqdm(total=total, desc="evaluate", disable=not self._shown, unit="prompt") as bar:
             for batch in self._batches:

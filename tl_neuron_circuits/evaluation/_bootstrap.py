@@ -19,7 +19,9 @@ def draw_weights(groups: Sequence[str] | None, n_pairs: int, n_draws: int, seed:
     member = torch.tensor([order[name] for name in names])
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(order), (n_draws, len(order)), generator=generator)
-    counts = torch.zeros(n_draws, len(order)).scatter_add_(1, drawn, torch.ones(drawn.shape))
+    counts = torch.zeros(n_draws, len(order), dtype=torch.float32).scatter_add_(
+        1, drawn, torch.ones(drawn.shape, dtype=torch.float32)
+    )
     return counts[:, member].double().numpy()
 
 

@@ -122,7 +122,7 @@ def compare(
     judge = {**common, "ablation": ablation, "error_nodes": error_nodes, "seed": seed}
     processes = current_processes()
     with processes.together("compare", settings):
-        found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings, keys)  # noqa: E731
+        found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings)  # noqa: E731
         done = processes.from_first(found)
         train, test = (  # once, not for every curve
             {task: tokenize(model, pairs) for task, pairs in sets.items()} for sets in (train, test)
@@ -140,8 +140,7 @@ def compare(
             fractions = list(scores.settings["variance_unexplained"].values())
             unexplained[key] = float(np.mean(fractions)) if fractions else 0.0
             if directory is not None and processes.first:
-                curves[key].save(Path(directory) / key.folder)
-                Comparison(curves, settings, grid, unexplained).save_index(directory)
+                Comparison(curves, settings, grid, unexplained).save(directory)
         return Comparison({key: curves[key] for key in keys}, settings, grid, unexplained)
 
 
@@ -166,10 +165,10 @@ def _provenance(
 def _mib(
     model: TransformerLensModel, pairs: TaskPairs, scores: NodeScores, judge: Mapping[str, Any]
 ) -> tuple[float, float]:
-    """CPR by the signed ranking and CMD by the |score| ranking, on MIB's grid."""
+    """CPR by the signed ranking and CMD by the |score| ranking (of a learned order: by score too), on MIB's grid."""
     sizes = sorted({max(1, round(fraction * len(scores))) for fraction in MIB_FRACTIONS})
     run = lambda ranking: evaluate(model, pairs, scores, sizes=sizes, ranking=ranking, completeness=False, **judge)  # noqa: E731
-    return run("signed").cpr, run("abs").cmd
+    return run("signed").cpr, run(scores.ranking).cmd
 
 
 def _by_label(methods: Sequence[str | Method]) -> dict[str, Method]:

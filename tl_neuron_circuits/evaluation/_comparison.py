@@ -4,19 +4,20 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 from .. import _html
 from .._errors import FileFormatError, SettingsError
-from .._files import read_directory, write_directory
+from .._files import formed, read_directory, write_directory
 from ._bootstrap import band, draw_weights, ratios
-from ._curve import SparsityCurve, size_at
+from ._curve import CurveNotes, SparsityCurve, size_at
 
-SCHEMA = 2
-INDEX = "index"
+SCHEMA = 3
+FILE = "comparison.safetensors"
 
 
 class CurveKey(NamedTuple):
@@ -26,10 +27,20 @@ class CurveKey(NamedTuple):
     basis: str
     method: str
 
-    @property
-    def folder(self) -> str:
-        """Where it is saved."""
-        return "--".join(self)
+
+class _Settings(msgspec.Struct):
+    """What a comparison needs of its settings."""
+
+    model: str
+    bootstrap: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    curves: list[tuple[CurveKey, CurveNotes]]
+    settings: dict[str, Any]
+    mib: list[tuple[CurveKey, tuple[float, float]]]
+    unexplained: list[tuple[CurveKey, float]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,7 +89,9 @@ class Comparison:
         return table.reindex(columns=[*first, *(column for column in table if column not in first)])
 
     def summary(self, levels: tuple[float, ...] = (0.5, 0.8)) -> pd.DataFrame:
-        """One row per curve: F(full), F(empty), nodes, log area of absolute counts, size at levels, CPR, CMD, FVU."""
+        """One row per curve: F(full), F(empty), nodes, log area of absolute counts, compactness, overshoot (largest
+        faithfulness - 1), size at levels, CPR and CMD (MIB's fixed percentages), FVU.
+        """
         rows = []
         largest = {t: max(c.n_nodes for k, c in self.curves.items() if k.task == t) for t in self.tasks}
         for key, curve in self.curves.items():
@@ -87,6 +100,7 @@ class Comparison:
                 {
                     **key._asdict(), "metric_full": curve.metric_full, "metric_empty": curve.metric_empty,
                     "n_nodes": curve.n_nodes, "log_area": curve.log_area(largest[key.task]),
+                    "compactness": curve.compactness, "overshoot": curve.overshoot,
                     **{f"size_at_{level:g}": curve.size_at(level) for level in levels},
                     "cpr": cpr, "cmd": cmd, "unexplained": self.unexplained.get(key, float("nan")),
                 }
@@ -143,24 +157,24 @@ class Comparison:
         return "; ".join(sentences) + f" (scored by {method}; 95 % over lexical items)."
 
     def save(self, path: str | Path) -> None:
-        """Write a directory: one folder per curve, and `comparison.json`.
+        """Write a directory with `comparison.safetensors`, all curves in it; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
-        for key, curve in self.curves.items():
-            curve.save(Path(path) / key.folder)
-        self.save_index(path)
-
-    def save_index(self, path: str | Path) -> None:
-        """Write `comparison.json` alone, which lists the curves; last, so that what it lists is there."""
+        tensors, curves = {}, []
+        for place, (key, curve) in enumerate(self.curves.items()):
+            own, notes = curve.to_file()
+            tensors |= {f"{place}/{name}": tensor for name, tensor in own.items()}
+            curves.append([list(key), notes])
         notes = {
-            "keys": [list(key) for key in self.curves],
+            "curves": curves,
             "settings": dict(self.settings),
-            "mib": [[*key, *values] for key, values in self.mib.items()],
-            "unexplained": [[*key, value] for key, value in self.unexplained.items()],
+            "mib": [[list(key), list(values)] for key, values in self.mib.items()],
+            "unexplained": [[list(key), value] for key, value in self.unexplained.items()],
         }
-        write_directory(Path(path) / INDEX, "comparison", SCHEMA, {}, notes)
+        write_directory(path, "comparison", SCHEMA, tensors, notes)
 
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
@@ -169,20 +183,19 @@ class Comparison:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        path = Path(path)
-        _, notes = read_directory(
-            path / INDEX, "comparison", SCHEMA, required=("keys", "settings", "mib", "unexplained")
-        )
-        try:
-            keys = [CurveKey(*key) for key in notes["keys"]]
-            mib = {CurveKey(*row[:3]): (row[3], row[4]) for row in notes["mib"]}
-            unexplained = {CurveKey(*row[:3]): row[3] for row in notes["unexplained"]}
-        except (TypeError, IndexError) as error:
+        if (Path(path) / "index" / "comparison.json").exists():
             raise FileFormatError(
-                f"{path} does not list its curves as this version writes them: it is damaged. "
-                "Compare again into another directory."
-            ) from error
-        return cls({key: SparsityCurve.load(path / key.folder) for key in keys}, notes["settings"], mib, unexplained)
+                f"{path} was written by a version of this package that saved one folder per curve. Compare again, into "
+                "another directory."
+            )
+        tensors, notes = read_directory(path, "comparison", SCHEMA, _Notes)
+        formed(notes.settings, _Settings, path)
+        curves = {}
+        for place, (key, own) in enumerate(notes.curves):
+            prefix = f"{place}/"
+            part = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            curves[key] = SparsityCurve.from_file(part, own, path)
+        return cls(curves, notes.settings, dict(notes.mib), dict(notes.unexplained))
 
     def plot(self, task: str | None = None) -> Any:
         """A plotly figure: faithfulness and completeness against the number of nodes, one color a basis, one dash a

@@ -4,14 +4,22 @@ r"""`SparsityCurve`: faithfulness and completeness of the best nodes, by how man
     completeness(C) = (F(M \\ C) - F(0)) / (F(M) - F(0))    ideal 0
 
 F is the mean metric of the original model with every node outside the set ablated; M is all nodes, and F(M) the model
-itself. Nodes of the set stay live. Source: Marks et al. 2025, arXiv 2403.19647; Arora et al. 2026; METHODS 1.4.
+itself. Nodes of the set stay live. Faithfulness is a ratio of means that a few pairs can carry, and above 1 where a
+circuit overshoots the model; what pairs decide is beside it, among those that the model itself gets right:
+
+    accuracy(C) = share with metric > 0 when only C is live         the circuit still prefers the answer
+    flips(C)    = share with metric < 0 when C is ablated           without C the model prefers the wrong one
+    compactness = mean of the areas under both over log size        1: a single node does and undoes all
+
+Source: Marks et al. 2025, arXiv 2403.19647; Arora et al. 2026, arXiv 2601.22594 and 2609.25518; METHODS 1.4, 5.8, 5.11.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
@@ -20,13 +28,32 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import FileFormatError
-from .._files import read_directory, write_directory
+from .._files import formed, read_directory, require_shapes, write_directory
 from .._typing import checked
 
-SCHEMA = 2
+SCHEMA = 3
 C = TypeVar("C", bound="Curve")
 _TENSORS = ("kept", "removed", "full", "empty", "predicted")
+_NO_TIE = ("answer_logit", "answer_log_probability")
+"""Metrics whose zero does not stand between the answer and another one."""
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class CurveNotes(msgspec.Struct, forbid_unknown_fields=True):
+    """What a file says of a curve beside its tensors."""
+
+    sizes: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1)]
+    total: Annotated[int, msgspec.Meta(ge=1)]
+    settings: dict[str, Any]
+    groups: list[str] | None
+
+
+class _Settings(msgspec.Struct):
+    """What a curve needs of its settings."""
+
+    basis: str
+    method: str
+    ablation: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,8 +100,34 @@ class Curve:
         """One number per size."""
         return self._normalized(self.removed)
 
+    @property
+    def accuracy(self) -> np.ndarray:
+        """Share of the pairs that the model gets right and the best nodes alone too; nan if zero is no tie."""
+        return self._share(self.kept > 0)
+
+    @property
+    def flips(self) -> np.ndarray:
+        """Share of the pairs that the model gets right and, without the best nodes, wrong."""
+        return self._share((self.removed < 0).double().masked_fill(self.removed.isnan(), torch.nan))
+
+    @property
+    def overshoot(self) -> float:
+        """How far faithfulness exceeds 1 at its largest; 0 where it never does. To CPR it is merit, to CMD error."""
+        return max(0.0, float(np.max(self.faithfulness)) - 1.0)
+
+    @property
+    def compactness(self) -> float:
+        """Mean of the areas under `accuracy` and `flips` over log size, 1 node to all; nan without completeness."""
+        none = self._share(self.empty[None] > 0)[0], 0.0
+        last = (1.0, self._share(self.empty[None] < 0)[0])
+        if self.settings.get("error_nodes") == "ablate":  # then all nodes are not the model
+            last = (self.accuracy[-1], self.flips[-1])
+        both = zip((self.accuracy, self.flips), none, last, strict=True)
+        areas = [log_area(self.sizes, values, self.total, first, end) for values, first, end in both]
+        return float(np.mean(areas))
+
     def to_dataframe(self) -> pd.DataFrame:
-        """Columns size, fraction (of all nodes), faithfulness, completeness."""
+        """Columns size, fraction (of all nodes), faithfulness, completeness, accuracy, flips."""
         sizes = np.array(self.sizes)
         return pd.DataFrame(
             {
@@ -82,6 +135,8 @@ class Curve:
                 "fraction": sizes / self.total,
                 "faithfulness": self.faithfulness,
                 "completeness": self.completeness,
+                "accuracy": self.accuracy,
+                "flips": self.flips,
             }
         )
 
@@ -104,24 +159,48 @@ class Curve:
 
     @property
     def cpr(self) -> float:
-        """Area under faithfulness over MIB's fractions of all nodes, higher is better; MIB ranks by signed score."""
-        return area(self._at_fractions(), MIB_FRACTIONS)
+        """Area under faithfulness over MIB's fractions of all nodes, higher is better; MIB ranks by signed score.
+
+        This is the leaderboard's normalization; `mib` has that of MIB's paper too.
+        """
+        return self.mib()[0]
 
     @property
     def cmd(self) -> float:
         """Area under |1 - faithfulness| over MIB's fractions, lower is better; MIB ranks by |score|."""
-        return area(np.abs(1 - self._at_fractions()), MIB_FRACTIONS)
+        return self.mib()[1]
+
+    def mib(self, normalization: Literal["percentages", "counts"] = "percentages") -> tuple[float, float]:
+        """CPR and CMD under one of MIB's two normalizations, whose numbers must not be mixed.
+
+        Args:
+            normalization: "percentages", the leaderboard's: at fixed fractions of all nodes, linear between measured
+                sizes (their code truncates fraction times number). "counts", the paper's: at the measured sizes, over
+                the largest of them; it depends on which sizes were measured.
+        """
+        if normalization == "percentages":
+            x, faithfulness = np.array(MIB_FRACTIONS), self._at_fractions()
+        else:
+            x, faithfulness = np.array(self.sizes) / max(self.sizes[-1], 1), self.faithfulness
+        return area(faithfulness, x), area(np.abs(1 - faithfulness), x)
+
+    def mib_areas(self, *, truncate: bool = False) -> tuple[float, float]:
+        """CPR and CMD; with `truncate` as MIB's code has them, of `int(p * N)` nodes at the fraction p.
+
+        Its circuits are of the size rounded down, where ours interpolate to p * N itself: for small N that makes up to
+        .002. METHODS 5.11.
+        """
+        at = self._at_fractions(truncate=truncate)
+        return area(at, MIB_FRACTIONS), area(np.abs(1 - at), MIB_FRACTIONS)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory of a safetensors and a JSON file.
+        """Write a directory with one safetensors file, settings in its header; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        notes = {"sizes": list(self.sizes), "total": self.total, "settings": dict(self.settings)}
-        notes["groups"] = None if self.groups is None else list(self.groups)
-        write_directory(path, self.KIND, SCHEMA, tensors, notes)
+        write_directory(path, self.KIND, SCHEMA, *self.to_file())
 
     @classmethod
     def load(cls: type[C], path: str | Path) -> C:
@@ -130,15 +209,40 @@ class Curve:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, cls.KIND, SCHEMA, required=("sizes", "total", "settings", "groups"))
-        if set(tensors) != set(_TENSORS):
+        return cls.from_file(*read_directory(path, cls.KIND, SCHEMA, CurveNotes), path)
+
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and notes of a file."""
+        groups = None if self.groups is None else list(self.groups)
+        notes = {"sizes": list(self.sizes), "total": self.total, "settings": dict(self.settings), "groups": groups}
+        return {name: getattr(self, name) for name in _TENSORS}, notes
+
+    @classmethod
+    def from_file(cls: type[C], tensors: Mapping[str, Tensor], notes: CurveNotes, path: str | Path) -> C:
+        """The curve of a file's tensors and notes.
+
+        Raises:
+            FileFormatError: they do not fit together.
+        """
+        formed(notes.settings, _Settings, path)
+        sizes, pairs = len(notes.sizes), tensors["full"].numel() if "full" in tensors else 0
+        both, each = (sizes, pairs), (pairs,)
+        shapes = {"kept": both, "removed": both, "full": each, "empty": each, "predicted": (sizes,)}
+        require_shapes(path, tensors, shapes)
+        groups = None if notes.groups is None else tuple(notes.groups)
+        fits = groups is None or len(groups) == pairs
+        if not fits or sorted(notes.sizes) != notes.sizes or notes.sizes[-1] > notes.total:
             raise FileFormatError(
-                f"expected the tensors {_TENSORS} in {path}; got {sorted(tensors)}: it is damaged. Save it again."
+                f"the sizes or groups in {path} do not fit its {pairs} pairs and {notes.total} nodes or edges. "
+                "Save it again."
             )
-        groups = None if notes["groups"] is None else tuple(notes["groups"])
+        if bad := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+            raise FileFormatError(f"expected numbers with fractions as {bad} in {path}. Save it again.")
         return cls(
-            sizes=tuple(notes["sizes"]), total=notes["total"], settings=notes["settings"], groups=groups, **tensors
-        )
+            sizes=tuple(notes.sizes), total=notes.total, settings=notes.settings, groups=groups,
+            kept=tensors["kept"], removed=tensors["removed"], full=tensors["full"], empty=tensors["empty"],
+            predicted=tensors["predicted"],
+        )  # fmt: skip
 
     def plot(self) -> Any:
         """A plotly figure of faithfulness and completeness, side by side."""
@@ -152,20 +256,30 @@ class Curve:
             f"{type(self).__name__}({s['basis']} by {s['method']}, {len(self.sizes)} sizes of {self.total:,} "
             f"{self.COUNTED}, "
             f"{len(self.full)} pairs, ablation {s['ablation']}, F(full)={self.metric_full:.3f}, "
-            f"F(empty)={self.metric_empty:.3f})"
+            f"F(empty)={self.metric_empty:.3f}"
+            + (f", faithfulness up to {1 + self.overshoot:.2f}" if self.overshoot > 0.05 else "")
+            + ")"
         )
 
     def _repr_html_(self) -> str:
         return _html.block(repr(self), _html.table(self.to_dataframe(), bars=("faithfulness", "completeness"), rows=60))
 
+    def _share(self, pairs: Tensor) -> np.ndarray:
+        """Share of the pairs that the model gets right; nan where it gets none, or where zero is not a tie."""
+        right = self.full > 0
+        if not right.any() or self.settings.get("metric") in _NO_TIE:
+            return np.full(len(pairs), np.nan)
+        return pairs.double()[:, right].mean(1).numpy()
+
     def _normalized(self, metric: Tensor) -> np.ndarray:
         low = self.empty.double().mean()
         return ((metric.double().mean(1) - low) / (self.full.double().mean() - low)).numpy()
 
-    def _at_fractions(self) -> np.ndarray:
+    def _at_fractions(self, *, truncate: bool = False) -> np.ndarray:
         """Faithfulness at MIB's fractions, linear between measured sizes."""
         sizes, faithfulness = self._points()
-        return np.interp(MIB_FRACTIONS, sizes / self.total, faithfulness)
+        wanted = np.array(MIB_FRACTIONS) * self.total
+        return np.interp(np.floor(wanted) if truncate else wanted, sizes, faithfulness)
 
     def _points(self) -> tuple[np.ndarray, np.ndarray]:
         """Sizes and faithfulness, completed by what is known unmeasured: none gives 0, and all give 1.
@@ -230,6 +344,17 @@ class EdgeCurve(Curve):
 def area(y: np.ndarray, x: Sequence[float] | np.ndarray) -> float:
     """Area by trapezoids (NumPy renamed its own function between versions 1 and 2)."""
     return float((np.diff(np.asarray(x)) * (y[1:] + y[:-1]) / 2).sum())
+
+
+def log_area(sizes: Sequence[int], values: np.ndarray, total: int, none: float, all_nodes: float) -> float:
+    """Mean of the values over log(size) from 1 to `total`; at sizes that were not measured, from `none` to all."""
+    x, y = np.asarray(sizes, dtype=float), np.asarray(values, dtype=float)
+    x, y = x[x > 0], y[np.asarray(sizes) > 0]
+    if not len(x) or x[0] > 1:
+        x, y = np.r_[1.0, x], np.r_[none, y]
+    if x[-1] < total:
+        x, y = np.r_[x, float(total)], np.r_[y, all_nodes]
+    return area(y, np.log(x)) / max(np.log(total), np.log(2.0))
 
 
 def size_at(sizes: Sequence[int], faithfulness: np.ndarray, level: float) -> float:

@@ -37,7 +37,7 @@ def evaluate(
     *,
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
-    ranking: Ranking = "abs",
+    ranking: Ranking | None = None,
     error_nodes: ErrorNodes = "rank",
     basis: Basis | Sequence[Basis] | None = None,
     metric: Metric = logit_difference,
@@ -57,7 +57,8 @@ def evaluate(
             positions.
         ablation: value of an ablated node: "mean" over all corrupt prompts of these pairs (per position, among prompts
             of one length), "zero", "resample" (a random other corrupt prompt), "corrupt" (the pair's own).
-        ranking: by |score|, or by score ("signed").
+        ranking: by |score| ("abs"), or by score ("signed"). Unless given, as the scores say: by |score|, but by
+            score where they are a learned order ("learned_mask", "mask_gradient"), which has no other reading.
         error_nodes: the errors of dictionaries: ranked as nodes, always kept, or always ablated.
         basis: needed where scores of a dictionary basis were loaded from disk.
         metric: as in `attribute`.
@@ -96,6 +97,12 @@ def evaluate(
     tokens = tokenize(model, pairs)
     sites = _matching_sites(basis_sites(model, basis), scores)
     _check(tokens, scores, ablation)
+    ranking = scores.ranking if ranking is None else ranking
+    if ranking != "signed" == scores.ranking:
+        raise SettingsError(
+            f"scores of {scores.settings['method']} are an order, whose lowest node comes last; got ranking="
+            f"{ranking!r}. Leave ranking= out, or give 'signed'."
+        )
     fixed = {"keep": {"always": ("error",)}, "ablate": {"never": ("error",)}, "rank": {}}[error_nodes]
     ranked = RankedNodes(scores, ranking, **fixed)
     sizes = chosen_sizes(sizes, len(ranked))
@@ -114,7 +121,7 @@ def evaluate(
         full, empty, kept, removed = _metrics(run, ranked, sizes, completeness)
         settings |= {"batch_size": run.batch_size}
     _check_range(full, empty, ablation)
-    predicted = torch.tensor([ranked.sum_of_best(size) for size in sizes])
+    predicted = torch.tensor([ranked.sum_of_best(size) for size in sizes], dtype=torch.float32)
     groups = None if tokens.labels is None else tuple(tokens.labels)
     return SparsityCurve(
         tuple(sizes), stack(kept), stack(removed), full, empty, predicted, len(ranked), settings, groups

@@ -37,7 +37,9 @@ class RankedNodes:
         order = key.argsort(descending=True, stable=True)
         self.ranks = torch.empty(len(key), dtype=torch.long)
         self.ranks[order] = torch.arange(len(key))
-        self._sums = torch.cat([torch.zeros(1), flat[order].nan_to_num().double().cumsum(0).float()])
+        self._sums = torch.cat(
+            [torch.zeros(1, dtype=torch.float32), flat[order].nan_to_num().double().cumsum(0).float()]
+        )
 
     def __len__(self) -> int:
         return len(self.ranks)

@@ -1,15 +1,15 @@
 """Resume an interrupted `compare` from its directory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .._errors import FileFormatError
-from .._files import recover
-from ._comparison import INDEX, Comparison, CurveKey
+from .._files import present
+from ._comparison import FILE, Comparison
 
 
-def resume(directory: Path, settings: Mapping[str, Any], keys: Iterable[CurveKey]) -> Comparison:
+def resume(directory: Path, settings: Mapping[str, Any]) -> Comparison:
     """What an earlier call with the same settings has saved in `directory`; empty where there is nothing yet.
 
     Raises:
@@ -20,9 +20,8 @@ def resume(directory: Path, settings: Mapping[str, Any], keys: Iterable[CurveKey
         return empty
     if not directory.is_dir():
         raise FileFormatError(f"expected a directory for the comparison at {directory}; there is a file.")
-    recover(directory / INDEX)
-    names = [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
-    if INDEX in names:
+    names = {name for name in present(directory) if not name.startswith(".")}
+    if FILE in names:
         found = Comparison.load(directory)
         differing = [name for name, value in settings.items() if found.settings.get(name) != value]
         if differing:
@@ -31,10 +30,9 @@ def resume(directory: Path, settings: Mapping[str, Any], keys: Iterable[CurveKey
                 "start anew."
             )
         return found
-    foreign = sorted(set(names) - {key.folder for key in keys})  # a call may have stopped before the first index
-    if foreign:
+    if names:
         raise FileFormatError(
-            f"expected {directory} to be absent, empty or a comparison; it holds {foreign[:3]}. Choose another "
+            f"expected {directory} to be absent, empty or a comparison; it holds {sorted(names)[:3]}. Choose another "
             "directory."
         )
     return empty

@@ -23,6 +23,7 @@ from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, text_pieces, token_names
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding, hooked
+from ..propagation._gradients import gradients_by_name
 from ..propagation._relp import relp
 from ..propagation.rules import ALL_RULES
 
@@ -135,8 +136,9 @@ def _contributions(
     tokens = last.topk(min(targets, len(last))).indices.tolist()
     columns = []
     for token in tokens:
-        gradients = torch.autograd.grad(last[token] - last.mean(), [values[h] for h in hooks], retain_graph=True)
-        products = {h: values[h].detach() * g for h, g in zip(hooks, gradients, strict=True)}
+        at_hooks = {hook: values[hook] for hook in hooks}
+        gradients = gradients_by_name(last[token] - last.mean(), at_hooks, retain_graph=True)
+        products = {hook: values[hook].detach() * g for hook, g in gradients.items()}
         columns.append(_gather(products, frame, 0))
     return torch.stack(columns, 1).float().cpu(), tokens
 
@@ -148,7 +150,7 @@ def _attributions(
     tokens = prompt[None].repeat(len(frame), 1)
     _, values = _run(model, tokens, [_EMBEDDING, *frame["hook"].unique()])
     total = torch.stack([_gather(values, frame[row : row + 1], row)[0] for row in range(len(frame))]).sum()
-    (gradient,) = torch.autograd.grad(total, values[_EMBEDDING])
+    gradient = gradients_by_name(total, {_EMBEDDING: values[_EMBEDDING]})[_EMBEDDING]
     return (values[_EMBEDDING].detach() * gradient).sum(-1).float().cpu()
 
 

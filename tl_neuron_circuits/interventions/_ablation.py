@@ -5,7 +5,7 @@ inflates faithfulness: .65 against .23 at 20 nodes in one measured case.)
 Source: METHODS, notation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -71,7 +71,8 @@ class AblationSwitch:
         missing = [site.hook for site in sites if site.hook not in baselines]
         if missing:
             raise SettingsError(f"expected a baseline (None for zero) for {missing[0]}; got {list(baselines)}.")
-        self._sites = [_AblatedSite(site, baselines[site.hook]) for site in sites]
+        nodes: dict[str, Tensor] = {}
+        self._sites = [_AblatedSite(site, baselines[site.hook], nodes) for site in sites]
 
     @property
     def hooks(self) -> Hooks:
@@ -80,29 +81,39 @@ class AblationSwitch:
 
     @property
     def touched(self) -> "list[_AblatedSite]":
-        """The sites that lose a node."""
-        return [site for site in self._sites if site.masks]
+        """The sites that lose a node, and those into which nodes of such a site write."""
+        return [site for site in self._sites if site.changes]
 
     def keep(self, kept: Kept | None) -> None:
         """From now on only these nodes stay live; None: all of them."""
-        for site in self._sites:
-            site.keep({} if kept is None else kept)
+        lost: set[str] = set()
+        for site in self._sites:  # in the order of the layers
+            site.keep({} if kept is None else kept, lost)
+            lost |= {site.hook} if site.masks else set()
 
 
 class _AblatedSite:
     """One site's hooks, and the masks they use: none where it stays whole."""
 
-    def __init__(self, site: Site, base: Parts | None) -> None:
-        self._site, self._base = site, base
+    def __init__(self, site: Site, base: Parts | None, nodes: dict[str, Tensor]) -> None:
+        """`nodes` are those of sites that lost some in this run, for later sites that they write into too."""
+        self._site, self._base, self._nodes = site, base, nodes
         self._seen: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
+        self.changes = False
         self._empty = False
 
-    def keep(self, kept: Kept) -> None:
+    @property
+    def hook(self) -> str:
+        return self._site.hook
+
+    def keep(self, kept: Kept, lost: Collection[str]) -> None:
         kinds, hook = ("node", *self._site.vectors), self._site.hook
         masks = {kind: kept[hook, kind] for kind in kinds if (hook, kind) in kept}
         self.masks = {} if all(bool(mask.all()) for mask in masks.values()) else masks
-        self._empty = len(self.masks) == len(kinds) and not any(bool(mask.any()) for mask in masks.values())
+        self.changes = bool(self.masks) or any(hook in lost for hook in self._site.earlier)
+        whole = len(self.masks) == len(kinds) and not self._site.earlier and len(self._site.writes) == 1
+        self._empty = whole and not any(bool(mask.any()) for mask in masks.values())
         self._seen.clear()
 
     def hooks(self) -> Hooks:
@@ -111,11 +122,11 @@ class _AblatedSite:
         return [*readers, (self._site.hook, lambda value, hook: self._write(value))]
 
     def _read(self, value: Tensor, name: str) -> None:
-        if self.masks:
+        if self.changes:
             self._seen[name] = value
 
     def _write(self, value: Tensor) -> Tensor | None:
-        if not self.masks:
+        if not self.changes:
             return None
         if self._empty and self._base is not None and self._base.nodes.dim() == 3:
             return self._baseline(self._base, value)
@@ -126,7 +137,10 @@ class _AblatedSite:
             name: _choose(self.masks.get(name), vector, None if base is None else base.vectors[name], vector=True)
             for name, vector in live.vectors.items()
         }
-        return self._site.put_together(Parts(nodes, vectors), value)
+        earlier = {hook: self._nodes.get(hook, live_nodes) for hook, live_nodes in live.earlier.items()}
+        if len(self._site.writes) > 1:
+            self._nodes[self.hook] = nodes
+        return self._site.put_together(Parts(nodes, vectors, earlier), value)
 
     def _baseline(self, base: Parts, value: Tensor) -> Tensor:
         """The site with all its nodes ablated: put together once where every row has the same baseline."""

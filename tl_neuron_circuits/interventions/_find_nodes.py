@@ -4,6 +4,7 @@ Position -1 means every position, as in `NodeScores.top` where positions were su
 by its basis; their hook point is the one the dictionary writes.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -16,9 +17,11 @@ from .._indices import Indices, as_indices
 from ..bases._activations import ACTIVATION_BASES, Neurons
 from ..bases._dictionary_basis import DictionarySite
 from ..bases._runs import Values
-from ..bases._site import Basis, basis_sites
+from ..bases._site import Basis, basis_sites, refuse_cross_layer
 from ..models._protocol import TransformerLensModel, hook_point
 from ..models._sites import find_sites
+
+logger = logging.getLogger(__name__)
 
 _LABEL = re.compile(r"L(\d+)/([A-Z])(\d+)[+-]?(?:@(\d+))?")
 _NEURONS = re.compile(r"blocks\.(\d+)\.mlp\.hook_post")
@@ -26,6 +29,7 @@ _BASES = {basis.letter: basis for basis in ACTIVATION_BASES.values()}
 _UNIT_KINDS = ("node", "neuron", "feature")
 _FEATURE = "F"
 EVERYWHERE = -1
+_OF_CIRCUIT = {"kind", "layer", "unit", "position"}
 
 
 @runtime_checkable
@@ -40,7 +44,7 @@ class HasNodes(Protocol):
 
 Nodes = pd.DataFrame | pd.Series | str | Sequence[str] | HasNodes
 """Labels such as "L12/N345@7" (at position 7), "L12/N345" (everywhere) or "L12/F6@7" (a feature), also as a Series;
-rows of `NodeScores.top`; or a circuit."""
+rows of `NodeScores.top` or of `Circuit.nodes`; or a circuit."""
 Dictionaries = Basis | Sequence[Basis] | None
 """The basis of features, as given to `attribute` or `trace`; a circuit knows its own unless it was loaded."""
 
@@ -76,7 +80,7 @@ def find_nodes(
     elif isinstance(nodes, Sequence):
         frame = _from_labels(model, nodes, found)
     else:
-        frame = _from_circuit(nodes, found)
+        frame = _from_circuit(model, nodes, found)
     if frame.empty:
         raise SettingsError("expected at least one node to steer; got none.")
     if not features and frame["site"].notna().any():
@@ -109,6 +113,7 @@ class _Features:
                 f"{name} is a feature of a dictionary, and steering it needs that dictionary; got {where} there. Give "
                 "basis=bases.Dictionaries([...]), as to attribute or trace."
             )
+        refuse_cross_layer(fits, "steering")
         return fits[0]
 
 
@@ -137,17 +142,23 @@ def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(key=[hook if site is None else f"features at {hook}" for hook, site in pairs])
 
 
-def _from_circuit(circuit: HasNodes, features: _Features) -> pd.DataFrame:
-    """Its neurons and features: tokens, logits, errors, biases and remainders cannot be steered."""
+def _from_circuit(model: TransformerLensModel, circuit: HasNodes, features: _Features) -> pd.DataFrame:
+    """Its neurons and features, members of supernodes too: tokens, logits, errors and remainders cannot be steered."""
     nodes = circuit.nodes
-    if not isinstance(nodes, pd.DataFrame) or not {"kind", "layer", "unit", "position"} <= set(nodes.columns):
+    if not isinstance(nodes, pd.DataFrame) or not _OF_CIRCUIT <= set(nodes.columns):
         raise SettingsError("expected .nodes to be a DataFrame with columns kind, layer, unit and position.")
-    if (nodes["kind"] == "group").any():
-        raise SettingsError(
-            "expected a circuit of single nodes; it has supernodes. Steer the circuit before collapse(), or give the "
-            "members of a group."
-        )
-    nodes = nodes[nodes["kind"].isin(_UNIT_KINDS)]
+    names = list(nodes.loc[nodes["kind"] == "group", "node"]) if "node" in nodes.columns else []
+    groups = getattr(circuit, "settings", {}).get("groups") or {}
+    lost = [name for name in names if name not in groups]
+    if lost:
+        raise SettingsError(f"expected the members of the supernodes {lost[:3]} in the circuit; it does not list them.")
+    members = _from_labels(model, [label for name in names for label in groups[name]], features)
+    single = nodes[nodes["kind"].isin(_UNIT_KINDS)]
+    return pd.concat([_from_table(single, features), members]) if names else _from_table(single, features)
+
+
+def _from_table(nodes: pd.DataFrame, features: _Features) -> pd.DataFrame:
+    """Rows of a circuit's table that have units."""
     rows = [
         (features.site(f"L{layer}/F{unit}", layer=layer) if kind == "feature" else None, layer, unit, position)
         for kind, layer, unit, position in nodes[["kind", "layer", "unit", "position"]].itertuples(index=False)
@@ -159,15 +170,15 @@ def _from_circuit(circuit: HasNodes, features: _Features) -> pd.DataFrame:
 
 
 def _from_rows(nodes: pd.DataFrame, features: _Features) -> pd.DataFrame:
+    if "hook" not in nodes.columns and _OF_CIRCUIT <= set(nodes.columns):
+        return _from_table(_steerable(nodes), features)
     missing = {"hook", "unit", "position"} - set(nodes.columns)
     if missing:
-        raise SettingsError(f"expected nodes with columns hook, unit and position; {sorted(missing)} missing.")
-    if "kind" in nodes.columns and not nodes["kind"].isin(_UNIT_KINDS).all():
-        kinds = sorted(set(nodes["kind"]) - set(_UNIT_KINDS))
         raise SettingsError(
-            f"expected neurons, features or other units; got rows of the kinds {kinds}. Leave them out: "
-            "df[df.kind == 'node']."
+            "expected rows of NodeScores (columns hook, unit, position) or of a circuit's nodes (kind, layer, unit, "
+            f"position); {sorted(missing)} missing."
         )
+    nodes = _steerable(nodes) if "kind" in nodes.columns else nodes
     labels = nodes["label"] if "label" in nodes.columns else [_name(h, None, u, p) for h, u, p in _triples(nodes)]
     sites = []
     for label, hook in zip(labels, nodes["hook"], strict=True):
@@ -185,6 +196,27 @@ def _from_rows(nodes: pd.DataFrame, features: _Features) -> pd.DataFrame:
             )
     columns = {"hook": list(nodes["hook"])} | {key: as_indices(nodes[key], key) for key in ("unit", "position")}
     return _keyed(pd.DataFrame({"label": list(labels), **columns, "site": pd.Series(sites, dtype=object)}))
+
+
+def _steerable(nodes: pd.DataFrame) -> pd.DataFrame:
+    """The rows that have units; the others are named in the log.
+
+    Raises:
+        SettingsError: no row has a unit, or some are supernodes, whose members a table does not know.
+    """
+    steerable = nodes["kind"].isin(_UNIT_KINDS)
+    names = nodes["node"] if "node" in nodes.columns else nodes["label"] if "label" in nodes.columns else nodes["kind"]
+    others = [f"{name} ({kind})" for name, kind in zip(names[~steerable], nodes.loc[~steerable, "kind"], strict=True)]
+    if (nodes["kind"] == "group").any():
+        raise SettingsError(
+            "expected rows of single nodes; the table has supernodes, whose members it does not list. Give the circuit "
+            "itself, or the rows of the circuit before collapse()."
+        )
+    if others and not steerable.any():
+        raise SettingsError(f"expected neurons, features or other units to steer; got {', '.join(others[:5])} alone.")
+    if others:
+        logger.warning("left out %d rows that have no unit to steer: %s", len(others), ", ".join(others[:5]))
+    return nodes[steerable]
 
 
 def reads_of_nodes(frame: pd.DataFrame) -> list[str]:

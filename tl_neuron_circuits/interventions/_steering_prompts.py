@@ -12,6 +12,7 @@ from .._errors import PairsError
 from ..bases._runs import Values, capture, require_fired
 from ..models._protocol import TransformerLensModel
 from ..models._threads import hooked
+from ..tasks._text_tokens import text_tokens
 from ._ablation import Hooks
 
 Prompts = str | Sequence[str] | Int[Tensor, "batch pos"]
@@ -39,7 +40,7 @@ class ReadPrompts:
 
 
 def read_prompts(model: TransformerLensModel, prompts: Prompts, prepend_bos: bool | None = None) -> ReadPrompts:
-    """The prompts as `model(prompt)` would see them.
+    """The prompts as `model(prompt)` would see them; those that begin with BOS get no other.
 
     Raises:
         PairsError: no prompts, an empty one, text without a tokenizer, or tokens with `prepend_bos`.
@@ -53,8 +54,8 @@ def read_prompts(model: TransformerLensModel, prompts: Prompts, prepend_bos: boo
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         if getattr(model, "tokenizer", None) is None:
             raise PairsError(f"this {type(model).__name__} has no tokenizer: give the prompts as tokens [batch, pos].")
-        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        rows = tuple(model.to_tokens(text, truncate=False, **options)[0].to(device_of(model)) for text in texts)
+        device = device_of(model)
+        rows = tuple(text_tokens(model, text, prepend_bos, truncate=False)[0].to(device) for text in texts)
     if not rows or not all(len(row) for row in rows):
         raise PairsError(f"expected prompts of at least one token; got {list(texts)!r}.")
     return ReadPrompts(rows, texts)

@@ -33,7 +33,7 @@ from .._errors import NumericalError, SettingsError
 from .._files import versions
 from .._typing import checked
 from ..bases._runs import Values, capture, list_reads, require_fired, run_logits, values_at
-from ..bases._site import Basis, Parts, Site, basis_name, basis_sites
+from ..bases._site import Basis, Parts, Site, basis_name, basis_sites, refuse_cross_layer
 from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding, hooked
 from ..propagation._relp import relp
@@ -219,7 +219,7 @@ def probe_support(
             if gradient is None:  # the probe reads before this site
                 parts.append(nodes.new_zeros(nodes.shape[2]))
             else:
-                parts.append((nodes * site.node_gradient(gradient)[:, ablation.skip :]).sum((0, 1)))
+                parts.append((nodes * site.node_gradient({site.hook: gradient})[:, ablation.skip :]).sum((0, 1)))
         batch_sum = torch.cat([part.double().cpu() for part in parts])
         total = batch_sum if total is None else total + batch_sum
     assert total is not None  # there is at least one text
@@ -364,6 +364,7 @@ def generalize(
         ['original', 'oracle', 'concept_blind']
     """
     sites = basis_sites(model, basis)
+    refuse_cross_layer(sites, "taking single features out")
     texts = {
         "biased": train.biased(seed=seed),
         "oracle": train.balanced(seed=seed),

@@ -6,7 +6,7 @@
 Source: De-Arteaga et al. 2019 (Bias in Bios); Marks et al. 2025, arXiv 2403.19647 (professor and nurse); METHODS 5.1.
 """
 
-import json
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from .._errors import FileFormatError, SettingsError
+from .._files import parse_json, parse_json_lines, read_text, short
 from .._indices import Indices, as_indices, as_list
 from .._typing import checked
 
@@ -140,19 +141,33 @@ def bias_in_bios(
     wanted = {BIOS_PROFESSIONS.index(name): label for label, name in enumerate(professions)}
     rows = _rows(Path(source)) if isinstance(source, str | Path) else source
     texts, labels, spurious = [], [], []
-    for row in rows:
-        missing = {"hard_text", "profession", "gender"} - set(row)
+    for place, row in enumerate(rows):
+        missing = {"hard_text", "profession", "gender"} - set(row if isinstance(row, Mapping) else ())
         if missing:
             raise FileFormatError(f"expected the columns hard_text, profession and gender; {sorted(missing)} missing.")
-        profession = row["profession"]
-        number = BIOS_PROFESSIONS.index(profession) if profession in BIOS_PROFESSIONS else int(profession)
+        profession, text, gender = row["profession"], row["hard_text"], _whole(row["gender"])
+        number = BIOS_PROFESSIONS.index(profession) if profession in BIOS_PROFESSIONS else _whole(profession)
+        if not isinstance(text, str) or gender not in (0, 1) or number is None:
+            raise FileFormatError(
+                f"row {place}: expected a text, a profession by name or number, and a gender of 0 or 1; got "
+                f"{short(repr(text))}, {short(repr(profession))}, {short(repr(row['gender']))}."
+            )
         if number in wanted:
-            texts.append(str(row["hard_text"]))
+            texts.append(text)
             labels.append(wanted[number])
-            spurious.append(int(row["gender"]))
+            spurious.append(gender)
     if len(set(labels)) < 2:
         raise SettingsError(f"expected texts of both {professions}; got {len(texts)} texts of {len(set(labels))}.")
     return LabeledTexts(texts, labels, spurious)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of up to nine digits, also as a text (as in CSV files); None for anything else."""
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdecimal() and len(value) < 10 else None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(float(value)) < 10**9:
+        return None
+    return int(float(value)) if float(value).is_integer() else None
 
 
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -163,15 +178,15 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
     for file in files:
         try:
             yield from _table(file)
-        except (ValueError, OSError, json.JSONDecodeError) as error:
-            raise FileFormatError(f"{file} cannot be read: {error}") from error
+        except (ValueError, OSError, ArithmeticError, RecursionError, AttributeError, TypeError) as error:
+            raise FileFormatError(f"{file} cannot be read: {short(error)}") from error
 
 
 def _table(file: Path) -> Iterable[Any]:
     if file.suffix == ".jsonl":
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [row for _, row in parse_json_lines(read_text(file))]
     if file.suffix == ".json":
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
         return content if isinstance(content, list) else pd.DataFrame(content).to_dict("records")
     reader = pd.read_csv if file.suffix == ".csv" else pd.read_parquet
     return reader(file).to_dict("records")

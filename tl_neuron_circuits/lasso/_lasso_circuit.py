@@ -12,19 +12,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
 
 from .. import _html
 from .._errors import SettingsError
-from .._files import read_directory, write_directory
+from .._files import formed, read_directory, require_shapes, write_directory
 from .._typing import checked
+from ..circuits import _circuit_file
 from ..circuits._circuit import Circuit
 
-SCHEMA = 1
+SCHEMA = 2
 NODE_EXTRA = ("r2",)
 EDGE_EXTRA = ("norm", "n_weights", "reach", "stability")
+
+
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    circuit: _circuit_file.CircuitNotes
+    path: list[str]
+
+
+class _Settings(msgspec.Struct):
+    """What a regression needs of its settings beside those of a circuit."""
+
+    n: int
+    penalty: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -161,16 +175,18 @@ class LassoCircuit(Circuit):
         return self.merge([self, other])
 
     def save(self, path: str | Path) -> None:
-        """Write a directory that `LassoCircuit.load` reads: a circuit in `circuit`, and the regression's columns.
+        """Write a directory with `lasso_circuit.safetensors`: the circuit, the regression's columns and the path.
 
         Raises:
             FileFormatError: something else is at the path.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
-        tensors = {f"nodes/{name}": _tensor(self.nodes[name]) for name in NODE_EXTRA}
-        tensors |= {f"edges/{name}": _tensor(self.edges[name]) for name in EDGE_EXTRA}
-        tensors |= {f"path/{name}": _tensor(self.path[name]) for name in self.path}
-        write_directory(path, "lasso_circuit", SCHEMA, tensors, {"path": list(self.path.columns)})
-        super().save(Path(path) / "circuit")
+        tensors, notes = _circuit_file.to_file(self.nodes, self.edges, self.settings)
+        tensors |= {f"extra/nodes/{name}": _tensor(self.nodes[name]) for name in NODE_EXTRA}
+        tensors |= {f"extra/edges/{name}": _tensor(self.edges[name]) for name in EDGE_EXTRA}
+        tensors |= {f"extra/path/{name}": _tensor(self.path[name]) for name in self.path}
+        notes = {"circuit": notes, "path": list(self.path.columns)}
+        write_directory(path, "lasso_circuit", SCHEMA, tensors, notes)
 
     @classmethod
     def load(cls, path: str | Path) -> "LassoCircuit":
@@ -179,13 +195,20 @@ class LassoCircuit(Circuit):
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "lasso_circuit", SCHEMA, required=("path",))
-        circuit = Circuit.load(Path(path) / "circuit")
-        nodes = circuit.nodes.assign(**{name: tensors[f"nodes/{name}"].numpy() for name in NODE_EXTRA})
-        edges = circuit.edges.assign(**{name: tensors[f"edges/{name}"].numpy() for name in EDGE_EXTRA})
-        table = pd.DataFrame({name: tensors[f"path/{name}"].numpy() for name in notes["path"]})
+        tensors, notes = read_directory(path, "lasso_circuit", SCHEMA, _Notes, surrogates=True)
+        formed(notes.circuit.settings, _Settings, path)
+        plain = {name: tensor for name, tensor in tensors.items() if not name.startswith("extra/")}
+        nodes, edges, _ = _circuit_file.from_file(plain, notes.circuit, path)
+        shapes = {f"extra/nodes/{name}": (len(nodes),) for name in NODE_EXTRA}
+        shapes |= {f"extra/edges/{name}": (len(edges),) for name in EDGE_EXTRA}
+        rows = {tensors[name].numel() for name in tensors if name.startswith("extra/path/")}
+        shapes |= {f"extra/path/{name}": (max(rows, default=0),) for name in notes.path}
+        require_shapes(path, {name: tensor for name, tensor in tensors.items() if name not in plain}, shapes)
+        nodes = nodes.assign(**{name: tensors[f"extra/nodes/{name}"].numpy() for name in NODE_EXTRA})
+        edges = edges.assign(**{name: tensors[f"extra/edges/{name}"].numpy() for name in EDGE_EXTRA})
+        table = pd.DataFrame({name: tensors[f"extra/path/{name}"].numpy() for name in notes.path})
         whole = {name: "int64" for name in ("n_edges", "n_weights") if name in table}
-        return cls(nodes, edges, circuit.settings, table.astype(whole))
+        return cls(nodes, edges, notes.circuit.settings, table.astype(whole))
 
     def __repr__(self) -> str:
         s = self.settings

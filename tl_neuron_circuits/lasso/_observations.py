@@ -15,14 +15,15 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .._errors import FileFormatError, SettingsError
-from .._files import read_directory, write_directory
+from .._files import read_directory, require_shapes, write_directory
 from .._processes import Processes
 from ..bases._activations import Neurons
 from ..bases._runs import Values, capture, require_fired, run_logits, run_values, values_at
@@ -34,6 +35,7 @@ from ..models._threads import hooked
 from ..nodes._scores import label
 from ..tasks._metrics import Metric, measure
 from ..tasks._pairs import PromptPairs
+from ..tasks._text_tokens import text_tokens
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._statistics import Accumulator, Statistics, combine
@@ -41,7 +43,7 @@ from ._statistics import Accumulator, Statistics, combine
 Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenizedPairs
 Readout = Literal["answers", "metric", "logits", "none"]
 Regressors = Literal["same", "pooled", "earlier"]
-SCHEMA = 1
+SCHEMA = 2
 _NOW, _POOLED = -1, -2
 
 
@@ -56,8 +58,7 @@ def tokenize_inputs(model: TransformerLensModel, inputs: Inputs, prepend_bos: bo
     if isinstance(inputs, str):
         inputs = [inputs]
     if isinstance(inputs, list):
-        given = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        clean = [model.to_tokens(prompt, **given)[0] for prompt in inputs]
+        clean = [text_tokens(model, prompt, prepend_bos)[0] for prompt in inputs]
     else:
         clean = list(inputs)
     if not clean:
@@ -421,6 +422,11 @@ def gather_blocks(processes: Processes, mine: Mapping[int, Block]) -> list[Block
     ]
 
 
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    settings: dict[str, Any]
+    n: list[Annotated[int, msgspec.Meta(ge=1)]]
+
+
 def write_block(path: Path, block: int, parts: Block, settings: Mapping[str, Any]) -> None:
     """Keep a finished block, so that a killed run resumes after it."""
     tensors = {key: tensor.cpu() for key, tensor in _tensors(parts).items()}
@@ -435,17 +441,37 @@ def read_blocks(path: Path, settings: Mapping[str, Any]) -> dict[int, Block]:
         FileFormatError: they are damaged, or of another run.
     """
     blocks = {}
-    for folder in sorted(path.glob("block*")):
-        tensors, notes = read_directory(folder, "observations", SCHEMA, required=("settings", "n"))
-        if notes["settings"] != dict(settings):
-            differ = [key for key in settings if notes["settings"].get(key) != settings[key]]
+    written = sorted(file.parent for file in path.glob("block*/observations.safetensors"))
+    for folder in written:
+        tensors, notes = read_directory(folder, "observations", SCHEMA, _Notes)
+        if notes.settings != dict(settings):
+            differ = [key for key in settings if notes.settings.get(key) != settings[key]]
             raise FileFormatError(f"{folder} is of another run ({differ} differ). Resume from another directory.")
-        blocks[int(folder.name.removeprefix("block"))] = _restored(tensors, notes["n"])
+        number = folder.name.removeprefix("block")
+        if not number.isdecimal() or len(number) > 9:
+            raise FileFormatError(
+                f"expected folders block0, block1 and so on in {path}; found {folder.name}. Remove it."
+            )
+        require_shapes(folder, tensors, _shapes(tensors, len(notes.n)))
+        blocks[int(number)] = _restored(tensors, notes.n)
     return blocks
 
 
 def _tensors(parts: Block) -> dict[str, Tensor]:
     return {f"{k}/{name}": tensor for k, part in enumerate(parts) for name, tensor in part.tensors().items()}
+
+
+def _shapes(tensors: Mapping[str, Tensor], parts: int) -> dict[str, tuple[int | None, ...]]:
+    """What each part's tensors must be, by the lengths of its means."""
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    for k in range(parts):
+        mean, target = (tensors.get(f"{k}/{name}") for name in ("mean", "target_mean"))
+        n = None if mean is None else mean.numel()
+        shapes |= {f"{k}/mean": (n,), f"{k}/products": (n, n)}
+        if target is not None:
+            m = target.numel()
+            shapes |= {f"{k}/target_mean": (m,), f"{k}/target_products": (n, m), f"{k}/target_squares": (m,)}
+    return shapes
 
 
 def _restored(tensors: Mapping[str, Tensor], counts: Sequence[int]) -> Block:

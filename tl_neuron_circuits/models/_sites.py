@@ -15,18 +15,23 @@ from .._errors import UnsupportedModelError
 from ._protocol import TransformerLensModel, hook_points, submodule
 
 _NORM_ON_RESIDUAL = re.compile(r"(blocks\.\d+\.)?[^.]+\.hook_scale")
-_NORM_IN_ATTENTION = re.compile(r"blocks\.\d+\.attn\.[qk]_norm\.hook_scale")
+_NORM_OF_QUERIES = re.compile(r"blocks\.\d+\.attn\.[qk]_norm\.hook_scale")
+_NORM_OF_VALUES = re.compile(r"blocks\.\d+\.attn\.(v_norm|kv_a_layernorm)\.hook_scale")
 _NORM_IN_MLP = re.compile(r"blocks\.\d+\.mlp\.ln\.hook_scale")
+_GATES_OF_ATTENTION = ("hook_q_gate", "hook_gate", "gate.hook_out")
 _EVERY = ("ln", "identity", "half", "attention", "values", "scores")
 _ACTIVATION_FIELDS = ("act_fn", "hidden_activation", "hidden_act", "activation_function")
 
 
 @dataclass(frozen=True)
 class NormSites:
-    """One normalization: `scale` fires on both classes, `input` and `output` only on `TransformerBridge`."""
+    """One normalization: `input` and `output` fire on `TransformerBridge` only, `scale` wherever it is computed.
+
+    Gemma 4's adapter mounts norms as bare modules, which have no scale.
+    """
 
     path: str
-    scale: str
+    scale: str | None
     input: str | None
     output: str | None
     normalized: str | None
@@ -48,7 +53,10 @@ class MLPSites:
 
 @dataclass(frozen=True)
 class AttentionSites:
-    """One attention layer: queries, keys and values, masked scores before and the pattern after the softmax."""
+    """One attention layer: queries, keys and values, masked scores before and the pattern after the softmax.
+
+    `gate` is what the sigmoid is taken of that some models (Qwen 3.5) multiply the heads' outputs with.
+    """
 
     layer: int
     query: str
@@ -56,6 +64,7 @@ class AttentionSites:
     value: str | None
     scores: str | None
     pattern: str | None
+    gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,13 +82,18 @@ class ModelSites:
     n_layers: int
     embeddings: tuple[str, ...]
     norms: tuple[NormSites, ...]
-    """On the residual stream, and after activations: never those of queries and keys."""
+    """On the residual stream, on values, and after activations: never those of queries and keys."""
     attention_norms: tuple[NormSites, ...]
     """Of queries and keys."""
     mlps: tuple[MLPSites, ...]
     attentions: tuple[AttentionSites, ...]
     last: str
     problems: tuple[Problem, ...]
+
+    @staticmethod
+    def nothing() -> "ModelSites":
+        """Of a model whose hook points cannot be listed."""
+        return ModelSites(0, (), (), (), (), (), "", ())
 
 
 def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None) -> ModelSites:
@@ -93,6 +107,8 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
     embeddings = tuple(name for name in ("hook_embed", "hook_pos_embed") if name in points)
     if "hook_embed" not in points:
         problems.append(Problem("hook_embed is missing: TransformerLens embeds no tokens for this model.", _EVERY))
+    if (others := _other_stacks(points)) is not None:
+        problems.append(Problem(others, _EVERY))
     mlps, attentions = [], []
     for layer in range(n_layers):
         mlp, problem = _mlp_sites(model, points, layer)
@@ -102,25 +118,36 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
         if query in points and key in points:
             rest = (f"blocks.{layer}.attn.{name}" for name in ("hook_v", "hook_attn_scores", "hook_pattern"))
             value, scores, pattern = (name if name in points else None for name in rest)
-            attentions.append(AttentionSites(layer, query, key, value, scores, pattern))
-            problems += _missing_in_attention(layer, value, scores, pattern)
+            gates = (f"blocks.{layer}.attn.{name}" for name in _GATES_OF_ATTENTION)
+            gate = next((name for name in gates if name in points), None)
+            attentions.append(AttentionSites(layer, query, key, value, scores, pattern, gate))
+            problems += _missing_in_attention(layer, value, scores, pattern, gate)
         elif f"blocks.{layer}.attn.hook_pattern" in points:
             message = f"blocks.{layer}.attn has no hook_q and hook_k: leave 'attention' out of the rules."
             problems.append(Problem(message, ("attention",)))
-    norms = tuple(_norm_sites(name, points) for name in points if _is_our_norm(name))
+    norms = (*(_norm_sites(name, points) for name in points if _is_our_norm(name)), *_bare_norms(model, points))
+    norms = tuple(norm for norm in norms if not _precedes_embedding(norm, points))
     ends = ("unembed.hook_in", "ln_final.hook_out", "ln_final.hook_scale", f"blocks.{n_layers - 1}.hook_resid_post")
     last = next((name for name in ends if name in points), "")
     if not last:
         problems.append(Problem(f"none of {ends} exists: the end of a forward pass cannot be seen.", _EVERY))
-    attention_norms = tuple(_norm_sites(name, points) for name in points if _NORM_IN_ATTENTION.fullmatch(name))
+    attention_norms = tuple(_norm_sites(name, points) for name in points if _NORM_OF_QUERIES.fullmatch(name))
     return ModelSites(
         n_layers, embeddings, norms, attention_norms, tuple(mlps), tuple(attentions), last, tuple(problems)
     )
 
 
-def _missing_in_attention(layer: int, value: str | None, scores: str | None, pattern: str | None) -> list[Problem]:
+def _missing_in_attention(
+    layer: int, value: str | None, scores: str | None, pattern: str | None, gate: str | None
+) -> list[Problem]:
     """What the rule sets that go through the attention pattern would miss."""
     problems = []
+    if gate is not None:
+        message = (
+            f"blocks.{layer}.attn multiplies the heads' outputs with a gate ({gate}), for which rules='attnlrp' and "
+            "'gim' have no rule. Use rules='relp', which holds the gate fixed as it does the pattern."
+        )
+        problems.append(Problem(message, ("values",)))
     if value is None:
         message = (
             f"blocks.{layer}.attn has no hook_v, whose gradient rules='attnlrp' and 'gim' scale. Use rules='relp'."
@@ -152,7 +179,35 @@ def bias_after_product(model: TransformerLensModel, layer: int) -> torch.Tensor 
 
 
 def _is_our_norm(name: str) -> bool:
-    return bool(_NORM_ON_RESIDUAL.fullmatch(name) or _NORM_IN_MLP.fullmatch(name))
+    return any(kind.fullmatch(name) for kind in (_NORM_ON_RESIDUAL, _NORM_IN_MLP, _NORM_OF_VALUES))
+
+
+def _bare_norms(model: TransformerLensModel, points: dict[str, Any]) -> list[NormSites]:
+    """Norms that `TransformerBridge` mounts as bare modules: an input and an output, but no scale."""
+    norms = []
+    for output in points:
+        scale = output.removesuffix(".hook_out") + ".hook_scale"
+        if output.endswith(".hook_out") and scale not in points and _is_our_norm(scale):
+            path = output.removesuffix(".hook_out")
+            component = getattr(submodule(model, path), "original_component", None)
+            if "norm" in type(component).__name__.lower() and f"{path}.hook_in" in points:
+                norms.append(NormSites(path, None, f"{path}.hook_in", output, None))
+    return norms
+
+
+def _precedes_embedding(norm: NormSites, points: dict[str, Any]) -> bool:
+    """Whether the norm's output is what counts as the embedding (BERT): what comes before it is not asked for."""
+    return norm.output is not None and points[norm.output] is points.get("hook_embed")
+
+
+def _other_stacks(points: dict[str, Any]) -> str | None:
+    """Why the layers are not one stack from the embeddings to the logits."""
+    if any(name.startswith("encoder_blocks.") for name in points):
+        return "it is an encoder-decoder; the rules are wired to one stack of blocks. Use method='patching'."
+    if not any(name.startswith("blocks.0.") for name in points):
+        stacks = sorted({name.split(".")[0] for name in points if ".0." in name})
+        return f"expected one stack of layers called blocks; this model has {stacks or 'none'}. Use method='patching'."
+    return None
 
 
 def _norm_sites(scale: str, points: dict[str, Any]) -> NormSites:
@@ -171,7 +226,17 @@ def _mlp_sites(
     kind = type(module).__name__
     if module is None:
         return None, None
-    if "MoE" in kind or any("experts" in name for name, _ in module.named_children()):
+    own: Any = getattr(module, "original_component", None) or module
+    experts = [name for part in (module, own) for name, _ in part.named_children() if "expert" in name]
+    is_dense = getattr(module, "bound_dense", False)  # a dense layer of a stack whose other layers have experts
+    if not is_dense and "MoE" in kind and not experts and not hasattr(own, "router"):
+        return None, Problem(
+            f"{path} is a dense MLP ({type(own).__name__}) that TransformerLens mounts as a mixture of experts "
+            f"({kind}): its hook_post is the block's output, and its neurons have no hook point. "
+            "Attribute MLP outputs by their gradient instead: basis=bases.MLPOutputs(), method='gradient'.",
+            ("identity", "half"),
+        )
+    if not is_dense and ("MoE" in kind or experts):
         return None, Problem(
             f"{path} is a mixture of experts ({kind}): its hook_post is the block's output, not neurons. "
             "Attribute MLP outputs by their gradient instead: basis=bases.MLPOutputs(), method='gradient'.",

@@ -11,7 +11,8 @@ The six steps from here to a rule's formula, autograd between the third and the 
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,17 +28,19 @@ from ..bases._activations import Neurons
 from ..bases._site import Basis, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding
+from ..tasks._chat import special_positions
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance, require_corrupt
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
+from ._learned_mask import LearnedMask
 from ._memory import MemoryEstimate, fitting_batch, measured
 from ._method import Method
 from ._methods import MethodName, as_method
 from ._resume import SavedSums
-from ._scope import Baseline, Direction, Scope, shared_means
-from ._scores import NodeScores, require_finite, site_labels
+from ._scope import Baseline, Blocks, Direction, Scope, shared_means
+from ._scores import NodeScores, require_finite, site_labels, without_positions
 from ._sums import ROWS, Sums, unexplained_sums
 
 _FIELD = {"node": "values", "error": "errors", "skip": "skips"}
@@ -56,6 +59,7 @@ def attribute(
     units: Literal["keep", "sum"] = "keep",
     baseline: Baseline = "corrupt",
     direction: Direction = "noising",
+    skip_special: bool = False,
     batch_size: int | Literal["auto"] = 32,
     resume: str | Path | None = None,
     verbose: bool = False,
@@ -71,8 +75,10 @@ def attribute(
         pairs: prompts with answers; `tasks.tokenize(model, pairs, ...)` where tokenizing needs options; tokens where
             the model has no tokenizer.
         method: "relp"; "gradient" (AtP); "integrated_gradients" (one site at a time); "integrated_gradients_inputs";
-            "patching" (exact, one forward row per node and prompt); controls "activation_difference" and "random". Or
-            one of these with options: `RelP(rules="attnlrp")`, `IntegratedGradients(steps=20)`, `Patching(nodes)`.
+            "patching" (exact, one forward row per node and prompt); "learned_mask", whose
+            scores are a learned order, and "mask_gradient", the same without learning; controls "activation_difference"
+            and "random". Or one of these with options: `RelP(rules="attnlrp")`, `LearnedMask(steps=150)`,
+            `Patching(nodes)`.
         basis: one basis or several; neurons unless given.
         metric: from logits and batch to one number per prompt.
         positions: "keep" scores a node at each position (all prompts must have one token length); "sum" adds positions
@@ -81,11 +87,13 @@ def attribute(
         baseline: what a node is compared with: its value on the corrupt prompt, zero, or its mean over the clean
             prompts (per position, among prompts of the same length).
         direction: "noising" takes gradients on the clean run; "denoising" on the corrupt run (RelP's own protocol).
+        skip_special: give no scores (nan) at special tokens, such as BOS and those between the turns of a chat; needs
+            positions="keep".
         batch_size: prompts in one pass. Batches hold prompts of one length, so nothing is padded. "auto" begins with
             what `estimate_memory` says fits, and halves where memory runs out all the same; `.settings["batch_size"]`
             says what was used.
         resume: a directory in which the sums so far are kept; the same call resumes from there after it was stopped,
-            and gives the same scores. Remove it when they are saved.
+            and gives the same scores. Remove it when they are saved. A learned mask may go on with more steps.
         verbose: show progress.
 
     Returns:
@@ -112,11 +120,17 @@ def attribute(
     basis = Neurons() if basis is None else basis
     scope = Scope(model, basis_sites(model, basis), metric, baseline, direction, positions, units)
     check_scope(scope, method, batch_size)
+    if skip_special and positions == "sum":
+        raise SettingsError("skip_special leaves out positions, and positions='sum' adds them up. Keep the positions.")
+    if skip_special and isinstance(method, LearnedMask):
+        raise SettingsError("a learned mask ranks the nodes of all positions together; leave out skip_special.")
     processes = current_processes()
     tokens = tokenize(model, pairs)
     settings = _provenance(scope, method, tokens, basis_name(basis))
     with processes.together("attribute", settings):
         check_pairs(tokens, scope)
+        if isinstance(method, LearnedMask):
+            return _learn(method, scope, tokens, settings, basis, batch_size, resume, verbose and processes.first)
         identity = {} if resume is None else _identity(scope, settings, batch_size)
         saved = None if resume is None else SavedSums(resume, identity, processes)
         planned = [size for size in processes.gather(saved and saved.planned) if size]
@@ -146,13 +160,50 @@ def attribute(
             saved.write(sums, number, planned, batches.size, last=True)
         sums = sums.over_processes(processes)
 
-        fields: dict[str, dict[str, Tensor]] = {name: {} for name in _FIELD.values()}
-        for (hook, kind), block in method.finish(sums.blocks, len(tokens)).items():
-            fields[_FIELD[kind]][hook] = block
         used = min(processes.gather(batches.size))
         settings |= {"batch_size": used, "variance_unexplained": sums.variance_unexplained()}
-        scores = NodeScores(**fields, sites=site_labels(scope.sites), settings=settings, basis=basis)
-        return require_finite(scores) if method.measures_all else scores
+        scores = _scores(scope, method.finish(sums.blocks, len(tokens)), settings, basis)
+        scores = require_finite(scores) if method.measures_all else scores
+        return without_positions(scores, special_positions(model, tokens)) if skip_special else scores
+
+
+def _learn(
+    method: LearnedMask,
+    scope: Scope,
+    tokens: TokenizedPairs,
+    settings: dict[str, Any],
+    basis: Basis | Sequence[Basis],
+    batch_size: int | Literal["auto"],
+    resume: str | Path | None,
+    shown: bool,
+) -> NodeScores:
+    """Scores that come out of many steps instead of one pass over the pairs."""
+    processes = current_processes()
+    fewest = replace(method, steps=1)  # a run with more steps goes on from one with fewer
+    same = settings | {"method": fewest.label, "method_options": fewest.to_json()}
+    identity = {} if resume is None else _identity(scope, same, batch_size) | {"processes": processes.count}
+    size = fitting_batch(scope, method, tokens, batch_size, processes)
+    batches = Halving(processes.fair(size, len(tokens)), batch_size == "auto")
+    shares = tuple(processes.share(tokens.batches(batches.size)))
+    means = shared_means(scope.model, scope.sites, shares, processes) if scope.baseline == "mean" else None
+    sums = Sums()
+    if any(site.vectors for site in scope.sites):
+        for batch in shares:
+            sums.add(Sums({}, unexplained_sums(scope.sites, scope.values(batch))))
+        sums = sums.over_processes(processes)
+    blocks, learning = method.learn(
+        scope, tokens, means, processes, batches, resume=resume, identity=identity, shown=shown
+    )
+    settings |= {"batch_size": min(processes.gather(batches.size)), "learning": learning}
+    settings |= {"variance_unexplained": sums.variance_unexplained()}
+    return require_finite(_scores(scope, blocks, settings, basis))
+
+
+def _scores(scope: Scope, blocks: Blocks, settings: Mapping[str, Any], basis: Basis | Sequence[Basis]) -> NodeScores:
+    fields: dict[str, dict[str, Tensor]] = {name: {} for name in _FIELD.values()}
+    for (hook, kind), block in blocks.items():
+        fields[_FIELD[kind]][hook] = block
+    return NodeScores(**fields, sites=site_labels(scope.sites), settings=settings, basis=basis)
 
 
 def check_scope(scope: Scope, method: Method, batch_size: int | str) -> None:
@@ -184,7 +235,7 @@ def check_pairs(tokens: TokenizedPairs, scope: Scope) -> None:
         counts = {length: tokens.lengths.count(length) for length in lengths}
         raise PairsError(
             f"positions='keep' needs prompts of one token length; got {counts} (length: prompts). Use "
-            "positions='sum', or keep the prompts of one length."
+            "positions='sum', or keep the prompts of one length: tasks.keep_fitting(model, pairs, same_length=True)."
         )
 
 
@@ -208,6 +259,7 @@ def _provenance(scope: Scope, method: Method, tokens: TokenizedPairs, basis: str
         "direction": scope.direction,
         "metric": metric_name(scope.metric),
         "basis": basis,
+        **({"ranking": method.ranking} if method.ranking != "abs" else {}),
         **provenance(scope.model, tokens),
     }
 

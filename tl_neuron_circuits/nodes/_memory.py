@@ -22,6 +22,7 @@ from ..bases._runs import mean_parts
 from ..models._protocol import TransformerLensModel
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._integrated_gradients import IntegratedGradients, IntegratedGradientsInputs
+from ._learned_mask import MaskGradient
 from ._method import Method
 from ._patching import Patching
 from ._scope import Scope
@@ -102,7 +103,7 @@ def measured(
     scope: Scope, method: Method, tokens: TokenizedPairs, batch_size: int, available: int | None = None
 ) -> MemoryEstimate:
     """The estimate, from one and two rows of the longest prompt, and four and eight where there is room."""
-    if isinstance(method, IntegratedGradients | IntegratedGradientsInputs):
+    if isinstance(method, IntegratedGradients | IntegratedGradientsInputs | MaskGradient):
         method = replace(method, steps=1)  # one step after the other: memory is that of one
     if available is None:
         available = available_memory(scope.model)

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from ._scope import Blocks, Means, Scope
 @dataclasses.dataclass(frozen=True)
 class Method(Options, abc.ABC):
     """One way to score nodes."""
+
+    ranking: ClassVar[Literal["abs", "signed"]] = "abs"
+    """How its scores rank nodes: by |score|, or by score where a low one means "last", as a learned order has it."""
 
     @abc.abstractmethod
     def score(
@@ -62,4 +66,4 @@ class Method(Options, abc.ABC):
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
     """N(0, 1) in float32, drawn on the CPU so that every device gets the same."""
-    return torch.randn(like.shape, generator=generator).to(like.device)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.device)

@@ -4,7 +4,8 @@ from typing import Literal
 
 from .._options import parse_options
 from ._controls import ActivationDifference, Random
-from ._integrated_gradients import IntegratedGradients, IntegratedGradientsInputs
+from ._integrated_gradients import Conductance, IntegratedGradients, IntegratedGradientsInputs
+from ._learned_mask import LearnedMask, MaskGradient
 from ._method import Method
 from ._patching import Patching
 from ._relp import Gradient, RelP
@@ -14,15 +15,18 @@ MethodName = Literal[
     "gradient",
     "integrated_gradients",
     "integrated_gradients_inputs",
+    "conductance",
     "patching",
+    "learned_mask",
+    "mask_gradient",
     "activation_difference",
     "random",
 ]
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(RelP, Gradient, IntegratedGradients, IntegratedGradientsInputs, Patching),
-        *(ActivationDifference, Random),
+        *(RelP, Gradient, IntegratedGradients, IntegratedGradientsInputs, Conductance, Patching),
+        *(LearnedMask, MaskGradient, ActivationDifference, Random),
     )
 }
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._errors import SettingsError
+from ..bases._activations import Neurons
 from ..bases._runs import Values, answers_only, run_logits
-from ..bases._site import Parts, Site
+from ..bases._site import Parts, Site, refuse_cross_layer
 from ..models._threads import hooked
 from ..tasks._metrics import measure
 from ..tasks._tokenized import Batch
@@ -30,7 +31,7 @@ from ._scope import Blocks, Means, Scope
 
 @dataclass(frozen=True, eq=False)
 class Patching(Method):
-    """Patch every node, or only the rows of `nodes` (columns hook, position, unit and kind, as `NodeScores.top` has).
+    """Patch every node, or only `nodes`: rows of `NodeScores.top`, or of a circuit's table (its neurons).
 
     Nodes that are not measured score nan.
 
@@ -44,6 +45,14 @@ class Patching(Method):
 
     name: ClassVar[str] = "patching"
     nodes: pd.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        """Take the neurons among rows of a circuit's table."""
+        nodes = self.nodes
+        if nodes is not None and "hook" not in nodes.columns and {"kind", "layer", "unit", "position"} <= {*nodes}:
+            nodes = nodes[nodes["kind"] == "neuron"]
+            nodes = nodes.assign(hook=[Neurons.hook.format(layer=layer) for layer in nodes["layer"]], kind="node")
+        object.__setattr__(self, "nodes", nodes)
 
     @property
     def measures_all(self) -> bool:
@@ -63,14 +72,15 @@ class Patching(Method):
         return self.name
 
     def check(self, scope: Scope) -> None:
-        """The chosen nodes are nodes of this basis."""
+        """The chosen nodes are nodes of this basis, and write to one place."""
+        refuse_cross_layer(scope.sites, "exact patching of single nodes")
         if self.nodes is None:
             return
         missing = {"hook", "unit", "position", "kind"} - set(self.nodes.columns)
         if missing:
             raise SettingsError(
                 f"expected nodes with columns hook, unit, position and kind; {sorted(missing)} missing. Give rows of "
-                "NodeScores.top."
+                "NodeScores.top, or circuit.nodes."
             )
         hooks = [site.hook for site in scope.sites]
         unknown = set(self.nodes["hook"]) - set(hooks)
@@ -94,7 +104,7 @@ class Patching(Method):
             parts = site.take_apart(values)
             for kind in ("node", *site.vectors):
                 shape = block_shape(scope, parts, kind)
-                scores = torch.full((shape.numel(),), torch.nan)
+                scores = torch.full((shape.numel(),), torch.nan, dtype=torch.float32)
                 wanted = self._wanted(scope, site.hook, kind, shape)
                 for chunk in wanted.split(max(1, rows // len(run))) if len(wanted) else ():
                     fall = _fall(scope, run, site, kind, shape, chunk, parts, baselines[site.hook], start)

@@ -21,7 +21,7 @@ from ._scope import Blocks, Means, Scope, gradients_at
 
 @dataclass(frozen=True)
 class RelP(Method):
-    """Gradients under relevance propagation; `rules` and `stabilizer` as in `relp`.
+    """Gradients under relevance propagation; `rules` and `stabilizer` as in `relp`, `check_model` as its `check`.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -34,6 +34,7 @@ class RelP(Method):
     name: ClassVar[str] = "relp"
     rules: str | tuple[str, ...] = "relp"
     stabilizer: float | None = None
+    check_model: bool = True
 
     def check(self, scope: Scope) -> None:
         """Rules exist, and there is at least one."""
@@ -45,7 +46,9 @@ class RelP(Method):
     ) -> tuple[Values, Blocks]:
         """One gradient under the rules, times the change of every node."""
         run = scope.first_run(batch)
-        values, gradients = gradients_at(scope.model, run, scope.sites, scope.metric, self.rules, self.stabilizer)
+        values, gradients = gradients_at(
+            scope.model, run, scope.sites, scope.metric, self.rules, self.stabilizer, check=self.check_model
+        )
         baselines = scope.baseline_parts(batch, means)
         return values, scope.change_times(values, baselines, gradients)
 

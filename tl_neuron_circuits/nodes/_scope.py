@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from .._memory import Halving
@@ -29,6 +28,7 @@ from ..bases._runs import (
 from ..bases._site import Parts, Site
 from ..models._protocol import TransformerLensModel
 from ..models._threads import hooked
+from ..propagation._gradients import gradients_by_name
 from ..propagation._relp import relp
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
@@ -83,7 +83,7 @@ class Scope:
         for site in self.sites:
             parts, baseline, gradient = site.take_apart(values), baselines[site.hook], gradients[site.hook]
             change = parts.nodes if baseline is None else parts.nodes - baseline.nodes
-            per_prompt = self.sign * change.float() * site.node_gradient(gradient).float()
+            per_prompt = self.sign * change.float() * site.node_gradient(gradients).float()
             blocks[site.hook, "node"] = self.add_up(per_prompt, "node")
             for kind, vector in parts.vectors.items():
                 change = vector if baseline is None else vector - baseline.vectors[kind]
@@ -106,24 +106,24 @@ def gradients_at(
     rules: str | tuple[str, ...],
     stabilizer: float | None = None,
     hooks: Iterable[tuple[str, Any]] = (),
+    check: bool = True,
 ) -> tuple[Values, Values]:
     """One forward and one backward under `rules`: what every site reads, and the metric's gradient at every site.
 
-    `hooks` are forward hooks that run before values are captured.
+    `hooks` are forward hooks that run before values are captured; `check` as in `relp`.
     """
     sites = tuple(sites)
     names = list_reads(sites)
     store: Values = {}
     reading = [*hooks, *(capture(store, name) for name in names)]
-    with relp(model, rules, stabilizer=stabilizer):
+    with relp(model, rules, stabilizer=stabilizer, check=check):
         with answers_only(model, batch, metric) as narrowed, hooked(model, reading):
             logits = run_logits(model, batch.clean, batch.attention_mask)
         require_fired(store, names, model)
         total = measure(metric, logits, narrowed).sum()
         del logits
-        gradients = torch.autograd.grad(total, [store[site.hook] for site in sites])
-    values = {name: value.detach() for name, value in store.items()}
-    return values, {site.hook: gradient for site, gradient in zip(sites, gradients, strict=True)}
+        gradients = gradients_by_name(total, {site.hook: store[site.hook] for site in sites})
+    return {name: value.detach() for name, value in store.items()}, gradients
 
 
 def shared_means(

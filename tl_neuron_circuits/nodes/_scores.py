@@ -5,20 +5,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from .. import _html
-from .._errors import NumericalError, SettingsError
-from .._files import read_directory, write_directory
+from .._errors import FileFormatError, NumericalError, SettingsError
+from .._files import formed, read_directory, require_shapes, write_directory
 from .._indices import as_count
 from .._typing import checked
 from ..bases._activations import ACTIVATION_BASES
 from ..bases._site import Basis, Site
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,29 @@ class SiteLabels:
     letter: str
 
 
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    sites: dict[str, SiteLabels]
+    settings: dict[str, Any]
+
+
+class _Settings(msgspec.Struct):
+    """What scores need of their settings."""
+
+    method: str
+    metric: str
+    model: str
+    basis: str
+    n_pairs: int
+    positions: Literal["keep", "sum"]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class NodeScores:
     """Signed support of every node for the metric, averaged over pairs; positive helps the answer.
 
     `values` maps each hook point to float32 scores `[pos, unit]`, or `[unit]` where positions were summed; `errors` and
     `skips` hold one score per position (`[pos]`, or `[]`) where the basis has error or skip nodes. `nan` means: not
-    measured (exact patching of chosen nodes).
+    measured (exact patching of chosen nodes, positions left out by `skip_special`).
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -64,6 +81,11 @@ class NodeScores:
         """Whether positions were kept or summed."""
         return self.settings["positions"]
 
+    @property
+    def ranking(self) -> Literal["abs", "signed"]:
+        """How these scores rank nodes: by |score|, or by score, as a learned order does."""
+        return self.settings.get("ranking", "abs")
+
     def __len__(self) -> int:
         """How many nodes there are."""
         return sum(t.numel() for _, _, t in self.blocks())
@@ -81,14 +103,14 @@ class NodeScores:
         return torch.cat([t.reshape(-1).cpu() for _, _, t in self.blocks()])
 
     @checked
-    def top(self, k: int = 10, *, by: Literal["abs", "signed"] = "abs") -> pd.DataFrame:
-        """The `k` nodes with the largest |score| (or the largest score), best first.
+    def top(self, k: int = 10, *, by: Literal["abs", "signed"] | None = None) -> pd.DataFrame:
+        """The `k` nodes with the largest |score| (or the largest score), best first; `by` is `.ranking` unless given.
 
         Columns: label, layer, unit, position, score, kind, hook. `unit` is -1 for error and skip nodes, `position` -1
         where positions were summed.
         """
         flat = self.flat()
-        key = flat.abs() if by == "abs" else flat
+        key = flat.abs() if (by or self.ranking) == "abs" else flat
         key = torch.where(key.isnan(), torch.full_like(key, -torch.inf), key)
         k = min(as_count(k, "k", 0), int((~flat.isnan()).sum()))
         return self._rows(key.topk(k).indices.numpy())
@@ -107,10 +129,11 @@ class NodeScores:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("hook").rename_axis("position", axis=1)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory with `scores.safetensors` and `scores.json`; an existing one is replaced at once.
+        """Write a directory with `scores.safetensors`, settings in its header; an existing one is replaced at once.
 
         Raises:
             FileFormatError: the path is something else than a directory of ours.
+            SaveError: it could not be written; what was saved there before is as it was.
         """
         tensors = {f"{kind}/{hook}": t.contiguous().cpu() for hook, kind, t in self.blocks()}
         sites = {hook: {"layer": s.layer, "letter": s.letter} for hook, s in self.sites.items()}
@@ -126,17 +149,24 @@ class NodeScores:
         Raises:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
-        tensors, notes = read_directory(path, "scores", SCHEMA, required=("sites", "settings"))
+        tensors, notes = read_directory(path, "scores", SCHEMA, _Notes)
+        settings = formed(notes.settings, _Settings, path)
         by_kind: dict[str, dict[str, Tensor]] = {"node": {}, "error": {}, "skip": {}}
-        sites = {hook: SiteLabels(**labels) for hook, labels in notes["sites"].items()}
-        for hook in sites:
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        for hook in notes.sites:
+            places = tensors[f"node/{hook}"].shape[:1] if f"node/{hook}" in tensors else ()
+            kept = (places[0] if places else None,) if settings.positions == "keep" else ()
             for kind, found in by_kind.items():
-                if f"{kind}/{hook}" in tensors:
-                    found[hook] = tensors[f"{kind}/{hook}"]
-        names = notes["settings"]["basis"].split("+")
+                if kind == "node" or f"{kind}/{hook}" in tensors:
+                    shapes[f"{kind}/{hook}"] = (*kept, None) if kind == "node" else kept
+                    found[hook] = tensors.get(f"{kind}/{hook}", torch.empty(0))
+        require_shapes(path, tensors, shapes)
+        if bad := [name for name, tensor in tensors.items() if not tensor.is_floating_point() or tensor.isinf().any()]:
+            raise FileFormatError(f"expected finite scores in {path}; {bad[:3]} are not. Save them again.")
+        names = settings.basis.split("+")
         bases: list[Basis] = [ACTIVATION_BASES[name]() for name in names if name in ACTIVATION_BASES]
         basis = bases if len(bases) == len(names) else None
-        return cls(by_kind["node"], by_kind["error"], by_kind["skip"], sites, notes["settings"], basis)
+        return cls(by_kind["node"], by_kind["error"], by_kind["skip"], notes.sites, notes.settings, basis)
 
     def __repr__(self) -> str:
         s = self.settings
@@ -189,6 +219,21 @@ def label(layer: int, letter: str, unit: int, position: int, kind: str) -> str:
 def site_labels(sites: Sequence[Site]) -> dict[str, SiteLabels]:
     """What scores keep of their sites."""
     return {site.hook: SiteLabels(site.layer, site.letter) for site in sites}
+
+
+def without_positions(scores: NodeScores, positions: Sequence[int]) -> NodeScores:
+    """The scores with nan at these positions, so that no node there is chosen; positions must be kept."""
+    rows = list(positions)
+
+    def blank(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        blocks = {hook: t.clone() for hook, t in blocks.items()}
+        for t in blocks.values():
+            t[rows] = torch.nan
+        return blocks
+
+    settings = {**scores.settings, "skipped_positions": rows}
+    fields = (blank(scores.values), blank(scores.errors), blank(scores.skips))
+    return NodeScores(*fields, scores.sites, settings, scores.basis)
 
 
 def require_finite(scores: NodeScores) -> NodeScores:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
+from .._files import write_text
 from .._version import versions
 from ._style import PALETTE
 
@@ -46,8 +47,9 @@ def write_page(circuit: "Circuit", path: str | Path, details: Mapping[str, Mappi
 
     Raises:
         SettingsError: details of a node that is not there, or of another form.
+        SaveError: it could not be written; an older file is as it was.
     """
-    Path(path).write_text(page(circuit, details), encoding="utf-8")
+    write_text(path, page(circuit, details))
 
 
 def page(circuit: "Circuit", details: Mapping[str, Mapping[str, Any]] | None = None) -> str:
@@ -91,10 +93,26 @@ def page_data(circuit: "Circuit", details: Mapping[str, Mapping[str, Any]] | Non
             "target": [index[name] for name in edges["target"]],
             **{name: _column(edges[name]) for name in ("weight", "relative", "attribution")},
         },
+        "heads": _heads(circuit),
         "members": {str(group): list(members) for group, members in (settings.get("groups") or {}).items()},
         "details": checked_details(nodes, details or {}),
         "group_colors": list(_GROUPS),
     }
+
+
+def _heads(circuit: "Circuit", most: int = 3) -> dict[int, list[tuple[int, int, int, float | None]]]:
+    """By edge, where edges were split: layer, head, position and share of its strongest parts; layer -1 is direct."""
+    if circuit.head_parts is None:
+        return {}
+    parts = (
+        circuit.head_parts[circuit.head_parts["kind"] != "rest"].groupby(["source", "target"], sort=False).head(most)
+    )
+    place = {pair: row for row, pair in enumerate(zip(circuit.edges["source"], circuit.edges["target"], strict=True))}
+    heads: dict[int, list[tuple[int, int, int, float | None]]] = {}
+    for part in parts.itertuples(index=False):
+        row = (int(part.layer), int(part.head), int(part.from_position), _number(part.share))
+        heads.setdefault(place[part.source, part.target], []).append(row)
+    return heads
 
 
 def _part(name: str) -> str:
@@ -137,11 +155,16 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str]]:
             _percent(circuit.graph_completeness),
             "share of all nodes' inputs that does not come from what was left out",
         ),
+        ("the model says", _prediction(settings), "its likeliest next tokens"),
         ("baseline", str(settings.get("baseline", "")), "scores are differences to this"),
         ("prompts", str(prompts) if prompts != 1 else "", "numbers are means over them"),
         *((name, str(version), "version the circuit was made with") for name, version in made_with.items()),
     ]
     return [fact for fact in facts if fact[1]]
+
+
+def _prediction(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{str(token).strip()} {_percent(p)}" for token, p in (settings.get("predicted") or [])[:3])
 
 
 def _percent(value: float) -> str:

@@ -13,6 +13,8 @@ DASHES = {
     "integrated_gradients": "2px,2px",
     "integrated_gradients_inputs": "14px,4px",
     "patching": "14px,4px,2px,4px",
+    "learned_mask": "10px,2px,2px,2px",
+    "mask_gradient": "4px,2px",
     "activation_difference": "6px,3px,1px,3px",
     "random": "2px,5px",
 }
@@ -25,6 +27,8 @@ NAMES = {
     "integrated_gradients": "integrated gradients",
     "integrated_gradients_inputs": "IG over inputs",
     "patching": "exact patching",
+    "learned_mask": "learned mask",
+    "mask_gradient": "mask gradient",
     "activation_difference": "activation difference",
 }
 

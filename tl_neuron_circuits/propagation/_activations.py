@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._errors import UnsupportedModelError
+from .._memory import is_out_of_memory
 from ..models._protocol import TransformerLensModel, submodule
 from ..models._sites import activation_names
 
@@ -127,7 +128,9 @@ def find_activation(model: TransformerLensModel, layer: int) -> Activation:
     with torch.no_grad():
         try:
             values = function(grid)
-        except (RuntimeError, TypeError, ValueError):  # a function with buffers of another dtype or device
+        except (RuntimeError, TypeError, ValueError) as error:  # a function with buffers of another dtype or device
+            if is_out_of_memory(error):
+                raise
             return unrecognized
     for known, expected in zip(KNOWN, known_values, strict=True):
         if values.shape == grid.shape and torch.allclose(values.float(), expected, atol=2e-5):

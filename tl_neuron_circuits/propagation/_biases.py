@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,22 @@ from ..models._protocol import TransformerLensModel
 
 
 def bias_parameters(model: TransformerLensModel) -> dict[str, Tensor]:
-    """Every bias once, by name; `TransformerBridge.named_parameters` leaves out what its adapter does not map."""
-    return {name: p for name, p in torch.nn.Module.named_parameters(model) if _is_bias(name)}  # pyright: ignore[reportArgumentType]
+    """Every bias once, by name, those that are buffers too.
+
+    `TransformerBridge.named_parameters` leaves out what its adapter does not map.
+    """
+    module: Any = model
+    biases = {name: p for name, p in torch.nn.Module.named_parameters(module) if _is_bias(name)}
+    # Compatibility mode on TransformerLens 4.3 keeps the unembedding's folded bias as a buffer.
+    buffers = {name: b for name, b in torch.nn.Module.named_buffers(module) if _is_bias(name) and b.is_floating_point()}
+    # ... and on 3.9 computes with copies of the MLP's that are plain attributes.
+    copies = {
+        f"{path}.{name}": value
+        for path, part in torch.nn.Module.named_modules(module)
+        for name, value in vars(part).items()
+        if name.startswith("_processed_b") and isinstance(value, Tensor)
+    }
+    return biases | buffers | copies
 
 
 @contextmanager

@@ -44,6 +44,11 @@ class Checks:
 
     def compare(self, name: str, rebuilt: Tensor, value: Tensor) -> None:
         """Note how far the rule's value is from the model's own, relative to the largest."""
+        if rebuilt.shape != value.shape:
+            raise UnsupportedModelError(
+                f"{name} has shape {tuple(value.shape)}, and the rule before it gives {tuple(rebuilt.shape)}: the "
+                "module does not compute what its hook points say (fused projections have twice the width)."
+            )
         off, size = _largest(rebuilt.to(value.dtype) - value), _largest(value)
         relative = off.float() / (size.float() + torch.finfo(torch.float32).tiny)
         self._deviations.append((name, relative, _TOLERANCE[value.dtype] + self._slack))
@@ -74,9 +79,9 @@ class Checks:
             if off > tolerance:
                 raise PropagationError(
                     f"the rule at {name} does not rebuild what the model computes (off by {off:.1e} of the largest "
-                    f"value, allowed {tolerance:.0e}): the module computes something else than when relp was "
-                    "entered, or than this package knows. Enter relp after changing the model; "
-                    "check_model(model) tells more."
+                    f"value, allowed {tolerance:.0e}): the module computes something else than its hook points say (a "
+                    "norm or a quantization in between), or than when relp was entered. Enter relp after "
+                    "changing the model."
                 )
 
     def _verify_fired(self, fired: set[str]) -> None:

@@ -46,6 +46,8 @@ def is_opaque(model: TransformerLensModel, path: str) -> bool:
     GPT-2's adapter computes the norm itself, so its scale can be detached.
     """
     norm: Any = submodule(model, path)
+    if norm is not None and hasattr(norm, "original_component") and not hasattr(norm, "uses_rms_norm"):
+        return True  # mounted as a bare module
     folding = bool(getattr(getattr(norm, "config", None), "layer_norm_folding", False))
     return bool(getattr(norm, "use_native_layernorm_autograd", False)) or folding
 
@@ -63,6 +65,8 @@ def read_norm(model: TransformerLensModel, path: str) -> Norm | None:
     component = getattr(norm, "original_component", None)
     if isinstance(component, nn.Identity):
         return None
+    if component is not None and not hasattr(norm, "uses_rms_norm") and "norm" in type(component).__name__.lower():
+        return _read_bare(model, component)
     if norm is None or not hasattr(norm, "uses_rms_norm"):
         raise UnsupportedModelError(
             f"expected a normalization at {path}; got {type(norm).__name__}. Leave 'ln' out of the rules."
@@ -77,6 +81,25 @@ def read_norm(model: TransformerLensModel, path: str) -> Norm | None:
     elif offset:
         weight = 1.0 + weight.detach()
     return Norm(weight.detach(), bias, _eps(norm, component), centered=not rms)
+
+
+def _read_bare(model: TransformerLensModel, component: Any) -> Norm:
+    """Read Hugging Face's own module. Whether its weight is an offset from one shows in what it makes of a vector."""
+    weight, bias = getattr(component, "weight", None), getattr(component, "bias", None)
+    device = next(iter(model.parameters())).device
+    if weight is None:
+        weight = torch.ones(1, device=device)
+    centered = isinstance(component, nn.LayerNorm) or bias is not None
+    eps = next((float(e) for e in (getattr(component, n, None) for n in ("eps", "variance_epsilon")) if e), 1e-5)
+    norm = Norm(weight.detach(), bias, eps, centered)
+    if weight.numel() == 1:
+        return norm
+    x = torch.linspace(1, 2, weight.numel(), dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        theirs = component(x[None])[0].float()
+        shifted = Norm(1 + weight.detach(), bias, eps, centered)
+        nearer = (norm.value(x).float() - theirs).abs().max() <= (shifted.value(x).float() - theirs).abs().max()
+    return norm if bool(nearer) else shifted
 
 
 def _eps(norm: Any, component: Any) -> float:

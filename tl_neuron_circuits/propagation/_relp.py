@@ -13,10 +13,12 @@ import torch
 from .._errors import PropagationError
 from .._typing import checked
 from ..models._protocol import TransformerLensModel, hook_points
+from ..models._run_state import require_steady
 from ..models._sites import find_sites, require
 from ..models._threads import release, take
+from ._conservation import require_conservation
 from ._wiring import Wiring
-from .rules import RuleSet, rule_set
+from .rules import RULE_SETS, RuleSet, rule_set
 
 _ACTIVE: "weakref.WeakSet[TransformerLensModel]" = weakref.WeakSet()
 """Models that `relp` is active on. Not a mark on the model itself, which would be copied and pickled with it."""
@@ -24,7 +26,11 @@ _ACTIVE: "weakref.WeakSet[TransformerLensModel]" = weakref.WeakSet()
 
 @checked
 def relp(
-    model: TransformerLensModel, rules: str | Sequence[str] = "relp", *, stabilizer: float | None = None
+    model: TransformerLensModel,
+    rules: str | Sequence[str] = "relp",
+    *,
+    stabilizer: float | None = None,
+    check: bool = True,
 ) -> "Relp":
     """Replace the backward pass of `model` by relevance propagation, for the length of a `with` block.
 
@@ -38,14 +44,17 @@ def relp(
             "ln", "identity", "half", "attention"; `()` is the plain gradient.
         stabilizer: use f(x) / (x + sign(x) * stabilizer) in the identity rule instead of the exact ratio. Only for
             parity with the published fork (1e-6), whose gradients differ by up to 7e-3 near zero.
+        check: measure on first use that relevance is conserved on this model: all four rules, a short input, users'
+            hooks set aside; again when its weights or flags change. False goes on where it is not.
 
     Returns:
         A context manager that leaves hooks, flags and `requires_grad` as it found them, also when something raises.
 
     Raises:
-        UnsupportedModelError: on entering, listing what the model lacks and the remedy.
-        PropagationError: gradients are disabled, another thread is using the model, or a rule did not stand for what
-            the model computed.
+        UnsupportedModelError: on entering, listing what the model lacks and the remedy; relevance is not conserved;
+            dropout is training.
+        PropagationError: gradients are disabled, autocast is on, layers are recomputed without a graph, another thread
+            is using the model, or a rule did not stand for what the model computed.
         NumericalError: the model computed values that are not finite.
         SettingsError: an unknown rule.
 
@@ -57,14 +66,14 @@ def relp(
         >>> with tnc.relp(model):
         ...     logits, cache = model.run_with_cache("the dog", incl_bwd=False)
     """
-    return Relp(model, rule_set(rules, stabilizer))
+    return Relp(model, rule_set(rules, stabilizer), check)
 
 
 class Relp:
     """The context manager that `relp` returns; it can be entered again after it was left, but not inside itself."""
 
-    def __init__(self, model: TransformerLensModel, rules: RuleSet) -> None:
-        self._model, self._rules = model, rules
+    def __init__(self, model: TransformerLensModel, rules: RuleSet, check: bool = True) -> None:
+        self._model, self._rules, self._check = model, rules, check
         self._wiring: Wiring | None = None
 
     def __enter__(self) -> None:
@@ -81,11 +90,14 @@ class Relp:
             raise
 
     def _install(self) -> None:
+        require_steady(self._model, gradients=True)
         points = hook_points(self._model)  # looked up once: TransformerBridge builds them anew every time
         sites = find_sites(self._model, points)
         require(sites, self._rules.needs)
         if self._model in _ACTIVE:
             raise PropagationError("relp is active on this model already; rules cannot be stacked. Leave it first.")
+        if self._check and self._rules != RuleSet():
+            require_conservation(self._model, self._rules.needs, Relp(self._model, RULE_SETS["relp"], check=False))
         wiring = Wiring(self._model, points, sites, self._rules)
         try:
             wiring.install()

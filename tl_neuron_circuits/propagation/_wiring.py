@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .._errors import PropagationError, UnsupportedModelError
 from ..models._protocol import TransformerLensModel
+from ..models._run_state import require_steady
 from ..models._sites import AttentionSites, MLPSites, ModelSites, NormSites, bias_after_product
 from ..models._threads import this_thread_only
 from ._activations import find_activation
@@ -142,6 +143,7 @@ class Wiring:
                 "expected gradients to be enabled inside relp; the model was run under torch.no_grad() or "
                 "inference_mode(). Run it outside relp, where the values are the same."
             )
+        require_steady(self._model, gradients=False)
         value = arguments[0]
         if value.requires_grad:
             return arguments
@@ -213,7 +215,8 @@ class Wiring:
         parts = norm.path.split(".")
         layer = int(parts[1]) if parts[0] == "blocks" else (self._sites.n_layers if norm.path == "ln_final" else -1)
         if norm.input is None or norm.output is None or not is_opaque(self._model, norm.path):
-            enter = partial(self._enter_scale, norm, False)
+            assert norm.scale is not None
+            enter = partial(self._enter_scale, norm.scale, None)
             self._handles.append(self._points[norm.scale].register_forward_pre_hook(this_thread_only(enter)))
             self.checks.expect(norm.scale, layer)
             return
@@ -221,18 +224,19 @@ class Wiring:
         if read is None:
             return
         assert self._rules.ln is not None
-        enter = partial(self._enter_scale, norm, True)
-        self._handles.append(self._points[norm.scale].register_forward_pre_hook(this_thread_only(enter)))
+        if norm.scale is not None:
+            enter = partial(self._enter_scale, norm.scale, norm)
+            self._handles.append(self._points[norm.scale].register_forward_pre_hook(this_thread_only(enter)))
         piece = NormPiece(self._rules.ln, read)
         self._install_piece(piece, (norm.input,), norm.output, layer, unless=partial(self._is_stepwise, norm))
 
     def _enter_scale(
-        self, norm: NormSites, opaque: bool, module: Any, arguments: tuple[Tensor, ...]
+        self, scale: str, opaque: NormSites | None, module: Any, arguments: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
         """Where the scale is in the graph, cutting it off is the whole of the rule."""
-        if opaque and not self._is_stepwise(norm):
+        if opaque is not None and not self._is_stepwise(opaque):
             return None  # the scale is outside the graph, and the Bridge would take a new tensor for an edit
-        self.checks.fired(norm.scale)
+        self.checks.fired(scale)
         return (arguments[0].detach(), *arguments[1:])
 
     def _is_stepwise(self, norm: NormSites) -> bool:
@@ -260,10 +264,10 @@ class Wiring:
             (attention.query, rule.query),
             (attention.key, rule.key),
             (attention.value, rule.value),
+            (attention.gate, rule.query),
         ):
-            if factor == 1.0:
+            if factor == 1.0 or name is None:  # `require` saw to it that values are there where they are scaled
                 continue
-            assert name is not None  # `require` saw to it
             enter = partial(self._enter_attention, name, factor)
             self._handles.append(self._points[name].register_forward_pre_hook(this_thread_only(enter)))
             self.checks.expect(name, attention.layer)

@@ -3,6 +3,7 @@
 from .._lazy import explain_old_names
 from ._agreement import subject_verb_agreement as subject_verb_agreement
 from ._capitals import capitals as capitals
+from ._chat import apply_chat_template as apply_chat_template
 from ._greater_than import greater_than as greater_than
 from ._ioi import ioi as ioi
 from ._metrics import Metric as Metric

@@ -4,17 +4,24 @@
 
 Each state is contrasted with one other, its partner under `seed`, so couples share no state, and neither do the parts
 made by `split(..., by="label")`. The cities are real: three well-known ones per state that are not its capital, do not
-contain its name, and are not also well-known in another state. `tnc.demo.capitals` asks the same of invented towns.
+contain its name, and are not also well-known in another state. Drawn for a model, states whose answer is several
+tokens are left out, cities (or names) have one token length, and states meet in groups of four, which a split by label
+keeps together. `tnc.demo.capitals` asks the same of invented towns.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from .._errors import PairsError
 from .._typing import checked
 from ._contrasts import both, choose, choose_phrasing, couple, draw
+from ._fitting import Fitting
 from ._pairs import PromptPair, PromptPairs
+from ._text_tokens import ModelOrTokenizer
 
 Question = Literal["two_hop", "one_hop", "state"]
 
@@ -106,6 +113,7 @@ PHRASINGS: dict[Question, tuple[str, ...]] = {
 }
 
 MOST_SHOTS = 4
+_GROUP = 4  # states that are contrasted with each other, where pairs are drawn for a model
 _EXAMPLES = ("Washington", "Illinois", "Tennessee", "Florida", "Pennsylvania", "Louisiana")
 """States for solved examples: two more than are shown at most, since the two that a pair asks about are passed over."""
 
@@ -115,6 +123,8 @@ def capitals(
     n: int = 32,
     seed: int = 0,
     *,
+    model: ModelOrTokenizer | None = None,
+    prepend_bos: bool | None = None,
     question: Question = "two_hop",
     phrasing: int | None = 0,
     shots: int = 0,
@@ -123,11 +133,14 @@ def capitals(
     """`n` pairs about US states for models of real English, both directions of n/2 contrasts.
 
     Clean and corrupt differ in the city (or state) alone. Names differ in token length, and capitals often have several
-    tokens: filter with `keep_fitting(model, pairs, multi_token="first_difference")`.
+    tokens: draw for a `model`, or filter with `keep_fitting(model, pairs, multi_token="first_difference")`.
 
     Args:
         n: number of pairs, even.
         seed: which state is contrasted with which, and which contrasts are drawn.
+        model: a model, or its tokenizer, for which the pairs are drawn: prompts of one token length, answers of one
+            token.
+        prepend_bos: with `model`; None means the model's default.
         question: "two_hop" asks for the capital of the state containing a city, "one_hop" for the capital of a named
             state, "state" which state a city is in.
         phrasing: which wording, from 0; None draws from all.
@@ -151,19 +164,50 @@ def capitals(
         phrasings = (choose_phrasing(phrasings, phrasing),)
     if not 0 <= shots <= MOST_SHOTS:
         raise PairsError(f"shots must be 0 to {MOST_SHOTS}, got {shots}.")
-    couples = couple(names, seed, "states")
 
     def ask(name: str, city: int, text: str) -> tuple[str, str]:
         state = _BY_NAME[name]
         prompt = text.format(city=state.cities[city], state=name)
         return prompt, f" {name if question == 'state' else state.capital}"
 
-    def contrast(which: int, city: int, other_city: int, wording: int) -> tuple[PromptPair, PromptPair]:
-        text, (name, other) = phrasings[wording], couples[which]
+    def contrast(name: str, city: int, other: str, other_city: int, text: str) -> tuple[PromptPair, PromptPair]:
         examples = [ask(example, 0, text) for example in _EXAMPLES if example not in (name, other)][:shots]
         before = "".join(f"{prompt}{answer}.\n" for prompt, answer in examples)
         (clean, answer), (corrupt, other_answer) = ask(name, city, text), ask(other, other_city, text)
         return both((before + clean, answer), (before + corrupt, other_answer), (name, other))
 
     n_cities = 1 if question == "one_hop" else len(STATES[0].cities)
-    return draw(n, seed, (len(couples), n_cities, n_cities, len(phrasings)), contrast)
+    if model is None:
+        couples = couple(names, seed, "states")
+
+        def of_couple(which: int, city: int, other_city: int, wording: int) -> tuple[PromptPair, PromptPair]:
+            name, other = couples[which]
+            return contrast(name, city, other, other_city, phrasings[wording])
+
+        return draw(n, seed, (len(couples), n_cities, n_cities, len(phrasings)), of_couple)
+
+    fitting = Fitting(model, prepend_bos)
+    names = fitting.keep("states", names, lambda name: fitting.single_tokens(*ask(name, 0, phrasings[0])))
+    lengths = {
+        (name, city): fitting.length(ask(name, city, phrasings[0])[0]) for name in names for city in range(n_cities)
+    }
+    unknown = [key for key, length in lengths.items() if not length]
+    if question == "one_hop":
+        fitting.leave_out("states with unknown words", [name for name, _ in unknown])
+    else:
+        fitting.leave_out("cities with unknown words", [_BY_NAME[name].cities[city] for name, city in unknown])
+    best: list[tuple[str, int, str, int]] = []
+    for length in sorted(set(lengths.values()) - {0}):
+        cities = {name: [c for c in range(n_cities) if lengths[name, c] == length] for name in names}
+        having = [name for name in names if cities[name]]
+        order = torch.randperm(len(having), generator=torch.Generator().manual_seed(seed)).tolist()
+        shuffled = [having[place] for place in order]
+        groups = [shuffled[start : start + _GROUP] for start in range(0, len(shuffled), _GROUP)]
+        couples = [two for group in groups for two in itertools.combinations(group, 2)]
+        best = max(best, [(a, c, b, d) for a, b in couples for c in cities[a] for d in cities[b]], key=len)
+
+    def of_two(which: int, wording: int) -> tuple[PromptPair, PromptPair]:
+        name, city, other, other_city = best[which]
+        return contrast(name, city, other, other_city, phrasings[wording])
+
+    return draw(n, seed, (len(best), len(phrasings)), of_two, fitting)

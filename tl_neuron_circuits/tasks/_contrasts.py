@@ -10,18 +10,23 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .._errors import PairsError
+from ._fitting import Fitting
 from ._pairs import PromptPair, PromptPairs
 
 
-def choose(words: Sequence[str] | None, known: Sequence[str], kind: str, at_least: int = 1) -> list[str]:
+def choose(
+    words: Sequence[str] | None, known: Sequence[str], kind: str, at_least: int = 1, argument: str = "words"
+) -> list[str]:
     """Return `words`, checked against the known ones, or all known ones."""
     if words is None:
         return list(known)
     unknown = [word for word in words if word not in known]
     if isinstance(words, str) or unknown:
-        raise PairsError(f"words= must be a list of {kind}; {unknown} are not known. Choose among {', '.join(known)}.")
+        raise PairsError(
+            f"{argument}= must be a list of {kind}; {unknown} are not known. Choose among {', '.join(known)}."
+        )
     if len(set(words)) < len(words) or len(words) < at_least:
-        raise PairsError(f"words= needs at least {at_least} different {kind}, each once, got {list(words)}.")
+        raise PairsError(f"{argument}= needs at least {at_least} different {kind}, each once, got {list(words)}.")
     return list(words)
 
 
@@ -47,10 +52,33 @@ def couple(
     raise PairsError(f"found no way to couple these {kind} so that the answers differ: {', '.join(words)}. Add others.")
 
 
+def groups_by_length(
+    words: Sequence[str], size: int, seed: int, kind: str, length: Callable[[str], int], fitting: Fitting | None
+) -> list[tuple[str, ...]]:
+    """Words of one token length in groups of `size` by chance; words that are left over are reported."""
+    by_length: dict[int, list[str]] = {}
+    for word in words:
+        by_length.setdefault(length(word), []).append(word)
+    groups = []
+    for _, same in sorted(by_length.items()):
+        order = torch.randperm(len(same), generator=torch.Generator().manual_seed(seed)).tolist()
+        whole = len(order) // size * size
+        groups += [tuple(same[place] for place in order[start : start + size]) for start in range(0, whole, size)]
+        if fitting is not None:
+            fitting.leave_out(f"{kind} without a partner", [same[place] for place in order[whole:]])
+    return groups
+
+
 def draw(
-    n: int, seed: int, sizes: Sequence[int], contrast: Callable[..., tuple[PromptPair, PromptPair]]
+    n: int,
+    seed: int,
+    sizes: Sequence[int],
+    contrast: Callable[..., tuple[PromptPair, PromptPair]],
+    fitting: Fitting | None = None,
 ) -> PromptPairs:
     """`n` pairs: both directions of n/2 distinct contrasts, each made from one choice of every size.
+
+    With `fitting` only contrasts that fit its tokenizer, all of one length.
 
     Raises:
         PairsError: `n` is odd or below 2, or there are fewer than `n` distinct pairs.
@@ -58,6 +86,9 @@ def draw(
     total = math.prod(sizes)
     if n < 2 or n % 2:
         raise PairsError(f"n counts pairs in both directions of every contrast, so it must be even, got {n}.")
+    if fitting is not None:
+        shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+        return fitting.draw(n, (contrast(*_digits(index, sizes)) for index in shuffled))
     if n > 2 * total:
         raise PairsError(
             f"n={n} pairs were asked for, but with these words only {2 * total} distinct ones exist. "

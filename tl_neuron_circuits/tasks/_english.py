@@ -1,6 +1,7 @@
 """Word lists: nouns and verbs in both numbers, names, places, things and events.
 
-Every word is one token of the demo models, and nearly all are one token of GPT-2 after a space.
+Every word is one token of the demo models, and nearly all are one token of GPT-2 after a space; `MORE_NOUNS` and
+`THINGS` are for tasks that are drawn for a model.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,17 @@ NOUNS = _inflected(
     "manager/managers athlete/athletes senator/senators writer/writers guard/guards customer/customers "
     "leader/leaders player/players dog/dogs cat/cats horse/horses"
 )
+MORE_NOUNS = _inflected(
+    "father/fathers mother/mothers uncle/uncles aunt/aunts guy/guys kid/kids poet/poets victim/victims "
+    "carpenter/carpenters architect/architects assistant/assistants chef/chefs dancer/dancers executive/executives "
+    "minister/ministers skater/skaters neighbor/neighbors artist/artists nurse/nurses soldier/soldiers "
+    "engineer/engineers scientist/scientists visitor/visitors worker/workers"
+)
+"""With `NOUNS`, those of Marks et al.'s agreement prompts, as subjects or as attractors, and a few others."""
+
+THINGS = _inflected("car/cars truck/trucks bike/bikes table/tables chair/chairs desk/desks tree/trees window/windows")
+"""Nouns that admire nobody."""
+
 FINITE_VERBS = _inflected("is/are has/have does/do goes/go was/were")
 """Verbs that follow a whole subject: "The boy near the girls is"."""
 

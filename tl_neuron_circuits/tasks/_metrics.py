@@ -104,13 +104,14 @@ class ProbabilityDifference:
     def for_years(
         cls, model: TransformerLensModel, pairs: PromptPairs, *, prepend_bos: bool | None = None
     ) -> "ProbabilityDifference":
-        """Use the tokens "00" to "99" as they are after the first prompt of `pairs`.
+        """Use the tokens "00" to "99" as they are after the first prompt of `pairs`, or "0" to "9" for decades.
 
         Raises:
-            PairsError: a two-digit number is not one token there.
+            PairsError: one of these numbers is not one token there.
         """
-        years = [f"{year:02d}" for year in range(100)]
-        numbers = PromptPairs(clean=[pairs.clean[0]] * 100, answer=years)
+        digits = len(pairs.answer[0])
+        years = [f"{year:0{digits}d}" for year in range(10**digits)] if digits in (1, 2) else [pairs.answer[0]]
+        numbers = PromptPairs(clean=[pairs.clean[0]] * len(years), answer=years, made_for=pairs.made_for)
         return cls(tokenize(model, numbers, prepend_bos=prepend_bos).answer)
 
     def __call__(self, logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:

@@ -9,17 +9,23 @@ Files: JSON lines in the fields of Marks et al. 2025 (arXiv 2403.19647; METHODS.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, overload
 
 import pandas as pd
 
 from .. import _html
 from .._errors import PairsError
+from .._files import parse_json_lines, read_text, short, write_text
 from .._indices import Indices, as_indices, brief, is_integer
 from .._typing import checked
+from ._selection import MadeFor, Selection
 from ._split import split_groups
+
+if TYPE_CHECKING:
+    from ..models._protocol import TransformerLensModel
+    from ._metrics import Metric
 
 _JSON_FIELDS = {
     "clean_prefix": "clean",
@@ -28,6 +34,9 @@ _JSON_FIELDS = {
     "patch_answer": "wrong_answer",
     "case": "label",
 }
+
+
+_COLUMNS = ("clean", "answer", "corrupt", "wrong_answer", "labels")
 
 
 class PromptPair(NamedTuple):
@@ -54,6 +63,10 @@ class PromptPairs:
     Answers are the text that continues the prompt, as it stands: `" are"` after `"The keys"`.
     Without `corrupt` the pairs serve unpaired methods only; without `wrong_answer`, metrics of one answer only.
 
+    Pairs that a task drew for a model also know it: `made_for` has the tokenizer's fingerprint and the BOS setting,
+    which `tasks.tokenize` uses and holds other models to. `selection` says how many candidates were left out and why,
+    until pairs are picked out of them. Neither belongs to the content: files, `hash` and `==` do without.
+
     Raises:
         PairsError: lengths differ, an entry is empty or not a string, or an answer equals its wrong answer.
 
@@ -69,13 +82,15 @@ class PromptPairs:
     corrupt: Sequence[str] | None = None
     wrong_answer: Sequence[str] | None = None
     labels: Sequence[str] | None = None
+    made_for: MadeFor | None = field(default=None, compare=False)
+    selection: Selection | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Store every column as a tuple and check it."""
-        for field in fields(self):
-            column = getattr(self, field.name)
+        for name in _COLUMNS:
+            column = getattr(self, name)
             if column is not None:
-                object.__setattr__(self, field.name, _column(field.name, column))
+                object.__setattr__(self, name, _column(name, column))
         self._check_lengths()
         for index, pair in enumerate(self):
             if pair.answer == pair.wrong_answer:
@@ -85,7 +100,7 @@ class PromptPairs:
                 )
 
     def _check_lengths(self) -> None:
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns = {name: getattr(self, name) for name in _COLUMNS}
         lengths = {name: len(column) for name, column in columns.items() if column is not None}
         if max(lengths.values()) == 0:
             raise PairsError("expected at least one pair, got none. Give non-empty lists for `clean` and `answer`.")
@@ -131,7 +146,8 @@ class PromptPairs:
         """Read JSON lines with `clean_prefix`, `clean_answer`, and optionally `patch_prefix`, `patch_answer`, `case`.
 
         Raises:
-            PairsError: the file is missing or empty, or a line is not such an object; the message has its number.
+            PairsError: the file is missing or empty, or a line is not such an object or has other fields; the message
+                has its number.
 
         Example:
             >>> import tl_neuron_circuits as tnc
@@ -141,23 +157,28 @@ class PromptPairs:
         """
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise PairsError(f"cannot read pairs from {path}: {error}. Give a UTF-8 file of JSON lines.") from error
-        rows = [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+            rows = [_read_row(path, number, row) for number, row in parse_json_lines(read_text(path))]
+        except (OSError, ValueError) as error:
+            raise PairsError(
+                f"cannot read pairs from {path}: {short(error)}. Give a UTF-8 file of JSON lines, one object per line."
+            ) from error
         if not rows:
             raise PairsError(f"{path} has no pairs: expected one JSON object per line with {', '.join(_JSON_FIELDS)}.")
         try:
             return cls.from_pairs(rows)
         except PairsError as error:
-            raise PairsError(f"{path}: {error} (pairs count from 0, blank lines not counted)") from error
+            raise PairsError(f"{path}: {short(error)} (pairs count from 0, blank lines not counted)") from error
 
     @checked
     def to_jsonl(self, path: str | Path) -> None:
-        """Write the pairs as JSON lines that `from_jsonl` reads back."""
+        """Write the pairs as JSON lines that `from_jsonl` reads back; an existing file is replaced at once.
+
+        Raises:
+            SaveError: it could not be written; an older file is as it was.
+        """
         rows = ({key: getattr(pair, name) for key, name in _JSON_FIELDS.items()} for pair in self)
         lines = [json.dumps({key: value for key, value in row.items() if value is not None}) for row in rows]
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(path, "\n".join(lines) + "\n")
 
     @checked
     def split(
@@ -209,7 +230,42 @@ class PromptPairs:
         pairs = list(self)
         swapped = [PromptPair(p.corrupt or "", p.wrong_answer or "", p.clean, p.answer, p.label) for p in pairs]
         seen = {pair[:4] for pair in pairs}
-        return PromptPairs.from_pairs([*pairs, *(pair for pair in swapped if pair[:4] not in seen)])
+        both = PromptPairs.from_pairs([*pairs, *(pair for pair in swapped if pair[:4] not in seen)])
+        return both.remember(self.made_for)
+
+    def where_model_is_right(
+        self, model: "TransformerLensModel", *, metric: "Metric | None" = None, batch_size: int = 32
+    ) -> "PromptPairs":
+        """Only the contrasts in which the model prefers the answer in every direction: a metric above zero.
+
+        A curve over pairs that the model fails measures noise. `.selection.share` has the share of pairs that were
+        kept, and the repr says it. Directions that are not among the pairs are not asked.
+
+        Args:
+            model: a HookedTransformer or TransformerBridge.
+            metric: the logit difference unless given; right is above zero.
+            batch_size: prompts of one length in one pass.
+
+        Raises:
+            PairsError: the model is right in no contrast, or pairs do not fit its tokenizer.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> pairs = tnc.tasks.subject_verb_agreement("rc", n=32).where_model_is_right(model)
+            >>> pairs.selection.share
+            1.0
+        """
+        from ._where_right import contrasts_right
+
+        kept = contrasts_right(model, self, metric, batch_size)
+        lost = len(self) - len(kept)
+        left_out = {"of contrasts in which the model is wrong": lost} if lost else {}
+        return self[kept].remember(self.made_for, Selection(len(kept), len(self), left_out))
+
+    def remember(self, made_for: MadeFor | None = None, selection: Selection | None = None) -> "PromptPairs":
+        """The same pairs with this note of their tokenizer and of how they were chosen."""
+        return replace(self, made_for=made_for, selection=selection)
 
     @property
     def hash(self) -> str:
@@ -249,17 +305,23 @@ class PromptPairs:
         indices = as_indices(key, "pairs[...]", len(self))
         if len(indices) == 0:
             raise PairsError(f"the choice {brief(key)} of {len(self)} pairs is empty. Choose at least one pair.")
-        return PromptPairs.from_pairs([self[index] for index in indices])
+        return PromptPairs.from_pairs([self[index] for index in indices]).remember(self.made_for)
 
     def __add__(self, other: "PromptPairs") -> "PromptPairs":
         """Join two sets of pairs that have the same columns.
 
         Raises:
-            PairsError: one has a column that the other lacks.
+            PairsError: one has a column that the other lacks, or they were made for different tokenizers.
         """
         if not isinstance(other, PromptPairs):
             return NotImplemented
-        return PromptPairs.from_pairs([*self, *other])
+        marks = {pairs.made_for for pairs in (self, other) if pairs.made_for is not None}
+        if len(marks) > 1:
+            raise PairsError(
+                "these pairs were made for different tokenizers or BOS settings. Draw both with one model=, or join "
+                "their text: PromptPairs.from_pairs([*first, *second])."
+            )
+        return PromptPairs.from_pairs([*self, *other]).remember(next(iter(marks), None))
 
     def __repr__(self) -> str:
         """One line: how many, and the first pair."""
@@ -269,10 +331,35 @@ class PromptPairs:
             text += f" | {first.corrupt!r}"
         if first.wrong_answer is not None:
             text += f" → {first.wrong_answer!r}"
+        chosen = self.selection
+        if chosen is not None and (chosen.left_out or chosen.words):
+            text += f"; {chosen}"
         return f"PromptPairs(n={len(self)}, first={text})"
 
     def _repr_html_(self) -> str:
         return _html.block(repr(self), _html.table(self.to_dataframe(), rows=10))
+
+
+def directions(pairs: PromptPairs) -> list[int]:
+    """The contrast that each pair belongs to, by number: a pair and the one that swaps it are one contrast.
+
+    Where no pair swaps both prompts and answers, pairs with swapped answers against one corrupt prompt belong together
+    (IOI against three other names), or else those of one {clean, corrupt} (greater-than).
+    """
+    rows = {pair[:4] for pair in pairs}
+    against = {pair[1:4] for pair in pairs}
+    numbers: dict[Any, int] = {}
+    out = []
+    for clean, answer, corrupt, wrong, _ in pairs:
+        answers = frozenset((answer, wrong))
+        if (corrupt, wrong, clean, answer) in rows:
+            key = (frozenset((clean, corrupt)), answers)
+        elif corrupt is not None and (wrong, corrupt, answer) in against:
+            key = (corrupt, answers)
+        else:
+            key = frozenset((clean, corrupt or clean))
+        out.append(numbers.setdefault(key, len(numbers)))
+    return out
 
 
 def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:
@@ -287,21 +374,27 @@ def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:
     return column
 
 
-def _read_line(path: Path, number: int, line: str) -> PromptPair:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PairsError(f"{path}, line {number} is not JSON ({error}): expected one object per line.") from error
+def _read_row(path: Path, number: int, row: Any) -> PromptPair:
     if not isinstance(row, dict):
-        raise PairsError(f"{path}, line {number}: expected an object with {', '.join(_JSON_FIELDS)}, got {line!r}.")
+        raise PairsError(
+            f"{path}, line {number}: expected an object with {', '.join(_JSON_FIELDS)}, got {short(repr(row))}."
+        )
     missing = [key for key in ("clean_prefix", "clean_answer") if key not in row]
     if missing:
         raise PairsError(
-            f"{path}, line {number} lacks {' and '.join(missing)}; it has {', '.join(row) or 'no fields'}."
+            f"{path}, line {number} lacks {' and '.join(missing)}; it has {short(', '.join(row)) or 'no fields'}."
+        )
+    unknown = sorted(row.keys() - _JSON_FIELDS.keys())
+    if unknown:
+        raise PairsError(
+            f"{path}, line {number} has the unknown fields {short(str(unknown))}; there are {', '.join(_JSON_FIELDS)}. "
+            "Correct or remove them."
         )
     given = [key for key in _JSON_FIELDS if key in ("clean_prefix", "clean_answer") or row.get(key) is not None]
     wrong = [key for key in given if not (isinstance(row[key], str) and row[key])]
     if wrong:
-        raise PairsError(f"{path}, line {number}: {wrong[0]} must be a non-empty string, got {row[wrong[0]]!r}.")
+        raise PairsError(
+            f"{path}, line {number}: {wrong[0]} must be a non-empty string, got {short(repr(row[wrong[0]]))}."
+        )
     optional = (row.get(key) for key in ("patch_prefix", "patch_answer", "case"))
     return PromptPair(row["clean_prefix"], row["clean_answer"], *optional)

@@ -4,11 +4,15 @@ A prompt becomes exactly what `model(prompt)` would see (`model.to_tokens`, one 
 are tokenized in context: tokens(prompt + answer) must begin with tokens(prompt), and the answer is what follows. On
 sentencepiece tokenizers " She" alone is two tokens, after a prompt it is one.
 
+Text that begins with BOS (what a chat template renders) gets no second one. Pairs that were drawn for a model remember
+its tokenizer and their BOS setting: the setting is used, and another tokenizer is refused.
+
 Every check names the pair: an answer that merges with its prompt, an answer of several tokens, words unknown to the
 tokenizer, clean and corrupt of different lengths or with the same tokens, prompts beyond the model's context.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -18,7 +22,9 @@ import torch
 from .._errors import PairsError, SettingsError
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
-from ._pairs import PromptPair, PromptPairs
+from ._pairs import PromptPair, PromptPairs, directions
+from ._selection import MadeFor, Selection
+from ._text_tokens import TokenizerAlone, text_tokens, tokenizer_fingerprint
 from ._tokenized import TokenizedPairs
 
 MultiToken = Literal["error", "first_difference"]
@@ -41,14 +47,15 @@ def tokenize(
     Args:
         model: only its `to_tokens`, `tokenizer` and `cfg` are used.
         pairs: text pairs; pairs that are tokenized already come back as they are.
-        prepend_bos: None means the model's default.
+        prepend_bos: None means the model's default, or the setting that the pairs were drawn with.
         multi_token: what to do with an answer of several tokens. "first_difference" asks for the first token in which
             answer and wrong answer differ (without a wrong answer: the first token), and appends the tokens that they
             share before it to the prompts.
         aligned: clean and corrupt of a pair must have the same number of tokens.
 
     Raises:
-        PairsError: a pair does not fit the tokenizer; the message names it and says what to do.
+        PairsError: a pair does not fit the tokenizer, which the message names; or the pairs were made for another
+            tokenizer or BOS setting.
         SettingsError: `prepend_bos` is given for pairs that are tokens already.
 
     Example:
@@ -61,8 +68,18 @@ def tokenize(
         if prepend_bos is not None:
             raise SettingsError("prepend_bos cannot be applied to tokenized pairs: put BOS into their tokens.")
         return pairs
-    encode = _encoder(model, prepend_bos)
-    return _assemble(encode, pairs, [_tokens_of(encode, i, pair, multi_token, aligned) for i, pair in enumerate(pairs)])
+    encode = _encoder_for_pairs(model, pairs, prepend_bos)
+    _require_same_tokenizer(encode, pairs)
+    try:
+        rows = [_tokens_of(encode, i, pair, multi_token, aligned) for i, pair in enumerate(pairs)]
+    except PairsError as error:
+        if len(pairs) == 1:
+            raise
+        raise PairsError(
+            f"{error} To leave out pairs that do not fit: tasks.keep_fitting(model, pairs); built-in tasks draw only "
+            "those that fit with model=model."
+        ) from None
+    return _assemble(encode, pairs, rows)
 
 
 @checked
@@ -73,11 +90,20 @@ def keep_fitting(
     prepend_bos: bool | None = None,
     multi_token: MultiToken = "error",
     aligned: bool = True,
+    same_length: bool = False,
 ) -> PromptPairs:
     """Only the pairs that `tokenize` accepts with these options; both directions of a contrast stay or go together.
 
     This is the filter of Marks et al. (single-token answers, equal lengths) for templates made without a tokenizer in
-    mind. How many were dropped, and why the first one was, is logged at level INFO.
+    mind. `.selection` of the result says how many were left out and why; so does its repr, and the log at level INFO.
+
+    Args:
+        model: as in `tokenize`.
+        pairs: text pairs; what they were made for before does not matter.
+        prepend_bos: as in `tokenize`.
+        multi_token: as in `tokenize`.
+        aligned: as in `tokenize`.
+        same_length: keep prompts of one token length only, the most frequent one, as kept positions and circuits need.
 
     Raises:
         PairsError: no pair fits; the message says why the first does not.
@@ -86,26 +112,39 @@ def keep_fitting(
         >>> import tl_neuron_circuits as tnc
         >>> model = tnc.load_demo_model()
         >>> pairs = tnc.PromptPairs(clean=["The dogs", "The cats"], answer=[" are", " are near"])
-        >>> tnc.tasks.keep_fitting(model, pairs)  # the second answer is two tokens
-        PromptPairs(n=1, first='The dogs' → ' are')
+        >>> tnc.tasks.keep_fitting(model, pairs)
+        PromptPairs(n=1, first='The dogs' → ' are'; 1 of 2 qualified (50%), left out 1 with an answer of
+        several tokens)
     """
-    encode = _encoder(model, prepend_bos)
-    problems: list[PairsError] = []
-    misfits: set[frozenset[str]] = set()
+    encode = _encoder_for_pairs(model, pairs, prepend_bos)
+    contrast = directions(pairs)
+    first_problem: PairsError | None = None
+    reasons: dict[int, str] = {}  # why a contrast is left out
+    lengths: dict[int, int] = {}
     for index, pair in enumerate(pairs):
         try:
-            _tokens_of(encode, index, pair, multi_token, aligned)
+            lengths[index] = len(_tokens_of(encode, index, pair, multi_token, aligned).clean)
         except PairsError as error:
-            problems.append(error)
-            misfits.add(_contrast(pair))
-    kept = [index for index, pair in enumerate(pairs) if _contrast(pair) not in misfits]
+            first_problem = first_problem or error
+            reasons.setdefault(contrast[index], reason_of(error))
+    fitting = [index for index in range(len(pairs)) if contrast[index] not in reasons]
+    if same_length and fitting:
+        counts = Counter(lengths[index] for index in fitting)
+        common = min(counts, key=lambda length: (-counts[length], length))
+        for index in fitting:
+            if lengths[index] != common:
+                reasons.setdefault(contrast[index], f"of another length than {common} tokens")
+    kept = [index for index in range(len(pairs)) if contrast[index] not in reasons]
     if not kept:
-        raise PairsError(
-            f"none of the {len(pairs)} pairs fits this model's tokenizer. The first problem: {problems[0]}"
-        )
-    if problems:
-        _logger.info("kept %d of %d pairs; the first problem: %s", len(kept), len(pairs), problems[0])
-    return pairs[kept]
+        why = str(first_problem) if first_problem else "the two directions of every contrast differ in length."
+        raise PairsError(f"none of the {len(pairs)} pairs fits this model's tokenizer. The first problem: {why}")
+    left_out = Counter(reasons[group] for group in contrast if group in reasons)
+    selection = Selection(len(kept), len(pairs), dict(left_out))
+    if left_out:
+        _logger.info("%s; the first problem: %s", selection, first_problem)
+    mark = pairs.made_for
+    same = mark is not None and mark == made_for(encode, pairs.clean[0])
+    return pairs[kept].remember(mark if same else None, selection)
 
 
 class _PairTokens(NamedTuple):
@@ -116,17 +155,18 @@ class _PairTokens(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class Encoder:
     """`model.to_tokens` for single strings, remembered; and how tokens read in messages."""
 
     model: Any
-    options: dict[str, bool]
+    prepend_bos: bool | None
     unknown: int | None
+    n_ctx: int | None
     known: dict[str, Tokens] = field(default_factory=dict)
 
     def __call__(self, text: str) -> Tokens:
         if text not in self.known:
-            tokens = self.model.to_tokens(text, truncate=False, move_to_device=False, **self.options)
+            tokens = text_tokens(self.model, text, self.prepend_bos, truncate=False, move_to_device=False)
             self.known[text] = tuple(tokens[0].tolist())
         return self.known[text]
 
@@ -135,8 +175,17 @@ class _Encoder:
         return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'} {names}"
 
 
-def _encoder(model: TransformerLensModel, prepend_bos: bool | None) -> _Encoder:
-    tokenizer = getattr(model, "tokenizer", None)
+def encoder(model: Any, prepend_bos: bool | None) -> Encoder:
+    """How a model, or a tokenizer by itself, makes tokens of text.
+
+    Raises:
+        PairsError: the model has no tokenizer.
+    """
+    n_ctx = None
+    if hasattr(model, "to_tokens"):
+        tokenizer, n_ctx = getattr(model, "tokenizer", None), model.cfg.n_ctx
+    else:
+        tokenizer, model = model, TokenizerAlone(model)
     if tokenizer is None:
         raise PairsError(
             f"this {type(model).__name__} has no tokenizer, so text pairs cannot become tokens. "
@@ -146,23 +195,77 @@ def _encoder(model: TransformerLensModel, prepend_bos: bool | None) -> _Encoder:
     # GPT-2's unknown token is its end of text, which is also its BOS: there it says nothing.
     if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         unknown = None
-    return _Encoder(model, {} if prepend_bos is None else {"prepend_bos": prepend_bos}, unknown)
+    return Encoder(model, prepend_bos, unknown, n_ctx)
 
 
-def _contrast(pair: PromptPair) -> frozenset[str]:
-    return frozenset((pair.clean, pair.corrupt or pair.clean))
+def made_for(encode: Encoder, prompt: str) -> MadeFor:
+    """What pairs with this prompt remember of the tokenizer."""
+    tokenizer = encode.model.tokenizer
+    begins = tokenizer.bos_token_id is not None and encode(prompt)[:1] == (tokenizer.bos_token_id,)
+    name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+    return MadeFor(name, tokenizer_fingerprint(tokenizer), encode.prepend_bos, begins)
 
 
-def _tokens_of(encode: _Encoder, index: int, pair: PromptPair, multi_token: MultiToken, aligned: bool) -> _PairTokens:
+def _encoder_for_pairs(model: Any, pairs: PromptPairs, prepend_bos: bool | None) -> Encoder:
+    """With the BOS setting that the pairs were made with, unless another is given."""
+    mark = pairs.made_for
+    if mark is not None and prepend_bos is None:
+        prepend_bos = mark.prepend_bos
+    return encoder(model, prepend_bos)
+
+
+def _require_same_tokenizer(encode: Encoder, pairs: PromptPairs) -> None:
+    """Raise where the pairs were made for another tokenizer or BOS setting."""
+    mark = pairs.made_for
+    if mark is None:
+        return
+    found = made_for(encode, pairs.clean[0])
+    if found.fingerprint != mark.fingerprint:
+        raise PairsError(
+            f"these pairs were made for the tokenizer {mark.tokenizer!r} (fingerprint {mark.fingerprint[:8]}), and "
+            f"this model has {found.tokenizer!r} ({found.fingerprint[:8]}). Draw them again with model=model, or fit "
+            "their text to this one: tasks.keep_fitting(model, pairs)."
+        )
+    if found.begins_with_bos != mark.begins_with_bos:
+        with_or_without = {True: "with", False: "without"}
+        raise PairsError(
+            f"these pairs were made {with_or_without[mark.begins_with_bos]} BOS, and would be tokenized "
+            f"{with_or_without[found.begins_with_bos]} it. Leave prepend_bos out, which uses their own setting, or "
+            "draw them again with prepend_bos=."
+        )
+
+
+def _misfit(reason: str, message: str) -> PairsError:
+    """An error that also has a short reason, by which losses are counted."""
+    error = PairsError(message)
+    vars(error)["reason"] = reason
+    return error
+
+
+def reason_of(error: PairsError) -> str:
+    """The short reason of an error of `_tokens_of`."""
+    return vars(error).get("reason", "that do not fit")
+
+
+def fit_pair(encode: Encoder, pair: PromptPair) -> tuple[int, str]:
+    """The length of a pair's prompts and "", or 0 and the short reason why it does not fit."""
+    try:
+        return len(_tokens_of(encode, 0, pair, "error", True).clean), ""
+    except PairsError as error:
+        return 0, reason_of(error)
+
+
+def _tokens_of(encode: Encoder, index: int, pair: PromptPair, multi_token: MultiToken, aligned: bool) -> _PairTokens:
     clean = _prompt(encode, index, pair.clean)
     answer = _continuation(encode, index, pair.clean, pair.answer)
     wrong = None if pair.wrong_answer is None else _continuation(encode, index, pair.clean, pair.wrong_answer)
     if multi_token == "error":
         for text, tokens in ((pair.answer, answer), (pair.wrong_answer, wrong)):
             if tokens is not None and len(tokens) > 1:
-                raise PairsError(
+                raise _misfit(
+                    "with an answer of several tokens",
                     f"pair {index} ({pair.clean!r}): the answer {text!r} is {encode.show(tokens)}, expected one. "
-                    "Choose single-token answers, or pass multi_token='first_difference' for the first that differs."
+                    "Choose single-token answers, or pass multi_token='first_difference' for the first that differs.",
                 )
     shared = _first_difference(encode, index, pair, answer, wrong)
     corrupt = None
@@ -172,57 +275,62 @@ def _tokens_of(encode: _Encoder, index: int, pair: PromptPair, multi_token: Mult
         corrupt += answer[:shared]
     clean += answer[:shared]
     for name, prompt in (("clean", clean), ("corrupt", corrupt or ())):
-        if len(prompt) > encode.model.cfg.n_ctx:
-            raise PairsError(
+        if encode.n_ctx is not None and len(prompt) > encode.n_ctx:
+            raise _misfit(
+                "longer than the context",
                 f"pair {index}: the {name} prompt {getattr(pair, name)[:60]!r}... has {len(prompt)} tokens, but the "
-                f"model's context holds {encode.model.cfg.n_ctx}. Shorten it."
+                f"model's context holds {encode.n_ctx}. Shorten it.",
             )
     return _PairTokens(clean, corrupt, answer[shared], None if wrong is None else wrong[shared])
 
 
-def _prompt(encode: _Encoder, index: int, prompt: str) -> Tokens:
+def _prompt(encode: Encoder, index: int, prompt: str) -> Tokens:
     tokens = encode(prompt)
     if encode.unknown is not None and encode.unknown in tokens:
-        raise PairsError(
+        raise _misfit(
+            "with unknown words",
             f"pair {index}: the tokenizer does not know every word of {prompt!r}: {encode.show(tokens)}. "
-            "Use words of the model's vocabulary (mind capitals), or the task's vocabulary= made for this model."
+            "Use words of the model's vocabulary (mind capitals).",
         )
     if not tokens:
-        raise PairsError(f"pair {index}: the prompt {prompt!r} has no tokens. Give a longer one.")
+        raise _misfit("without tokens", f"pair {index}: the prompt {prompt!r} has no tokens. Give a longer one.")
     return tokens
 
 
-def _continuation(encode: _Encoder, index: int, prompt: str, answer: str) -> Tokens:
+def _continuation(encode: Encoder, index: int, prompt: str, answer: str) -> Tokens:
     before, together = encode(prompt), encode(prompt + answer)
     if len(together) <= len(before) or together[: len(before)] != before:
-        raise PairsError(
+        raise _misfit(
+            "with an answer that merges with its prompt",
             f"pair {index}: after {prompt!r} ({encode.show(before)}) the answer {answer!r} merges with the prompt: "
             f"together they are {encode.show(together)}, which must begin with the prompt's tokens. End the prompt "
-            "without a space and begin the answer with one (' are'), or choose another answer."
+            "without a space and begin the answer with one (' are'), or choose another answer.",
         )
     tokens = together[len(before) :]
     if encode.unknown is not None and encode.unknown in tokens:
-        raise PairsError(
+        raise _misfit(
+            "with an unknown answer",
             f"pair {index} ({prompt!r}): the tokenizer does not know the answer {answer!r}: {encode.show(tokens)}. "
-            "Choose a word of its vocabulary; word-level tokenizers need the space before it (' are')."
+            "Choose a word of its vocabulary; word-level tokenizers need the space before it (' are').",
         )
     return tokens
 
 
-def _first_difference(encode: _Encoder, index: int, pair: PromptPair, answer: Tokens, wrong: Tokens | None) -> int:
+def _first_difference(encode: Encoder, index: int, pair: PromptPair, answer: Tokens, wrong: Tokens | None) -> int:
     """Return the number of leading tokens that the two answers share."""
     if wrong is None:
         return 0
     for place, (right, other) in enumerate(zip(answer, wrong, strict=False)):
         if right != other:
             return place
-    raise PairsError(
+    raise _misfit(
+        "with answers that begin alike",
         f"pair {index} ({pair.clean!r}): no token tells the answer {pair.answer!r} ({encode.show(answer)}) from the "
-        f"wrong answer {pair.wrong_answer!r} ({encode.show(wrong)}). Choose answers neither of which begins the other."
+        f"wrong answer {pair.wrong_answer!r} ({encode.show(wrong)}). Choose answers neither of which begins the other.",
     )
 
 
-def _corrupt(encode: _Encoder, index: int, pair: PromptPair, answer: Tokens, wrong: Tokens | None) -> Tokens:
+def _corrupt(encode: Encoder, index: int, pair: PromptPair, answer: Tokens, wrong: Tokens | None) -> Tokens:
     """Return the corrupt prompt's tokens; the answers must be the same tokens after it as after the clean prompt."""
     prompt = pair.corrupt or ""
     tokens = _prompt(encode, index, prompt)
@@ -231,30 +339,33 @@ def _corrupt(encode: _Encoder, index: int, pair: PromptPair, answer: Tokens, wro
             continue
         found = _continuation(encode, index, prompt, text)
         if found != expected:
-            raise PairsError(
+            raise _misfit(
+                "with answers that depend on the prompt",
                 f"pair {index}: the answer {text!r} is {encode.show(expected)} after {pair.clean!r} but "
-                f"{encode.show(found)} after {prompt!r}. Choose prompts that end alike."
+                f"{encode.show(found)} after {prompt!r}. Choose prompts that end alike.",
             )
     return tokens
 
 
 def _check_contrast(
-    encode: _Encoder, index: int, pair: PromptPair, clean: Tokens, corrupt: Tokens, aligned: bool
+    encode: Encoder, index: int, pair: PromptPair, clean: Tokens, corrupt: Tokens, aligned: bool
 ) -> None:
     if aligned and len(clean) != len(corrupt):
-        raise PairsError(
+        raise _misfit(
+            "with clean and corrupt of different lengths",
             f"pair {index}: clean and corrupt must have the same number of tokens, got {encode.show(clean)} for "
             f"{pair.clean!r} and {encode.show(corrupt)} for {pair.corrupt!r}. Choose words of equal length, filter "
-            "with keep_fitting(model, pairs), or pass aligned=False if nothing is compared position by position."
+            "with keep_fitting(model, pairs), or pass aligned=False if nothing is compared position by position.",
         )
     if clean == corrupt:
-        raise PairsError(
+        raise _misfit(
+            "with clean and corrupt of the same tokens",
             f"pair {index}: {pair.clean!r} and {pair.corrupt!r} are the same tokens {encode.show(clean)}: they "
-            "contrast nothing. Change the corrupt prompt."
+            "contrast nothing. Change the corrupt prompt.",
         )
 
 
-def _assemble(encode: _Encoder, pairs: PromptPairs, rows: list[_PairTokens]) -> TokenizedPairs:
+def _assemble(encode: Encoder, pairs: PromptPairs, rows: list[_PairTokens]) -> TokenizedPairs:
     cfg, pad_token = encode.model.cfg, encode.model.tokenizer.pad_token_id
     device = torch.device(cfg.device or "cpu")
     answers = [row.answer for row in rows]

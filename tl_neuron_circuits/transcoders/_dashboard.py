@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import NumericalError, SettingsError
+from .._files import write_text
 from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..explain._max_activating_examples import Example
@@ -91,10 +92,14 @@ class FeatureDashboard:
     """Directly, then through the strongest heads."""
 
     def to_html(self, path: str | Path) -> None:
-        """Write one self-contained HTML file, which needs no network."""
+        """Write one self-contained HTML file, which needs no network.
+
+        Raises:
+            SaveError: it could not be written; an older file is as it was.
+        """
         from ._dashboard_page import page
 
-        Path(path).write_text(page(self), encoding="utf-8")
+        write_text(path, page(self))
 
     def __repr__(self) -> str:
         if self.firing is None:

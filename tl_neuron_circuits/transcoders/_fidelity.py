@@ -46,6 +46,28 @@ _RIDGE = 1e-9
 
 Replacement = Callable[[Tensor], Tensor]
 """From the input at `hook_in` to the value to write at `hook_out`, heads concatenated."""
+
+
+@dataclass(frozen=True, eq=False)
+class CrossLayer:
+    """What all layers of a cross-layer transcoder up to this one write here, from the inputs of each."""
+
+    site: DictionarySite
+
+    def __call__(self, x: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The layer's output; `inputs` by hook point."""
+        assert inputs is not None
+        own = self.site.dictionary
+        earlier = {s.hook: s.dictionary.encode(inputs[s.hook_in].reshape(*x.shape[:-1], -1)) for s in self.site.before}
+        written = self.site.written(own.encode(x), earlier)
+        skip = own.skip(x)
+        return written + own.b_dec.to(written) + (0 if skip is None else skip)
+
+
+def _replaced(replacement: Replacement, x: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    return replacement(x, inputs) if isinstance(replacement, CrossLayer) else replacement(x)
+
+
 Condition = tuple[Any, str]
 """Layer (or "all") and name of the replacement."""
 
@@ -224,7 +246,9 @@ def _replacements(site: DictionarySite, moments: "Moments", baselines: bool, ran
     """What may be written at the output, as functions of the input, by name."""
     mean = (moments.y / moments.count).float()
     replacements: dict[str, Replacement] = {}
-    replacements["transcoder" if site.dictionary.is_transcoder else "sae"] = site.dictionary
+    replacements["transcoder" if site.dictionary.is_transcoder else "sae"] = (
+        CrossLayer(site) if site.before else site.dictionary
+    )
     if baselines:
         maps = fit_maps(moments, rank)
         replacements |= {n: m for n, m in maps.items() if site.dictionary.is_transcoder or n != "affine"}
@@ -250,7 +274,7 @@ def _reconstruction(
             x, y = values[site.hook_in], values[site.hook]
             active[site.layer] += (site.dictionary.encode(x) != 0).sum(0).double().cpu()
             for name, replacement in replacements[site.hook].items():
-                sums = VarianceSums.measure(y, replacement(x))
+                sums = VarianceSums.measure(y, _replaced(replacement, x, values))
                 key = site.layer, name
                 variance[key] = variance[key] + sums if key in variance else sums
     measured: dict[Condition, dict[str, Any]] = {}
@@ -320,7 +344,7 @@ def _losses(
     batches: Iterable[Tensor],
     ignore: tuple[int, ...],
 ) -> dict[Condition, LossSums]:
-    inputs = {site.hook: site.hook_in for site in sites}
+    inputs = {site.hook: (site.hook_in, *(each.hook_in for each in site.before)) for site in sites}
     sums = dict.fromkeys(conditions, LossSums())
     for batch in batches:
         reference = _replaced_logits(model, batch, {}, inputs)
@@ -333,7 +357,10 @@ def _losses(
 
 
 def _replaced_logits(
-    model: TransformerLensModel, tokens: Tensor, replacements: Mapping[str, Replacement], inputs: Mapping[str, str]
+    model: TransformerLensModel,
+    tokens: Tensor,
+    replacements: Mapping[str, Replacement],
+    inputs: Mapping[str, Sequence[str]],
 ) -> Float[Tensor, "prompt pos d_vocab"]:
     """Logits with the values at some hook points replaced by functions of those at their inputs."""
     values: dict[str, Tensor] = {}
@@ -348,12 +375,12 @@ def _replaced_logits(
     def replace(name: str, replacement: Replacement) -> Any:
         def hook(value: Tensor, hook: Any) -> Tensor:
             replaced.add(name)
-            x = value if inputs[name] == name else values[inputs[name]]
-            return replacement(x.flatten(2)).reshape(value.shape).to(value)
+            x = value if inputs[name][0] == name else values[inputs[name][0]]
+            return _replaced(replacement, x.flatten(2), values).reshape(value.shape).to(value)
 
         return hook
 
-    captured = dict.fromkeys(inputs[name] for name in replacements if inputs[name] != name)
+    captured = dict.fromkeys(read for name in replacements for read in inputs[name] if read != name)
     # Captures first: where two dictionaries meet, what one reads is the value before the other's replacement.
     hooks = [*((name, capture(name)) for name in captured), *((n, replace(n, r)) for n, r in replacements.items())]
     with torch.no_grad(), hooked(model, hooks):

@@ -30,8 +30,10 @@ from .._errors import DictionaryError, SettingsError, UnsupportedModelError
 from ..bases._dictionary import LAYER_NORM_EPSILON, Dictionary
 from ..bases._dictionary_basis import Dictionaries, DictionarySite
 from ..bases._runs import Values, values_at
+from ..bases._site import refuse_cross_layer
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..propagation._norms import read_norm
+from ..tasks._text_tokens import text_tokens
 
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 
@@ -321,6 +323,7 @@ def _sites_by_layer(model: TransformerLensModel, dictionaries: Sequence[Dictiona
     """The dictionaries by the layer whose MLP they stand for."""
     sites: dict[int, DictionarySite] = {}
     for site in Dictionaries(dictionaries).sites(model):
+        refuse_cross_layer([site], "circuits from weights")
         dictionary = site.dictionary
         if not re.fullmatch(r"blocks\.\d+\.(hook_mlp_out|mlp\.hook_out|mlp\.out\.hook_out)", site.hook):
             raise DictionaryError(
@@ -409,8 +412,7 @@ def one_prompt(model: TransformerLensModel, prompt: Prompt, prepend_bos: bool | 
         SettingsError: no tokens, or `prepend_bos` for tokens.
     """
     if isinstance(prompt, str):
-        options = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        tokens = model.to_tokens(prompt, **options)
+        tokens = text_tokens(model, prompt, prepend_bos)
     else:
         if prepend_bos is not None:
             raise SettingsError("prepend_bos cannot be applied to tokens: put BOS into them.")

@@ -10,9 +10,9 @@ state is in the checkpoints, the shuffle buffer included: a resumed run equals a
 same machine. Started as several processes (`accelerate launch`, `torchrun`), each reads its share of the token batches
 into its share of the buffer, gradients are averaged, all have the same weights, and the first one writes.
 
-A checkpoint is `checkpoint-00000500/`, with one safetensors file and one JSON file. It is written next to its place and
-moved there whole, and older ones are removed only after that: a process that is killed while writing leaves the earlier
-ones as they were, and a folder `.checkpoint-...` that the next write clears. Source: METHODS.md 4.1, 4.5.
+A checkpoint is one file, `checkpoint-00000500/checkpoint.safetensors`. It appears whole, and older ones are removed
+only after that: a process that is killed while writing leaves the earlier ones as they were.
+Source: METHODS.md 4.1, 4.5.
 """
 
 import re
@@ -24,16 +24,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pandas as pd
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import _html
-from .._errors import FileFormatError, NeuronCircuitsError, SettingsError
-from .._files import fingerprint, read_directory, versions, write_directory
+from .._errors import FileFormatError, NeuronCircuitsError, SaveError, SettingsError
+from .._files import fingerprint, read_directory, remove_empty, versions, write_directory
 from .._indices import as_integer
 from .._processes import Processes, current_processes
 from .._typing import checked
@@ -328,11 +328,11 @@ class _Training:
         self._make_trainees(scalings)
         for site, trainee in zip(self._sites, self._trainees, strict=True):
             trainee.restore(_part(tensors, f"{site.layer}."))
-        self._buffer.restore(_part(tensors, "buffer."), notes["buffer"], devices)
+        self._buffer.restore(_part(tensors, "buffer."), notes.buffer, devices)
         self._generator.set_state(tensors["generator"])
-        self.step, self.history = int(notes["step"]), list(notes["history"])
-        self._sums = {int(layer): dict(sums) for layer, sums in notes["sums"].items()}
-        self._seconds = dict(notes["seconds"])
+        self.step, self.history = notes.step, notes.history
+        self._sums = {int(layer): sums for layer, sums in notes.sums.items()}
+        self._seconds = notes.seconds
 
 
 def _tokens_identity(tokens: Any) -> str | None:
@@ -358,14 +358,26 @@ def _make_fresh(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-SCHEMA = 2
+SCHEMA = 3
 _NAME = re.compile(r"checkpoint-(\d{8})")
-_REQUIRED = ("config", "step", "buffer", "history", "sums", "sites", "seconds", "positions", "material")
+
+
+class _Notes(msgspec.Struct, forbid_unknown_fields=True):
+    step: int
+    config: dict[str, Any]
+    material: dict[str, Any]
+    buffer: dict[str, int]
+    history: list[dict[str, Any]]
+    sums: dict[str, dict[str, float]]
+    sites: list[list[str | None]]
+    seconds: dict[str, float]
+    positions: int
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
+    written = (file.parent for file in folder.glob("checkpoint-*/checkpoint.safetensors"))
+    return sorted(path for path in written if _NAME.fullmatch(path.name))
 
 
 def newest_checkpoint(folder: Path) -> Path:
@@ -388,26 +400,29 @@ def write_checkpoint(
     """Write the state after `step` steps.
 
     Raises:
-        FileFormatError: it could not be written (a full disk, no permission); the earlier checkpoints are unchanged.
+        SaveError: it could not be written (a full disk, no permission); the earlier checkpoints are unchanged.
     """
     path = folder / f"checkpoint-{step:08d}"
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        for leftover in folder.glob(".checkpoint-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        write_directory(path, "checkpoint", SCHEMA, whole, dict(notes) | {"step": step})
-    except (OSError, SafetensorError) as error:
+        write_directory(path, "checkpoint", SCHEMA, tensors, dict(notes) | {"step": step})
+    except SaveError as error:
         earlier = checkpoints(folder)
         remedy = f"{earlier[-1]} is whole: make room and pass resume=True" if earlier else "make room and start again"
-        raise FileFormatError(f"the checkpoint {path} could not be written ({error}); {remedy}.") from error
-    for old in checkpoints(folder)[:-keep] if keep else ():
-        shutil.rmtree(old)
+        failure = SaveError(f"the checkpoint {path} could not be written; {remedy}. {error}")
+        failure.errno = error.errno
+        raise failure from error
+    kept = checkpoints(folder)[-keep:]
+    for old in folder.glob("checkpoint-*") if keep else ():
+        if (old / "checkpoint.safetensors").exists() and _NAME.fullmatch(old.name) and old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
+        elif _NAME.fullmatch(old.name):
+            remove_empty(old)
     return path
 
 
 def read_checkpoint(
     path: Path, config: TrainingConfig, material: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], _Notes]:
     """A checkpoint of a run with these settings, on this model and these tokens.
 
     Args:
@@ -417,16 +432,16 @@ def read_checkpoint(
         SettingsError: it belongs to other settings, another model or other tokens.
         FileFormatError: it is damaged.
     """
-    tensors, notes = read_directory(path, "checkpoint", SCHEMA, required=_REQUIRED)
+    tensors, notes = read_directory(path, "checkpoint", SCHEMA, _Notes)
     for name, value in material.items():
-        if notes["material"].get(name) != value:
+        if notes.material.get(name) != value:
             raise SettingsError(
-                f"{path} was written with different {name} ({notes['material'].get(name)} there, {value} now). Resume "
+                f"{path} was written with different {name} ({notes.material.get(name)} there, {value} now). Resume "
                 "with what it was trained on, or choose another directory."
             )
     now = config.to_json()
-    other = {name: value for name, value in notes["config"].items() if now.get(name) != value}
-    if other or set(notes["config"]) != set(now):
+    other = {name: value for name, value in notes.config.items() if now.get(name) != value}
+    if other or set(notes.config) != set(now):
         raise SettingsError(
             f"{path} was written with other settings: {other} there, "
             f"{ {name: now.get(name) for name in other} } now. Resume with its settings, or choose another directory."

@@ -19,6 +19,7 @@ const NODES = data.nodes.node.map((name, index) => {
 const EDGES = data.edges.source.map((source, index) => ({
   source: NODES[source], target: NODES[data.edges.target[index]],
   weight: data.edges.weight[index], relative: data.edges.relative[index], attribution: data.edges.attribution[index],
+  heads: data.heads[index] || null,
 }));
 const BY_NAME = new Map(NODES.map((node) => [node.node, node]));
 const GROUPS = new Map();

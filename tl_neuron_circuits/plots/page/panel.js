@@ -75,6 +75,7 @@ function edgeList(title, edges, end) {
     const text = state.measure === "relative" ? percent(edge.relative) : number(edge.attribution);
     const made = row(edge[end], where(edge[end]), valueOf(edge), text, `${nameOf(edge[end])} ${where(edge[end])}, ${aboutEdge(edge)}`);
     made.firstChild.title = aboutEdge(edge);
+    if (edge.heads) made.append(element("p", { class: "note heads" }, aboutHeads(edge)));
     list.append(made);
   }
   if (!edges.length) return [];
@@ -83,8 +84,14 @@ function edgeList(title, edges, end) {
   return [element("h3", {}, `${title} (${heading})`), list, rest > 0 ? element("p", { class: "note" }, `and ${count(rest)} more`) : ""];
 }
 
+// By which heads an edge comes, and from where the last of them looks: [layer, head, position, share].
+const aboutHeads = (edge) =>
+  "via " + edge.heads.map(([layer, head, position, share]) =>
+    (layer < 0 ? "the residual stream" : `L${layer}H${head} from ${at(position)}`) + ` (${percent(share)})`).join(", ");
+const at = (position) => (data.tokens[position] === undefined ? `position ${position}` : `“${clean(data.tokens[position])}” @${position}`);
+
 const aboutEdge = (edge) =>
-  `attribution ${number(edge.attribution)}, weight ${number(edge.weight)}, ${percent(edge.relative)} of the node it enters`;
+  `attribution ${number(edge.attribution)}, weight ${number(edge.weight)}, ${percent(edge.relative)} of the node it enters${edge.heads ? `; ${aboutHeads(edge)}` : ""}`;
 
 function aboutDetails(node) {
   const found = data.details[node.node], parts = [];

@@ -1,0 +1,54 @@
+"""Run a test's body for several members in one test: models are built once, and a failure names its members."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+import pytest
+
+
+def for_each(
+    name: str, members: Iterable[Any], ids: Any = str, unless: Callable[..., bool] = lambda **arguments: False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Call the test once per member, passed as `name`; every member runs, whichever fail.
+
+    Each has a `tmp_path` and a `monkeypatch` of its own. `unless` gets `name` and the test's `case`, if it has one.
+    """
+    listed = list(members)
+    labels = [ids(member) for member in listed] if callable(ids) else list(ids)
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @wraps(test)
+        def looped(**arguments: Any) -> None:
+            failures, skips = {}, []
+            known = {"case": arguments["case"]} if "case" in arguments else {}
+            chosen = [(la, m) for la, m in zip(labels, listed, strict=True) if not unless(**known, **{name: m})]
+            assert chosen, f"no {name} to test"
+            for number, (label, member) in enumerate(chosen):
+                own = arguments | {name: member}
+                if "tmp_path" in own:
+                    own["tmp_path"] = arguments["tmp_path"] / f"{name}{number}"
+                    own["tmp_path"].mkdir()
+                with pytest.MonkeyPatch.context() as patched:
+                    if "monkeypatch" in own:
+                        own["monkeypatch"] = patched
+                    try:
+                        test(**own)
+                    except pytest.skip.Exception as skip:
+                        skips.append(skip)
+                    except (Exception, pytest.fail.Exception) as failure:  # noqa: BLE001 (raised below, with its member)
+                        failures[label] = failure
+            if failures:
+                label, first = next(iter(failures.items()))
+                raise AssertionError(
+                    f"{len(failures)} of {len(chosen)} fail, {name}: {', '.join(failures)}. The first, {label}: {first}"
+                ) from first
+            if len(skips) == len(chosen):
+                raise skips[0]
+
+        kept = [p for p in inspect.signature(test).parameters.values() if p.name != name]
+        looped.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]  # what pytest passes
+        return looped
+
+    return decorate

@@ -1,0 +1,97 @@
+"""Edge scores and circuits in MIB's submission format: the JSON of EAP-IG's graphs.
+
+    {"cfg": {n_layers, n_heads, parallel_attn_mlp, d_model},
+     "nodes": {"input": {"in_graph": true}, "a0.h3": ..., "m0": ..., "logits": ...},
+     "edges": {"input->a0.h3<q>": {"score": 0.1, "in_graph": false}, "a0.h3->m0": ..., ...}}
+
+Heads read by three edges, into q, k and v. A circuit holds the `n` edges with the largest |score|, without those that
+lie on no path from the input to the logits, as its evaluation prunes them. Two ways to count it are in use, and both
+are in the file's "counts": the leaderboard puts a circuit at the share of edges asked for, int(p * N) of N; the paper
+at the share that pruning leaves. Sign: positive supports the answer, as where its loss is the negative difference.
+Source: hannamw/EAP-IG (`Graph.to_json`, `apply_topn`), MIB-circuit-track (`evaluate_area_under_curve`); METHODS 5.2 and
+5.11.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .._errors import SettingsError
+
+Split = Float[Tensor, "3 source target"]
+
+
+def write_mib(
+    path: Path, names: Sequence[str], scores: Float[Tensor, "source target"], qkv: Split | None, d_model: int | None,
+    n_edges: int | None,
+) -> None:  # fmt: skip
+    """Write the file.
+
+    Raises:
+        SettingsError: attention by layers, heads without their q, k and v, no MLPs, or more edges than there are.
+    """
+    if qkv is None or d_model is None or any(name.endswith("/attention") for name in names):
+        raise SettingsError(
+            "MIB's edges into a head are three, to q, k and v: score them with component_edges(model, pairs, "
+            "method='eap', attention='heads', split_qkv=True)."
+        )
+    layers = [int(name[1:].split("/")[0]) for name in names if name.startswith("L")]
+    n_layers, n_heads = max(layers) + 1, sum(re.fullmatch(r"L0/H\d+", name) is not None for name in names)
+    if len(names) != 2 + n_layers * (n_heads + 1):
+        raise SettingsError("expected an MLP in every layer; MIB's graphs have no other form. Export models with MLPs.")
+    edges = _edges(names, scores, qkv)
+    if n_edges is not None and not 0 <= n_edges <= len(edges):
+        raise SettingsError(f"expected between 0 and {len(edges):,} edges, q, k and v apart; got {n_edges}.")
+    order = sorted(edges, key=lambda edge: -abs(edges[edge]))  # stable: ties by order in the graph
+    kept, nodes = _connected(set(order[:n_edges]) if n_edges is not None else set())
+    first_head, first_mlp = names.index("L0/H0"), names.index("L0/MLP")
+    graph = {
+        "cfg": {
+            "n_layers": n_layers, "n_heads": n_heads, "d_model": d_model,
+            "parallel_attn_mlp": bool(scores[first_head, first_mlp].isnan()),
+        },
+        "nodes": {_name(name): {"in_graph": _name(name) in nodes} for name in names},
+        "edges": {
+            f"{source}->{target}": {"score": score, "in_graph": (source, target) in kept}
+            for (source, target), score in edges.items()
+        },
+        "counts": {"edges": len(edges), "requested": n_edges, "kept": len(kept)},
+    }  # fmt: skip
+    path.write_text(json.dumps(graph, allow_nan=False), encoding="utf-8")
+
+
+def _name(name: str) -> str:
+    """MIB's name of a component."""
+    head, mlp = re.fullmatch(r"L(\d+)/H(\d+)", name), re.fullmatch(r"L(\d+)/MLP", name)
+    if head is not None:
+        return f"a{head[1]}.h{head[2]}"
+    return f"m{mlp[1]}" if mlp is not None else {"embedding": "input"}.get(name, name)
+
+
+def _edges(names: Sequence[str], scores: Tensor, qkv: Split) -> dict[tuple[str, str], float]:
+    """The score of each edge, by source and target ("a0.h3<q>"), in the order of the graph."""
+    there: Bool[Tensor, "source target"] = ~scores.isnan()
+    edges: dict[tuple[str, str], float] = {}
+    for target, name in enumerate(list(names)):
+        ends = [f"{_name(name)}<{letter}>" for letter in "qkv"] if "/H" in name else [_name(name)]
+        values = qkv[:, :, target] if "/H" in name else scores[None, :, target]
+        for end, value in zip(ends, values, strict=True):
+            for source in there[:, target].nonzero()[:, 0].tolist():
+                edges[_name(str(names[source])), end] = float(value[source])
+    return edges
+
+
+def _connected(kept: set[tuple[str, str]]) -> tuple[set[tuple[str, str]], set[str]]:
+    """The edges between nodes that have one in and one out, and these nodes."""
+    plain = lambda end: end.split("<")[0]  # noqa: E731
+    while True:
+        sources, targets = {source for source, _ in kept}, {plain(target) for _, target in kept}
+        nodes = (sources & targets) | (sources & {"input"})
+        left = {(s, t) for s, t in kept if s in nodes and (plain(t) in nodes or t == "logits")}
+        if left == kept:
+            return kept, nodes | {"logits"}
+        kept = left
