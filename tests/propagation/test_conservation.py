@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import ModelCase, all_models, hooked_transformer, model_cases, random_tokens
+from tests.families import (
+    N_LAYERS,
+    ModelCase,
+    all_models,
+    hooked_transformer,
+    model_cases,
+    random_tokens,
+    unsupported_models,
+)
 from tests.propagation.readings import model_of, settled
 from tests.real_models import HookedTransformer
 from tl_neuron_circuits.propagation import ModelReport, check_model, relp
@@ -151,3 +159,16 @@ def test_a_logit_that_does_not_depend_on_the_input_is_a_problem_not_a_number(cas
             parameter.zero_()
     report = check_model(model)
     assert not report.ok and "exactly zero" in report.problems[0]
+
+
+def test_the_summary_is_one_screen_that_names_what_matters() -> None:
+    """Whatever the depth: sites are counted by role, and only silent ones are named."""
+    model = model_cases("llama")[0].build(torch.float32)
+    report = check_model(model)
+    lines = report.summary().splitlines()
+    assert len(lines) <= 20 and all(len(line) < 250 for line in lines)
+    assert "relevance propagation holds" in lines[0] and "2 layers" in report.model_line
+    assert f"neurons {N_LAYERS}" in report.summary() and "all fire" in report.summary()
+    assert f"half at {N_LAYERS}" in report.summary() and "no tokenizer" in report.input_line
+    refused = check_model(unsupported_models()[0].values[0].build()).summary()
+    assert "does not hold" in refused and "problem" in refused and "patching" in refused

@@ -25,9 +25,14 @@ from ._terminal import FAILED, console, print_json, progress, say, show, show_wr
 
 
 def check(
-    model: Model, backend: Backend = "auto", device: Device = None, dtype: Dtype = "float32", as_json: AsJson = False
+    model: Model,
+    sites: Annotated[bool, typer.Option("--sites", help="List every site: hook point, shape, rule.")] = False,
+    backend: Backend = "auto",
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
 ) -> None:
-    """Check whether relevance propagation holds on a model: sites, rules, conservation, memory.
+    """Check whether relevance propagation holds on a model: sites, rules, conservation, memory, in one screen.
 
     Exit code 1 where it does not.
     """
@@ -38,12 +43,14 @@ def check(
     report = check_model(loaded)
     if as_json:
         content = {"ok": report.ok, "conservation": report.conservation, "problems": list(report.problems)}
-        print_json({**content, "sites": list(report.sites)})
+        print_json({**content, "model": report.model_line, "prompts": report.input_line, "sites": list(report.sites)})
     else:
-        console.print(repr(report), soft_wrap=True, markup=False)
-        show(report.to_dataframe(), "sites")
-        for problem in report.problems:
-            console.print(f"problem: {problem}", soft_wrap=True, markup=False, style="red")
+        for line in [f"{report.model_name} ({report.model_class})", *report.summary().splitlines()]:
+            console.print(line, soft_wrap=True, markup=False, style="red" if line.startswith("problem") else None)
+        if sites:
+            show(report.to_dataframe(), "sites")
+        else:
+            say("--sites lists every hook point")
     if not report.ok:
         raise typer.Exit(FAILED)
 

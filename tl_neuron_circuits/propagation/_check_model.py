@@ -14,7 +14,7 @@ from .._memory import is_out_of_memory
 from .._typing import checked
 from ..models._protocol import TransformerLensModel, hook_points, model_name
 from ..models._run_state import state_problems
-from ..models._sites import ModelSites, find_sites
+from ..models._sites import ModelSites, activation_names, find_sites
 from ..models._threads import holding, this_thread_only
 from ._conservation import describe_failure, measure_conservation, short_input
 from ._relp import relp
@@ -46,6 +46,10 @@ class ModelReport:
     parameter_bytes: int
     graph_bytes_per_token: float
     """Bytes that one token of one prompt holds between forward and backward, measured on the short input."""
+    model_line: str
+    """Layers, widths, activation, norms, attention, parameters, dtype and device."""
+    input_line: str
+    """What the tokenizer does with a prompt: BOS, leading spaces, a chat template."""
 
     @property
     def ok(self) -> bool:
@@ -57,6 +61,42 @@ class ModelReport:
         """Estimated peak of one RelP attribution: weights plus the graph of `batch` prompts of `pos` tokens."""
         return int(self.parameter_bytes + self.graph_bytes_per_token * batch * pos)
 
+    def summary(self) -> str:
+        """The report in one screen: verdict, model, sites by role, rules, memory, what prompts need, what is next."""
+        table = self.to_dataframe()
+        silent = table[~table["fires"].astype(bool)]
+        sites = ", ".join(f"{role} {count}" for role, count in table.groupby("role", sort=False).size().items())
+        rules: dict[str, int] = {}
+        once = table["fires"].astype(bool) & table["role"].isin(
+            ["norm", "neurons", "query"]
+        )  # the other ends of the same pieces
+        for text in table.loc[once, "rule"]:
+            for rule in filter(None, text.split(", ")):
+                rules[rule] = rules.get(rule, 0) + 1
+        lines = [
+            ("verdict", "relevance propagation holds" if self.ok else "relevance propagation does not hold"),
+            ("model", self.model_line),
+            ("conserved", f"{self.conservation:.7f} of the logits' relevance is in embeddings and biases"),
+            ("sites", f"{sites}; {'all fire' if silent.empty else f'{len(silent)} do not fire'}"),
+            *(("silent", f"{row.hook} ({row.role})") for row in silent.head(5).itertuples()),
+            ("rules", ", ".join(f"{rule} at {count}" for rule, count in rules.items()) or "none"),
+            ("memory", self._memory_line()),
+            ("prompts", self.input_line),
+            *(("problem", problem) for problem in self.problems),
+            ("next", "trace(model, prompt)" if self.ok else "method='patching' needs no rules"),
+        ]
+        return "\n".join(f"{name:<9} {text}" for name, text in lines if text)
+
+    def _memory_line(self) -> str:
+        weights = f"{self.parameter_bytes / 2**20:,.0f} MiB of weights"
+        if not self.graph_bytes_per_token > 0:
+            return weights
+        total = self.memory_bytes(32, 20) / 2**30
+        return (
+            f"{weights}, {self.graph_bytes_per_token / 2**10:,.0f} KiB a token; 32 prompts of 20 tokens take about "
+            f"{total:.2g} GiB"
+        )
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row per site: layer, role, hook name, whether it fires, its shape without batch, the rule there."""
         return pd.DataFrame(list(self.sites)).astype({"layer": "Int64"})  # missing: a site of no layer
@@ -66,11 +106,8 @@ class ModelReport:
         return f"ModelReport({self.model_name}, {self.model_class}, conservation={self.conservation:.7f}, {verdict})"
 
     def _repr_html_(self) -> str:
-        memory = (
-            f"{self.parameter_bytes / 2**20:.1f} MiB of weights, {self.graph_bytes_per_token / 2**10:.1f} KiB a token"
-        )
-        problems = [_html.note(f"problem: {problem}") for problem in self.problems]
-        return _html.block(repr(self), _html.note(memory), *problems, _html.table(self.to_dataframe(), rows=40))
+        notes = [_html.note(line) for line in self.summary().splitlines()]
+        return _html.block(repr(self), *notes, _html.table(self.to_dataframe(), rows=10))
 
 
 @holding
@@ -118,7 +155,46 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
         sites=tuple(_rows(sites, fired)),
         parameter_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         graph_bytes_per_token=graph_bytes / n_tokens,
+        model_line=_describe_model(model, sites),
+        input_line=_describe_input(model),
     )
+
+
+def _describe_model(model: TransformerLensModel, sites: ModelSites) -> str:
+    config, parameters = model.cfg, list(model.parameters())
+    n_kv = getattr(config, "n_key_value_heads", None)
+    activation = (activation_names(model) or ["unknown activation"])[0]
+    gated = "gated " if any(mlp.up is not None for mlp in sites.mlps) else ""
+    d_mlp = getattr(config, "d_mlp", None)
+    first = parameters[0] if parameters else torch.zeros(0)
+    parts = [
+        f"{config.n_layers} layers, d_model {config.d_model}",
+        f"{config.n_heads} heads" + (f" ({n_kv} of keys and values)" if n_kv not in (None, config.n_heads) else ""),
+        f"d_mlp {d_mlp} ({gated}{activation})" if d_mlp else "",
+        f"norm {getattr(config, 'normalization_type', None) or 'none'}",
+        f"positions {getattr(config, 'positional_embedding_type', 'unknown')}",
+        f"vocabulary {config.d_vocab:,}",
+        f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M parameters",
+        f"{str(first.dtype).removeprefix('torch.')} on {first.device}",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _describe_input(model: TransformerLensModel) -> str:
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return "no tokenizer: give tokens"
+    bos = getattr(tokenizer, "bos_token", None)
+    prepends = bool(getattr(model.cfg, "default_prepend_bos", True))
+    parts = [f"BOS {bos!r} is {'prepended' if prepends else 'not prepended'} by default" if bos else "no BOS token"]
+    try:
+        spaced = tokenizer.tokenize(" the") != tokenizer.tokenize("the")
+    except (AttributeError, NotImplementedError, TypeError, ValueError):  # a user's own tokenizer may lack it
+        spaced = False
+    parts += ["an answer inside a sentence begins with a space (' the')"] if spaced else []
+    if getattr(tokenizer, "chat_template", None):
+        parts.append("it has a chat template (tasks.apply_chat_template)")
+    return "; ".join(parts)
 
 
 def _fire(model: TransformerLensModel, tokens: Tensor) -> dict[str, tuple[int, ...]]:
