@@ -66,9 +66,12 @@ def test_scores_are_those_of_one_process_on_every_process(folder: Path, model: A
     first, second = (NodeScores.load(folder / rank / name) for rank in "01")
     assert torch.equal(first.flat(), second.flat())
     assert_close(first.flat(), expected.flat())
-    assert {k: v for k, v in first.settings.items() if k != "batch_size"} == {
-        k: v for k, v in json.loads(json.dumps(expected.settings)).items() if k != "batch_size"
+    alone, differ = json.loads(json.dumps(expected.settings)), {"batch_size", "learning"}
+    assert {k: v for k, v in first.settings.items() if k not in differ} == {
+        k: v for k, v in alone.items() if k not in differ
     }
+    if "learning" in alone:  # numbers that sums over two processes round differently
+        assert first.settings["learning"]["losses"] == pytest.approx(alone["learning"]["losses"], rel=1e-4)
 
 
 def test_a_lasso_sees_the_blocks_of_both_processes(folder: Path, model: Any) -> None:
