@@ -51,7 +51,10 @@ def model_name(model: TransformerLensModel) -> str:
     is_path = name.startswith((".", "~")) or PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
     if not is_path and not Path(name).is_dir():  # "openai-community/gpt2" is a name, unless it is a folder here
         return name
-    return PureWindowsPath(Path(name).expanduser().resolve()).name or name
+    parts = PureWindowsPath(Path(name).expanduser().resolve()).parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):  # a folder of the hub's cache
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    return parts[-1] if parts else name
 
 
 def hook_points(model: TransformerLensModel) -> dict[str, Any]:
