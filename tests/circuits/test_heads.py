@@ -179,6 +179,8 @@ def test_parts_are_saved_pruned_and_asked_for(demo: Any, dallas: Circuit, tmp_pa
     dallas.save(tmp_path / "c")
     again = Circuit.load(tmp_path / "c")
     pd.testing.assert_frame_equal(again.heads(), dallas.heads())
+    dallas.to_neuronpedia(tmp_path / "graph.json")
+    pd.testing.assert_frame_equal(Circuit.from_neuronpedia(tmp_path / "graph.json").heads(), dallas.heads())
     assert len(dallas.heads(3)[["source", "target"]].drop_duplicates()) == 3
     first = dallas.heads().iloc[0]
     one = dallas.heads([(first["source"], first["target"])])

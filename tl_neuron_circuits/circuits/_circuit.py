@@ -555,7 +555,8 @@ class Circuit:
         Raises:
             FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
         """
-        return cls(*_neuronpedia.read(Path(path)), basis=basis)
+        nodes, edges, settings, heads = _neuronpedia.read(Path(path))
+        return cls(nodes, edges, settings, basis=basis, head_parts=heads)
 
     def __repr__(self) -> str:
         s = self.settings

@@ -34,7 +34,17 @@ from .._files import formed, parse_json, read_text, short, versions, write_text
 from ..bases._dictionary_basis import Dictionaries
 from ..bases._site import Basis
 from ._circuit_file import CircuitSettings, Count
-from ._table import EDGE_COLUMNS, NODE_COLUMNS, SCHEMA, complete, edge_table, node_table, normalized, typed
+from ._table import (
+    EDGE_COLUMNS,
+    HEAD_COLUMNS,
+    NODE_COLUMNS,
+    SCHEMA,
+    complete,
+    edge_table,
+    node_table,
+    normalized,
+    typed,
+)
 
 if TYPE_CHECKING:
     from ._circuit import Circuit
@@ -100,8 +110,8 @@ def write(circuit: Circuit, path: Path, slug: str | None, scan: str | None) -> N
     write_text(path, json.dumps(plain, allow_nan=False))
 
 
-def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
-    """Nodes, edges and settings.
+def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any], pd.DataFrame | None]:
+    """Nodes, edges, settings, and the edges split by head where the file has them.
 
     Raises:
         FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
@@ -115,7 +125,7 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
     try:
         form = msgspec.convert(graph, _Graph)
         ours = (form.metadata.info or {}).get(_OURS)
-        return _read_foreign(form) if ours is None else _read_ours(graph, form, ours, path)
+        return (*_read_foreign(form), None) if ours is None else _read_ours(graph, form, ours, path)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         raise FileFormatError(
             f"expected an attribution graph at {path} (metadata, qParams, nodes, links); it is not one, or damaged: "
@@ -170,6 +180,8 @@ class _Tables(msgspec.Struct, forbid_unknown_fields=True):
     settings: dict[str, Any]
     nodes: dict[str, list[str | int | float | None]]
     edges: dict[str, list[float | None]]
+    heads: dict[str, list[str | int | float]] | None = None
+    """Edges split by head, where the circuit has them."""
     sha256: str = ""
 
 
@@ -286,12 +298,13 @@ def _tables(circuit: Circuit) -> dict[str, Any]:
         "settings": dict(circuit.settings),
         "nodes": {name: plain(circuit.nodes[name]) for name in NODE_COLUMNS},
         "edges": {name: plain(circuit.edges[name]) for name in ("relative", "attribution")},
+        "heads": None if circuit.head_parts is None else {c: plain(circuit.head_parts[c]) for c in HEAD_COLUMNS},
     }
 
 
 def _read_ours(
     graph: Mapping[str, Any], form: _Graph, tables: Any, path: Path
-) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
+) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any], pd.DataFrame | None]:
     ours = msgspec.convert(tables, _Tables)
     if ours.schema != SCHEMA:
         raise FileFormatError(
@@ -316,7 +329,8 @@ def _read_ours(
         }
     )
     _require_finite(edges)
-    return nodes, typed(edges, EDGE_COLUMNS), ours.settings
+    heads = None if ours.heads is None else typed(pd.DataFrame(ours.heads), HEAD_COLUMNS)
+    return nodes, typed(edges, EDGE_COLUMNS), ours.settings, heads
 
 
 def _read_foreign(graph: _Graph) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
