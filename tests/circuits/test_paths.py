@@ -143,7 +143,7 @@ def test_nodes_and_targets_may_be_found_from_the_run(case: ModelCase) -> None:
     found = direct_effects_on(model, batches[:1], lambda totals: NEURONS, lambda logits: TARGETS, paired=False)
     assert torch.equal(found.edges.to_dense(), expected.edges.to_dense()) and found.targets == TARGETS
     logits = model(batches[0].clean)[0, -1].float()
-    assert torch.equal(found.totals.probabilities, logits.softmax(-1).detach())
+    assert torch.equal(found.totals.probabilities[0], logits.softmax(-1).detach())
     with pytest.raises(SettingsError, match="targets for 2 prompts"):
         direct_effects_on(model, batches, NEURONS, lambda logits: TARGETS, paired=False)
 

@@ -19,6 +19,21 @@ def test_every_node_has_one_place_of_its_own(dallas: Circuit) -> None:
         assert len({(round(x, 6), round(y, 6)) for x, y in places}) == len(places)
 
 
+def test_nodes_do_not_overlap_however_many_there_are(dallas: Circuit) -> None:
+    """One unit of both axes is the largest node, and the figure has that many pixels."""
+    for circuit in (dallas, large_circuit()):
+        places, _ = markers(circuit)
+        by_row = np.array(places)[np.lexsort(np.array(places).T)]
+        same = np.diff(by_row[:, 1]) < 1e-6
+        assert (np.diff(by_row[:, 0])[same] > 1 - 1e-6).all()
+        assert (np.diff(by_row[:, 1])[~same] > 0.5 - 1e-6).all()
+        figure = circuit.plot()
+        low, high = figure.layout.yaxis.range
+        assert (figure.layout.height - 180) / (high - low) >= 18 - 1e-6
+        left, right = figure.layout.xaxis.range
+        assert (figure.layout.width or 1000) - 180 >= 18 * (right - left - 1) or figure.layout.width is None
+
+
 def test_hovering_tells_the_numbers_of_the_tables(dallas: Circuit) -> None:
     _, texts = markers(dallas)
     row = dallas.to_dataframe().query("kind == 'neuron'").iloc[0]

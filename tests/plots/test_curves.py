@@ -81,6 +81,17 @@ def test_a_single_curve_and_size_0_on_a_log_axis() -> None:
     assert tuple(faithfulness.x) == (1, 10)
 
 
+def test_what_leaves_the_panel_is_marked_with_how_far_it_goes() -> None:
+    figure = plot_curves([curve([1, 10, 30, 100], [-0.6, 2.3, 1.9, 1.0])])
+    up, down, *rest = [trace for trace in figure.data if trace.mode == "markers+text"]
+    assert up.marker.symbol == "triangle-up" and tuple(up.x) == (10, 30) and tuple(up.text) == ("2.3", "")
+    assert down.marker.symbol == "triangle-down" and tuple(down.text) == ("-0.6",)
+    low, high = figure.layout.yaxis.range
+    assert all(low < y < high for trace in (up, down) for y in trace.y)
+    assert {trace.xaxis for trace in rest} == {"x2"}
+    assert not [t for t in plot_curves([curve([1, 10], [0.2, 0.9])]).data if t.mode == "markers+text"]
+
+
 def test_what_is_not_there_is_refused(made: Comparison) -> None:
     for plot in (made.plot, made.plot_trust):
         with pytest.raises(SettingsError, match=r"one of the tasks \['one', 'two'\]; got 'three'"):

@@ -114,6 +114,8 @@ class Circuit:
         predicted = ", ".join(f"{token!r} {p:.1%}" for token, p in settings.get("predicted", [])[:3])
         for name, rank in (settings.get("target_ranks") or {}).items():
             if rank > 5:
+                there = (settings.get("predicted_at") or {}).get(name)
+                predicted = predicted if not there else ", ".join(f"{token!r} {p:.1%}" for token, p in there[:3])
                 notes.append(
                     f"the model does not predict {label[name]!r}: probability {probability[name]:.2%}, rank {rank}; it "
                     f"says {predicted}. Change the prompt, or explain its own token (target=None)."

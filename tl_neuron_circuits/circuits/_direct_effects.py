@@ -37,7 +37,7 @@ from ..propagation._relp import relp
 from ..tasks._tokenized import Batch
 from ._prompt_graph import End, Paths, PromptRun, find_paths, run_prompt
 from ._slots import Chosen, DictionarySlot, Reading, Slot, SlotChange, node_gradient, sum_last_axis, widened
-from ._targets import Target
+from ._targets import Target, goal_positions
 
 Targets = Sequence[Target] | Callable[[Float[Tensor, " d_vocab"]], Sequence[Target]]
 """Targets, or what finds them from the logits of the next token."""
@@ -66,8 +66,8 @@ class Totals:
     target_changes: Float[Tensor, " target"]
     """The targets minus their baseline: their scores."""
     target_values: Float[Tensor, " target"]
-    probabilities: Float[Tensor, " d_vocab"]
-    """Of the next token."""
+    probabilities: Float[Tensor, "goal d_vocab"]
+    """Of the next token, at every position where a target is read (`goal_positions`)."""
 
     @property
     def target(self) -> float:
@@ -307,7 +307,7 @@ def total_effects(prompt: OpenPrompt) -> Totals:
         bias=float(bias),
         target_changes=prompt.target_changes,
         target_values=prompt.values.detach().cpu().double(),
-        probabilities=run.logits[0, prompt.position].detach().float().softmax(-1).cpu(),
+        probabilities=run.logits[0, goal_positions(prompt.targets, prompt.position)].detach().float().softmax(-1).cpu(),
     )
 
 

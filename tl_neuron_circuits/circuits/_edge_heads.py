@@ -131,8 +131,11 @@ def _run_again(model: TransformerLensModel, circuit: "Circuit", pairs: Any, targ
 def _target_of(name: str, center: bool) -> Target:
     """The target that a logit node is called after."""
     if name.startswith("logit/"):
-        tokens = [int(token) for token in name.removeprefix("logit/").split("-")]
-        return token_target(*tokens, center=center) if len(tokens) == 1 else difference_target(*tokens)
+        text, _, place = name.removeprefix("logit/").partition("@")
+        tokens, position = [int(token) for token in text.split("-")], int(place) if place else None
+        if len(tokens) == 1:
+            return token_target(tokens[0], position, center=center)
+        return difference_target(tokens[0], tokens[1], position)
     if name in ("logit_difference", "answer_logit"):
         return answer_target(against_wrong=name == "logit_difference", center=center)
     raise SettingsError(f"the circuit explains {name!r}, which its name alone does not give: say target=...")

@@ -3,18 +3,19 @@
 Tokens and directions are read from the logits before any soft cap, where relevance is conserved; a token's logit is
 taken minus the mean over the vocabulary, so that centering an unembedding changes nothing (raw with `center=False`, as
 in the seed paper's code: what every logit has in common is then explained too). A metric is read from the
-model's own logits, and what it is not linear in shows as a linearization error.
+model's own logits, and what it is not linear in shows as a linearization error. A target is read where its prompt ends,
+or at a position of its own.
 
 A target is what `trace` explains, never the end of an edge: the nodes that edges lead to are *receivers* in this code,
 although the table of edges calls its columns `source` and `target`, as graphs do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import SettingsError
@@ -26,9 +27,10 @@ from ..tasks._tokenized import Batch, TokenizedPairs
 from ._prompt_graph import PromptRun
 
 Token = str | int
-TargetLike = Token | list[str] | list[int] | tuple[Token, Token] | Float[Tensor, " d"] | Callable[..., Tensor] | None
-"""A token; a list of tokens; a tuple of two tokens (their logit difference); a direction over the logits (`d_vocab`)
-or over what the unembedding reads (`d_model`); a metric."""
+Tokens = Token | list[str] | list[int] | tuple[Token, Token]
+TargetLike = Tokens | Mapping[int, Tokens] | Float[Tensor, " d"] | Callable[..., Tensor] | None
+"""A token; a list of tokens; a tuple of two tokens (their logit difference); any of these by the position that predicts
+it; a direction over the logits (`d_vocab`) or over what the unembedding reads (`d_model`); a metric."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +45,28 @@ class Target:
     tokens: tuple[int, ...] = ()
     """A token, or a token and the one it is compared with; none for anything else."""
     linear: bool = True
+    position: int | None = None
+    """Where it is read; None is where the prompt's answer is predicted."""
 
 
-def token_target(token: int, *, center: bool = True) -> Target:
+def token_target(token: int, position: int | None = None, *, center: bool = True) -> Target:
     """The logit of a token, minus the mean logit if centered."""
 
     def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
-        logits = _logits(run, batch)
+        logits = _logits(run, batch, position)
         return logits[token] - logits.mean() if center else logits[token]
 
-    return Target(f"logit/{token}", value, (token,))
+    return Target(f"logit/{token}{_at(position)}", value, (token,), position=position)
 
 
-def difference_target(token: int, other: int) -> Target:
+def difference_target(token: int, other: int, position: int | None = None) -> Target:
     """The logit of a token minus that of another."""
 
     def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
-        logits = _logits(run, batch)
+        logits = _logits(run, batch, position)
         return logits[token] - logits[other]
 
-    return Target(f"logit/{token}-{other}", value, (token, other))
+    return Target(f"logit/{token}-{other}{_at(position)}", value, (token, other), position=position)
 
 
 def answer_target(*, against_wrong: bool, center: bool = True) -> Target:
@@ -117,26 +121,44 @@ def find_targets(
     For None the pairs' answers, or a function that finds the `top_k` likeliest tokens from the logits.
 
     Raises:
-        SettingsError: something that is not a token, or a direction of another size.
+        SettingsError: something that is not a token, a direction of another size, or a position outside the prompt.
     """
     if target is None:
         if top_k is not None:
             return lambda logits: [token_target(token, center=center) for token in logits.topk(top_k).indices.tolist()]
         return [answer_target(against_wrong=pairs.wrong_answer is not None, center=center)]
+    if isinstance(target, Mapping):
+        length = len(pairs.clean[0])
+        if not target or not all(0 <= position < length for position in target):
+            raise SettingsError(
+                f"expected targets by the position that predicts them, 0 to {length - 1} (the last token's); got "
+                f"positions {sorted(target)}."
+            )
+        pieces = [None] * length if prompt is None else _prompts_up_to(model, pairs.clean[0], prompt)
+        found = []
+        for position, one in sorted(target.items()):
+            found += _token_targets(model, one, pieces[position], center=center, position=position)
+        return found
     if isinstance(target, Tensor):
         return [direction_target(model, target)]
     if callable(target):
         return [metric_target(target)]
+    return _token_targets(model, target, prompt, center=center, position=None)
+
+
+def _token_targets(
+    model: TransformerLensModel, target: Tokens, prompt: str | None, *, center: bool, position: int | None
+) -> list[Target]:
     if isinstance(target, tuple):
         first, second = (_token_id(model, token, prompt) for token in target)
         if first == second:
             raise SettingsError(f"expected two different tokens in target={target!r}; both are token {first}.")
-        return [difference_target(first, second)]
+        return [difference_target(first, second, position)]
     tokens = list(target) if isinstance(target, list) else [target]
     ids = list(dict.fromkeys(_token_id(model, token, prompt) for token in tokens))
     if not ids:
         raise SettingsError("expected at least one token in target; got an empty list.")
-    return [token_target(token, center=center) for token in ids]
+    return [token_target(token, position, center=center) for token in ids]
 
 
 def target_label(model: Any, target: Target) -> str:
@@ -153,8 +175,24 @@ def token_text(model: Any, token: int) -> str:
     return str(token) if text is None else str(text).replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
 
 
-def _logits(run: PromptRun, batch: Batch) -> Float[Tensor, " d_vocab"]:
-    return run.raw_logits[0, int(batch.position[0])]
+def goal_positions(targets: Sequence[Target], end: int) -> list[int]:
+    """Where targets are read, each position once; `end` is where the prompt ends."""
+    return sorted({end if target.position is None else target.position for target in targets})
+
+
+def _at(position: int | None) -> str:
+    return "" if position is None else f"@{position}"
+
+
+def _logits(run: PromptRun, batch: Batch, position: int | None = None) -> Float[Tensor, " d_vocab"]:
+    return run.raw_logits[0, int(batch.position[0]) if position is None else position]
+
+
+def _prompts_up_to(model: Any, tokens: Int[Tensor, " pos"], prompt: str) -> list[str | None]:
+    """The text up to each position; None where the prompt's text cannot be cut there."""
+    skip = 1 if int(tokens[0]) == getattr(model.tokenizer, "bos_token_id", None) else 0
+    texts = [model.tokenizer.decode(tokens[skip : place + 1].tolist()) for place in range(len(tokens))]
+    return [text if prompt.startswith(text) else None for text in texts]
 
 
 def _token_id(model: TransformerLensModel, token: Token, prompt: str | None) -> int:

@@ -35,9 +35,10 @@ from ._choose import ByShare, Choice, choose_nodes, rank_nodes
 from ._circuit import Circuit
 from ._direct_effects import DirectEffects, Targets, Totals, direct_effects, mean_totals
 from ._explained import ByExplained, count_explained
+from ._rollout import Rollout, roll_out
 from ._slots import Slot, find_slots
 from ._table import KIND_OF_LETTER, complete, edge_table, node_table, relative_weights, unselected_row
-from ._targets import Target, TargetLike, find_targets, target_label, token_text
+from ._targets import Target, TargetLike, find_targets, goal_positions, target_label, token_text
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def trace(
     *,
     basis: Basis | Sequence[Basis] = _NEURONS,
     nodes: Choice | ByExplained = _BY_SHARE,
+    rollout: Rollout = None,
     top_k: int = 5,
     baseline: Literal["auto", "corrupt", "zero"] = "auto",
     center: bool = True,
@@ -84,12 +86,14 @@ def trace(
         target: a token (text as it follows the prompt, or its number), a list of tokens, a tuple of two tokens (the
             difference of their logits), a direction over the logits or over what the unembedding reads, or a metric.
             By default the `top_k` likeliest next tokens; for pairs the answer against the wrong answer. Logits are
-            taken before any soft cap.
+            taken before any soft cap. `{position: target}` reads tokens where they are predicted, counted from 0.
         basis: `Neurons()`, `Dictionaries(...)` (transcoders, or SAEs at any hook point), or several of them that have
             nodes in different layers. Layers without nodes are paths, under the rules of relevance propagation.
         nodes: which nodes to choose by |score|: a number of nodes, `ByShare(0.005)` (of the target) or `ByMass(0.8)`
             (of the sum of all |scores|); or `ByExplained(0.5)`, as many as give half of the target when they are run
             alone.
+        rollout: trace what comes after one prompt, every token a target where it is predicted: a number of tokens that
+            the model generates greedily, or the continuation as text or tokens.
         top_k: how many tokens the default target has.
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.
@@ -123,6 +127,9 @@ def trace(
         >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=50)
         >>> len(circuit)
         50
+        >>> story = tnc.trace(model, "The capital of the state containing Dallas is", rollout=2, nodes=50)
+        >>> story.nodes.query("kind == 'logit'")["position"].tolist()
+        [9, 10]
         >>> transcoders = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
         >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", basis=transcoders)
         >>> sorted(circuit.nodes["kind"].unique())
@@ -131,6 +138,13 @@ def trace(
     text = prompt_or_pairs if isinstance(prompt_or_pairs, str) else None
     single = not isinstance(prompt_or_pairs, PromptPairs | TokenizedPairs)
     pairs = _as_pairs(model, prompt_or_pairs, prepend_bos, top_k, answered=callable(target))
+    goals: dict[int, int] = {}
+    if rollout is not None:
+        if not single or target is not None:
+            raise SettingsError("rollout= takes one prompt, and is its target: leave target= out, and pairs.")
+        longer, goals = roll_out(model, pairs.clean[0][None], text, rollout)
+        pairs = TokenizedPairs.from_tokens(list(longer), torch.zeros(1, dtype=torch.long, device=longer.device))
+        target, text = goals, None
     paired = _is_paired(pairs, baseline)
     targets = find_targets(model, pairs, target, text, top_k if single else None, center=center)
     slots = find_slots(model, basis)
@@ -162,7 +176,7 @@ def trace(
         model, batches, chosen, targets, paired=paired, slots=slots, max_bytes=max_bytes, verbose=verbose
     )
     if single:  # its answer is the likeliest token, which is known now
-        pairs = TokenizedPairs.from_tokens(pairs.clean, effects.totals.probabilities.topk(1).indices)
+        pairs = TokenizedPairs.from_tokens(pairs.clean, effects.totals.probabilities[-1:].topk(1).indices[0])
     columns = torch.stack(list(pairs.clean)).T
     ids = [int(column[0]) if bool((column == column[0]).all()) else -1 for column in columns]  # -1: prompts differ
     tokens = ["…" if token < 0 else token_text(model, token) for token in ids]
@@ -188,7 +202,8 @@ def trace(
         "token_ids": pairs.clean[0].tolist() if len(pairs) == 1 else None, "pairs_hash": pairs.hash,
         "target": labels, "target_value": effects.totals.target, "position": position,
         "baseline": "corrupt" if paired else "zero", "nodes": nodes if isinstance(nodes, int) else nodes.label,
-        "explained": explained, "center": center, **_prediction(model, effects, single=single),
+        "rollout": [[place, token] for place, token in goals.items()] or None,
+        "explained": explained, "center": center, **_prediction(model, effects, position, single=single),
         "layer_scores": _layer_scores(effects, slots),
         "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude], "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
@@ -218,26 +233,33 @@ def _reference_tokens(model: Any, reference: Sequence[str] | None, prepend_bos: 
     return [model.to_tokens(text, **options)[0] for text in reference]
 
 
-def _prediction(model: Any, effects: DirectEffects, *, single: bool) -> dict[str, Any]:
+def _prediction(model: Any, effects: DirectEffects, end: int, *, single: bool) -> dict[str, Any]:
     """What the model itself says next: its likeliest tokens, and of each target token rank and likelier twin.
 
-    Over several prompts probabilities are means, and ranks are not given: prompts have answers of their own.
+    Over several prompts probabilities are means, and ranks are not given: prompts have answers of their own. With
+    targets at several positions `predicted` is of the last, and `predicted_at` of every target's.
     """
-    probabilities = effects.totals.probabilities
-    best = probabilities.topk(min(5, len(probabilities)))
-    predicted = [
-        [token_text(model, token), round(float(p), 6)]
-        for p, token in zip(best.values, best.indices.tolist(), strict=True)
-    ]
-    ranks, twins = {}, {}
+    goals = goal_positions(effects.targets, end)
+    said = [_likeliest(model, probabilities) for probabilities in effects.totals.probabilities]
+    ranks, twins, at = {}, {}, {}
     for target in effects.targets if single else ():
         if len(target.tokens) == 1:
             (token,) = target.tokens
+            goal = goals.index(end if target.position is None else target.position)
+            probabilities, at[target.name] = effects.totals.probabilities[goal], said[goal]
             ranks[target.name] = 1 + int((probabilities > probabilities[token]).sum())
             twin = _spaced_twin(model, token)
             if twin is not None and probabilities[twin] > probabilities[token]:
                 twins[target.name] = [token_text(model, twin), round(float(probabilities[twin]), 6)]
-    return {"predicted": predicted, "target_ranks": ranks, "twins": twins}
+    return {
+        "predicted": said[-1], "predicted_at": at if len(goals) > 1 else {}, "target_ranks": ranks, "twins": twins,
+    }  # fmt: skip
+
+
+def _likeliest(model: Any, probabilities: Tensor) -> list[list[Any]]:
+    best = probabilities.topk(min(5, len(probabilities)))
+    pairs = zip(best.values, best.indices.tolist(), strict=True)
+    return [[token_text(model, token), round(float(p), 6)] for p, token in pairs]
 
 
 def _spaced_twin(model: Any, token: int) -> int | None:
@@ -307,15 +329,17 @@ def _source_rows(
 
 def _target_rows(effects: DirectEffects, labels: Sequence[str], n_layers: int, position: int) -> list[dict]:
     """One row per logit node; a probability where it is a single token."""
-    totals, rows = effects.totals, []
+    totals, rows, goals = effects.totals, [], goal_positions(effects.targets, position)
     for index, (target, text) in enumerate(zip(effects.targets, labels, strict=True)):
         value, change = float(totals.target_values[index]), float(totals.target_changes[index])
+        place = position if target.position is None else target.position
+        probabilities = totals.probabilities[goals.index(place)]
         rows.append(
             {
                 "node": target.name, "label": text, "kind": "logit", "layer": n_layers,
-                "unit": target.tokens[0] if target.tokens else -1, "position": position, "token": text,
+                "unit": target.tokens[0] if target.tokens else -1, "position": place, "token": text,
                 "activation": value, "change": change, "sign": int(np.sign(value)), "score": change,
-                "probability": float(totals.probabilities[target.tokens[0]]) if len(target.tokens) == 1 else None,
+                "probability": float(probabilities[target.tokens[0]]) if len(target.tokens) == 1 else None,
             }
         )  # fmt: skip
     return rows

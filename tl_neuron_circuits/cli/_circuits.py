@@ -117,11 +117,9 @@ def steer(
         return
     console.print("  ".join(f"{place}:{token!r}" for place, token in enumerate(tokens)), markup=False, highlight=False)
     title = f"{result.top_before[0]!r} -> {result.top_after[0]!r}, KL {kl:.4g} nats, {len(result.nodes)} nodes steered"
-    shown = table[["token", "probability_before", "probability_after", "logit_change"]]
-    show(
-        shown.assign(token=shown["token"].map(repr)).set_axis(["token", "before", "after", "change of logit"], axis=1),
-        title,
-    )
+    shown = table[["token", "probability_before", "probability_after", "log_probability_change"]]
+    names = ["token", "before", "after", "change of log-probability"]
+    show(shown.assign(token=shown["token"].map(repr)).set_axis(names, axis=1), title)
     for name, text in zip(("before", "after"), continuations or (), strict=False):
         console.print(f"continued {name}: {text!r}", markup=False, highlight=False)
 

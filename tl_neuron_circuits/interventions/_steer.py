@@ -83,13 +83,19 @@ class SteeringResult:
     def to_dataframe(self) -> pd.DataFrame:
         """The top tokens before and after, most probable after steering first.
 
-        Columns: prompt (its number), token, token_id, probability_before, probability_after, probability_change,
-        logit_before, logit_after, logit_change.
+        Columns: prompt (its number), token, token_id, and before, after and change (as in probability_change) of
+        probability, log_probability (nats) and logit, minus the mean over the vocabulary: what raises all logits alike
+        changes no probability. Targets of a steered circuit are always among them.
         """
         frames = []
-        for index, tokens in enumerate(_shown_tokens([self.before, self.after], self.settings["top_k"])):
+        targets = self.settings["targets"]
+        for index, tokens in enumerate(_shown_tokens([self.before, self.after], self.settings["top_k"], targets)):
             frame = pd.DataFrame({"prompt": index, "token": [self.token_names[t] for t in tokens], "token_id": tokens})
-            for name, values in (("probability", _probabilities), ("logit", lambda logits: logits)):
+            for name, values in (
+                ("probability", _probabilities),
+                ("log_probability", lambda logits: logits.double().log_softmax(-1).float()),
+                ("logit", lambda logits: (logits.double() - logits.double().mean(-1, keepdim=True)).float()),
+            ):
                 before, after = (values(logits[index])[tokens].numpy() for logits in (self.before, self.after))
                 columns = {f"{name}_before": before, f"{name}_after": after, f"{name}_change": after - before}
                 frame = frame.assign(**columns)
@@ -121,7 +127,7 @@ class SteeringResult:
     def _repr_html_(self) -> str:
         first = self.to_dataframe().query("prompt == 0")
         names = {"token": "token", "probability_before": "before", "probability_after": "after"}
-        names |= {"probability_change": "change", "logit_change": "change of logit"}
+        names |= {"probability_change": "change", "log_probability_change": "change of log-probability"}
         shown = first[list(names)].rename(columns=names)
         tables = _html.table(self.summary(), bars=("kl",)), _html.table(shown, bars=("change",))
         return _html.block(repr(self), tables[0], _html.note(f"next token of {self.prompts[0]!r}:"), tables[1])
@@ -155,7 +161,8 @@ class SteeringSweep:
         Columns: scale, prompt (its number), token, token_id, probability, logit, kl (of the prompt, in nats).
         """
         first = self.results[0]
-        shown = _shown_tokens([first.before, *(result.after for result in self.results)], first.settings["top_k"])
+        runs = [first.before, *(result.after for result in self.results)]
+        shown = _shown_tokens(runs, first.settings["top_k"], first.settings["targets"])
         rows = []
         for scale, result in zip(self.scales, self.results, strict=True):
             kl, probabilities = result.kl, result.after.double().softmax(-1).float()
@@ -167,7 +174,9 @@ class SteeringSweep:
 
     @checked
     def plot(self, prompt: int = 0) -> Any:
-        """A plotly figure: the probability of the top tokens of one prompt against the multiplier.
+        """A plotly figure: probabilities against the multiplier, for one prompt.
+
+        It shows the targets of a steered circuit (otherwise the unsteered top token) and the five that move most.
 
         Raises:
             SettingsError: there is no prompt of that number.
@@ -247,7 +256,9 @@ def steer(
     prompts = read_prompts(model, prompt, prepend_bos)
     steered = find_nodes(model, nodes, positions, basis, features=True)
     watched = _watched(model, watch, basis_of(nodes, basis))
-    return _compare(model, prompts, steered, [(how, amount)], watched, top_k, batch_size, generate)[0]
+    return _compare(model, prompts, steered, [(how, amount)], watched, top_k, batch_size, generate, _targets_of(nodes))[
+        0
+    ]
 
 
 @holding
@@ -325,7 +336,8 @@ def sweep(
     prompts = read_prompts(model, prompt, prepend_bos)
     steered = find_nodes(model, nodes, positions, basis, features=True)
     watched = _watched(model, watch, basis_of(nodes, basis))
-    results = _compare(model, prompts, steered, [("scale", scale) for scale in scales], watched, top_k, batch_size)
+    changes: list[tuple[How, Amount]] = [("scale", scale) for scale in scales]
+    results = _compare(model, prompts, steered, changes, watched, top_k, batch_size, 0, _targets_of(nodes))
     return SteeringSweep(tuple(float(scale) for scale in scales), tuple(results))
 
 
@@ -388,7 +400,7 @@ def _watched(model: TransformerLensModel, watch: Watch | None, basis: Dictionari
 
 def _compare(
     model: TransformerLensModel, prompts: ReadPrompts, nodes: pd.DataFrame, changes: Sequence[tuple[How, Amount]],
-    watched: Mapping[str, pd.DataFrame], top_k: int, batch_size: int, generate: int = 0,
+    watched: Mapping[str, pd.DataFrame], top_k: int, batch_size: int, generate: int, targets: Sequence[int],
 ) -> list[SteeringResult]:  # fmt: skip
     """One result per change; the run without steering is shared."""
     if batch_size < 1 or generate < 0:
@@ -423,13 +435,14 @@ def _compare(
             for row, *pair in zip(rows, plain, _continue(model, tokens, generate, hooks), strict=True):
                 texts[number][row] = (pair[0], pair[1])
     stacked = [torch.stack([logits[row] for row in range(len(prompts))]) for logits in (before, *after)]
-    shown = [tokens for other in stacked[1:] for tokens in _shown_tokens([stacked[0], other], top_k)]
+    shown = [tokens for other in stacked[1:] for tokens in _shown_tokens([stacked[0], other], top_k, targets)]
     ids = sorted({token for tokens in (*shown, *(part.argmax(-1).tolist() for part in stacked)) for token in tokens})
     names = dict(zip(ids, token_names(model, ids), strict=True))
     return [
         SteeringResult(
             prompts.texts, stacked[0], stacked[1 + number], nodes.drop(columns=["site", "key"]),
-            {"how": how, "amount": amount, "top_k": top_k, "generate": generate}, moved[number],
+            {"how": how, "amount": amount, "top_k": top_k, "generate": generate, "targets": list(targets)},
+            moved[number],
             tuple(texts[number]) if generate else None, names,
         )
         for number, (how, amount) in enumerate(changes)
@@ -502,11 +515,24 @@ def _probabilities(logits: Tensor) -> Tensor:
     return logits.double().softmax(-1).float()
 
 
-def _shown_tokens(logits: Sequence[Float[Tensor, "prompt d_vocab"]], top_k: int) -> list[list[int]]:
-    """For every prompt the tokens among the `top_k` of any of these runs, by their logits in the last run."""
+def _targets_of(nodes: Nodes) -> list[int]:
+    """The tokens that a circuit, or its table, explains."""
+    table = nodes if isinstance(nodes, pd.DataFrame) else getattr(nodes, "nodes", None)
+    if not isinstance(table, pd.DataFrame) or not {"kind", "unit"} <= set(table.columns):
+        return []
+    return [int(unit) for unit in table.loc[table["kind"] == "logit", "unit"].unique() if unit >= 0]
+
+
+def _shown_tokens(
+    logits: Sequence[Float[Tensor, "prompt d_vocab"]], top_k: int, always: Sequence[int]
+) -> list[list[int]]:
+    """For every prompt the tokens among the `top_k` of any of these runs, by their logits in the last run.
+
+    Those of `always` come too.
+    """
     tops: list[Int[Tensor, "prompt k"]] = [part.topk(min(top_k, part.shape[-1]), dim=-1).indices for part in logits]
     out = []
     for index, last in enumerate(logits[-1]):
-        tokens = torch.cat([top[index] for top in tops]).unique()
+        tokens = torch.cat([*(top[index] for top in tops), torch.tensor(always, dtype=torch.long)]).unique()
         out.append(tokens[last[tokens].argsort(descending=True, stable=True)].tolist())
     return out

@@ -1,4 +1,8 @@
-"""The figure of a circuit for notebooks: layers against positions, as on the page, with the strongest edges."""
+"""The figure of a circuit for notebooks: layers against positions, as on the page, with the strongest edges.
+
+One unit of both axes is one node's place. Rows are as high as their fullest cell, and the figure as high, and as wide,
+as its rows and columns need, so that nodes do not overlap, however many layers and positions there are.
+"""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -14,49 +18,67 @@ if TYPE_CHECKING:
 
 _ENDS = ("bias", "unselected", "linearization_error", "error")
 _SYMBOLS = {"logit": "square", "embedding": "square", "group": "hexagon", "head": "diamond"}
+_PITCH = 18
+"""Pixels of one node's place: the largest node."""
+_MARGINS = 180
+"""Pixels above and below, or left and right, of the axes."""
+_USUAL_WIDTH = 1000
+_EMPTY, _GAP = 0.45, 0.5
+"""Heights of a row without nodes, and of the space between rows, in places."""
 _WIDTHS = (0.5, 1.0, 2.0, 3.5)
 """A Plotly trace has one line width, so edges are drawn in as many traces."""
 
 
-def plot_circuit(circuit: "Circuit", *, max_edges: int = 200, height: int = 640) -> go.Figure:
+def plot_circuit(circuit: "Circuit", *, max_edges: int = 200, height: int | None = None) -> go.Figure:
     """Nodes sized by |share| and colored by sign; edges colored by their support for the target.
 
     Args:
         circuit: any circuit.
         max_edges: how many of the strongest edges are drawn.
-        height: of the figure, in pixels.
+        height: of the figure, in pixels; None is as much as its rows need.
     """
-    places, columns = _places(circuit)
+    places, columns, rows, (across, down) = _places(circuit)
     figure = go.Figure()
     _draw_edges(figure, circuit, places, max_edges)
     _draw_nodes(figure, circuit, places)
-    settings, layers = circuit.settings, range(int(circuit.settings.get("n_layers", 0)))
-    rows = {"embeddings": -2, "left out": -1} | {str(layer): layer for layer in layers} | {"logits": len(layers)}
+    settings, n_layers = circuit.settings, int(circuit.settings.get("n_layers", 0))
+    named = {row: y for row, (y, filled) in rows.items() if filled or row % 5 == 0}
+    texts = [{-2: "embeddings", -1: "left out", n_layers: "logits"}.get(row, str(row)) for row in named]
     figure.update_yaxes(
-        tickvals=list(rows.values()), ticktext=list(rows), title="layer", zeroline=False, showgrid=False
-    )
+        tickvals=list(named.values()), ticktext=texts, title="layer", zeroline=False, showgrid=False,
+        range=[-0.5, down + 0.5],
+    )  # fmt: skip
     figure.update_xaxes(
         tickvals=list(columns.values()), ticktext=[_column(circuit, position) for position in columns],
-        zeroline=False, showgrid=False, tickangle=0,
+        zeroline=False, showgrid=False, tickangle=0, range=[-0.5, across + 0.5],
     )  # fmt: skip
     drawn = min(max_edges, len(circuit.edges))
     subtitle = say(
         [
-            f"“{_short(str(settings.get('prompt', '')), 90)}”", settings.get("model"), f"{len(circuit):,} nodes",
+            f"“{_short(str(settings.get('prompt', '')), 90)}”", _model(str(settings.get("model", ""))),
+            f"{len(circuit):,} nodes",
             f"{drawn:,} of {len(circuit.edges):,} edges",
             f"explained {1 - circuit.unexplained:.0%}" if circuit.target_value else "",
         ]
     )  # fmt: skip
     target = ", ".join(str(one).strip() for one in settings.get("target", []))
     figure = finish(
-        figure, f"Circuit for “{escape(target)}” = {circuit.target_value:.3g}", escape(subtitle), height=height
-    )
-    figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"})
+        figure, f"Circuit for “{escape(target)}” = {circuit.target_value:.3g}", escape(subtitle),
+        height=height or max(480, int(np.ceil(_PITCH * (down + 1))) + _MARGINS),
+    )  # fmt: skip
+    if (width := int(np.ceil(_PITCH * (across + 1))) + _MARGINS) > _USUAL_WIDTH:
+        figure.update_layout(width=width)
+    figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"})
     return figure
 
 
-def _places(circuit: "Circuit") -> tuple[dict[str, tuple[float, float]], dict[int, float]]:
-    """Each node's x and y, and each position's x: one cell per layer and position, filled row by row by size."""
+def _places(
+    circuit: "Circuit",
+) -> tuple[dict[str, tuple[float, float]], dict[int, float], dict[int, tuple[float, bool]], tuple[float, float]]:
+    """Each node's x and y, each position's x, each row's y and whether it has nodes, and the size of all of it.
+
+    One cell per layer and position, filled line by line by size.
+    """
     nodes = circuit.nodes.assign(
         row=[_row(*pair) for pair in zip(circuit.nodes["kind"], circuit.nodes["layer"], strict=True)],
         size=_sizes(circuit),
@@ -66,18 +88,26 @@ def _places(circuit: "Circuit") -> tuple[dict[str, tuple[float, float]], dict[in
     across = {key: int(np.ceil(np.sqrt(len(names) * 1.5))) for key, names in cells.items()}
     columns, x = {}, 0.0
     for position in sorted({int(position) for position in nodes["position"]}):
-        width = max(4, *(across[key] + 1 for key in cells if key[1] == position))
+        label = max(map(len, _column(circuit, position).split("<br>")))
+        width = max(3, 1 + label * 8 / _PITCH, *(across[key] + 1 for key in cells if key[1] == position))
         columns[position] = x + width / 2
         x += width
+    lines = {key: int(np.ceil(len(names) / across[key])) for key, names in cells.items()}
+    rows, y = {}, 0.0
+    for row in range(-2, max(int(circuit.settings.get("n_layers", 0)), max(int(key[0]) for key in cells)) + 1):
+        filled = [count for key, count in lines.items() if key[0] == row]
+        height = max(filled) if filled else _EMPTY
+        rows[row] = (y + height / 2, bool(filled))
+        y += height + (_GAP if filled else 0)
     found = {}
     for key, names in cells.items():
-        down = int(np.ceil(len(names) / across[key]))
         for place, name in enumerate(names):
             line, in_line = place // across[key], place % across[key]
             count = min(across[key], len(names) - line * across[key])
-            y = float(key[0]) - (line - (down - 1) / 2) * 0.7 / max(down, 3)
-            found[name] = (columns[int(key[1])] + in_line - (count - 1) / 2, y)
-    return {name: found[name] for name in circuit.nodes["node"]}, columns
+            found[name] = (
+                columns[int(key[1])] + in_line - (count - 1) / 2, rows[int(key[0])][0] - line + (lines[key] - 1) / 2,
+            )  # fmt: skip
+    return {name: found[name] for name in circuit.nodes["node"]}, columns, rows, (x, y)
 
 
 def _row(kind: str, layer: int) -> int:
@@ -167,6 +197,13 @@ def _column(circuit: "Circuit", position: int) -> str:
         return "everywhere"
     tokens = circuit.settings.get("tokens") or []
     return f"{escape(_short(str(tokens[position]), 12))}<br>{position}" if position < len(tokens) else str(position)
+
+
+def _model(name: str) -> str:
+    """The name without the folders it was loaded from."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part]
+    hub = next((part for part in parts if part.startswith("models--")), None)
+    return hub.rpartition("--")[2] if hub is not None else name if len(parts) < 3 else parts[-1]
 
 
 def _short(text: str, length: int) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _MEASURES = ("faithfulness", "completeness")
 _GRAY = "#888888"
+_RANGE = (-0.3, 1.5)
+"""What the panels show; curves that leave it are marked at the edge."""
 
 
 def plot_curves(curves: Sequence["Curve"]) -> go.Figure:
@@ -123,7 +125,7 @@ def _panels() -> go.Figure:
     figure.update_xaxes(type="log", title="number of nodes (error nodes counted)", dtick=1, tickformat=",d")
     for column, ideal in ((1, 1.0), (2, 0.0)):
         figure.add_hline(y=ideal, line={"color": _GRAY, "width": 1, "dash": "dot"}, row=1, col=column)  # pyright: ignore[reportArgumentType]
-    figure.update_yaxes(range=[-0.3, 1.5], ticks="outside", tickcolor="white")
+    figure.update_yaxes(range=list(_RANGE), ticks="outside", tickcolor="white")
     return figure
 
 
@@ -140,6 +142,29 @@ def _line(
         line={"color": color, "dash": dash(method), "width": width}, row=1, col=column,
         hovertemplate="%{x:,} nodes: %{y:.3f}<extra>" + shown(basis, method) + "</extra>",
     )  # fmt: skip
+    _mark_outside(figure, column, table, measure, shown(basis, method), color)
+
+
+def _mark_outside(figure: go.Figure, column: int, table: Any, measure: str, name: str, color: str) -> None:
+    """Triangles at the edge where a curve leaves the panel, and beside the farthest one how far it goes."""
+    low, high = _RANGE
+    values = table[measure].to_numpy()
+    for outside, edge, symbol, farthest in (
+        (values > high, high, "triangle-up", np.nanmax), (values < low, low, "triangle-down", np.nanmin)
+    ):  # fmt: skip
+        if not outside.any():
+            continue
+        rows, inset = table[outside], 0.03 if edge == low else -0.03
+        extreme = farthest(values[outside])
+        first = int(np.flatnonzero(rows[measure].to_numpy() == extreme)[0])
+        figure.add_scatter(
+            x=rows["size"], y=np.full(len(rows), edge + inset), mode="markers+text", showlegend=False,
+            marker={"symbol": symbol, "size": 8, "color": color, "line": {"width": 1, "color": "white"}},
+            text=[f"{extreme:.3g}" if place == first else "" for place in range(len(rows))],
+            textposition="bottom center" if edge == high else "top center", textfont={"size": 11, "color": color},
+            customdata=rows[measure], row=1, col=column, cliponaxis=False,
+            hovertemplate="%{x:,} nodes: %{customdata:.3f}<extra>" + name + "</extra>",
+        )  # fmt: skip
 
 
 def _legend(figure: go.Figure, palette: dict[str, str], methods: Iterable[str]) -> None:
