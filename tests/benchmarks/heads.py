@@ -24,13 +24,13 @@ def main() -> None:
     model = TransformerBridge.boot_transformers(str(prepare()), device="cpu")
     print(LABEL)
     for prompt, target in PROMPTS:
-        tnc.trace(model, prompt, target, nodes=20).with_heads(model, edges=5)  # warm
+        tnc.trace(model, prompt, target, nodes=20).with_heads(edges=5)  # warm
         begin = time.process_time()
         circuit = tnc.trace(model, prompt, target, nodes=300)
         traced = time.process_time()
-        circuit = circuit.with_heads(model, edges=100)
+        circuit = circuit.with_heads(edges=100)
         split = time.process_time()
-        tested = circuit.cut_heads(model)
+        tested = circuit.cut_heads()
         into_logits = tested["target"].str.startswith("logit")
         slope = np.polyfit(tested["predicted"], tested["measured"], 1)[0]
         print(f"\n{prompt!r} -> {target!r}: trace {traced - begin:.2f} CPU s, heads of 100 edges {split - traced:.2f}")

@@ -83,6 +83,51 @@ def test_writes_of_the_query_side_are_products_of_weights(case: ModelCase) -> No
         assert own["neuron", 0, unit, QUERY] == pytest.approx(contribution(write), abs=1e-10)
 
 
+@pytest.mark.parametrize("case", [c for c in all_models(*FAMILIES, "opt") if "Hooked" in c.id and "bloom" not in c.id])
+def test_taking_a_write_away_changes_the_score_by_its_contribution(case: ModelCase) -> None:
+    """Slowly: the model run without one write at the query's position, its norms and the layer's keys held."""
+    model = case.build()
+    tokens = random_tokens(model, 1, 7)
+    cache = model.run_with_cache(tokens)[1]
+    names = [name for name in cache if name.endswith("hook_scale")] + ["blocks.1.attn.hook_k"]
+    pattern = cache["blocks.1.attn.hook_pattern"][0, 1, QUERY, : QUERY + 1]
+    cap = float(getattr(model.cfg, "attn_scores_soft_cap", -1))
+    why = {raw: explain(model, top=10_000, raw=raw) for raw in (False, True)}
+
+    def score(write: torch.Tensor, raw: bool) -> float:
+        def without(value: torch.Tensor, hook: Any) -> torch.Tensor:
+            value = value.clone()
+            value[0, QUERY] -= write
+            return value
+
+        hooks = [(name, lambda value, hook, name=name: cache[name]) for name in names]
+        store = {}
+        hooks += [("blocks.1.hook_resid_pre", without)]
+        hooks += [("blocks.1.attn.hook_attn_scores", lambda value, hook: store.update(scores=value))]
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+            model(tokens)
+        scores = store["scores"][0, 1, QUERY, : QUERY + 1]
+        scores = scores if cap <= 0 else cap * torch.atanh(scores / cap)
+        seen = torch.where(pattern > 0, scores, 0.0)  # outside a sliding window scores are -inf
+        return float(scores[KEY] - (0 if raw else pattern @ seen))
+
+    layer = model.blocks[0]
+    writes = {("embedding", -1, -1): cache["hook_embed"][0, QUERY]}
+    if case.family != "gemma2":  # which has norms after attention and the MLP
+        for unit in (3, 11):
+            neuron = cache["blocks.0.mlp.hook_post"][0, QUERY, unit] * model.W_out[0, unit]
+            writes["neuron", 0, unit] = neuron
+        writes["head", 0, 2] = cache["blocks.0.attn.hook_z"][0, QUERY, 2] @ layer.attn.W_O[2]
+    for raw, found in why.items():
+        own = found.writes.query("side == 'query'").set_index(["kind", "layer", "unit", "position"])["contribution"]
+        for (kind, number, unit), write in writes.items():
+            change = score(torch.zeros_like(write), raw) - score(write.detach(), raw)
+            assert own[kind, number, unit, QUERY] == pytest.approx(change, abs=1e-8), (kind, number, unit, raw)
+        sides = found.writes.groupby("side")["contribution"].sum()
+        assert sides["query"] == pytest.approx(found.value - found.position, abs=1e-8)
+        assert sides["key"] == pytest.approx(found.value - found.position, abs=1e-8)
+
+
 def test_few_rows_still_sum() -> None:
     why = explain(model_cases("gpt2")[0].build(), top=3)
     assert len(why.pairs) == 9

@@ -1,5 +1,6 @@
 """Heads in the edges: parts sum to the edge, equal a slow split, and are what path patching measures."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ def demo() -> Any:
 
 @pytest.fixture(scope="module")
 def dallas(demo: Any) -> Circuit:
-    return trace(demo, PROMPT, " Austin", nodes=30).with_heads(demo, edges=60)
+    return trace(demo, PROMPT, " Austin", nodes=30).with_heads(edges=60)
 
 
 def circuit_of(model: Any, **options: Any) -> Circuit:
@@ -99,7 +100,7 @@ def slow_part(model: Any, tokens: Tensor, source: pd.Series, target: pd.Series, 
 @pytest.mark.parametrize("case", all_models(*FAMILIES))
 def test_parts_sum_to_their_edge_and_equal_a_slow_split(case: ModelCase) -> None:
     model = case.build()
-    circuit = circuit_of(model).with_heads(model, edges=40)
+    circuit = circuit_of(model).with_heads(edges=40)
     parts, edges = circuit.heads(), circuit.edges.set_index(["source", "target"])["weight"]
     sums = parts.groupby(["source", "target"])["part"].sum()
     torch.testing.assert_close(
@@ -125,8 +126,9 @@ def test_parts_of_pairs_sum_too(case: ModelCase) -> None:
     )
     circuit = trace(model, pairs, nodes=15)
     with pytest.raises(PairsError, match="give them"):
-        circuit.with_heads(model)
-    split = circuit.with_heads(model, edges=30, pairs=pairs)
+        replace(circuit, traced=None).with_heads(model=model)
+    split = replace(circuit, traced=None).with_heads(edges=30, model=model, pairs=pairs)
+    pd.testing.assert_frame_equal(split.heads(), circuit.heads(30))
     sums = split.heads().groupby(["source", "target"])["part"].sum()
     weights = circuit.edges.set_index(["source", "target"])["weight"][sums.index]
     torch.testing.assert_close(torch.tensor(sums.to_numpy()), torch.tensor(weights.to_numpy()), rtol=1e-3, atol=1e-5)
@@ -150,7 +152,7 @@ def test_the_planted_head_carries_the_edge() -> None:
             answer = int(planted.case.answers(tokens[None])[0, number]) + number * N_TOKENS
             circuit = trace(planted.model, tokens, answer, nodes=5, keep_bos=True)
             ends = pd.DataFrame({"source": [f"embed@{chain.position}"], "target": [f"logit/{answer}"]})
-            best = circuit.with_heads(planted.model, ends).heads().query("kind == 'head'").iloc[0]
+            best = circuit.with_heads(ends).heads().query("kind == 'head'").iloc[0]
             right.append((best["layer"], best["head"], best["from_position"]) == (layer, head, chain.position))
     assert len(right) == 22 and sum(right) >= 18
 
@@ -159,7 +161,7 @@ def test_the_planted_head_carries_the_edge() -> None:
 def test_cutting_with_norms_and_patterns_held_moves_logits_by_exactly_the_part(case: ModelCase) -> None:
     """Path patching is linear then: each row of its batch gets the norms and patterns of the first, the live one."""
     model = case.build()
-    circuit = circuit_of(model).with_heads(model, edges=60)
+    circuit = circuit_of(model).with_heads(edges=60)
     parts = circuit.heads()
     parts = parts[(parts["kind"] == "head") & parts["target"].str.startswith("logit")]
 
@@ -168,7 +170,7 @@ def test_cutting_with_norms_and_patterns_held_moves_logits_by_exactly_the_part(c
 
     held = [(name, hold) for name in model.hook_dict if name.endswith(("hook_scale", "hook_pattern"))]
     with model.hooks(fwd_hooks=held):
-        tested = circuit.cut_heads(model, parts)
+        tested = circuit.cut_heads(parts)
     assert len(tested) > 20
     torch.testing.assert_close(
         torch.tensor(tested["measured"].to_numpy()), torch.tensor(tested["predicted"].to_numpy()), rtol=1e-4, atol=1e-5
@@ -189,15 +191,16 @@ def test_parts_are_saved_pruned_and_asked_for(demo: Any, dallas: Circuit, tmp_pa
     assert set(zip(small.heads()["source"], small.heads()["target"], strict=True)) <= set(
         zip(small.edges["source"], small.edges["target"], strict=True)
     )
-    with pytest.raises(SettingsError, match="with_heads"):
-        trace(demo, PROMPT, " Austin", nodes=5).heads()
-    with pytest.raises(SettingsError, match="were not"):
+    assert (dallas | dallas).head_parts is None  # averaged edges are others
+    with pytest.raises(SettingsError, match="model="):
+        Circuit.load(tmp_path / "c").heads(1000)
+    with pytest.raises(SettingsError, match="are not"):
         dallas.heads([("embed@0", "nothing")])
 
 
 def test_cutting_leaves_the_model_as_found(demo: Any, dallas: Circuit) -> None:
     """Without anything held, the norms of a small model respond a lot: sign and order alone are what can be asked."""
-    tested = dallas.cut_heads(demo)
+    tested = dallas.cut_heads()
     assert len(tested) == 20 and tested["predicted"].corr(tested["measured"]) > 0.6
     assert not any(point.fwd_hooks for point in demo.hook_dict.values())
 
@@ -207,11 +210,11 @@ def test_attention_that_is_not_pattern_times_values_is_refused(monkeypatch: pyte
     circuit = circuit_of(model)
     monkeypatch.setattr(_heads, "nearly_equal", lambda *_: False)
     with pytest.raises(UnsupportedModelError, match="hook_pattern times hook_v"):
-        circuit.with_heads(model)
+        circuit.with_heads()
 
 
 def test_another_models_circuit_is_refused() -> None:
     model = model_cases("gpt2")[0]
     circuit = circuit_of(model.build())
     with pytest.raises(SettingsError, match="other weights"):
-        circuit.with_heads(model.build(seed=1))
+        circuit.with_heads(model=model.build(seed=1))

@@ -66,7 +66,7 @@ def test_a_given_continuation_and_targets_by_position(tmp_path: Any) -> None:
     placed = trace(model, longer, {9: generated[0], 10: generated[1]}, nodes=20)
     assert placed.nodes.equals(greedy.nodes)
     assert len(greedy.settings["predicted_at"]) == 2 and set(greedy.settings["target_ranks"].values()) == {1}
-    assert len(greedy.with_heads(model, edges=20).heads()["source"]) >= 20
+    assert len(greedy.with_heads(edges=20).heads()["source"]) >= 20
     greedy.plot(), greedy.to_html(tmp_path / "page.html"), greedy.save(tmp_path / "saved")
     assert Circuit.load(tmp_path / "saved").nodes.equals(greedy.nodes)
     named = trace(model, PROMPT, {9: " Austin"}, nodes=5)

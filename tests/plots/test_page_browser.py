@@ -334,7 +334,7 @@ def test_a_hidden_node_comes_back_when_an_edge_leads_to_it(dallas: Circuit, open
 
 
 def test_the_panel_says_which_heads_bring_an_edge(dallas: Circuit, open_page: Opener) -> None:
-    split = dallas.with_heads(load_demo_model(), edges=50)
+    split = dallas.with_heads(edges=50, model=load_demo_model())
     best = split.heads().query("kind == 'head' and target.str.startswith('L')", engine="python").iloc[0]
     page = open_page(split)
     node(page, best["target"]).click()

@@ -53,7 +53,7 @@ class AttentionContributions:
     query: int
     key: int
     value: float
-    """The score of the key minus the pattern's mean of all scores."""
+    """The score of the key minus the pattern's mean of all scores; the score itself where it was asked for raw."""
     pattern: float
     """How much the head looks there, 0 to 1."""
     position: float
@@ -113,6 +113,7 @@ def attention_contributions(
     key: int,
     *,
     top: int = 20,
+    raw: bool = False,
 ) -> AttentionContributions:
     """Split why `head` of `layer` looks from position `query` at position `key`.
 
@@ -123,6 +124,7 @@ def attention_contributions(
         layer, head, query, key: which entry of which pattern.
         top: how many nodes per side have rows of their own (the others of a layer share one), and how many writes of
             each side are paired.
+        raw: split the key's score alone, which means something only beside another key's.
 
     Raises:
         SettingsError: a place that is not there, or one at which the head does not look at all.
@@ -135,7 +137,7 @@ def attention_contributions(
             f"layer {layer}, head {head}, query {query}, key {key}."
         )
     with Relp(model, _RULES):
-        run, score = _run(model, batch, slots, layer, head, query, key)
+        run, score = _run(model, batch, slots, layer, head, query, key, raw=raw)
         layers = attention_layers(run)[: layer + 1]
         one = torch.ones(1).to(score.value)
         (at_query,), (at_key,) = (pull(score.value, [leaf], one) for leaf in (score.query_leaf, score.key_leaf))
@@ -163,8 +165,9 @@ def attention_contributions(
 
 
 def _run(
-    model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], layer: int, head: int, query: int, key: int
-) -> tuple[PromptRun, _Score]:
+    model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], layer: int, head: int, query: int, key: int,
+    *, raw: bool,
+) -> tuple[PromptRun, _Score]:  # fmt: skip
     """Run the prompt with leaves in place of the layer's queries and keys."""
     names = {name: f"blocks.{layer}.attn.hook_{name}" for name in ("q", "k", "attn_scores")}
     points = hook_points(model)
@@ -202,7 +205,7 @@ def _run(
         raise UnsupportedModelError(
             f"expected {names['attn_scores']} to depend on hook_q and hook_k; it does not on this model."
         )
-    weights = -pattern[live] + (live == key).to(pattern)
+    weights = (live == key).to(pattern) - (0.0 if raw else pattern[live])
     value = (weights.to(scores) * scores).sum()
     return run, _Score(value, float(pattern[key]), past["q"], past["k"], leaves["q"], leaves["k"])
 

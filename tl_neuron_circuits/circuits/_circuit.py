@@ -9,7 +9,6 @@ import networkx
 import pandas as pd
 
 from .. import _html
-from .._errors import SettingsError
 from .._files import read_directory, write_directory
 from .._typing import checked
 from ..bases._site import Basis
@@ -33,6 +32,8 @@ from ._targets import TargetLike
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from ._edge_heads import Traced
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,6 +74,8 @@ class Circuit:
     """Where the nodes live, for evaluation and steering; dictionaries are not saved with a circuit."""
     head_parts: pd.DataFrame | None = field(default=None, kw_only=True)
     """Edges split by head, once `with_heads` did it; `heads` shows them."""
+    traced: "Traced | None" = field(default=None, kw_only=True)
+    """The model, as long as it lives, and the prompts; neither is saved."""
 
     def __post_init__(self) -> None:
         """Give the columns one type each, whatever pandas made of them; the basis of neurons needs no dictionaries."""
@@ -317,9 +320,9 @@ class Circuit:
 
     def with_heads(
         self,
-        model: TransformerLensModel,
-        edges: int | pd.DataFrame = 100,
+        edges: int | pd.DataFrame | Sequence[tuple[str, str]] = 100,
         *,
+        model: TransformerLensModel | None = None,
         pairs: PromptPairs | TokenizedPairs | None = None,
         target: TargetLike = None,
     ) -> "Circuit":
@@ -331,9 +334,9 @@ class Circuit:
         position is where the *last* head looks. Patterns and norms are frozen, as in the edges themselves.
 
         Args:
-            model: the model that was traced.
-            edges: how many of the strongest, or rows of `edges`.
-            pairs: those that were traced, if not a single prompt.
+            edges: how many of the strongest, rows of `edges`, or (source, target) of some.
+            model: the model that was traced; needed where the circuit was loaded from a file.
+            pairs: those that were traced, likewise, if not a single prompt.
             target: as given to `trace`, where it was a direction or a metric.
 
         Returns:
@@ -348,61 +351,70 @@ class Circuit:
             >>> import tl_neuron_circuits as tnc
             >>> model = tnc.load_demo_model()
             >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
-            >>> heads = circuit.with_heads(model, edges=10).heads()
+            >>> heads = circuit.with_heads(edges=10).heads()
             >>> heads[["source", "target"]].drop_duplicates().shape
             (10, 2)
         """
-        return replace(self, head_parts=_edge_heads.split_edges(model, self, edges, pairs, target))
+        return replace(self, head_parts=_edge_heads.split_edges(self, edges, model, pairs, target))
 
-    def heads(self, edges: int | pd.DataFrame | Sequence[tuple[str, str]] | None = None) -> pd.DataFrame:
+    def heads(
+        self,
+        edges: int | pd.DataFrame | Sequence[tuple[str, str]] | None = None,
+        *,
+        model: TransformerLensModel | None = None,
+        pairs: PromptPairs | TokenizedPairs | None = None,
+    ) -> pd.DataFrame:
         """Which heads carry edges, and from where: one row per part, strongest edges first.
 
-        Columns: source, target; kind ("head", "direct", or "rest" for parts too small for a row); layer, head,
-        from_position; part (in units of the edge's weight), attribution, share (of the edge). The parts of an edge sum
-        to it.
+        Edges that `with_heads` has split are looked up, others are split now: see there what a part is.
 
         Args:
-            edges: how many edges, rows of `edges`, or (source, target) of some; by default all that were split.
+            edges: how many edges, rows of `edges`, or (source, target) of some; by default all that were split, else
+                the 20 strongest.
+            model: as in `with_heads`.
+            pairs: as in `with_heads`.
+
+        Returns:
+            Columns source, target; kind ("head", "direct", or "rest" for parts too small for a row); layer, head,
+            from_position; part (in units of the edge's weight), attribution, share (of the edge). The parts of an edge
+            sum to it.
 
         Raises:
-            SettingsError: edges that were not split; `with_heads(model)` does it.
+            SettingsError: edges that are not there, or a model that is needed and not given.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> circuit.heads(3)["kind"].isin(["head", "direct", "rest"]).all()
+            True
         """
-        if self.head_parts is None:
-            raise SettingsError("this circuit's edges are not split by head: circuit.with_heads(model) does it.")
-        parts = self.head_parts
-        own = pd.MultiIndex.from_frame(parts[["source", "target"]])
-        if edges is None:
-            return parts.copy()
-        if isinstance(edges, int):
-            return parts[own.isin(own.unique()[:edges])].reset_index(drop=True)
-        pairs = edges[["source", "target"]].itertuples(index=False) if isinstance(edges, pd.DataFrame) else edges
-        wanted = [tuple(pair) for pair in pairs]
-        missing = [pair for pair in wanted if pair not in own]
-        if missing:
-            raise SettingsError(
-                f"expected edges that were split by head; {missing[:3]} were not. circuit.with_heads(model, edges=...) "
-                "takes a number, or rows of circuit.edges."
-            )
-        return parts[own.isin(wanted)].reset_index(drop=True)
+        parts = _edge_heads.known_parts(self, edges)
+        if parts is None:
+            parts = _edge_heads.split_edges(self, 20 if edges is None else edges, model, pairs, None)
+        return parts
 
     def attention(
         self,
-        model: TransformerLensModel,
         at: tuple[str, str] | tuple[int, int, int, int],
         *,
+        model: TransformerLensModel | None = None,
         pairs: PromptPairs | TokenizedPairs | None = None,
         top: int = 20,
+        raw: bool = False,
     ) -> AttentionContributions:
         """Why a head looks where it looks: its score, split into what wrote into the residual stream at both ends.
 
         RelP cuts queries and keys, so this is an explanation beside the edges and never added to them.
 
         Args:
-            model: the model that was traced.
-            at: (layer, head, query position, key position); or an edge (source, target) that was split, of which the
-                strongest head is taken.
-            pairs: the one that was traced, if not a single prompt.
+            at: (layer, head, query position, key position); or an edge (source, target), of which the strongest head
+                is taken.
+            model: as in `with_heads`.
+            pairs: as in `with_heads`.
             top: how many nodes of a layer have rows of their own, and how many writes of each side are paired.
+            raw: split the key's score alone, not its difference to the pattern's mean of all scores. Scores mean
+                nothing up to a constant of the query.
 
         Returns:
             The key's score minus the pattern's mean of all scores (the change of the log of the pattern), the
@@ -417,18 +429,18 @@ class Circuit:
             >>> import tl_neuron_circuits as tnc
             >>> model = tnc.load_demo_model()
             >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
-            >>> why = circuit.attention(model, (1, 0, 7, 6))
+            >>> why = circuit.attention((1, 0, 7, 6))
             >>> sides = why.writes.groupby("side")["contribution"].sum()
             >>> bool(abs(sides["query"] - sides["key"]) < 1e-3)
             True
         """
-        return _edge_heads.explain_attention(model, self, at, pairs, top)
+        return _edge_heads.explain_attention(self, at, model, pairs, top, raw=raw)
 
     def cut_heads(
         self,
-        model: TransformerLensModel,
         rows: pd.DataFrame | None = None,
         *,
+        model: TransformerLensModel | None = None,
         pairs: PromptPairs | TokenizedPairs | None = None,
     ) -> pd.DataFrame:
         """Test parts of edges: cut each by path patching through its head, and measure what changes.
@@ -438,9 +450,9 @@ class Circuit:
         target's own nonlinearity do.
 
         Args:
-            model: the model that was traced.
             rows: of `heads()`; by default the strongest 20 parts that heads bring.
-            pairs: those that were traced, if not a single prompt.
+            model: as in `with_heads`.
+            pairs: as in `with_heads`.
 
         Returns:
             The rows with columns predicted (the part) and measured (live minus cut), in the target's units: a neuron's
@@ -453,15 +465,15 @@ class Circuit:
             >>> import tl_neuron_circuits as tnc
             >>> model = tnc.load_demo_model()
             >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
-            >>> tested = circuit.with_heads(model, edges=20).cut_heads(model)
+            >>> tested = circuit.with_heads(edges=20).cut_heads()
             >>> bool(tested["predicted"].corr(tested["measured"]) > 0.5)
             True
         """
-        chosen = self.heads() if rows is None else rows
+        chosen = self.heads(model=model, pairs=pairs) if rows is None else rows
         if rows is None:
             brought = chosen[chosen["kind"] == "head"]
             chosen = brought.loc[brought["attribution"].abs().sort_values(ascending=False, kind="stable").index[:20]]
-        return _edge_heads.cut_parts(model, self, chosen, pairs)
+        return _edge_heads.cut_parts(self, chosen, model, pairs)
 
     def graph(self) -> networkx.DiGraph:
         """The circuit as a networkx graph, with the tables' columns as attributes."""

@@ -4,6 +4,7 @@ A circuit is a result without its model, so its prompts are run again here; `_he
 `_attention.py` says why a head looks where it looks, and `interventions/_head_ablation.py` cuts a part to test it.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,14 @@ _SOURCES, _RECEIVERS = ("neuron", "feature", "embedding", "error"), ("neuron", "
 _SMALLEST = 0.002  # of the sum of an edge's |parts|: smaller ones share a row
 
 
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """What a circuit was traced on."""
+
+    model: "weakref.ref[Any]"
+    pairs: TokenizedPairs
+
+
 @dataclass(frozen=True)
 class _Again:
     """The prompts of a circuit, to be run again."""
@@ -48,11 +57,15 @@ class _Again:
     paired: bool
 
 
+Edges = int | pd.DataFrame | Sequence[tuple[str, str]]
+
+
 def split_edges(
-    model: TransformerLensModel, circuit: "Circuit", edges: int | pd.DataFrame, pairs: Any, target: TargetLike
+    circuit: "Circuit", edges: Edges, model: TransformerLensModel | None, pairs: Any, target: TargetLike
 ) -> pd.DataFrame:
     """The parts of the strongest edges, or of those given: see `Circuit.with_heads`."""
     table = _chosen_edges(circuit, edges)
+    model = _model_of(circuit, model)
     again = _run_again(model, circuit, pairs, target)
     nodes = circuit.nodes.set_index("node")
     names = [list(dict.fromkeys(table[end])) for end in ("source", "target")]
@@ -83,7 +96,34 @@ def split_edges(
     return _part_table(table, nodes, direct, parts)
 
 
-def _chosen_edges(circuit: "Circuit", edges: int | pd.DataFrame) -> pd.DataFrame:
+def known_parts(circuit: "Circuit", edges: Edges | None) -> pd.DataFrame | None:
+    """The parts of these edges, where all of them are split already."""
+    if circuit.head_parts is None:
+        return None
+    own = pd.MultiIndex.from_frame(circuit.head_parts[["source", "target"]])
+    if edges is None:
+        return circuit.head_parts.copy()
+    wanted = own.unique()[:edges] if isinstance(edges, int) else pd.MultiIndex.from_tuples(_ends(edges))
+    if not wanted.isin(own).all() or (isinstance(edges, int) and len(wanted) < edges):
+        return None
+    return circuit.head_parts[own.isin(wanted)].reset_index(drop=True)
+
+
+def _ends(edges: pd.DataFrame | Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    rows = edges[["source", "target"]].itertuples(index=False) if isinstance(edges, pd.DataFrame) else edges
+    return [(str(source), str(target)) for source, target in rows]
+
+
+def _model_of(circuit: "Circuit", model: TransformerLensModel | None) -> TransformerLensModel:
+    """The model given, else the one that was traced, if it still lives."""
+    if model is None and circuit.traced is not None:
+        model = circuit.traced.model()
+    if model is None:
+        raise SettingsError("this circuit was loaded, or its model is gone: give the model that was traced, model=...")
+    return model
+
+
+def _chosen_edges(circuit: "Circuit", edges: Edges) -> pd.DataFrame:
     """Edges whose sources have one place."""
     kind = circuit.nodes.set_index("node")["kind"]
     ends = (("source", _SOURCES), ("target", _RECEIVERS))
@@ -95,7 +135,7 @@ def _chosen_edges(circuit: "Circuit", edges: int | pd.DataFrame) -> pd.DataFrame
                 f"{len(own)}. Edges of groups, remainders and biases have no one place to come from."
             )
         return own.head(edges)
-    wanted = set(zip(edges["source"], edges["target"], strict=True))
+    wanted = set(_ends(edges))
     chosen = own[[pair in wanted for pair in zip(own["source"], own["target"], strict=True)]]
     if len(chosen) < len(wanted):
         missing = sorted(wanted - set(zip(chosen["source"], chosen["target"], strict=True)))
@@ -107,6 +147,7 @@ def _run_again(model: TransformerLensModel, circuit: "Circuit", pairs: Any, targ
     settings = circuit.settings
     if settings["model"] != model_name(model):
         raise SettingsError(f"this circuit is of {settings['model']}; got {model_name(model)}. Give its own model.")
+    pairs = circuit.traced.pairs if pairs is None and circuit.traced is not None else pairs
     if pairs is None:
         tokens = settings.get("token_ids")
         if tokens is None or settings["baseline"] == "corrupt":
@@ -176,12 +217,13 @@ def _part_table(table: pd.DataFrame, nodes: pd.DataFrame, direct: Tensor, parts:
 
 
 def explain_attention(
-    model: TransformerLensModel, circuit: "Circuit", at: Sequence[Any], pairs: Any, top: int
+    circuit: "Circuit", at: Sequence[Any], model: TransformerLensModel | None, pairs: Any, top: int, *, raw: bool
 ) -> AttentionContributions:
     """Why a head looks where it looks: see `Circuit.attention`."""
+    model = _model_of(circuit, model)
     if len(at) == 2:
         source, target = at
-        own = circuit.heads([(source, target)])
+        own = circuit.heads([(source, target)], model=model, pairs=pairs)
         own = own[own["kind"] == "head"]
         if own.empty:
             raise SettingsError(f"no head brings anything of the edge from {source} to {target}.")
@@ -198,11 +240,12 @@ def explain_attention(
             f"attention is explained on one prompt; got {len(again.batches)}. Trace the prompt alone: its circuit has "
             "its own heads."
         )
-    return attention_contributions(model, again.batches[0], again.slots, layer, head, query, key, top=top)
+    return attention_contributions(model, again.batches[0], again.slots, layer, head, query, key, top=top, raw=raw)
 
 
-def cut_parts(model: TransformerLensModel, circuit: "Circuit", rows: pd.DataFrame, pairs: Any) -> pd.DataFrame:
+def cut_parts(circuit: "Circuit", rows: pd.DataFrame, model: TransformerLensModel | None, pairs: Any) -> pd.DataFrame:
     """Predicted and measured effects of parts: see `Circuit.cut_heads`."""
+    model = _model_of(circuit, model)
     again = _run_again(model, circuit, pairs, None)
     nodes = circuit.nodes.set_index("node")
     own = rows[rows["kind"] == "head"].reset_index(drop=True)

@@ -5,6 +5,7 @@ and `_direct_effects.py` computes scores and edges. Here they meet, and numbers 
 """
 
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from ..tasks._tokenized import Batch, TokenizedPairs
 from ._choose import ByShare, Choice, choose_nodes, rank_nodes
 from ._circuit import Circuit
 from ._direct_effects import DirectEffects, Targets, Totals, direct_effects, mean_totals
+from ._edge_heads import Traced
 from ._explained import ByExplained, count_explained
 from ._rollout import Rollout, roll_out
 from ._slots import Slot, find_slots
@@ -208,7 +210,8 @@ def trace(
         "skipped_positions": skipped, "exclude": [list(pair) for pair in exclude], "rules": list(ALL_RULES),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk, "versions": versions(),
     }  # fmt: skip
-    circuit = Circuit(table, edge_table(edges), settings, basis=basis)
+    traced = Traced(weakref.ref(model), pairs)
+    circuit = Circuit(table, edge_table(edges), settings, basis=basis, traced=traced)
     for note in circuit.notes:
         logger.warning(note)
     return circuit
