@@ -122,7 +122,12 @@ def test_taking_a_write_away_changes_the_score_by_its_contribution(case: ModelCa
         own = found.writes.query("side == 'query'").set_index(["kind", "layer", "unit", "position"])["contribution"]
         for (kind, number, unit), write in writes.items():
             change = score(torch.zeros_like(write), raw) - score(write.detach(), raw)
-            assert own[kind, number, unit, QUERY] == pytest.approx(change, abs=1e-8), (kind, number, unit, raw)
+            assert own.get((kind, number, unit, QUERY), 0.0) == pytest.approx(change, abs=1e-8), (
+                kind,
+                number,
+                unit,
+                raw,
+            )
         sides = found.writes.groupby("side")["contribution"].sum()
         assert sides["query"] == pytest.approx(found.value - found.position, abs=1e-8)
         assert sides["key"] == pytest.approx(found.value - found.position, abs=1e-8)

@@ -386,7 +386,7 @@ class Circuit:
             >>> import tl_neuron_circuits as tnc
             >>> model = tnc.load_demo_model()
             >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
-            >>> circuit.heads(3)["kind"].isin(["head", "direct", "rest"]).all()
+            >>> bool(circuit.heads(3)["kind"].isin(["head", "direct", "rest"]).all())
             True
         """
         parts = _edge_heads.known_parts(self, edges)
