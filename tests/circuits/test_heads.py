@@ -117,6 +117,17 @@ def test_parts_sum_to_their_edge_and_equal_a_slow_split(case: ModelCase) -> None
     assert (nodes.loc[direct["target"], "position"].to_numpy() == direct["from_position"]).all()
 
 
+@pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))
+def test_parts_sum_to_their_edge_in_float32(case: ModelCase) -> None:
+    circuit = circuit_of(case.build(torch.float32))
+    parts = circuit.heads(60)
+    sums = parts.groupby(["source", "target"])["part"].sum()
+    weights = circuit.edges.set_index(["source", "target"])["weight"][sums.index]
+    off = (sums - weights).abs().to_numpy()
+    sizes = parts["part"].abs().groupby([parts["source"], parts["target"]]).sum()[sums.index].to_numpy()
+    assert (off <= 1e-4 * sizes).all()
+
+
 @pytest.mark.parametrize("case", all_models("llama"))
 def test_parts_of_pairs_sum_too(case: ModelCase) -> None:
     model = case.build(torch.float32)
