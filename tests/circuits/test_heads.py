@@ -119,7 +119,8 @@ def test_parts_sum_to_their_edge_and_equal_a_slow_split(case: ModelCase) -> None
 
 @pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))
 def test_parts_sum_to_their_edge_in_float32(case: ModelCase) -> None:
-    circuit = circuit_of(case.build(torch.float32))
+    model = case.build(torch.float32)
+    circuit = circuit_of(model)
     parts = circuit.heads(60)
     sums = parts.groupby(["source", "target"])["part"].sum()
     weights = circuit.edges.set_index(["source", "target"])["weight"][sums.index]
