@@ -594,4 +594,5 @@ class Circuit:
         best = self.to_dataframe().query("kind not in ('logit', 'unselected', 'bias')").head(20)
         shown = ["label", "kind", "layer", "position", "token", "activation", "score", "share", "group"]
         pages = _html.neuron_pages(str(self.settings["model"]), best)
-        return _html.block(repr(self), _html.table(best[shown], bars=("score",), links={"label": pages}))
+        notes = [_html.note(note) for note in self.notes]
+        return _html.block(repr(self), *notes, _html.table(best[shown], bars=("score",), links={"label": pages}))
