@@ -99,7 +99,8 @@ def _numbers(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         parts: Any = {f"{kind}/{hook}": scores for hook, kind, scores in result.blocks()}
         result = {**parts, "top": result.top(20)}
     elif is_dataclass(result):
-        result = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "settings"}
+        others = ("settings", "traced")  # what the result is of, not its numbers
+        result = {field.name: getattr(result, field.name) for field in fields(result) if field.name not in others}
     if isinstance(result, Tensor):
         yield name, result.detach().cpu().double().flatten()
     elif isinstance(result, (int, float)):
