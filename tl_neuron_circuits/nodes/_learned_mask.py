@@ -91,7 +91,6 @@ class MaskGradient(Method):
 
     def check(self, scope: Scope) -> None:
         """Known choices, positive numbers, single nodes, and no denoising."""
-        refuse_cross_layer(scope.sites, self.name)
         _check(self, scope)
 
     def score(
@@ -167,7 +166,6 @@ class LearnedMask(Method):
 
     def check(self, scope: Scope) -> None:
         """Known choices, positive numbers, single nodes, and no denoising."""
-        refuse_cross_layer(scope.sites, self.name)
         _check(self, scope)
 
     def score(
@@ -656,6 +654,7 @@ def _loss(method: "MaskGradient | LearnedMask", found: Tensor, references: Refer
 
 
 def _check(method: "MaskGradient | LearnedMask", scope: Scope) -> None:
+    refuse_cross_layer(scope.sites, method.name)
     for option, known in CHOICES.items():
         value = getattr(method, option, known[0])
         if value not in known:
