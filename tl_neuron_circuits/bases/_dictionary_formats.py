@@ -164,7 +164,7 @@ def _read_npz(
 ) -> Dictionary:
     """One of Gemma Scope's SAEs or transcoders."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(file) as arrays:  # by default nothing pickled is read
             tensors = {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise FileFormatError(
