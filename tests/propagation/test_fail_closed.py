@@ -77,6 +77,27 @@ def test_the_check_is_made_once_and_again_when_weights_or_flags_change(case: Mod
     assert count == [3]
 
 
+@needs_bridge
+def test_the_check_is_made_again_when_a_bias_in_a_buffer_changes(monkeypatch: Any) -> None:
+    model, count, find = bridge("gpt2"), [0], conservation.find_problem
+    model.enable_compatibility_mode()
+
+    def counted(*arguments: Any) -> Any:
+        count[0] += 1
+        return find(*arguments)
+
+    monkeypatch.setattr(conservation, "find_problem", counted)
+    for _ in range(2):
+        with relp(model):
+            pass
+    assert count == [1]
+    with torch.no_grad():
+        model.unembed._original_component.bias.add_(1.0)
+    with relp(model):
+        pass
+    assert count == [2]
+
+
 @on_gpt2
 def test_users_hooks_are_no_part_of_the_check(case: ModelCase) -> None:
     model, calls = settled(case.build()), []

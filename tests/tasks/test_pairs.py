@@ -40,6 +40,7 @@ def test_columns_are_tuples_and_pairs_come_back_by_index_slice_and_list() -> Non
         ({"clean": ["a b", "c d"], "answer": [" x"]}, r"pair 1 \('c d'\) is the first incomplete"),
         ({"clean": ["a"], "answer": [" x", " y"]}, "pair 1 .no clean prompt."),
         ({"clean": ["a"], "answer": [" x"], "labels": []}, "pair 0"),
+        ({"clean": ["a\udce9"], "answer": [" x"]}, "clean of pair 0: expected text that UTF-8 can hold"),
         ({"clean": ["a", ""], "answer": [" x", " y"]}, "clean of pair 1 must be a non-empty string, got ''"),
         ({"clean": "a", "answer": [" x"]}, "clean must be a list of strings, .* got 'a'"),
         ({"clean": ["a"], "answer": [" x"], "wrong_answer": [" x"]}, r"pair 0 \('a'\): answer and wrong_answer"),
