@@ -138,7 +138,9 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "trace": lambda model: tnc.trace(model, TOKENS[0]),
     "train": lambda model: tnc.transcoders.train(model, TOKENS),
     "variance": lambda model: tnc.nodes.activation_variance(model, PAIRS),
-    "right": lambda model: contrasts_right(model, tnc.PromptPairs.from_pairs([tnc.tasks.PromptPair("a", " b")]), None, 1),
+    "right": lambda model: contrasts_right(
+        model, tnc.PromptPairs.from_pairs([tnc.tasks.PromptPair("a", " b")]), None, 1
+    ),
 }  # what runs the model by other ways than `attribute`
 
 

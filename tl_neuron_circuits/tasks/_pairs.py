@@ -375,7 +375,7 @@ def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:
             text.encode()
         except UnicodeEncodeError:
             raise PairsError(
-                f"{name} of pair {index}: expected text that UTF-8 can hold, got {text!r} with half of a surrogate pair. "
+                f"{name} of pair {index}: expected text that UTF-8 can hold, got half of a surrogate pair in {text!r}. "
                 "Decode the bytes with errors='replace', or give tokens (TokenizedPairs.from_tokens)."
             ) from None
     return column
