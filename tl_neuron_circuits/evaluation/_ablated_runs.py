@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._memory import Halving, available_memory, first_batch, growth
 from .._meter import Meter
 from .._processes import Processes
+from .._progress import Bar, progress
 from ..bases._runs import answers_only, list_reads, run_logits, run_values, take_apart
 from ..bases._site import Parts, Site
 from ..interventions._ablation import Ablation, AblationSwitch, Kept
@@ -59,7 +59,7 @@ class Evaluation:
         processes: Processes,
         probe: "Callable[[Evaluation], object]",
         *,
-        shown: bool = False,
+        shown: bool | None = False,
     ) -> None:
         self._ablated, self._tokens, self._processes, self._shown = ablated, tokens, processes, shown
         size = _fitting(ablated, tokens, processes, probe) if batch_size == "auto" else batch_size
@@ -92,14 +92,14 @@ class Evaluation:
         """The metric of every prompt in n runs, of all processes' prompts; `runs` makes them for one batch."""
         out = torch.zeros(n, len(self._tokens), dtype=torch.float32)
         total = n * sum(len(batch) for batch in self._batches)
-        with torch.no_grad(), tqdm(total=total, desc="evaluate", disable=not self._shown, unit="prompt") as bar:
+        with torch.no_grad(), progress(total=total, desc="evaluate", verbose=self._shown, unit="prompt") as bar:
             for batch in self._batches:
                 for attempt in self._halving.pieces(batch):
                     with attempt as piece:
                         out[:, piece.index.cpu()] = self._measured(runs, piece, bar).cpu()
         return list(self._processes.total({"metrics": out})["metrics"])
 
-    def _measured(self, runs: Callable[..., list[Tensor]], batch: Batch, bar: tqdm) -> Tensor:
+    def _measured(self, runs: Callable[..., list[Tensor]], batch: Batch, bar: Bar) -> Tensor:
         before = bar.n
 
         def read(logits: Tensor, seen: Batch) -> Tensor:

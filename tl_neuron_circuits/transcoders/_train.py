@@ -29,13 +29,13 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import _html
 from .._errors import FileFormatError, NeuronCircuitsError, SaveError, SettingsError
 from .._files import fingerprint, read_directory, remove_empty, versions, write_directory
 from .._indices import as_integer
 from .._processes import Processes, current_processes
+from .._progress import progress
 from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..bases._dictionary_files import save_dictionary
@@ -121,7 +121,7 @@ def train(
     *,
     directory: str | Path | None = None,
     resume: bool = False,
-    verbose: bool = True,
+    verbose: bool | None = None,
 ) -> TrainingReport:
     """Train one dictionary per layer on the model's own activations.
 
@@ -133,7 +133,8 @@ def train(
         directory: where checkpoints go; None for none.
         resume: continue from the newest checkpoint there, with the same settings, model, tokens and number of
             processes; a tensor or a list of tokens is checked, any other iterable must give the same batches again.
-        verbose: show a progress bar with loss, L0, variance explained and share of dead features.
+        verbose: a progress bar with loss, L0, variance explained and share of dead features. None: after two
+            seconds, in a notebook or a terminal.
 
     Raises:
         SettingsError: settings or tokens cannot be used, the iterator is empty or ends early, or the checkpoints are
@@ -165,8 +166,8 @@ def train(
             training.restore(folder)
         else:
             training.begin(folder)
-        quiet = not (verbose and processes.first)
-        with tqdm(total=config.steps, initial=training.step, disable=quiet, desc=config.dictionary_kind) as bar:
+        shown = verbose if processes.first else False
+        with progress(total=config.steps, initial=training.step, desc=config.dictionary_kind, verbose=shown) as bar:
             while training.step < config.steps:
                 try:
                     training.advance()
