@@ -16,7 +16,7 @@ from .._memory import Halving, available_memory, first_batch, growth
 from .._meter import Meter
 from .._processes import Processes
 from .._progress import Bar, progress
-from ..bases._runs import answers_only, list_reads, run_logits, run_values, take_apart
+from ..bases._runs import answers_only, list_reads, run_values, take_apart
 from ..bases._site import Parts, Site
 from ..interventions._ablation import Ablation, AblationSwitch, Kept
 from ..models._protocol import TransformerLensModel
@@ -24,6 +24,7 @@ from ..models._threads import hooked
 from ..nodes._scope import shared_means
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch, TokenizedPairs
+from ._shared_prefix import SharedPrefix, after, kept_after
 
 logger = logging.getLogger(__name__)
 Baselines = Mapping[str, Parts | None]
@@ -66,6 +67,7 @@ class Evaluation:
         self._halving = Halving(processes.fair(size, len(tokens)), allowed=batch_size == "auto")
         self._batches = list(processes.share(tokens.batches(self._halving.size)))
         self._means = self._mean_values() if ablated.ablation == "mean" else {}
+        self._prefix = SharedPrefix(ablated.model, tokens, ablated.ablation, ablated.metric)
         self._sources = self._shuffled() if ablated.ablation == "resample" else None
 
     @property
@@ -78,12 +80,13 @@ class Evaluation:
         model, sites = self._ablated.model, self._ablated.sites
 
         def runs(batch: Batch, base: Baselines, read: Read) -> list[Tensor]:
-            switch, found = AblationSwitch(sites, base), []
-            narrow = answers_only(model, batch, self._ablated.metric)
-            with narrow as seen, hooked(model, switch.hooks):
-                for chosen in sets:
-                    switch.keep(chosen())
-                    found.append(read(run_logits(model, batch.clean, batch.attention_mask), seen))
+            found = []
+            with self._prefix.runs(batch, len(sets)) as (start, rest, forward):
+                switch = AblationSwitch(sites, after(base, start))
+                with answers_only(model, rest, self._ablated.metric) as seen, hooked(model, switch.hooks):
+                    for chosen in sets:
+                        switch.keep(kept_after(chosen(), start))
+                        found.append(read(forward(), seen))
             return found
 
         return self.measured(runs, len(sets))
