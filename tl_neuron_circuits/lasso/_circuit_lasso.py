@@ -21,8 +21,9 @@ from torch import Tensor
 from .._errors import SettingsError
 from .._files import versions
 from .._indices import as_count
+from .._memory import available_memory
 from .._options import Options
-from .._processes import current_processes
+from .._processes import Processes, current_processes
 from .._progress import progress
 from .._typing import checked
 from ..bases._site import Basis, basis_name
@@ -30,15 +31,17 @@ from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
-from ..tasks._tokenized import TokenizedPairs
+from ..tasks._tokenized import Batch, TokenizedPairs
 from ._edges import Fitted, Nodes, edge_keys, list_nodes, tables
 from ._lasso_circuit import LassoCircuit, lasso_circuit
+from ._memory import require_memory
 from ._observations import (
     Block,
     Components,
     Inputs,
     Noise,
     Observations,
+    Observer,
     Readout,
     Regression,
     Regressors,
@@ -47,6 +50,7 @@ from ._observations import (
     build_regressions,
     check_prompts,
     gather_blocks,
+    measure_size,
     observe_block,
     read_blocks,
     select_prompts,
@@ -55,7 +59,7 @@ from ._observations import (
     write_block,
 )
 from ._solver import solve_group_lasso, solve_lasso
-from ._statistics import Standardized, Statistics, standardize
+from ._statistics import Accumulator, Standardized, Statistics, standardize
 
 Joint = Literal["joint", "pairs", "adjacent"]
 
@@ -257,12 +261,15 @@ class CircuitLasso:
         dealt = [select_prompts(tokens, sorted(order[block :: self.blocks].tolist())) for block in range(self.blocks)]
         processes = current_processes()
         with processes.together("CircuitLasso.observe", settings):
-            regressions = build_regressions(watch, next(dealt[0].batches(1)), self.regressors, skip)
+            first = next(dealt[0].batches(1))
+            joined = self._fit_into_memory(watch, first, skip, resume, processes)
+            regressions = build_regressions(watch, first, self.regressors, skip)
             # the size of the noise is measured once, on the first prompts; draws start anew with every block, so that
             # a block is the same whichever process observes it, and when
             deviations = watch.deviations(next(dealt[0].batches(batch_size))) if self.noise else {}
             finished = {} if resume is None else read_blocks(Path(resume), settings)
             mine: dict[int, Block] = {}
+            sums = (Accumulator(), Accumulator())
             with progress(total=len(tokens), desc="observed prompts", verbose=verbose, unit="prompt") as bar:
                 for block in processes.share(range(self.blocks)):
                     if block in finished:
@@ -271,12 +278,37 @@ class CircuitLasso:
                         draws = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + block)
                         noise = Noise(self.noise, deviations, draws) if self.noise else None
                         batches = dealt[block].batches(batch_size)
-                        mine[block] = observe_block(watch, batches, self.regressors, skip, noise)
+                        mine[0 if joined else block] = observe_block(
+                            watch, batches, self.regressors, skip, noise, sums if joined else None
+                        )
                         if resume is not None:
                             write_block(Path(resume), block, mine[block], settings)
                     bar.update(len(dealt[block]))
             blocks = gather_blocks(processes, mine)
         return Observations(watch.sites, regressions, tuple(zip(*blocks, strict=True)), settings)
+
+    def _fit_into_memory(
+        self, watch: Observer, first: Batch, skip: int, resume: str | Path | None, processes: Processes
+    ) -> bool:
+        """Whether blocks are joined as they come, which is done where they would not fit and nothing asks for them.
+
+        Raises:
+            SettingsError: not even joined they fit.
+        """
+        asked = {
+            "held-out error (penalty=MostEdges(...) or Share(...))": isinstance(self.penalty, HeldOut),
+            "bootstrap": self.bootstrap > 0,
+            "resume": resume is not None,
+            "second process": processes.count > 1,
+        }
+        reasons = [reason for reason, holds in asked.items() if holds]
+        size = measure_size(watch, first, self.regressors, skip, -(-self.blocks // processes.count))
+        available = available_memory(watch.model)
+        joined = available is not None and size.bytes > available and not reasons
+        heads = isinstance(self.nodes, Components) and self.nodes.attention == "heads"
+        joins = " or ".join(reasons) or None
+        require_memory(replace(size, kept=1) if joined else size, available, joins=joins, heads=heads)
+        return joined
 
     def solve(self, observations: Observations, *, verbose: bool | None = None) -> LassoCircuit:
         """Choose the penalty and solve; the model is no longer needed.
