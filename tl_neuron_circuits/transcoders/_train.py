@@ -34,6 +34,7 @@ from .. import _html
 from .._errors import FileFormatError, NeuronCircuitsError, SaveError, SettingsError
 from .._files import fingerprint, read_directory, remove_empty, versions, write_directory
 from .._indices import as_integer
+from .._memory import available_memory
 from .._processes import Processes, current_processes
 from .._progress import progress
 from .._typing import checked
@@ -41,7 +42,7 @@ from ..bases._dictionary import Dictionary
 from ..bases._dictionary_files import save_dictionary
 from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
-from ._buffer import ActivationBuffer, TokenStream, flat_values, training_sites
+from ._buffer import ActivationBuffer, TokenStream, TrainingSite, flat_values, training_sites
 from ._config import TrainingConfig
 from ._trainee import MEASURES, Scaling, Trainee
 
@@ -184,6 +185,28 @@ def train(
         return training.report()
 
 
+def _require_memory(
+    sites: Sequence[TrainingSite], config: TrainingConfig, processes: int, available: int | None
+) -> None:
+    """Raise where the weights of all layers, with gradients and Adam's moments, and the buffer cannot fit.
+
+    Raises:
+        SettingsError: with the sizes, and the settings that help.
+    """
+    weights = 16 * sum(config.d_dict * (site.d_in + site.d_out) for site in sites)
+    width = sum(site.d_in + (site.d_out if site.hook_out != site.hook_in else 0) for site in sites)
+    value = 2 if config.precision == "bfloat16" else 4
+    buffer = value * width * (config.buffer_size // processes)
+    if available is None or weights + buffer <= available:
+        return
+    raise SettingsError(
+        f"expected a training that fits into memory: {len(sites)} dictionaries of {config.d_dict:,} features need "
+        f"{weights / 1e9:.3g} GB (weights, gradients, moments) and a buffer of {config.buffer_size:,} positions "
+        f"{buffer / 1e9:.3g} GB; {available / 1e9:.3g} GB are free. Train fewer layers at a time (layers=), or give a "
+        "smaller d_dict or buffer_size" + (", or precision='bfloat16'." if value == 4 else ".")
+    )
+
+
 class _Training:
     """Everything that changes during one call of `train`."""
 
@@ -206,6 +229,7 @@ class _Training:
         self._first = first[:1]
         self._sites = training_sites(model, self._first, config)
         self._hooks = tuple(dict.fromkeys(name for site in self._sites for name in (site.hook_in, site.hook_out)))
+        _require_memory(self._sites, config, count, available_memory(model))
         self._generator = torch.Generator().manual_seed(config.seed)
         self._buffer = ActivationBuffer(
             model,
