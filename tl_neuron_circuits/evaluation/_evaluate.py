@@ -65,7 +65,8 @@ def evaluate(
         completeness: False saves half of the forwards and leaves completeness nan.
         batch_size: prompts in one pass. Cost: 2 + 2 x sizes forwards per batch, and one over the corrupt prompts; sets
             that are the same (all nodes, none) are run once. "auto" begins with what fits into memory, and halves where
-            it runs out all the same; `.settings["batch_size"]` says what was used.
+            it runs out all the same; `.settings["batch_size"]` says what was used. A beginning that all prompts share
+            is run once where ablation changes nothing there.
         seed: of "resample".
         verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
