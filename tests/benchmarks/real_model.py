@@ -1,10 +1,10 @@
 """What each step costs on a real language model, beside its own forward and backward in the same run.
 
-    python -m tests.benchmarks.real_model [--update-docs] [--rounds 2] [--only trace]
+    python -m tests.benchmarks.real_model [--update-docs] [--rounds 1] [--only trace]
 
 CPU seconds of one thread (a busy machine slows work and reference alike), each work followed by its reference, medians
-over the rounds after one that warms up. Peaks are resident memory above what was resident before (`VmHWM`). The model
-is that of `python -m tests.smollm2`.
+over the rounds after one that warms up; long rows run once. Peaks are resident memory above what was resident before
+(`VmHWM`). The model is that of `python -m tests.smollm2`.
 """
 
 import argparse
@@ -69,15 +69,15 @@ def rows(model: Any) -> dict[str, Row]:
         "attribute": Row(f"`attribute`, RelP, {size}", lambda: tnc.attribute(model, pairs), agreement, "f + fb"),
         "curve": Row(
             f"`evaluate`, 20 sizes, with completeness, {size}",
-            lambda: tnc.evaluate(model, pairs, scores), agreement, "41 f",
+            lambda: tnc.evaluate(model, pairs, scores), agreement, "41 f", 0,
         ),
         "few_shot": Row(
             f"the same, few-shot capitals, {shot}, of which all but the last few are shared",
-            lambda: tnc.evaluate(model, shots, of_shots), few_shot, "a third of 41 f", 1,
+            lambda: tnc.evaluate(model, shots, of_shots), few_shot, "a third of 41 f", 0,
         ),
         "trace100": Row(f"`trace`, 100 nodes, one prompt of {length}", traced(100), prompt),
         "trace300": Row(f"`trace`, 300 nodes, one prompt of {length}", traced(300), prompt),
-        "trace1000": Row(f"`trace`, 1,000 nodes, one prompt of {length}", traced(1000), prompt, "", 1),
+        "trace1000": Row(f"`trace`, 1,000 nodes, one prompt of {length}", traced(1000), prompt, "", 0),
         "page": Row("`node_details` over 32 prompts and `to_html`, 300 nodes", written, agreement),
         "html": Row("`to_html` alone, 300 nodes", lambda: circuits[300].to_html(page), prompt),
         "steer": Row(
@@ -114,30 +114,31 @@ def forward_and_backward(model: Any, batch: Batch) -> Work:
     return run
 
 
-def peak(work: Work) -> float:
-    """Megabytes of resident memory above what there was; freed blocks go back first."""
+def run_once(work: Work) -> tuple[float, float]:
+    """CPU seconds, and megabytes of resident memory above what there was; freed blocks go back first."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before, start = _status("VmRSS"), time.process_time()
     work()
-    return (_status("VmHWM") - before) / 1024
+    return time.process_time() - start, (_status("VmHWM") - before) / 1024
 
 
 def measure(model: Any, row: Row, rounds: int) -> dict[str, Any]:
     """Seconds and peaks of the row's work, and of its references."""
     sides = {"work": row.run, "forward": forward(model, row.batch), "both": forward_and_backward(model, row.batch)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    megabytes: dict[str, float] = {}
     for number in range(rounds + 1):
         for name, run in sides.items():
-            start = time.process_time()
-            run()
-            if number or (rounds == 1 and name == "work"):
-                seconds[name].append(time.process_time() - start)
+            took, peak = run_once(run)
+            if number or not rounds:  # else it warms up
+                seconds[name].append(took)
+            megabytes[name] = peak
     found = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "work": row.work, "bound": row.bound, "seconds": found["work"], "forward": found["forward"],
-        "both": found["both"], "mb": {name: peak(run) for name, run in sides.items()},
+        "both": found["both"], "mb": megabytes,
     }  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print, and with `--update-docs` write the JSON and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--update-docs", action="store_true")
     options = parser.parse_args()
@@ -177,7 +178,7 @@ def main() -> None:
     chosen = {name: row for name, row in rows(model).items() if not options.only or name in options.only}
     found = {}
     for name, row in chosen.items():
-        found[name] = measure(model, row, row.rounds or options.rounds)
+        found[name] = measure(model, row, options.rounds if row.rounds is None else row.rounds)
         print(json.dumps({name: found[name]}), flush=True)
     results = {"model": LABEL, "machine": machine(1), "rows": found}
     print(table(results))

@@ -68,7 +68,13 @@ def test_a_curve_from_the_prefix_is_the_curve(case: ModelCase, ablation: Any, mo
 
 def test_pairs_that_share_nothing_with_others_have_no_prefix_under_a_mean() -> None:
     model = model_of(next(iter(all_models("gpt2"))).values[0])
-    for own, ablation, length in ((False, "mean", 10), (True, "mean", 0), (True, "corrupt", 10), (False, "zero", 0)):
+    cases: list[tuple[bool, Any, int]] = [
+        (False, "mean", 10),
+        (True, "mean", 0),
+        (True, "corrupt", 10),
+        (False, "zero", 0),
+    ]
+    for own, ablation, length in cases:
         pairs = few_shot_pairs(own=own)
         (batch,) = pairs.batches(8)
         found = SharedPrefix(model, pairs, ablation, logit_difference).length(batch)

@@ -271,8 +271,11 @@ class Regression:
 def measure_size(watch: Observer, first: Batch, regressors: Regressors, skip: int, kept: int) -> Size:
     """How many columns `build_regressions` will make, from one prompt."""
     values, readout = watch.values(first)
-    slots = {"same": (1, 1), "pooled": (2, 1)}.get(regressors, (first.clean.shape[1] - skip,) * 2)
-    return Size(sum(value.shape[2] for value in values), *slots, 0 if readout is None else readout.shape[1], kept)
+    every = first.clean.shape[1] - skip
+    slots, target_slots = {"same": (1, 1), "pooled": (2, 1), "earlier": (every, every)}[regressors]
+    return Size(
+        sum(value.shape[2] for value in values), slots, target_slots, 0 if readout is None else readout.shape[1], kept
+    )
 
 
 def build_regressions(watch: Observer, first: Batch, regressors: Regressors, skip: int) -> tuple[Regression, ...]:
