@@ -159,6 +159,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_docs(results: dict[str, Any]) -> None:
+    """The JSON, and the table between its marks."""
+    JSON.write_text(json.dumps(results, indent=1) + os.linesep)
+    before, rest = PAGE.read_text().split(BEGIN)
+    m = results["machine"]
+    said = (
+        f"{m['cpu']}, one thread, torch {m['torch']}, TransformerLens {m['transformer-lens']}, {m['date']}; "
+        f"{results['model']}, on TransformerBridge."
+    )
+    PAGE.write_text(f"{before}{BEGIN}\n{said}\n\n{table(results)}\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     """Measure, print, and with `--update-docs` write the JSON and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,14 +195,7 @@ def main() -> None:
     results = {"model": LABEL, "machine": machine(1), "rows": found}
     print(table(results))
     if options.update_docs:
-        JSON.write_text(json.dumps(results, indent=1) + os.linesep)
-        before, rest = PAGE.read_text().split(BEGIN)
-        m = results["machine"]
-        said = (
-            f"{m['cpu']}, one thread, torch {m['torch']}, TransformerLens {m['transformer_lens']}, {m['date']}; "
-            f"{LABEL}, on TransformerBridge."
-        )
-        PAGE.write_text(f"{before}{BEGIN}\n{said}\n\n{table(results)}\n{END}{rest.split(END)[1]}")
+        write_docs(results)
 
 
 if __name__ == "__main__":
