@@ -23,6 +23,7 @@ import torch
 import tl_neuron_circuits as tnc
 from tests import smollm2 as smollm2_cache
 from tests.smollm2 import HUB_NAME, LABEL, REVISION, WEIGHTS_SHA256
+from tl_neuron_circuits.evaluation import _shared_prefix
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 N_LAYERS, D_MLP = 30, 1536
@@ -492,3 +493,24 @@ def test_the_cache_is_one_folder_whatever_the_working_folder_is(
     monkeypatch.setenv("TNC_MODEL_CACHE", "models")
     monkeypatch.chdir(tmp_path)
     assert smollm2_cache.cache() == tmp_path / "models"
+
+
+def test_few_shot_prompts_are_evaluated_from_their_shared_beginning(
+    smollm2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = tnc.tasks.capitals(2, model=smollm2, shots=3)
+    scores = tnc.attribute(smollm2, pairs, method="activation_difference")
+    seen: list[int] = []
+    handle = smollm2.get_submodule("blocks.1.mlp").register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].shape[1])
+    )
+    try:
+        from_prefix = tnc.evaluate(smollm2, pairs, scores, sizes=[10, 100, 1000, 10_000])
+        short = min(seen)
+        assert short < max(seen) / 4 and seen.count(short) >= 8
+        monkeypatch.setattr(_shared_prefix, "_FEWEST_RUNS", 10**6)
+        whole = tnc.evaluate(smollm2, pairs, scores, sizes=[10, 100, 1000, 10_000])
+    finally:
+        handle.remove()
+    for one, other in ((from_prefix.kept, whole.kept), (from_prefix.removed, whole.removed)):
+        assert torch.allclose(one, other, atol=1e-4)  # of logits up to 30

@@ -113,3 +113,9 @@ def test_a_model_that_gives_nan(one_tiny: Any, tokens: Tensor) -> None:
         next(iter(one_tiny.parameters())).fill_(float("nan"))
     with pytest.raises(NumericalError, match=r"activations at blocks.*are NaN"):
         train(one_tiny, tokens, SMALL, verbose=False)
+
+
+def test_what_cannot_fit_is_refused_before_it_starts(one_tiny, tokens) -> None:
+    config = SMALL.replace(d_dict=10**10)
+    with pytest.raises(SettingsError, match=r"10,000,000,000 features need .* GB .* are free. Train fewer layers"):
+        train(one_tiny, tokens, config, verbose=False)

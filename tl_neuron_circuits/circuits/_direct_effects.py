@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import NumericalError, PropagationError, SettingsError
+from .._progress import Bar, progress
 from ..models._protocol import TransformerLensModel
 from ..propagation._biases import biases_in_graph
 from ..propagation._relp import relp
@@ -157,7 +157,7 @@ class DirectEffects:
 
 def direct_effects(
     model: TransformerLensModel, batches: Sequence[Batch], nodes: Chosen | Callable[[Totals], Chosen],
-    targets: Targets, *, paired: bool, slots: Sequence[Slot], max_bytes: int = 2**30, verbose: bool = False,
+    targets: Targets, *, paired: bool, slots: Sequence[Slot], max_bytes: int = 2**30, verbose: bool | None = None,
 ) -> DirectEffects:  # fmt: skip
     """Edges between `nodes`, and from everything to them and to the targets, averaged over prompts of one length.
 
@@ -169,7 +169,7 @@ def direct_effects(
         paired: take differences to the corrupt prompts.
         slots: from `find_slots`.
         max_bytes: for the gradients of one chunk of receivers, on top of the graph of one prompt.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
         NumericalError: incoming edges do not sum to a receiver's activation.
@@ -178,9 +178,9 @@ def direct_effects(
     if len(batches) > 1 and callable(targets):
         raise SettingsError(f"expected targets for {len(batches)} prompts; got a function that finds them for one.")
     if len(batches) > 1 and not isinstance(nodes, Tensor) and not callable(targets):
-        nodes = nodes(mean_totals(model, batches, targets, paired=paired, slots=slots))
+        nodes = nodes(mean_totals(model, batches, targets, paired=paired, slots=slots, verbose=verbose))
     mean, totals, largest_residual, chunk = None, None, 0.0, 1
-    with tqdm(desc="edges", disable=not verbose, unit="receiver") as bar:
+    with progress(desc="edges", verbose=verbose, unit="receiver") as bar:
         for batch in batches:
             with open_prompt(model, batch, slots, targets, paired=paired) as prompt:
                 own = total_effects(prompt)
@@ -200,11 +200,11 @@ def direct_effects(
 
 def mean_totals(
     model: TransformerLensModel, batches: Sequence[Batch], targets: Sequence[Target], *, paired: bool,
-    slots: Sequence[Slot],
+    slots: Sequence[Slot], verbose: bool | None = False,
 ) -> Totals:  # fmt: skip
     """Total effects on the targets' sum, averaged over batches of one prompt each."""
     totals = None
-    for batch in batches:
+    for batch in progress(batches, desc="scores", verbose=verbose, unit="prompt"):
         with open_prompt(model, batch, slots, targets, paired=paired) as prompt:
             own = total_effects(prompt)
         totals = own if totals is None else totals.plus(own)
@@ -326,7 +326,7 @@ class _Edges:
         self.largest_residual = 0.0
         self.chunk = max(1, min(self.size[0], max_bytes // bytes_per_receiver(prompt)))
 
-    def chunks(self, bar: tqdm) -> Iterator[tuple[Int[Tensor, "2 edge"], Float[Tensor, "edge 2"]]]:
+    def chunks(self, bar: Bar) -> Iterator[tuple[Int[Tensor, "2 edge"], Float[Tensor, "edge 2"]]]:
         """Receiver and source of each edge that is not zero, and its weight and attribution."""
         for rows, slot in zip(self._order.split(self.chunk), self._slot.split(self.chunk), strict=True):
             weights = self._weights(rows, slot)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
 from .._options import Options
+from .._progress import progress
 from ..bases._runs import list_reads, run_values, take_apart, values_at
 from ..bases._site import Basis, Parts, basis_sites
 from ..interventions._ablation import AblationSwitch
@@ -75,6 +76,7 @@ class ByExplained(Options):
 def count_explained(
     model: TransformerLensModel, basis: Basis | Sequence[Basis], batches: Sequence[Batch], targets: Sequence[Target],
     ranking: Ranking, choice: ByExplained, *, reference: Sequence[Tensor] | None, skipped_positions: Sequence[int],
+    verbose: bool | None = False,
 ) -> tuple[int, list[tuple[int, float]]]:  # fmt: skip
     """How many nodes `choice` takes, and f at every size that was run, ascending.
 
@@ -87,13 +89,14 @@ def count_explained(
         choice: share and budget.
         reference: tokens of texts over which means are taken; None for pairs, whose corrupt prompts are there.
         skipped_positions: where nodes always stay live.
+        verbose: as in `trace`.
 
     Raises:
         NumericalError: the nodes make no difference to the target, so that nothing can be a share of it.
         SettingsError: not even all nodes explain the share (nodes at skipped positions or errors of dictionaries hold
             the rest).
     """
-    circuit = _Circuits(model, basis, batches, targets, ranking, reference, skipped_positions)
+    circuit = _Circuits(model, basis, batches, targets, ranking, reference, skipped_positions, verbose)
     empty, whole = circuit.target([0])[0], circuit.target([None])[0]
     if abs(whole - empty) <= 1e-6 * max(abs(whole), abs(empty), 1e-30):
         raise NumericalError(
@@ -144,8 +147,10 @@ class _Circuits:
     def __init__(
         self, model: TransformerLensModel, basis: Basis | Sequence[Basis], batches: Sequence[Batch],
         targets: Sequence[Target], ranking: Ranking, reference: Sequence[Tensor] | None, skipped: Sequence[int],
+        verbose: bool | None,
     ) -> None:  # fmt: skip
         self._model, self._batches, self._targets, self._skipped = model, batches, targets, list(skipped)
+        self._verbose = verbose
         self._sites = sorted(basis_sites(model, basis), key=lambda site: site.layer)
         order = ranking.size.argsort(descending=True, stable=True)
         place = torch.empty_like(order)
@@ -160,7 +165,7 @@ class _Circuits:
     def target(self, sizes: Sequence[int | None]) -> list[float]:
         """The targets' sum, averaged over prompts, for each size; None is the model as it is."""
         totals = torch.zeros(len(sizes), dtype=torch.float64)
-        for batch in self._batches:
+        for batch in progress(self._batches, desc="circuits of several sizes", verbose=self._verbose, unit="prompt"):
             switch = AblationSwitch(self._sites, self._baselines(batch))
             with hooked(self._model, switch.hooks):
                 for first in range(0, len(sizes), _ROWS):

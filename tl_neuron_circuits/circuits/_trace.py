@@ -67,7 +67,7 @@ def trace(
     reference: Sequence[str] | None = None,
     prepend_bos: bool | None = None,
     max_bytes: int = 2**30,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> Circuit:
     """Find the neurons, or dictionary features, that support a target most, and every edge between them.
 
@@ -108,7 +108,7 @@ def trace(
             they are not live.
         prepend_bos: None means the model's default.
         max_bytes: for one chunk of backward passes, on top of the graph of one forward pass.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         A `Circuit`. Cost: a forward and a backward pass per prompt (twice for several, one forward more for pairs), and
@@ -166,12 +166,20 @@ def trace(
     chosen, explained = choose, {}
     if isinstance(nodes, ByExplained):
         targets = _known_targets(model, batches, targets)
-        totals = mean_totals(model, batches, targets, paired=paired, slots=slots)
+        totals = mean_totals(model, batches, targets, paired=paired, slots=slots, verbose=verbose)
         layers = [slot.layer for slot in slots]
         ranking = rank_nodes(totals.score, layers, skipped_positions=skipped, excluded=list(exclude))
         texts = None if paired else _reference_tokens(model, reference, prepend_bos)
         count, sizes = count_explained(
-            model, basis, batches, targets, ranking, nodes, reference=texts, skipped_positions=skipped
+            model,
+            basis,
+            batches,
+            targets,
+            ranking,
+            nodes,
+            reference=texts,
+            skipped_positions=skipped,
+            verbose=verbose,
         )
         chosen, explained = ranking.first(count), {"share": dict(sizes)[count], "sizes": [list(pair) for pair in sizes]}
     effects = direct_effects(

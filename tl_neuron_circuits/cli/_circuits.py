@@ -23,7 +23,7 @@ from ._inputs import (
     load_saved,
     read_inputs,
 )
-from ._terminal import console, print_json, progress, show, show_written
+from ._terminal import console, print_json, show, show_written
 
 FORMATS = {".html": "html", ".json": "neuronpedia", ".csv": "csv"}
 
@@ -55,7 +55,7 @@ def trace(
     choice = parse_choice(nodes)
     loaded = load_model(model, backend, device, dtype)
     prompt = in_chat(loaded, prompt, chat, answer_start)
-    circuit = run(loaded, prompt, target, nodes=choice, skip_special=skip_special, verbose=progress())
+    circuit = run(loaded, prompt, target, nodes=choice, skip_special=skip_special)
     files = [out / "circuit", out / "circuit.html", out / "neuronpedia.json"]
     circuit.save(files[0])
     circuit.to_html(files[1], details=node_details(loaded, circuit))
@@ -197,7 +197,7 @@ def lasso(
         seed=seed,
     )
     loaded = load_model(model, backend, device, dtype)
-    found = method.fit(loaded, inputs, batch_size=batch_size, verbose=progress())
+    found = method.fit(loaded, inputs, batch_size=batch_size)
     files = [out / "edges.csv", out / "circuit", out / "circuit.html"]
     circuit = found.to_circuit()
     circuit.save(files[1])

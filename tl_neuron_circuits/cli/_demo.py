@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ._inputs import AsJson, Backend, Seed
-from ._terminal import console, print_json, progress, say, show, show_written
+from ._terminal import console, print_json, say, show, show_written
 
 
 def demo(
@@ -19,7 +19,7 @@ def demo(
     """Trace, test and show neuron circuits of a demo model: agreement, and Dallas -> Texas -> Austin."""
     from ..demo._run import run_demo
 
-    result = run_demo(out, name=model, backend=backend, seed=seed, verbose=progress(), say=say)
+    result = run_demo(out, name=model, backend=backend, seed=seed, say=say)
     if as_json:
         print_json({"conservation": result.report.conservation, "table": result.table(), "files": result.files})
         return

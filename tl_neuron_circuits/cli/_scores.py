@@ -21,7 +21,7 @@ from ._inputs import (
     in_chat,
     load_model,
 )
-from ._terminal import FAILED, console, print_json, progress, say, show, show_written
+from ._terminal import FAILED, console, print_json, say, show, show_written
 
 
 def check(
@@ -96,7 +96,6 @@ def attribute(
         positions=positions,  # pyright: ignore[reportArgumentType]
         skip_special=skip_special,
         batch_size=batch_size,
-        verbose=progress(),
     )
     if not processes.first:
         return
@@ -160,7 +159,6 @@ def compare(
         batch_size=batch_size,
         seed=seed,
         directory=out / "comparison",
-        verbose=progress(),
     )
     files = _write(result, out)
     if as_json:

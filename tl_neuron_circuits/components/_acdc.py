@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import SettingsError
+from .._progress import progress
 from ..bases._runs import run_logits
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch
@@ -63,7 +63,7 @@ class ACDC(EdgeMethod):
         kept = graph.edges.clone()
         scores = torch.zeros(len(graph), len(graph), dtype=torch.float32)
         current = distance(kept)
-        for source, target in tqdm(list(_backwards(graph)), desc="acdc", disable=not question.verbose, leave=False):
+        for source, target in progress(list(_backwards(graph)), desc="acdc", verbose=question.verbose):
             kept[source, target] = False
             without = distance(kept)
             scores[source, target] = without - current

@@ -19,6 +19,7 @@ from .. import _html
 from .._errors import FileFormatError, NumericalError, SettingsError
 from .._files import formed, read_directory, require_shapes, write_directory
 from .._options import parse_options
+from .._progress import show_batches
 from .._typing import checked
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding
@@ -176,7 +177,7 @@ def component_edges(
     attention: AttentionUnit = "heads",
     split_qkv: bool = False,
     batch_size: int = 32,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> EdgeScores:
     """Score every edge between components by its support for `metric`, averaged over pairs.
 
@@ -190,7 +191,7 @@ def component_edges(
         attention: heads as single components, or attention layers.
         split_qkv: also score what reaches a head through its q, k and v alone (gradient methods, with heads).
         batch_size: prompts in one pass. "patching" and "acdc" multiply the rows by edges and heads.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         Scores on the CPU, in float32 (float64 for float64 models).
@@ -241,11 +242,12 @@ def metric_of_edges(
     metric: Metric = logit_difference,
     attention: AttentionUnit = "heads",
     batch_size: int = 32,
+    verbose: bool | None = None,
 ) -> Float[Tensor, "mask pair"]:
     """The metric of every pair with only the kept edges live, the others carrying the corrupt run's writes.
 
     `kept[k]` is over the components of `component_graph(model, attention)`; all edges kept is the model itself, none is
-    close to the corrupt run.
+    close to the corrupt run. `verbose` as in `attribute`.
 
     Raises:
         UnsupportedModelError: the residual stream is not a sum of these components.
@@ -262,7 +264,7 @@ def metric_of_edges(
     tokens = _paired(model, pairs)
     graph = component_graph(model, attention)
     out = torch.zeros(len(kept), len(tokens), dtype=torch.float64)
-    for batch in tokens.batches(batch_size):
+    for batch in show_batches(tokens.batches(batch_size), len(tokens), desc="metric of edges", verbose=verbose):
         clean, corrupt = paired_streams(model, graph, batch)
         for k, mask in enumerate(kept):
             values = metric_with_edges(model, graph, batch, metric, mask[None], clean, corrupt)

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._options import Options
+from .._progress import progress
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric
 from ..tasks._tokenized import Batch, TokenizedPairs
@@ -25,12 +25,12 @@ class EdgeQuestion:
     tokens: TokenizedPairs
     metric: Metric
     batch_size: int
-    verbose: bool
+    verbose: bool | None
     split_qkv: bool = False
 
     def batches(self, label: str) -> Iterator[Batch]:
         """The pairs, batch by batch, under a progress bar."""
-        with tqdm(total=len(self.tokens), desc=label, disable=not self.verbose, unit="pair") as bar:
+        with progress(total=len(self.tokens), desc=label, verbose=self.verbose, unit="pair") as bar:
             for batch in self.tokens.batches(self.batch_size):
                 yield batch
                 bar.update(len(batch))

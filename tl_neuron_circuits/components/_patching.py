@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from .._progress import progress
 from ..bases._runs import run_logits
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, measure
@@ -54,7 +54,7 @@ class Patching(EdgeMethod):
         edges = graph.edges.nonzero()
         scores = torch.zeros(len(graph), len(graph), dtype=start.dtype, device=start.device)
         at_once = max(1, _ROWS * question.batch_size // (len(batch) * max(1, graph.n_heads)))
-        for chunk in tqdm(edges.split(at_once), desc="patched edges", disable=not question.verbose, leave=False):
+        for chunk in progress(edges.split(at_once), desc="patched edges", verbose=question.verbose):
             kept = torch.ones(len(chunk), len(graph), len(graph), dtype=torch.bool)
             kept[torch.arange(len(chunk)), chunk[:, 0], chunk[:, 1]] = False
             changed = metric_with_edges(model, graph, batch, metric, kept, clean, corrupt)

@@ -46,7 +46,7 @@ def run_demo(
     name: str = "demo-gelu",
     backend: str = "auto",
     seed: int = 0,
-    verbose: bool = False,
+    verbose: bool | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
     """Run the main job on a demo model and write a figure and tables to `out`.
@@ -58,7 +58,7 @@ def run_demo(
         name: the demo model.
         backend: see `load_demo_model`.
         seed: of the pairs and their split.
-        verbose: show progress bars.
+        verbose: as in `attribute`.
         say: told about each step.
 
     Raises:

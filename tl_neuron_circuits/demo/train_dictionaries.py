@@ -52,7 +52,7 @@ def demo_documents(model: Any, documents: int, seed: int) -> Int[Tensor, "prompt
     return model.to_tokens(texts)
 
 
-def train_demo(kind: str, config: TrainingConfig, folder: Path, *, verbose: bool = True) -> Fidelity:
+def train_demo(kind: str, config: TrainingConfig, folder: Path, *, verbose: bool | None = None) -> Fidelity:
     """Train, round, write and measure the dictionaries of one kind."""
     model = load_demo_model(MODEL)
     config = config.replace(target=kind, ignore_tokens=(int(model.tokenizer.pad_token_id),))

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,6 +33,7 @@ from transformers import (
 
 from .._errors import FileFormatError, SettingsError
 from .._files import staged, write_text
+from .._progress import progress
 from ._evaluation import documentation, down_projections, edited_neurons, measure, write_card
 from ._models import DEMO_MODELS, demo_model_path
 from ._text import (
@@ -110,7 +110,7 @@ def train(
     name: str,
     recipe: Recipe,
     *,
-    progress: bool = True,
+    verbose: bool | None = None,
     after_step: Callable[[int, PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """Train one demo model from random weights; the same recipe gives the same model on the same machine.
@@ -129,7 +129,7 @@ def train(
         if name == "demo-gelu" and path.endswith(".mlp"):
             module.act = nn.GELU(approximate="tanh")  # GPT-2's own formula, in one fused operation
     optimizers, schedules = _optimizers(model, recipe)
-    with tqdm(range(recipe.steps), desc=f"training {name}", disable=not progress) as bar:
+    with progress(range(recipe.steps), desc=f"training {name}", verbose=verbose) as bar:
         for step in bar:
             loss, activity = _text_loss(model, batch(tokenizer, chance, recipe.rows, recipe.length))
             ramp = min(1.0, step / (0.3 * recipe.steps))

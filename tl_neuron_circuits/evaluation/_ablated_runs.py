@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._memory import Halving, available_memory, first_batch, growth
 from .._meter import Meter
 from .._processes import Processes
-from ..bases._runs import answers_only, list_reads, run_logits, run_values, take_apart
+from .._progress import Bar, progress
+from ..bases._runs import answers_only, list_reads, run_values, take_apart
 from ..bases._site import Parts, Site
 from ..interventions._ablation import Ablation, AblationSwitch, Kept
 from ..models._protocol import TransformerLensModel
@@ -24,6 +24,7 @@ from ..models._threads import hooked
 from ..nodes._scope import shared_means
 from ..tasks._metrics import Metric, measure
 from ..tasks._tokenized import Batch, TokenizedPairs
+from ._shared_prefix import SharedPrefix, after, kept_after
 
 logger = logging.getLogger(__name__)
 Baselines = Mapping[str, Parts | None]
@@ -59,13 +60,14 @@ class Evaluation:
         processes: Processes,
         probe: "Callable[[Evaluation], object]",
         *,
-        shown: bool = False,
+        shown: bool | None = False,
     ) -> None:
         self._ablated, self._tokens, self._processes, self._shown = ablated, tokens, processes, shown
         size = _fitting(ablated, tokens, processes, probe) if batch_size == "auto" else batch_size
         self._halving = Halving(processes.fair(size, len(tokens)), allowed=batch_size == "auto")
         self._batches = list(processes.share(tokens.batches(self._halving.size)))
         self._means = self._mean_values() if ablated.ablation == "mean" else {}
+        self._prefix = SharedPrefix(ablated.model, tokens, ablated.ablation, ablated.metric)
         self._sources = self._shuffled() if ablated.ablation == "resample" else None
 
     @property
@@ -78,12 +80,13 @@ class Evaluation:
         model, sites = self._ablated.model, self._ablated.sites
 
         def runs(batch: Batch, base: Baselines, read: Read) -> list[Tensor]:
-            switch, found = AblationSwitch(sites, base), []
-            narrow = answers_only(model, batch, self._ablated.metric)
-            with narrow as seen, hooked(model, switch.hooks):
-                for chosen in sets:
-                    switch.keep(chosen())
-                    found.append(read(run_logits(model, batch.clean, batch.attention_mask), seen))
+            found = []
+            with self._prefix.runs(batch, len(sets)) as (start, rest, forward):
+                switch = AblationSwitch(sites, after(base, start))
+                with answers_only(model, rest, self._ablated.metric) as seen, hooked(model, switch.hooks):
+                    for chosen in sets:
+                        switch.keep(kept_after(chosen(), start))
+                        found.append(read(forward(), seen))
             return found
 
         return self.measured(runs, len(sets))
@@ -92,14 +95,14 @@ class Evaluation:
         """The metric of every prompt in n runs, of all processes' prompts; `runs` makes them for one batch."""
         out = torch.zeros(n, len(self._tokens), dtype=torch.float32)
         total = n * sum(len(batch) for batch in self._batches)
-        with torch.no_grad(), tqdm(total=total, desc="evaluate", disable=not self._shown, unit="prompt") as bar:
+        with torch.no_grad(), progress(total=total, desc="evaluate", verbose=self._shown, unit="prompt") as bar:
             for batch in self._batches:
                 for attempt in self._halving.pieces(batch):
                     with attempt as piece:
                         out[:, piece.index.cpu()] = self._measured(runs, piece, bar).cpu()
         return list(self._processes.total({"metrics": out})["metrics"])
 
-    def _measured(self, runs: Callable[..., list[Tensor]], batch: Batch, bar: tqdm) -> Tensor:
+    def _measured(self, runs: Callable[..., list[Tensor]], batch: Batch, bar: Bar) -> Tensor:
         before = bar.n
 
         def read(logits: Tensor, seen: Batch) -> Tensor:

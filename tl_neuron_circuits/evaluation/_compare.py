@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import fingerprint, versions
 from .._processes import current_processes
+from .._progress import progress
 from .._typing import checked
 from ..bases._activations import MLPOutputs, Neurons
 from ..bases._site import Basis, basis_sites
@@ -60,7 +60,7 @@ def compare(
     batch_size: int | Literal["auto"] = 64,
     seed: int = 0,
     directory: str | Path | None = None,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> Comparison:
     """Sparsity curves of `bases` by `methods`: scored on one set of pairs, evaluated on another.
 
@@ -83,7 +83,7 @@ def compare(
         seed: of "resample" and of the bootstrap; for another random control give `Random(seed)` among `methods`.
         directory: save every curve as it is done; a call with the same settings, model and dictionaries
             resumes from there.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         A `Comparison`: `.to_dataframe()`, `.summary()`, `.headline()`, `.plot()`, `.plot_trust()`, `.save(path)`.
@@ -118,9 +118,10 @@ def compare(
     settings = _provenance(model, chosen, train, test) | plain | {"seed": seed}
     keys = [CurveKey(task, basis.name, method) for task in train for basis in chosen for method in by_label]
     by_name = {basis.name: basis for basis in chosen}
-    common = {"metric": metric, "batch_size": batch_size}
-    judge = {**common, "ablation": ablation, "error_nodes": error_nodes, "seed": seed}
     processes = current_processes()
+    shown = verbose if processes.first else False
+    common = {"metric": metric, "batch_size": batch_size, "verbose": shown}
+    judge = {**common, "ablation": ablation, "error_nodes": error_nodes, "seed": seed}
     with processes.together("compare", settings):
         found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings)  # noqa: E731
         done = processes.from_first(found)
@@ -128,7 +129,7 @@ def compare(
             {task: tokenize(model, pairs) for task, pairs in sets.items()} for sets in (train, test)
         )
         curves, grid, unexplained = dict(done.curves), dict(done.mib), dict(done.unexplained)
-        for key in tqdm(keys, desc="compare", disable=not (verbose and processes.first), unit="curve"):
+        for key in progress(keys, desc="compare", verbose=shown, unit="curve"):
             if key in curves:
                 continue
             method, basis = by_label[key.method], by_name[key.basis]

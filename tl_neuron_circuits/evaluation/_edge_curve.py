@@ -51,7 +51,7 @@ def evaluate_edges(
     metric: Metric = logit_difference,
     batch_size: int | Literal["auto"] = 8,
     seed: int = 0,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> EdgeCurve:
     """Faithfulness and completeness of the best edges of `circuit`, at several numbers of edges.
 
@@ -66,7 +66,7 @@ def evaluate_edges(
         metric: as in `evaluate`.
         seed: as in `evaluate`.
         batch_size: prompts in one pass; with "edges" a pass has one row per target and prompt. "auto" as in `evaluate`.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         An `EdgeCurve`: sizes are numbers of edges, out of `n_edges`.

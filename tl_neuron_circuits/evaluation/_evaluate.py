@@ -44,7 +44,7 @@ def evaluate(
     completeness: bool = True,
     batch_size: int | Literal["auto"] = 64,
     seed: int = 0,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> SparsityCurve:
     """Faithfulness and completeness of the best nodes by `scores`, at several sizes.
 
@@ -65,9 +65,10 @@ def evaluate(
         completeness: False saves half of the forwards and leaves completeness nan.
         batch_size: prompts in one pass. Cost: 2 + 2 x sizes forwards per batch, and one over the corrupt prompts; sets
             that are the same (all nodes, none) are run once. "auto" begins with what fits into memory, and halves where
-            it runs out all the same; `.settings["batch_size"]` says what was used.
+            it runs out all the same; `.settings["batch_size"]` says what was used. A beginning that all prompts share
+            is run once where ablation changes nothing there.
         seed: of "resample".
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         A `SparsityCurve` normalized by the original model.
@@ -116,7 +117,7 @@ def evaluate(
     settings |= {"metric": metric_name(metric), "pairs_hash": tokens.hash} | _from_scores(scores)
     with processes.together("evaluate", [settings, sizes, completeness]):
         half: NodeSet = lambda: ranked.best(len(ranked) // 2)  # noqa: E731
-        ablated, shown = Ablated(model, sites, metric, ablation, seed), verbose and processes.first
+        ablated, shown = Ablated(model, sites, metric, ablation, seed), verbose if processes.first else False
         run = Evaluation(ablated, tokens, batch_size, processes, lambda run: run.metrics([half]), shown=shown)
         full, empty, kept, removed = _metrics(run, ranked, sizes, completeness)
         settings |= {"batch_size": run.batch_size}

@@ -29,11 +29,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import _html
 from .._errors import SettingsError
 from .._processes import current_processes
+from .._progress import progress
 from .._typing import checked
 from ..bases._activations import Neurons
 from ..bases._runs import answers_only, mean_parts, run_logits
@@ -126,7 +126,7 @@ def reliability(
     metric: Metric = logit_difference,
     baseline: Baseline = "corrupt",
     batch_size: int = 32,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> Reliability:
     """Curvature of the metric along each group's change: where first-order scores can be trusted.
 
@@ -137,7 +137,7 @@ def reliability(
         exact: also patch every group, and take the gradient there (columns `exact` and `trapezoid`).
         basis: as in `attribute`, and so are `metric` and `baseline`.
         batch_size: prompts in one pass.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         A `Reliability`, in the metric's units, averaged over pairs.
@@ -176,7 +176,7 @@ def reliability(
     with current_processes().together("reliability", settings):
         means = mean_parts(model, scope.sites, tokens.batches(batch_size)) if baseline == "mean" else None
         total = len(scope.sites) * len(tokens)
-        with tqdm(total=total, desc="reliability", disable=not verbose, unit="prompt") as bar:
+        with progress(total=total, desc="reliability", verbose=verbose, unit="prompt") as bar:
             for batch in tokens.batches(batch_size):
                 values, bases = scope.values(batch), scope.baseline_parts(batch, means)
                 for site in scope.sites:
@@ -271,7 +271,7 @@ def screen(
     *,
     metric: Metric = logit_difference,
     batch_size: int = 32,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> pd.DataFrame:
     """Patch the `k` best nodes exactly: which of them their scores misjudge.
 
@@ -282,7 +282,7 @@ def screen(
         k: how many nodes to patch, one forward row per node and prompt.
         metric: as in `attribute`.
         batch_size: as in `attribute`.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         Rows of `scores.top(k)` with `exact`, and `misjudged`: another sign, or one of the two sizes is more than

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._errors import SettingsError
 from .._processes import current_processes
+from .._progress import show_batches
 from .._typing import checked
 from ..bases._runs import mean_parts
 from ..bases._site import basis_sites
@@ -50,6 +51,7 @@ def compare_soft_masks(
     sizes: Sequence[int] | None = None,
     metric: Metric = logit_difference,
     batch_size: int = 32,
+    verbose: bool | None = None,
 ) -> pd.DataFrame:
     """Faithfulness of a learned order with its soft masks and with hard ones, at several sizes.
 
@@ -62,6 +64,7 @@ def compare_soft_masks(
         sizes: budgets of the masks, below the number of nodes; log-spaced unless given.
         metric: as in `attribute`.
         batch_size: prompts in one pass.
+        verbose: as in `attribute`.
 
     Returns:
         One row per size: size, outside (the mask's mass outside the best, over the size), soft, hard, and difference
@@ -101,7 +104,7 @@ def compare_soft_masks(
     full = empty = 0.0
     with current_processes().together("compare_soft_masks", dict(scores.settings)), torch.no_grad():
         means = mean_parts(model, scope.sites, tokens.batches(batch_size)) if baseline == "mean" else None
-        for batch in tokens.batches(batch_size):
+        for batch in show_batches(tokens.batches(batch_size), len(tokens), desc="masks", verbose=verbose):
             shapes = node_shapes(scope, scope.values(batch))
             references = measure_references(judge, scope, batch, means, shapes)
             full, empty = full + float(references["full"].sum()), empty + float(references["empty"].sum())

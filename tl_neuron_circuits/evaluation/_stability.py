@@ -33,11 +33,11 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import _html
 from .._errors import PairsError, SettingsError
 from .._processes import current_processes
+from .._progress import progress
 from .._typing import checked
 from ..bases._activations import Neurons
 from ..bases._runs import mean_parts
@@ -221,7 +221,7 @@ def stability(
     baseline: Baseline = "corrupt",
     batch_size: int = 32,
     seed: int = 0,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> Stability:
     """Score nodes, and rank them again in many draws of the words that the pairs are made of.
 
@@ -240,7 +240,7 @@ def stability(
         basis: as in `attribute`, and so are `metric`, `positions` and `baseline`.
         batch_size: prompts in one pass.
         seed: of the draws; two calls with the same seed draw the same words.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         A `Stability`. Memory: 4 bytes per node and word. With several kinds of words all pairs are
@@ -333,7 +333,7 @@ class Cells:
         tokens: TokenizedPairs,
         words: Sequence[Sequence[str]],
         batch_size: int,
-        shown: bool,
+        shown: bool | None,
     ) -> None:
         self._scope, self._method, self._shown, self._size = scope, method, shown, batch_size
         self._groups = list(tokens.batches(len(tokens)))
@@ -368,7 +368,7 @@ class Cells:
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Every cell with its sums of all nodes."""
-        bar = tqdm(range(len(self.names)), desc="stability", disable=not self._shown, unit="cell")
+        bar = progress(range(len(self.names)), desc="stability", verbose=self._shown, unit="cell")
         for cell in bar:
             total: Tensor | None = None
             for batch in self._batches(cell):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import SettingsError
+from .._progress import show_batches
 from .._typing import checked
 from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, run, text_pieces
@@ -105,6 +106,7 @@ def max_activating_examples(
     skip_bos: bool = True,
     batch_size: int = 32,
     prepend_bos: bool | None = None,
+    verbose: bool | None = None,
 ) -> MaxActivatingExamples:
     """Find the `k` prompts on which each neuron is strongest.
 
@@ -119,6 +121,7 @@ def max_activating_examples(
             neurons are extreme.
         batch_size: prompts of one length in one pass.
         prepend_bos: None means the model's default.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
         SettingsError: k below 1, a unit out of range, or a description that is not a string.
@@ -138,7 +141,7 @@ def max_activating_examples(
     read = read_prompts(model, prompts, prepend_bos)
     bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None) if skip_bos else None
     best: list[list[tuple[float, int, Tensor]]] = [[] for _ in labels]
-    for rows, tokens in read.batches(batch_size):
+    for rows, tokens in show_batches(read.batches(batch_size), len(read), desc="examples", verbose=verbose):
         _, values = run(model, tokens, list(frame["hook"].unique()))
         for hook, part in frame.groupby("hook", sort=False):
             flat = values[str(hook)].flatten(2).float().cpu()

@@ -27,6 +27,7 @@ def node_details(
     by: By = "absolute",
     describe: Describe | None = None,
     batch_size: int = 32,
+    verbose: bool | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Examples and logit effects of a circuit's neurons, as `Circuit.to_html(details=...)` takes them.
 
@@ -39,6 +40,7 @@ def node_details(
         by: as in `max_activating_examples`.
         describe: as in `max_activating_examples`; needs prompts.
         batch_size: prompts in one pass.
+        verbose: as in `max_activating_examples`.
 
     Returns:
         By neuron at all positions ("L3/N45"): "direct_logit_effects", "examples" and "description", as far as
@@ -72,7 +74,8 @@ def node_details(
             "direct_logit_effects": list(zip(rows["token"], rows["effect"].astype(float), strict=True))
         }
     if prompts is not None:
-        found = max_activating_examples(model, prompts, neurons, k=k, by=by, describe=describe, batch_size=batch_size)
+        options: Any = {"k": k, "by": by, "describe": describe, "batch_size": batch_size, "verbose": verbose}
+        found = max_activating_examples(model, prompts, neurons, **options)
         for name in neurons:
             if name in found.descriptions:
                 details[name]["description"] = found.descriptions[name]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import SettingsError
+from .._progress import progress
 from .._typing import checked
 from ..bases._runs import Values, capture, require_fired
 from ..interventions._find_nodes import Nodes, find_nodes
@@ -80,6 +81,7 @@ def profiles(
     rules: Sequence[str] = ALL_RULES,
     chunk: int = 32,
     prepend_bos: bool | None = None,
+    verbose: bool | None = None,
 ) -> Profiles:
     """Attribution and contribution profiles of nodes over one prompt or several.
 
@@ -91,6 +93,7 @@ def profiles(
         rules: of relevance propagation.
         chunk: nodes in one backward pass (the prompt is repeated as often).
         prepend_bos: None means the model's default.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
         SettingsError: a position or unit out of range, or targets or chunk below 1.
@@ -108,7 +111,7 @@ def profiles(
     frame = find_nodes(model, nodes)
     read = read_prompts(model, prompts, prepend_bos)
     attribution, contribution, sources, names = [], [], [], []
-    for prompt in read.tokens:
+    for prompt in progress(read.tokens, desc="profiles", verbose=verbose):
         with relp(model, rules):
             effects, tokens = _contributions(model, prompt, frame, targets)
             parts = [_attributions(model, prompt, frame[i : i + chunk]) for i in range(0, len(frame), chunk)]

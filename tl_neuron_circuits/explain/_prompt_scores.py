@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import PairsError, SettingsError
+from .._progress import show_batches
 from .._typing import checked
 from ..bases._activations import ActivationSite, Neurons
 from ..bases._runs import Values, run_values
@@ -85,6 +86,7 @@ def prompt_scores(
     rules: Sequence[str] = ALL_RULES,
     batch_size: int = 32,
     prepend_bos: bool | None = None,
+    verbose: bool | None = None,
 ) -> PromptScores:
     """Score nodes on each prompt separately.
 
@@ -99,6 +101,7 @@ def prompt_scores(
         rules: of relevance propagation; () is the plain gradient.
         batch_size: prompts in one pass; one forward and one backward each (two forwards with baseline="corrupt").
         prepend_bos: as in `tasks.tokenize`.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
         PairsError: baseline="corrupt" without corrupt prompts, or of other lengths.
@@ -117,7 +120,7 @@ def prompt_scores(
     features = _split_by_sign(frame) if polarity else frame.assign(polarity=0)
     sites = [ActivationSite(hook, -1, "N") for hook in frame["hook"].unique()]
     scores = torch.zeros(len(tokens), len(features))
-    for batch in tokens.batches(batch_size):
+    for batch in show_batches(tokens.batches(batch_size), len(tokens), desc="prompt scores", verbose=verbose):
         seen: list[Tensor] = []
 
         def recorded(logits: Tensor, batch: Batch, seen: list[Tensor] = seen) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import _html
 from .._errors import SettingsError
 from .._indices import Indices
+from .._progress import progress, show_batches
 from .._typing import checked
 from ..bases._runs import Values
 from ..models._protocol import TransformerLensModel
@@ -214,6 +215,7 @@ def steer(
     generate: int = 0,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
+    verbose: bool | None = None,
 ) -> SteeringResult:
     """Compare the model's next token with and without steering `nodes`.
 
@@ -234,6 +236,7 @@ def steer(
             One forward pass of the whole text per token, without a cache: no setting of `generate` can matter.
         prepend_bos: None means the model's default.
         batch_size: prompts of one length in one pass. Cost: two forward passes per prompt.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         Logits, top tokens, KL and groups' changes; see `SteeringResult`.
@@ -256,9 +259,8 @@ def steer(
     prompts = read_prompts(model, prompt, prepend_bos)
     steered = find_nodes(model, nodes, positions, basis, features=True)
     watched = _watched(model, watch, basis_of(nodes, basis))
-    return _compare(model, prompts, steered, [(how, amount)], watched, top_k, batch_size, generate, _targets_of(nodes))[
-        0
-    ]
+    targets = _targets_of(nodes)
+    return _compare(model, prompts, steered, [(how, amount)], watched, top_k, batch_size, generate, targets, verbose)[0]
 
 
 @holding
@@ -276,6 +278,7 @@ def interchange(
     generate: int = 0,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
+    verbose: bool | None = None,
 ) -> SteeringResult:
     """Set `nodes` on `prompt` to what they are on `donor`, at the same positions: an interchange intervention.
 
@@ -294,11 +297,12 @@ def interchange(
         1
     """
     values = node_values(
-        model, donor, nodes, positions=positions, basis=basis, prepend_bos=prepend_bos, batch_size=batch_size
-    )
+        model, donor, nodes, positions=positions, basis=basis, prepend_bos=prepend_bos, batch_size=batch_size,
+        verbose=verbose,
+    )  # fmt: skip
     return steer(
         model, prompt, nodes, value=values, positions=positions, basis=basis, watch=watch, top_k=top_k,
-        generate=generate, prepend_bos=prepend_bos, batch_size=batch_size,
+        generate=generate, prepend_bos=prepend_bos, batch_size=batch_size, verbose=verbose,
     )  # fmt: skip
 
 
@@ -316,6 +320,7 @@ def sweep(
     top_k: int = 5,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
+    verbose: bool | None = None,
 ) -> SteeringSweep:
     """Steer `nodes` by each of several multipliers, beside one unsteered run.
 
@@ -337,7 +342,7 @@ def sweep(
     steered = find_nodes(model, nodes, positions, basis, features=True)
     watched = _watched(model, watch, basis_of(nodes, basis))
     changes: list[tuple[How, Amount]] = [("scale", scale) for scale in scales]
-    results = _compare(model, prompts, steered, changes, watched, top_k, batch_size, 0, _targets_of(nodes))
+    results = _compare(model, prompts, steered, changes, watched, top_k, batch_size, 0, _targets_of(nodes), verbose)
     return SteeringSweep(tuple(float(scale) for scale in scales), tuple(results))
 
 
@@ -352,6 +357,7 @@ def node_values(
     basis: Dictionaries = None,
     prepend_bos: bool | None = None,
     batch_size: int = 32,
+    verbose: bool | None = None,
 ) -> Float[Tensor, "batch node"]:
     """The activations of `nodes` on `prompts`, each at its position: what `steering_hooks(value=...)` takes.
 
@@ -366,6 +372,7 @@ def node_values(
         basis: as in `steering_hooks`.
         prepend_bos: None means the model's default.
         batch_size: prompts in one pass.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         In the model's dtype, on its device; with `positions`, nodes outer and positions inner.
@@ -387,7 +394,7 @@ def node_values(
     read = read_prompts(model, prompts, prepend_bos)
     hooks = reads_of_nodes(frame)
     out: dict[int, Tensor] = {}
-    for rows, tokens in read.batches(batch_size):
+    for rows, tokens in show_batches(read.batches(batch_size), len(read), desc="donors", verbose=verbose):
         _, values = run(model, tokens, hooks)
         picked = _pick(values_by_key(values, frame), frame)
         out.update(zip(rows, picked, strict=True))
@@ -401,6 +408,7 @@ def _watched(model: TransformerLensModel, watch: Watch | None, basis: Dictionari
 def _compare(
     model: TransformerLensModel, prompts: ReadPrompts, nodes: pd.DataFrame, changes: Sequence[tuple[How, Amount]],
     watched: Mapping[str, pd.DataFrame], top_k: int, batch_size: int, generate: int, targets: Sequence[int],
+    verbose: bool | None,
 ) -> list[SteeringResult]:  # fmt: skip
     """One result per change; the run without steering is shared."""
     if batch_size < 1 or generate < 0:
@@ -420,11 +428,11 @@ def _compare(
     after: list[dict[int, Tensor]] = [{} for _ in changes]
     moved = [{name: torch.empty(len(prompts)) for name in watched} for _ in changes]
     texts: list[list[tuple[str, str]]] = [[("", "")] * len(prompts) for _ in changes]
-    for rows, tokens in prompts.batches(batch_size):
+    for rows, tokens in show_batches(prompts.batches(batch_size), len(prompts), desc="steer", verbose=verbose):
         logits, base = run(model, tokens, reads)
         before.update(zip(rows, logits[:, -1].float().cpu(), strict=True))
         plain = _continue(model, tokens, generate, [])
-        for number, (how, amount) in enumerate(changes):
+        for number, (how, amount) in enumerate(progress(changes, desc="changes", verbose=verbose)):
             by_prompt = isinstance(amount, Tensor) and amount.dim() == 2 and amount.shape[0] > 1
             hooks = hooks_for(model, nodes, how, amount[rows] if by_prompt else amount)  # pyright: ignore[reportIndexIssue]
             logits, values = run(model, tokens, reads, hooks)

@@ -17,28 +17,31 @@ import pandas as pd
 import torch
 from jaxtyping import Float64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import SettingsError
 from .._files import versions
 from .._indices import as_count
+from .._memory import available_memory
 from .._options import Options
-from .._processes import current_processes
+from .._processes import Processes, current_processes
+from .._progress import progress
 from .._typing import checked
 from ..bases._site import Basis, basis_name
 from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
-from ..tasks._tokenized import TokenizedPairs
+from ..tasks._tokenized import Batch, TokenizedPairs
 from ._edges import Fitted, Nodes, edge_keys, list_nodes, tables
 from ._lasso_circuit import LassoCircuit, lasso_circuit
+from ._memory import require_memory
 from ._observations import (
     Block,
     Components,
     Inputs,
     Noise,
     Observations,
+    Observer,
     Readout,
     Regression,
     Regressors,
@@ -47,6 +50,7 @@ from ._observations import (
     build_regressions,
     check_prompts,
     gather_blocks,
+    measure_size,
     observe_block,
     read_blocks,
     select_prompts,
@@ -55,7 +59,7 @@ from ._observations import (
     write_block,
 )
 from ._solver import solve_group_lasso, solve_lasso
-from ._statistics import Standardized, Statistics, standardize
+from ._statistics import Accumulator, Standardized, Statistics, standardize
 
 Joint = Literal["joint", "pairs", "adjacent"]
 
@@ -194,7 +198,7 @@ class CircuitLasso:
         batch_size: int = 32,
         prepend_bos: bool | None = None,
         resume: str | Path | None = None,
-        verbose: bool = False,
+        verbose: bool | None = None,
     ) -> LassoCircuit:
         """Observe the model on `inputs` and solve: `solve(observe(...))`.
 
@@ -205,7 +209,7 @@ class CircuitLasso:
             batch_size: prompts in one forward pass.
             prepend_bos: None means the model's default.
             resume: a directory that keeps the statistics of finished blocks; a second call resumes from there.
-            verbose: show progress.
+            verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
         Raises:
             SettingsError: too few or too short prompts, or the settings do not fit them.
@@ -226,7 +230,7 @@ class CircuitLasso:
         batch_size: int = 32,
         prepend_bos: bool | None = None,
         resume: str | Path | None = None,
-        verbose: bool = False,
+        verbose: bool | None = None,
     ) -> Observations:
         """The statistics alone; `+` joins those of several processes before `solve`. Arguments as in `fit`."""
         tokens = tokenize_inputs(model, inputs, prepend_bos)
@@ -257,13 +261,16 @@ class CircuitLasso:
         dealt = [select_prompts(tokens, sorted(order[block :: self.blocks].tolist())) for block in range(self.blocks)]
         processes = current_processes()
         with processes.together("CircuitLasso.observe", settings):
-            regressions = build_regressions(watch, next(dealt[0].batches(1)), self.regressors, skip)
+            first = next(dealt[0].batches(1))
+            joined = self._fit_into_memory(watch, first, skip, resume, processes)
+            regressions = build_regressions(watch, first, self.regressors, skip)
             # the size of the noise is measured once, on the first prompts; draws start anew with every block, so that
             # a block is the same whichever process observes it, and when
             deviations = watch.deviations(next(dealt[0].batches(batch_size))) if self.noise else {}
             finished = {} if resume is None else read_blocks(Path(resume), settings)
             mine: dict[int, Block] = {}
-            with tqdm(total=len(tokens), desc="observed prompts", disable=not verbose, unit="prompt") as bar:
+            sums = (Accumulator(), Accumulator())
+            with progress(total=len(tokens), desc="observed prompts", verbose=verbose, unit="prompt") as bar:
                 for block in processes.share(range(self.blocks)):
                     if block in finished:
                         mine[block] = finished[block]
@@ -271,14 +278,39 @@ class CircuitLasso:
                         draws = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + block)
                         noise = Noise(self.noise, deviations, draws) if self.noise else None
                         batches = dealt[block].batches(batch_size)
-                        mine[block] = observe_block(watch, batches, self.regressors, skip, noise)
+                        mine[0 if joined else block] = observe_block(
+                            watch, batches, self.regressors, skip, noise, sums if joined else None
+                        )
                         if resume is not None:
                             write_block(Path(resume), block, mine[block], settings)
                     bar.update(len(dealt[block]))
             blocks = gather_blocks(processes, mine)
         return Observations(watch.sites, regressions, tuple(zip(*blocks, strict=True)), settings)
 
-    def solve(self, observations: Observations, *, verbose: bool = False) -> LassoCircuit:
+    def _fit_into_memory(
+        self, watch: Observer, first: Batch, skip: int, resume: str | Path | None, processes: Processes
+    ) -> bool:
+        """Whether blocks are joined as they come, which is done where they would not fit and nothing asks for them.
+
+        Raises:
+            SettingsError: not even joined they fit.
+        """
+        asked = {
+            "held-out error (penalty=MostEdges(...) or Share(...))": isinstance(self.penalty, HeldOut),
+            "bootstrap": self.bootstrap > 0,
+            "resume": resume is not None,
+            "second process": processes.count > 1,
+        }
+        reasons = [reason for reason, holds in asked.items() if holds]
+        size = measure_size(watch, first, self.regressors, skip, -(-self.blocks // processes.count))
+        available = available_memory(watch.model)
+        joined = available is not None and size.bytes > available and not reasons
+        heads = isinstance(self.nodes, Components) and self.nodes.attention == "heads"
+        joins = " or ".join(reasons) or None
+        require_memory(replace(size, kept=1) if joined else size, available, joins=joins, heads=heads)
+        return joined
+
+    def solve(self, observations: Observations, *, verbose: bool | None = None) -> LassoCircuit:
         """Choose the penalty and solve; the model is no longer needed.
 
         Penalties are alpha = penalty / (2 n) inside, which means the same for regressions of different n; a share is
@@ -324,13 +356,13 @@ class CircuitLasso:
         assert chosen is not None  # the first penalty of a path leaves no edge
         alpha, fits = chosen
         if count is not None:
-            alpha, fits = self._bisect(observations, alpha, fits, alphas, count, nodes)
+            alpha, fits = self._bisect(observations, alpha, fits, alphas, count, nodes, verbose)
         table = pd.DataFrame(rows)
         if errors is not None:
             table["held_out_error"] = errors.mean(0).numpy()
             table["held_out_se"] = (errors.std(0) / len(errors) ** 0.5).numpy()
         node_rows, edges = tables(fits, nodes)
-        edges["stability"] = self._stability(observations, alpha, nodes, edges)
+        edges["stability"] = self._stability(observations, alpha, nodes, edges, verbose)
         settings = {
             **observations.settings,
             "chosen_by": self.penalty.to_json() if isinstance(self.penalty, Options) else {"name": "penalty"},
@@ -347,7 +379,7 @@ class CircuitLasso:
         alphas: Sequence[float],
         times: Sequence[int] | None = None,
         starts: Sequence[Tensor] | None = None,
-        verbose: bool = False,
+        verbose: bool | None = False,
     ) -> Iterator[list[Fitted]]:
         """Fits of all regressions, penalty by penalty in the order given, each from the last: give the largest first.
 
@@ -356,17 +388,18 @@ class CircuitLasso:
         totals = observations.total(times)
         problems = [standardize(statistics, self.floor) for statistics in totals]
         last: list[Tensor | None] = [None] * len(problems) if starts is None else [*starts]
-        for alpha in tqdm(alphas, desc="penalties", disable=not verbose, leave=False):
+        for alpha in progress(alphas, desc="penalties", verbose=verbose):
             fits = []
             for k, (regression, problem) in enumerate(zip(observations.regressions, problems, strict=True)):
-                weights, r2 = self._solve_one(observations.sites, regression, problem, alpha, last[k])
+                weights, r2 = self._solve_one(observations.sites, regression, problem, alpha, last[k], verbose)
                 last[k] = weights
                 fits.append(Fitted(regression, problem, totals[k], weights, r2))
             yield fits
 
     def _solve_one(
-        self, sites: Sequence[Site], regression: Regression, problem: Standardized, alpha: float, start: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, sites: Sequence[Site], regression: Regression, problem: Standardized, alpha: float, start: Tensor | None,
+        verbose: bool | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Weights and R2 of one regression: by groups, jointly, or for every pair of sites."""
         device = problem.cross.device
         allowed, penalty = regression.allowed.to(device), 2 * problem.n * alpha
@@ -378,7 +411,8 @@ class CircuitLasso:
             solution = solve_group_lasso(problem, penalty, groups, target_groups, **given)
             return solution.weights, solution.r2
         if self.joint == "joint":
-            solution = solve_lasso(problem, penalty, allowed=allowed, start=start, tolerance=self.tolerance)
+            given = {"allowed": allowed, "start": start, "tolerance": self.tolerance}
+            solution = solve_lasso(problem, penalty, **given, verbose=verbose)
             return solution.weights, solution.r2
         weights = torch.zeros_like(problem.cross)
         r2 = torch.full_like(problem.squares, -torch.inf)
@@ -398,7 +432,7 @@ class CircuitLasso:
         return weights, torch.where(torch.isinf(r2), torch.nan, r2)
 
     def _held_out_errors(
-        self, observations: Observations, alphas: Sequence[float], folds: int, verbose: bool
+        self, observations: Observations, alphas: Sequence[float], folds: int, verbose: bool | None
     ) -> Float64[Tensor, "fold penalty"]:
         """Error on every fold's blocks of what was fitted to the others.
 
@@ -408,10 +442,10 @@ class CircuitLasso:
         n_blocks = len(observations.blocks[0])
         scales = [standardize(total, self.floor).target_scale for total in observations.total()]
         rows = []
-        for fold in tqdm(range(folds), desc="folds", disable=not verbose, leave=False):
+        for fold in progress(range(folds), desc="folds", verbose=verbose):
             held = [int(block % folds == fold) for block in range(n_blocks)]
             tests, errors = observations.total(held), []
-            for fits in self._fit_path(observations, alphas, times=[1 - h for h in held]):
+            for fits in self._fit_path(observations, alphas, times=[1 - h for h in held], verbose=verbose):
                 means = []
                 for fit, test, scale in zip(fits, tests, scales, strict=True):
                     explicable = fit.regression.allowed.any(0).to(fit.weights.device) & ~fit.problem.target_constant
@@ -429,6 +463,7 @@ class CircuitLasso:
         alphas: Sequence[float],
         count: int,
         nodes: Nodes,
+        verbose: bool | None,
     ) -> tuple[float, list[Fitted]]:
         """The smallest penalty with at most `count` edges, between `alpha` and the next one of the path."""
         low = max((other for other in alphas if other < alpha), default=None)
@@ -436,14 +471,16 @@ class CircuitLasso:
             if low is None or len(edge_keys(fits, nodes)) == count:
                 break
             middle = (low * alpha) ** 0.5
-            (closer,) = self._fit_path(observations, [middle], starts=[fit.weights for fit in fits])
+            (closer,) = self._fit_path(observations, [middle], starts=[fit.weights for fit in fits], verbose=verbose)
             if len(edge_keys(closer, nodes)) <= count:
                 alpha, fits = middle, closer
             else:
                 low = middle
         return alpha, fits
 
-    def _stability(self, observations: Observations, alpha: float, nodes: Nodes, edges: pd.DataFrame) -> pd.Series:
+    def _stability(
+        self, observations: Observations, alpha: float, nodes: Nodes, edges: pd.DataFrame, verbose: bool | None
+    ) -> pd.Series:
         """Share of resamples of the blocks that have each edge."""
         if not self.bootstrap:
             return pd.Series(float("nan"), index=edges.index)
@@ -452,7 +489,7 @@ class CircuitLasso:
         place = {name: k for k, name in enumerate(nodes.names)}
         keys = [(place[s], place[t]) for s, t in zip(edges["source"], edges["target"], strict=True)]
         counts = torch.zeros(len(keys), dtype=torch.float64)
-        for _ in range(self.bootstrap):
+        for _ in progress(range(self.bootstrap), desc="resamples", verbose=verbose):
             draw = torch.randint(n_blocks, (n_blocks,), generator=generator)
             times = torch.bincount(draw, minlength=n_blocks).tolist()
             (fits,) = self._fit_path(observations, [alpha], times=times)

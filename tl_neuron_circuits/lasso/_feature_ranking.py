@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import NumericalError, SettingsError
+from .._progress import show_batches
 from .._typing import checked
 from ..bases._runs import list_reads, run_values
 from ..bases._site import Basis, basis_sites
@@ -68,6 +69,7 @@ def pooled_features(
     skip_positions: int | None = None,
     batch_size: int = 32,
     prepend_bos: bool | None = None,
+    verbose: bool | None = None,
 ) -> PooledFeatures:
     """Every node of a basis on every prompt, as one number.
 
@@ -79,6 +81,7 @@ def pooled_features(
         skip_positions: positions at the start that are left out; None leaves out a first token that all share.
         batch_size: prompts in one forward pass.
         prepend_bos: None means the model's default.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
         SettingsError: no prompts, or one of them is skipped whole.
@@ -96,7 +99,7 @@ def pooled_features(
         raise SettingsError(f"skip_positions={skip} leaves nothing of a prompt of {min(tokens.lengths)} tokens.")
     sites = basis_sites(model, basis)
     rows, widths = [torch.empty(0)] * len(tokens), []
-    for batch in tokens.batches(batch_size):
+    for batch in show_batches(tokens.batches(batch_size), len(tokens), desc="features", verbose=verbose):
         values = run_values(model, batch, list_reads(sites))
         parts = [_pool(site.take_apart(values).nodes[:, skip:], pool).float().cpu() for site in sites]
         widths = [part.shape[1] for part in parts]

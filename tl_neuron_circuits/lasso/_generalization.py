@@ -31,6 +31,7 @@ from .. import _html
 from .._auroc import auroc
 from .._errors import NumericalError, SettingsError
 from .._files import versions
+from .._progress import progress
 from .._typing import checked
 from ..bases._runs import Values, capture, list_reads, require_fired, run_logits, values_at
 from ..bases._site import Basis, Parts, Site, basis_name, basis_sites, refuse_cross_layer
@@ -330,6 +331,7 @@ def generalize(
     batch_size: int = 32,
     prepend_bos: bool | None = None,
     seed: int = 0,
+    verbose: bool | None = None,
 ) -> Generalization:
     """Train a probe on biased texts, ablate what the judge finds spurious, and test it on balanced texts.
 
@@ -349,6 +351,7 @@ def generalize(
         batch_size: texts in one pass.
         prepend_bos: None means the model's default.
         seed: of the draws of texts and of random features.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
         SettingsError: groups are empty, or no feature differs between the texts.
@@ -407,7 +410,7 @@ def generalize(
     blind = train_probe(erase(x["biased"]), "biased")
     add_row("concept_blind", blind, erase(x["test"]), seconds=time.process_time() - start)
 
-    given: Any = {"skip_positions": skip, "batch_size": batch_size}
+    given: Any = {"skip_positions": skip, "batch_size": batch_size, "verbose": verbose}
     features, shown = (pooled_features(model, tokens[name], basis, **given) for name in ("biased", "concept"))
     area = auroc(shown.values, (torch.tensor(concept.spurious) == 1)[:, None])[0]  # .5 where it never differs
     contrast = dict(zip(shown.nodes["label"], area.tolist(), strict=True))
@@ -420,7 +423,7 @@ def generalize(
         return seen.assign(chosen=seen["label"].isin(list(decide(seen))))
 
     candidates: dict[str, pd.DataFrame] = {}
-    for ranking in RANKINGS:
+    for ranking in progress(RANKINGS, desc="rankings", verbose=verbose):
         start = time.process_time()
         if ranking.startswith("lasso"):
             rounds: list[pd.DataFrame] = []

@@ -38,6 +38,7 @@ from ..tasks._pairs import PromptPairs
 from ..tasks._text_tokens import text_tokens
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
+from ._memory import Size
 from ._statistics import Accumulator, Statistics, combine
 
 Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenizedPairs
@@ -267,6 +268,16 @@ class Regression:
     allowed: Bool[Tensor, "source target"]
 
 
+def measure_size(watch: Observer, first: Batch, regressors: Regressors, skip: int, kept: int) -> Size:
+    """How many columns `build_regressions` will make, from one prompt."""
+    values, readout = watch.values(first)
+    every = first.clean.shape[1] - skip
+    slots, target_slots = {"same": (1, 1), "pooled": (2, 1), "earlier": (every, every)}[regressors]
+    return Size(
+        sum(value.shape[2] for value in values), slots, target_slots, 0 if readout is None else readout.shape[1], kept
+    )
+
+
 def build_regressions(watch: Observer, first: Batch, regressors: Regressors, skip: int) -> tuple[Regression, ...]:
     """All sites on all earlier ones, and the readout on all sites where there is one; widths come from one prompt."""
     values, readout = watch.values(first)
@@ -374,10 +385,11 @@ def select_prompts(tokens: TokenizedPairs, rows: Sequence[int]) -> TokenizedPair
 
 
 def observe_block(
-    watch: Observer, batches: Iterable[Batch], regressors: Regressors, skip: int, noise: Noise | None
-) -> tuple[Statistics, ...]:
-    """Statistics of the block's prompts: of the sites, then of the readout where there is one."""
-    site_sums, readout_sums = Accumulator(), Accumulator()
+    watch: Observer, batches: Iterable[Batch], regressors: Regressors, skip: int, noise: Noise | None,
+    sums: tuple[Accumulator, Accumulator] | None = None,
+) -> tuple[Statistics, ...]:  # fmt: skip
+    """Statistics of the block's prompts: of the sites, then of the readout where there is one; added to `sums`."""
+    site_sums, readout_sums = sums or (Accumulator(), Accumulator())
     for batch in batches:
         values, readout = watch.values(batch, noise)
         now = torch.cat(values, 2)

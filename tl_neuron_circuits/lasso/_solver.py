@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import NumericalError, SettingsError
+from .._progress import progress
 from ._statistics import Standardized
 
 # --- All targets on working sets ---
@@ -87,7 +87,7 @@ def solve_lasso(
     start: Float64[Tensor, "source target"] | None = None,
     tolerance: float = 1e-8,
     max_rounds: int = 200,
-    verbose: bool = False,
+    verbose: bool | None = False,
 ) -> LassoSolution:
     """Solve the lasso for every target of `problem`.
 
@@ -98,7 +98,7 @@ def solve_lasso(
         start: weights to begin with, such as the solution at a larger penalty.
         tolerance: duality gap at which a target is done, in units of its y'y / 2n.
         max_rounds: how often columns may be added.
-        verbose: show progress.
+        verbose: a progress bar; None is by itself, after two seconds.
 
     Raises:
         SettingsError: the penalty is not positive.
@@ -120,7 +120,7 @@ def solve_lasso(
     gap = torch.zeros_like(problem.squares)
     rows = max(64, _CHUNK // max(1, 4 * len(problem.gram)))
     chunks = torch.arange(weights.shape[1], device=weights.device).split(rows)
-    for chunk in tqdm(chunks, desc="lasso targets", disable=not verbose, leave=False):
+    for chunk in progress(chunks, desc="lasso targets", verbose=verbose):
         mask = None if allowed is None else allowed[:, chunk]
         part = _Part(problem.gram, problem.cross[:, chunk], problem.squares[chunk], mask, alpha)
         weights[:, chunk], gap[chunk] = _solve(part, weights[:, chunk], tolerance, max_rounds)
@@ -140,7 +140,7 @@ def lasso_path(
     allowed: Bool[Tensor, "source target"] | None = None,
     tolerance: float = 1e-8,
     max_rounds: int = 200,
-    verbose: bool = False,
+    verbose: bool | None = False,
 ) -> list[LassoSolution]:
     """Solve for several penalties, the largest first, each starting from the last; results in the order of `penalties`.
 
@@ -162,7 +162,7 @@ def lasso_path(
     order = sorted(range(len(penalties)), key=lambda k: -penalties[k])
     solutions: dict[int, LassoSolution] = {}
     start = None
-    for k in tqdm(order, desc="penalties", disable=not verbose, leave=False):
+    for k in progress(order, desc="penalties", verbose=verbose):
         solutions[k] = solve_lasso(
             problem, penalties[k], allowed=allowed, start=start, tolerance=tolerance, max_rounds=max_rounds
         )

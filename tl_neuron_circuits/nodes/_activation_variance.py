@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._errors import NumericalError
 from .._processes import current_processes
+from .._progress import show_batches
 from .._typing import checked
 from ..bases._activations import Neurons
 from ..bases._runs import list_reads, run_values, take_apart
@@ -35,6 +36,7 @@ def activation_variance(
     *,
     basis: Basis | Sequence[Basis] | None = None,
     batch_size: int = 64,
+    verbose: bool | None = None,
 ) -> NodeScores:
     """Variance of every node's activation at the last token, over the clean prompts.
 
@@ -46,6 +48,7 @@ def activation_variance(
         pairs: prompts, of any lengths; answers and corrupt prompts are not looked at.
         basis: one basis or several; neurons unless given.
         batch_size: prompts in one pass.
+        verbose: as in `attribute`.
 
     Returns:
         Scores `[unit]` in float32 (positions "sum"), none below zero, in squared units of the activation. An affine
@@ -74,7 +77,9 @@ def activation_variance(
     processes = current_processes()
     with processes.together("activation_variance", {"basis": basis_name(nodes_of), "pairs": tokens.hash}):
         sums: dict[tuple[str, str, str], Tensor] = {}
-        for batch in processes.share(tokens.batches(processes.fair(batch_size, len(tokens)))):
+        batches = processes.share(tokens.batches(processes.fair(batch_size, len(tokens))))
+        shown = verbose if processes.first else False
+        for batch in show_batches(batches, -(-len(tokens) // processes.count), desc="variance", verbose=shown):
             _add(sums, take_apart(sites, run_values(model, batch, list_reads(sites))), batch)
         variances = _variances(processes.total(sums), len(tokens))
     settings = {

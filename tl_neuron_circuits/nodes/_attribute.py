@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import PairsError, SettingsError
 from .._files import fingerprint
 from .._memory import Halving
 from .._processes import current_processes
+from .._progress import progress
 from .._typing import check_arguments, checked
 from ..bases._activations import Neurons
 from ..bases._site import Basis, basis_name, basis_sites
@@ -62,7 +62,7 @@ def attribute(
     skip_special: bool = False,
     batch_size: int | Literal["auto"] = 32,
     resume: str | Path | None = None,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> NodeScores:
     """Score every node of `basis` by its support for `metric`: (a_clean - a_baseline) * d metric / d a, averaged over
     pairs.
@@ -94,7 +94,7 @@ def attribute(
             says what was used.
         resume: a directory in which the sums so far are kept; the same call resumes from there after it was stopped,
             and gives the same scores. Remove it when they are saved. A learned mask may go on with more steps.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         Scores in float32, those of each hook on its layer's device.
@@ -127,24 +127,25 @@ def attribute(
     processes = current_processes()
     tokens = tokenize(model, pairs)
     settings = _provenance(scope, method, tokens, basis_name(basis))
+    shown = verbose if processes.first else False
     with processes.together("attribute", settings):
         check_pairs(tokens, scope)
         if isinstance(method, LearnedMask):
-            return _learn(method, scope, tokens, settings, basis, batch_size, resume, verbose and processes.first)
+            return _learn(method, scope, tokens, settings, basis, batch_size, resume, shown)
         identity = {} if resume is None else _identity(scope, settings, batch_size)
         saved = None if resume is None else SavedSums(resume, identity, processes)
         planned = [size for size in processes.gather(saved and saved.planned) if size]
         size = planned[0] if planned else fitting_batch(scope, method, tokens, batch_size, processes)
         batches = Halving(processes.fair(size, len(tokens)), batch_size == "auto")
 
-        sums, done, planned, shown = Sums(), 0, batches.size, verbose and processes.first
+        sums, done, planned = Sums(), 0, batches.size
         if saved is not None and (found := saved.read(scope.sites)) is not None:
             sums, done, planned, batches.size = found
         means = None
         if baseline == "mean":
             means = shared_means(model, scope.sites, processes.share(tokens.batches(planned)), processes)
         number = 0
-        with tqdm(total=len(tokens), desc=method.label, disable=not shown, unit="pair") as bar:
+        with progress(total=len(tokens), desc=method.label, verbose=shown, unit="pair") as bar:
             for number, batch in enumerate(processes.share(tokens.batches(planned)), 1):
                 if number > done:
                     for attempt in batches.pieces(batch):  # a batch that memory does not hold is halved
@@ -175,7 +176,7 @@ def _learn(
     basis: Basis | Sequence[Basis],
     batch_size: int | Literal["auto"],
     resume: str | Path | None,
-    shown: bool,
+    shown: bool | None,
 ) -> NodeScores:
     """Scores that come out of many steps instead of one pass over the pairs."""
     processes = current_processes()
@@ -311,7 +312,7 @@ def estimate_memory(
     check_scope(scope, method, batch_size)
     tokens = tokenize(model, pairs)
     check_pairs(tokens, scope)
-    return measured(scope, method, tokens, batch_size, available)
+    return measured(scope, method, tokens, batch_size, available, verbose=given["verbose"])
 
 
 def _shared_signature() -> inspect.Signature:

@@ -28,7 +28,7 @@ class ActivationDifference(Method):
     name: ClassVar[str] = "activation_difference"
 
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """|a - a_baseline| of every node; the norm of a vector node's change."""
         values, baselines = scope.values(scope.first_run(batch)), scope.baseline_parts(batch, means)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .._errors import PairsError, SettingsError
+from .._progress import progress
 from ..bases._runs import Values, answers_only, run_logits, run_values, take_apart
 from ..bases._site import Parts, Site, refuse_cross_layer
 from ..models._threads import hooked
@@ -67,11 +68,14 @@ class IntegratedGradients(_AlongPath):
         super().check(scope)
 
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """The mean gradient at every site, along that site's own path, times the change of every node."""
         values, baselines = scope.values(batch), scope.baseline_parts(batch, means)
-        gradients = {site.hook: self._mean_gradient(scope, batch, site, values, baselines) for site in scope.sites}
+        gradients = {
+            site.hook: self._mean_gradient(scope, batch, site, values, baselines)
+            for site in progress(scope.sites, desc="paths", verbose=verbose)
+        }
         return values, scope.change_times(values, baselines, gradients)
 
     def _mean_gradient(
@@ -123,13 +127,13 @@ class IntegratedGradientsInputs(_AlongPath):
         return clean, run_values(scope.model, batch.on_corrupt(), [name])[name]
 
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """The mean gradient at every site, along the path of the embeddings, times the change of every node."""
         name = "hook_embed"
         clean, end = self._ends(scope, batch, name)
         values, mean_gradients = scope.values(batch), dict[str, Tensor]()
-        for step in range(self.steps):
+        for step in progress(range(self.steps), desc="steps", verbose=verbose):
             point = torch.lerp(clean, end, step / self.steps)
             enter = (name, lambda value, hook, point=point: point.clone().requires_grad_(True))
             _, gradients = gradients_at(scope.model, batch, scope.sites, scope.metric, self.rules, hooks=[enter])
@@ -155,14 +159,14 @@ class Conductance(IntegratedGradientsInputs):
     name: ClassVar[str] = "conductance"
 
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """The sum over steps, the corrupt (or zero) end first: K + 1 forwards and backwards."""
         name = "hook_embed"
         clean, base = self._ends(scope, batch, name)
         total: Blocks = {}
         before: dict[str, Parts | None] = {}
-        for step in range(self.steps + 1):
+        for step in progress(range(self.steps + 1), desc="steps", verbose=verbose):
             point = torch.lerp(base, clean, step / self.steps)
             enter = (name, lambda value, hook, point=point: point.clone().requires_grad_(True))
             values, gradients = gradients_at(scope.model, batch, scope.sites, scope.metric, self.rules, hooks=[enter])

@@ -34,12 +34,12 @@ import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import FileFormatError, NumericalError, SettingsError
 from .._files import present, read_directory, require_shapes, write_directory
 from .._memory import Halving, available_memory
 from .._processes import Processes
+from .._progress import progress
 from ..bases._runs import Values, answers_only, require_fired, run_logits
 from ..bases._site import Parts, Site, refuse_cross_layer
 from ..models._threads import hooked
@@ -94,7 +94,7 @@ class MaskGradient(Method):
         _check(self, scope)
 
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """The negative gradient at masks that are the same for all nodes, weighted by t (1 - t) / T."""
         values = scope.values(batch)
@@ -169,7 +169,7 @@ class LearnedMask(Method):
         _check(self, scope)
 
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """Of one batch: the first step's direction, which takes as much memory as any step."""
         free = MaskGradient(1, self.schedule, self.loss, self.direction, self.temperature)
@@ -185,7 +185,7 @@ class LearnedMask(Method):
         *,
         resume: str | Path | None,
         identity: Mapping[str, Any],
-        shown: bool,
+        shown: bool | None,
     ) -> tuple[Blocks, dict[str, Any]]:
         """The scores of every node after all steps, and how they came about, as JSON has it.
 
@@ -205,7 +205,7 @@ class LearnedMask(Method):
         save = _Saving(Path(resume), identity) if resume is not None and processes.first else None
         begun = len(state.losses)
         schedule = itertools.islice(self._draws(len(tokens), n), begun, self.steps)
-        with tqdm(total=self.steps, initial=begun, desc=self.label, disable=not shown, unit="step") as bar:
+        with progress(total=self.steps, initial=begun, desc=self.label, verbose=shown, unit="step") as bar:
             for step, (chosen, budget) in enumerate(schedule, begun):
                 self._step(state, pairs, chosen, budget, self.temperature * self.cooling**step)
                 if save is not None:

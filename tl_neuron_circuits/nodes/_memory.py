@@ -17,6 +17,7 @@ from .._errors import SettingsError
 from .._memory import available_memory, first_batch, growth
 from .._meter import Meter
 from .._processes import Processes
+from .._progress import progress
 from .._typing import checked
 from ..bases._runs import mean_parts
 from ..models._protocol import TransformerLensModel
@@ -100,15 +101,23 @@ class MemoryEstimate:
 
 
 def measured(
-    scope: Scope, method: Method, tokens: TokenizedPairs, batch_size: int, available: int | None = None
-) -> MemoryEstimate:
+    scope: Scope, method: Method, tokens: TokenizedPairs, batch_size: int, available: int | None = None,
+    *, verbose: bool | None = False,
+) -> MemoryEstimate:  # fmt: skip
     """The estimate, from one and two rows of the longest prompt, and four and eight where there is room."""
     if isinstance(method, IntegratedGradients | IntegratedGradientsInputs | MaskGradient):
         method = replace(method, steps=1)  # one step after the other: memory is that of one
     if available is None:
         available = available_memory(scope.model)
     wanted = len(tokens) if batch_size == 1 else batch_size
-    fixed, each = growth(lambda n: _peak(scope, method, next(tokens.longest(n).batches(n))), available, wanted)
+    with progress(desc="estimate_memory", verbose=verbose, unit="pass") as bar:
+
+        def peak(n: int) -> int:
+            bytes_at_once = _peak(scope, method, next(tokens.longest(n).batches(n)))
+            bar.update()
+            return bytes_at_once
+
+        fixed, each = growth(peak, available, wanted)
     weights = sum(p.numel() * p.element_size() for p in scope.model.parameters())
     return MemoryEstimate(weights, fixed, each, batch_size, max(tokens.lengths), available)
 

@@ -23,7 +23,7 @@ class Method(Options, abc.ABC):
 
     @abc.abstractmethod
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """The values of the first run at every site, and the scores of every node, summed over the batch.
 

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import SettingsError
+from .._progress import progress
 from ..bases._activations import Neurons
 from ..bases._runs import Values, answers_only, run_logits
 from ..bases._site import Parts, Site, refuse_cross_layer
@@ -92,7 +92,7 @@ class Patching(Method):
             )
 
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """Patch node after node, `rows` forward rows at once."""
         run = scope.first_run(batch)
@@ -100,13 +100,14 @@ class Patching(Method):
         with torch.no_grad(), answers_only(scope.model, run, scope.metric) as narrowed:
             start = measure(scope.metric, run_logits(scope.model, run.clean, run.attention_mask), narrowed)
         blocks: Blocks = {}
-        for site in tqdm(scope.sites, desc="patched sites", disable=not verbose, leave=False):
+        for site in progress(scope.sites, desc="patched sites", verbose=verbose):
             parts = site.take_apart(values)
             for kind in ("node", *site.vectors):
                 shape = block_shape(scope, parts, kind)
                 scores = torch.full((shape.numel(),), torch.nan, dtype=torch.float32)
                 wanted = self._wanted(scope, site.hook, kind, shape)
-                for chunk in wanted.split(max(1, rows // len(run))) if len(wanted) else ():
+                chunks = wanted.split(max(1, rows // len(run))) if len(wanted) else ()
+                for chunk in progress(chunks, desc=site.hook, verbose=verbose):
                     fall = _fall(scope, run, site, kind, shape, chunk, parts, baselines[site.hook], start)
                     scores[chunk] = scope.sign * fall.float().cpu()
                 blocks[site.hook, kind] = scores.reshape(shape).to(parts.nodes.device)

@@ -42,7 +42,7 @@ class RelP(Method):
             raise SettingsError("expected at least one rule for RelP; got none. That is method='gradient'.")
 
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """One gradient under the rules, times the change of every node."""
         run = scope.first_run(batch)
@@ -66,7 +66,7 @@ class Gradient(Method):
     name: ClassVar[str] = "gradient"
 
     def score(
-        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool
+        self, scope: Scope, batch: Batch, means: Means | None, *, rows: int, verbose: bool | None
     ) -> tuple[Values, Blocks]:
         """One gradient, times the change of every node."""
         values, gradients = gradients_at(scope.model, scope.first_run(batch), scope.sites, scope.metric, rules=())

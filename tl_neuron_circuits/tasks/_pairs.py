@@ -234,8 +234,9 @@ class PromptPairs:
         return both.remember(self.made_for)
 
     def where_model_is_right(
-        self, model: "TransformerLensModel", *, metric: "Metric | None" = None, batch_size: int = 32
-    ) -> "PromptPairs":
+        self, model: "TransformerLensModel", *, metric: "Metric | None" = None, batch_size: int = 32,
+        verbose: bool | None = None,
+    ) -> "PromptPairs":  # fmt: skip
         """Only the contrasts in which the model prefers the answer in every direction: a metric above zero.
 
         A curve over pairs that the model fails measures noise. `.selection.share` has the share of pairs that were
@@ -245,6 +246,7 @@ class PromptPairs:
             model: a HookedTransformer or TransformerBridge.
             metric: the logit difference unless given; right is above zero.
             batch_size: prompts of one length in one pass.
+            verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
         Raises:
             PairsError: the model is right in no contrast, or pairs do not fit its tokenizer.
@@ -258,7 +260,7 @@ class PromptPairs:
         """
         from ._where_right import contrasts_right
 
-        kept = contrasts_right(model, self, metric, batch_size)
+        kept = contrasts_right(model, self, metric, batch_size, verbose)
         lost = len(self) - len(kept)
         left_out = {"of contrasts in which the model is wrong": lost} if lost else {}
         return self[kept].remember(self.made_for, Selection(len(kept), len(self), left_out))

@@ -3,6 +3,7 @@
 import torch
 
 from .._errors import PairsError, SettingsError
+from .._progress import show_batches
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding
 from ._metrics import Metric, logit_difference, measure
@@ -12,7 +13,11 @@ from ._tokenize import tokenize
 
 @holding
 def contrasts_right(
-    model: TransformerLensModel, pairs: PromptPairs, metric: Metric | None, batch_size: int
+    model: TransformerLensModel,
+    pairs: PromptPairs,
+    metric: Metric | None,
+    batch_size: int,
+    verbose: bool | None = False,
 ) -> list[int]:
     """Indices of the pairs of these contrasts, in order. Cost: one forward pass per pair.
 
@@ -24,7 +29,7 @@ def contrasts_right(
     tokens = tokenize(model, pairs, aligned=False)
     right = torch.zeros(len(pairs), dtype=torch.bool)
     with torch.no_grad():
-        for batch in tokens.batches(batch_size):
+        for batch in show_batches(tokens.batches(batch_size), len(tokens), desc="right?", verbose=verbose):
             values = measure(metric or logit_difference, model(batch.clean), batch)
             right[batch.index.cpu()] = (values > 0).cpu()
     contrast = directions(pairs)

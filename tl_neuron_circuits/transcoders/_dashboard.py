@@ -129,6 +129,7 @@ def feature_dashboard(
     ignore_tokens: tuple[int, ...] = (),
     batch_size: int = 32,
     seed: int = 0,
+    verbose: bool | None = None,
 ) -> FeatureDashboard:
     """One feature's tokens, logits, earlier features, heads and examples.
 
@@ -145,6 +146,7 @@ def feature_dashboard(
         ignore_tokens: positions with these tokens (padding, BOS) do not count.
         batch_size: prompts per forward pass.
         seed: for that choice.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         Everything as tables, with `.to_html(path)`.
@@ -174,12 +176,12 @@ def feature_dashboard(
         raise SettingsError(f"expected a feature below {reading.dictionary.d_dict} in layer {layer}; got {unit}.")
     firing = None
     if not restricted:
-        values = _activations(model, reading, unit, tokens, batch_size)
+        values = _activations(model, reading, unit, tokens, batch_size, verbose)
         counts = ~torch.isin(tokens.cpu(), torch.tensor(ignore_tokens, dtype=tokens.dtype))
         firing = _firing(model, tokens.cpu(), values, counts, examples, seed)
     norms = head_norms(run, layer, unit)
     strongest: list[Any] = [(int(row.layer), int(row.head)) for row in norms.head(heads).itertuples()]
-    means = feature_means(model, run, tokens, ignore_tokens, batch_size)
+    means = feature_means(model, run, tokens, ignore_tokens, batch_size, verbose)
     routes = tuple(_route(run, layer, unit, head, means, k) for head in (None, *strongest))
     logits = logit_weights(model, dictionaries, feature, k=k)
     name = model_name(model)
@@ -190,11 +192,16 @@ def feature_dashboard(
 
 
 def _activations(
-    model: TransformerLensModel, reading: Reading, unit: int, tokens: Int[Tensor, "prompt pos"], batch_size: int
+    model: TransformerLensModel,
+    reading: Reading,
+    unit: int,
+    tokens: Int[Tensor, "prompt pos"],
+    batch_size: int,
+    verbose: bool | None,
 ) -> Float[Tensor, "prompt pos"]:
     """One feature's activation at every position, on the CPU."""
     parts = []
-    for values, counts in values_by_batch(model, tokens, [reading.site.hook_in], (), batch_size):
+    for values, counts in values_by_batch(model, tokens, [reading.site.hook_in], (), batch_size, verbose):
         x = values[reading.site.hook_in].reshape(counts.numel(), -1)
         activations = torch.cat([features[:, unit] for features in encode_in_chunks(reading.dictionary, x)])
         parts.append(activations.float().cpu().reshape(counts.shape))

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .. import _html
 from .._errors import NumericalError, SettingsError
+from .._progress import progress
 from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..bases._dictionary_basis import Dictionaries, DictionarySite
@@ -132,6 +133,7 @@ def fidelity(
     rank: int = 16,
     forward_rows: int = 32,
     ignore_tokens: tuple[int, ...] = (),
+    verbose: bool | None = None,
 ) -> Fidelity:
     """Next-token loss with one layer replaced, and with all of them, beside L0, FVU and dead share.
 
@@ -144,6 +146,7 @@ def fidelity(
         baselines: also replace by an affine map and a map of rank `rank` from the dictionary's input to its output.
         forward_rows: prompts per forward pass, where tokens are one tensor.
         ignore_tokens: positions with these tokens (padding) do not count, though they are replaced too.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
         DictionaryError: a dictionary does not fit the model.
@@ -160,7 +163,7 @@ def fidelity(
     """
     batches = list(batches_of(tokens, forward_rows))
     fit = batches if fit_tokens is None else list(batches_of(fit_tokens, forward_rows))
-    return measure_fidelity(model, dictionaries, batches, fit, baselines, rank, ignore_tokens)[0]
+    return measure_fidelity(model, dictionaries, batches, fit, baselines, rank, ignore_tokens, verbose=verbose)[0]
 
 
 def batches_of(tokens: Tensor | Iterable[Any], rows: int) -> Iterator[Int[Tensor, "prompt pos"]]:
@@ -195,6 +198,8 @@ def measure_fidelity(
     rank: int,
     ignore: tuple[int, ...],
     known: References | None = None,
+    *,
+    verbose: bool | None = False,
 ) -> tuple[Fidelity, References]:
     """`fidelity`, and what the next call with dictionaries at the same sites need not measure again.
 
@@ -204,11 +209,15 @@ def measure_fidelity(
     sites = Dictionaries(dictionaries).sites(model)
     if not batches or not fit:
         raise SettingsError("expected at least one prompt to measure fidelity on; got none.")
-    moments = _moments(model, sites, fit, ignore) if known is None else known.moments
+    if known is None:
+        moments = _moments(model, sites, progress(fit, desc="means and maps", verbose=verbose), ignore)
+    else:
+        moments = known.moments
     replacements = {site.hook: _replacements(site, moments[site.hook], baselines, rank) for site in sites}
     if known is not None:
         replacements = {hook: {n: each[n] for n in OWN if n in each} for hook, each in replacements.items()}
-    reconstruction = _reconstruction(model, sites, replacements, batches, ignore)
+    held_out = progress(batches, desc="reconstruction", verbose=verbose)
+    reconstruction = _reconstruction(model, sites, replacements, held_out, ignore)
 
     # Every layer alone under every replacement, then all layers together.
     conditions: dict[Condition, dict[str, Replacement]] = {_MODEL: {}}
@@ -218,7 +227,8 @@ def measure_fidelity(
     for name in names if len(sites) > 1 else ():
         if all(name in each for each in replacements.values()):
             conditions[ALL, name] = {hook: each[name] for hook, each in replacements.items()}
-    fresh = _losses(model, sites, conditions, batches, ignore)
+    held_out = progress(batches, desc="losses", verbose=verbose)
+    fresh = _losses(model, sites, conditions, held_out, ignore)
 
     sums = fresh if known is None else {**known.sums, **fresh}
     model_loss, count = sums[_MODEL].loss / sums[_MODEL].count, sums[_MODEL].count

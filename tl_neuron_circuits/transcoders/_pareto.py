@@ -76,7 +76,7 @@ def pareto(
     *,
     evaluation_tokens: Int[Tensor, "held_out_prompt held_out_pos"] | Sequence[Any],
     targets: Sequence[str] = ("transcoder", "sae"),
-    verbose: bool = True,
+    verbose: bool | None = None,
 ) -> ParetoFront:
     """Train a dictionary per value, target and layer, and measure each as `fidelity` does.
 
@@ -88,6 +88,7 @@ def pareto(
         values: of `k` (topk, batchtopk) or of the penalty (relu, jumprelu).
         evaluation_tokens: held-out prompts.
         targets: "transcoder", "sae" or both.
+        verbose: as in `train`.
 
     Raises:
         SettingsError: no values, or settings that `TrainingConfig` refuses.
@@ -111,7 +112,9 @@ def pareto(
             number = int(value) if setting == "k" else float(value)
             changed = config.replace(target=target, skip=config.skip and target != "sae", **{setting: number})
             trained = train(model, tokens, changed, verbose=verbose).dictionaries
-            measured, known = measure_fidelity(model, trained, batches, fit, True, _RANK, config.ignore_tokens, known)
+            measured, known = measure_fidelity(
+                model, trained, batches, fit, True, _RANK, config.ignore_tokens, known, verbose=verbose
+            )
             dictionaries[target, float(value)] = trained
             frames.append(measured.to_dataframe().assign(target=target, **{setting: number}))
     table = pd.concat(frames, ignore_index=True)

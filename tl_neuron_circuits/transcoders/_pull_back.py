@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .._errors import SettingsError
+from .._progress import show_batches
 from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..bases._runs import Values, values_at
@@ -38,6 +39,7 @@ def pull_back(
     k: int = 10,
     ignore_tokens: tuple[int, ...] = (),
     batch_size: int = 32,
+    verbose: bool | None = None,
 ) -> pd.DataFrame:
     """The earlier features that excite and inhibit a feature most, by weights alone or times their mean activation.
 
@@ -50,6 +52,7 @@ def pull_back(
         k: features each way, over all earlier layers.
         ignore_tokens: positions with these tokens (padding, BOS) do not count for the mean.
         batch_size: prompts per forward pass.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
         Columns label, direction ("top" or "bottom"), rank (from 0), source, layer, unit, weight, mean_activation (nan
@@ -66,7 +69,7 @@ def pull_back(
         10
     """
     run = probe_run(model, dictionaries)
-    means = None if tokens is None else feature_means(model, run, tokens, ignore_tokens, batch_size)
+    means = None if tokens is None else feature_means(model, run, tokens, ignore_tokens, batch_size, verbose)
     tables = [
         strongest_sources(run, read_vectors(run, layer, units, head), means, k)
         for layer, units in units_by_layer(run, features).items()
@@ -110,6 +113,7 @@ def feature_means(
     tokens: Int[Tensor, "prompt pos"],
     ignore: tuple[int, ...],
     batch_size: int,
+    verbose: bool | None,
 ) -> dict[int, Float[Tensor, " feature"]]:
     """The mean activation of every feature over all positions that count, by layer.
 
@@ -119,7 +123,8 @@ def feature_means(
     sites = {layer: writes.site for layer, writes in enumerate(run.mlps) if writes.site is not None}
     sums = {layer: torch.zeros(site.dictionary.d_dict) for layer, site in sites.items()}
     count = 0
-    for values, counts in values_by_batch(model, tokens, [site.hook_in for site in sites.values()], ignore, batch_size):
+    names = [site.hook_in for site in sites.values()]
+    for values, counts in values_by_batch(model, tokens, names, ignore, batch_size, verbose):
         count += int(counts.sum())
         for layer, site in sites.items():
             value = values[site.hook_in]
@@ -137,12 +142,13 @@ def values_by_batch(
     names: Sequence[str],
     ignore: tuple[int, ...],
     batch_size: int,
+    verbose: bool | None,
 ) -> Iterator[tuple[Values, Bool[Tensor, "batch pos"]]]:
     """Values at hook points, batch after batch, and which positions count."""
     if batch_size < 1:
         raise SettingsError(f"expected batch_size of at least 1; got {batch_size}.")
-    for start in range(0, len(tokens), batch_size):
-        part = tokens[start : start + batch_size].to(model.cfg.device or "cpu")
+    for part in show_batches(tokens.split(batch_size), len(tokens), desc="activations", verbose=verbose):
+        part = part.to(model.cfg.device or "cpu")
         ignored = torch.tensor(ignore, dtype=part.dtype, device=part.device)
         yield values_at(model, part, names), ~torch.isin(part, ignored)
 

@@ -29,19 +29,20 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import _html
 from .._errors import FileFormatError, NeuronCircuitsError, SaveError, SettingsError
 from .._files import fingerprint, read_directory, remove_empty, reserved, versions, write_directory
 from .._indices import as_integer
+from .._memory import available_memory
 from .._processes import Processes, current_processes
+from .._progress import progress
 from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..bases._dictionary_files import save_dictionary
 from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
-from ._buffer import ActivationBuffer, TokenStream, flat_values, training_sites
+from ._buffer import ActivationBuffer, TokenStream, TrainingSite, flat_values, training_sites
 from ._config import TrainingConfig
 from ._trainee import MEASURES, Scaling, Trainee
 
@@ -121,7 +122,7 @@ def train(
     *,
     directory: str | Path | None = None,
     resume: bool = False,
-    verbose: bool = True,
+    verbose: bool | None = None,
 ) -> TrainingReport:
     """Train one dictionary per layer on the model's own activations.
 
@@ -133,7 +134,8 @@ def train(
         directory: where checkpoints go; None for none.
         resume: continue from the newest checkpoint there, with the same settings, model, tokens and number of
             processes; a tensor or a list of tokens is checked, any other iterable must give the same batches again.
-        verbose: show a progress bar with loss, L0, variance explained and share of dead features.
+        verbose: a progress bar with loss, L0, variance explained and share of dead features. None: after two
+            seconds, in a notebook or a terminal.
 
     Raises:
         SettingsError: settings or tokens cannot be used, the iterator is empty or ends early, or the checkpoints are
@@ -165,8 +167,8 @@ def train(
             training.restore(folder)
         else:
             training.begin(folder)
-        quiet = not (verbose and processes.first)
-        with tqdm(total=config.steps, initial=training.step, disable=quiet, desc=config.dictionary_kind) as bar:
+        shown = verbose if processes.first else False
+        with progress(total=config.steps, initial=training.step, desc=config.dictionary_kind, verbose=shown) as bar:
             while training.step < config.steps:
                 try:
                     training.advance()
@@ -181,6 +183,28 @@ def train(
                 if folder is not None and training.checkpoint_is_due:
                     training.write(folder)
         return training.report()
+
+
+def _require_memory(
+    sites: Sequence[TrainingSite], config: TrainingConfig, processes: int, available: int | None
+) -> None:
+    """Raise where the weights of all layers, with gradients and Adam's moments, and the buffer cannot fit.
+
+    Raises:
+        SettingsError: with the sizes, and the settings that help.
+    """
+    weights = 16 * sum(config.d_dict * (site.d_in + site.d_out) for site in sites)
+    width = sum(site.d_in + (site.d_out if site.hook_out != site.hook_in else 0) for site in sites)
+    value = 2 if config.precision == "bfloat16" else 4
+    buffer = value * width * (config.buffer_size // processes)
+    if available is None or weights + buffer <= available:
+        return
+    raise SettingsError(
+        f"expected a training that fits into memory: {len(sites)} dictionaries of {config.d_dict:,} features need "
+        f"{weights / 1e9:.3g} GB (weights, gradients, moments) and a buffer of {config.buffer_size:,} positions "
+        f"{buffer / 1e9:.3g} GB; {available / 1e9:.3g} GB are free. Train fewer layers at a time (layers=), or give a "
+        "smaller d_dict or buffer_size" + (", or precision='bfloat16'." if value == 4 else ".")
+    )
 
 
 class _Training:
@@ -205,6 +229,7 @@ class _Training:
         self._first = first[:1]
         self._sites = training_sites(model, self._first, config)
         self._hooks = tuple(dict.fromkeys(name for site in self._sites for name in (site.hook_in, site.hook_out)))
+        _require_memory(self._sites, config, count, available_memory(model))
         self._generator = torch.Generator().manual_seed(config.seed)
         self._buffer = ActivationBuffer(
             model,
