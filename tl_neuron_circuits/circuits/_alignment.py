@@ -119,9 +119,7 @@ def align(
         for place, token in zip(own, tokens.tolist(), strict=True):
             ids[place].add(token)
     known = [one.pop() if len(one) == 1 and name is None else -1 for one, name in zip(ids, names, strict=True)]
-    texts = [
-        name or ("…" if token < 0 else token_text(model, token)) for token, name in zip(known, names, strict=True)
-    ]
+    texts = [name or ("…" if token < 0 else token_text(model, token)) for token, name in zip(known, names, strict=True)]
     left = sorted({own[at] for own, rows in zip(places, skipped, strict=True) for at in rows})
     named = {one.name: (places[0][one.start], places[0][one.end - 1]) for one in spans[0]}
     return Places(alignments, "spans" if any(names) else "keep", texts, known, left, named)

@@ -98,9 +98,13 @@ class Totals:
         """Numbers of tokens that share a place added up."""
         if alignment is None or alignment.is_identity:
             return self
-        add = lambda values, where, n: values.new_zeros(n, *values.shape[1:]).index_add_(0, where.to(values.device), values)  # noqa: E731, E501
+        add = lambda values, where, n: values.new_zeros(n, *values.shape[1:]).index_add_(
+            0, where.to(values.device), values
+        )  # noqa: E731, E501
         place = lambda tensors: [None if t is None else add(t, alignment.place, alignment.n_places) for t in tensors]  # noqa: E731, E501
-        columns: Any = {name: place(getattr(self, name)) for name in ("score", "activation", "change", "gradient", "gate", "up")}  # noqa: E501
+        columns: Any = {
+            name: place(getattr(self, name)) for name in ("score", "activation", "change", "gradient", "gate", "up")
+        }  # noqa: E501
         return replace(
             self,
             **columns,
@@ -460,7 +464,10 @@ class _Edges:
         self._score = torch.cat([self._by_node(members.change * members.slope), targets], 1)
         self._slope = torch.cat([self._by_node(members.slope), torch.ones_like(targets)], 1)
         self._order = torch.cat(
-            [*((nodes[:, 0] == index).nonzero()[:, 0] for index in range(n_slots)), len(nodes) + torch.arange(n_targets)]
+            [
+                *((nodes[:, 0] == index).nonzero()[:, 0] for index in range(n_slots)),
+                len(nodes) + torch.arange(n_targets),
+            ]
         )
         self._slot = torch.cat([nodes[:, 0], torch.full((n_targets,), n_slots)])
         self.largest_residual = 0.0
