@@ -121,10 +121,7 @@ def _with_answers(
     if any(compared) != all(compared):
         raise SettingsError(f"expected a token for every prompt, or a tuple of two for every prompt; got {each!r}.")
     columns = list(zip(*(one if isinstance(one, tuple) else (one,) for one in each), strict=True))
-    ids = [
-        [token_id(model, token, None if texts is None else texts[row]) for row, token in enumerate(column)]
-        for column in columns
-    ]
+    ids = [_token_ids(model, list(column), texts) for column in columns]
     if len(ids) > 1 and (same := [row for row, pair in enumerate(zip(*ids, strict=True)) if pair[0] == pair[1]]):
         raise SettingsError(f"expected two different tokens in each target; those of prompt {same[0]} are the same.")
     answers = [torch.tensor(column, device=pairs.answer.device) for column in ids]
@@ -132,6 +129,13 @@ def _with_answers(
     if any(len(set(column)) > 1 for column in ids):
         return pairs, None
     return pairs, ids[0][0] if len(ids) == 1 else (ids[0][0], ids[1][0])
+
+
+def _token_ids(model: Any, tokens: list[Any], texts: Sequence[str] | None) -> list[int]:
+    """One token per prompt; text is tokenized after its prompt."""
+    if texts is not None and all(isinstance(token, str) for token in tokens):
+        return tokenize(model, PromptPairs(clean=texts, answer=tokens)).answer.tolist()
+    return [token_id(model, token, None if texts is None else texts[row]) for row, token in enumerate(tokens)]
 
 
 def _likeliest(model: Any, pairs: TokenizedPairs) -> Int[Tensor, " prompt"]:
