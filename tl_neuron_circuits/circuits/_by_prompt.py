@@ -189,4 +189,6 @@ def nodes_on_prompt(nodes: pd.DataFrame, settings: Mapping[str, Any], prompt: in
         return chosen.reset_index(drop=True)
     own = pd.DataFrame({"place": places[prompt], "at": range(len(places[prompt]))})
     placed = chosen.assign(place=chosen["position"].clip(lower=0)).merge(own, on="place")
-    return placed.assign(position=placed["at"]).drop(columns=["place", "at"])
+    placed = placed.assign(position=placed["at"]).drop(columns=["place", "at"])
+    placed.attrs = {}  # these are positions
+    return placed

@@ -90,6 +90,8 @@ class Circuit:
         if self.basis is None:
             object.__setattr__(self, "basis", _scores.own_basis(self.settings))
         object.__setattr__(self, "nodes", typed(self.nodes, NODE_COLUMNS))
+        if self.settings.get("positions") == "spans":  # a table alone would pass places off as positions
+            self.nodes.attrs["positions"] = "spans"
         object.__setattr__(self, "edges", typed(self.edges, EDGE_COLUMNS))
         if self.by_prompt is not None:
             object.__setattr__(self, "by_prompt", typed(self.by_prompt, _by_prompt.PROMPT_COLUMNS))

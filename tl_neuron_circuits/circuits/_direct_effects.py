@@ -300,8 +300,9 @@ def can_share(model: TransformerLensModel, slots: Sequence[Slot], *, paired: boo
     """Whether prompts may share a batch: biases and positional embeddings, which are no prompt's own, have no part."""
     if paired:
         return True
-    neurons = all(isinstance(slot, NeuronSlot) for slot in slots)
-    return neurons and model.cfg.positional_embedding_type != "standard" and not bias_parameters(model)
+    if model.cfg.positional_embedding_type == "standard" or not all(isinstance(slot, NeuronSlot) for slot in slots):
+        return False
+    return not any(bool(bias.any()) for bias in bias_parameters(model).values())  # zeros where the model has none
 
 
 @dataclass(frozen=True, eq=False)
