@@ -43,14 +43,19 @@ def every_node(model: Any, prompt: Any, target: Any, **options: Any) -> Circuit:
     return trace(model, prompt, target, nodes=int(str(error.value).split("1 and ")[1].split()[0].replace(",", "")))
 
 
+def table_of(circuit: Circuit) -> Any:
+    """The table of single prompts."""
+    assert circuit.by_prompt is not None
+    return circuit.by_prompt
+
+
 def edges_of(circuit: Circuit) -> pd.DataFrame:
     return circuit.edges.set_index(["source", "target"])[NUMBERS].sort_index()
 
 
 def assert_prompts_average_to(circuit: Circuit) -> None:
     """The table of prompts, and the circuit: the same numbers."""
-    assert circuit.by_prompt is not None
-    mean = circuit.by_prompt.groupby(["kind", "source", "target"])[NUMBERS].sum() / circuit.settings["n_prompts"]
+    mean = table_of(circuit).groupby(["kind", "source", "target"])[NUMBERS].sum() / circuit.settings["n_prompts"]
     edges, nodes = mean.loc["edge"], circuit.nodes.set_index("node")
     scale = nodes["score"].abs().max()
     off = edges.sub(edges_of(circuit), fill_value=0.0).abs()
@@ -80,9 +85,9 @@ def test_prompts_in_one_batch_give_what_they_give_one_by_one_and_alone(case: Any
             answers[row : row + 1],
             None if not paired else others[row : row + 1],
             wrong[row : row + 1],
-        )  # noqa: E501  fmt: skip
+        )
         alone = every_node(model, own, None).nodes.set_index("node")["score"]
-        found = together.by_prompt.query(f"prompt == {row} and kind == 'node'").set_index("source")["attribution"]
+        found = table_of(together).query(f"prompt == {row} and kind == 'node'").set_index("source")["attribution"]
         chosen = [name for name in found.index if "/N" in name]
         np.testing.assert_allclose(found[chosen], alone.reindex(chosen).fillna(0.0), atol=1e-9)
 
@@ -97,12 +102,12 @@ def test_a_place_of_several_tokens_has_the_sums_of_what_single_prompts_have_at_t
     targets, slots = [answer_target(against_wrong=False, center=False)], find_slots(demo, tnc.bases.Neurons())
     for prompt, (text, target) in enumerate(zip(PLAIN, TARGETS, strict=True)):
         pairs = tnc.tasks.tokenize(demo, tnc.PromptPairs(clean=[text], answer=[target]))
-        table = together.by_prompt[together.by_prompt["prompt"] == prompt]
+        table = table_of(together)[table_of(together)["prompt"] == prompt]
         own = together.on_prompt(prompt)
         values = tnc.attribute(demo, pairs, baseline="zero", metric=tnc.tasks.answer_logit).values
         own = own.assign(
             alone=[float(values[f"blocks.{n.layer}.mlp.hook_post"][n.position, n.unit]) for n in own.itertuples()]
-        )  # noqa: E501  fmt: skip
+        )
         expected = own.groupby("node")["alone"].sum()
         found = table[table["kind"] == "node"].set_index("source")["attribution"]
         np.testing.assert_allclose(found[expected.index], expected, atol=1e-5)
@@ -111,7 +116,7 @@ def test_a_place_of_several_tokens_has_the_sums_of_what_single_prompts_have_at_t
         names, n = [*own["node"], "answer_logit"], len(own)
         by_hand = pd.DataFrame(
             effects.edges.to_dense()[: n + 1, :n].permute(1, 0, 2).reshape(-1, 2).numpy(), columns=NUMBERS
-        )  # noqa: E501  fmt: skip
+        )
         ends = [np.repeat(names[:n], n + 1), np.tile(names, n)]
         by_hand = by_hand.groupby(ends).sum()
         edges = table[(table["kind"] == "edge") & table["source"].isin(names)].set_index(["source", "target"])[NUMBERS]
@@ -134,10 +139,12 @@ def test_prompts_add_up_whatever_is_done_to_the_circuit(marked: Circuit, tmp_pat
         marked - marked.prune(count=5),
         marked & marked.prune(count=30),
         marked | marked.prune(count=9),
-    ):  # noqa: E501  fmt: skip
+    ):
         assert_prompts_average_to(changed)
     summed = marked.sum_positions()
     assert_prompts_average_to(summed)
+    with pytest.raises(SettingsError, match="have no places"):
+        summed.on_prompt(0)
     marked.save(tmp_path / "saved")
     again = Circuit.load(tmp_path / "saved")
     pd.testing.assert_frame_equal(again.by_prompt, marked.by_prompt)
@@ -149,7 +156,7 @@ def test_prompts_add_up_whatever_is_done_to_the_circuit(marked: Circuit, tmp_pat
 
 
 def test_profiles_are_those_of_the_model(demo: Any, marked: Circuit) -> None:
-    table = marked.by_prompt
+    table = table_of(marked)
     nodes = marked.nodes.query("kind == 'neuron'")
     for prompt in (0, 1):
         own = marked.on_prompt(prompt)
@@ -176,7 +183,7 @@ def test_profiles_are_those_of_the_model(demo: Any, marked: Circuit) -> None:
 def test_profiles_of_a_model_without_biases_sum_to_everything(case: ModelCase) -> None:
     model = case.build()
     circuit = trace(model, random_tokens(model, 2, 5), [3, 4], nodes=20, profiles=True)
-    table = circuit.by_prompt
+    table = table_of(circuit)
     sums = table[table["kind"] == "token"].groupby(["prompt", "target"])[NUMBERS].sum()
     nodes = table[table["kind"] == "node"].set_index(["prompt", "source"])[NUMBERS]
     np.testing.assert_allclose(sums, nodes.loc[sums.index], rtol=1e-6, atol=1e-9)
@@ -193,7 +200,7 @@ def test_the_union_has_every_node_that_a_prompt_chooses_alone(demo: Any) -> None
     alone = [trace(demo, text, answer, nodes=10).members for text, answer in zip(prompts, (" are", " is"), strict=True)]
     assert union.members == alone[0] | alone[1]
     assert len(trace(demo, prompts, [" are", " is"], nodes=10)) == 10
-    assert union.settings["prompts"][0]["target"].strip() == "are" and union.by_prompt["prompt"].nunique() == 2
+    assert union.settings["prompts"][0]["target"].strip() == "are" and table_of(union)["prompt"].nunique() == 2
 
 
 def test_targets_of_several_prompts(demo: Any) -> None:

@@ -1,8 +1,8 @@
 """Where the tokens of prompts of different lengths stand in one circuit.
 
     positions kept     token i is place i; all prompts have one length
-    marked spans       "The capital of the state containing {city:Dallas} is": between marks prompts have the same number
-                       of tokens; a span that has several lengths is one place, whose numbers are sums over its tokens
+    marked spans       "The capital of the state containing {city:Dallas} is": between marks prompts have the same
+                       number of tokens; a span that has several lengths is one place, and its numbers are sums
     positions summed   one place for all tokens; embeddings by their text
 
 A node of the circuit stands at a place; scores, activations and edges of the tokens that share one are added up.
@@ -11,6 +11,7 @@ A node of the circuit stands at a place; scores, activations and edges of the to
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ def _pieces(length: int, spans: Sequence[TokenSpan]) -> list[tuple[str | None, i
     """The prompt cut at all ends of spans: each piece with the innermost span it is in."""
     cuts = sorted({0, length, *(end for span in spans for end in (span.start, span.end))})
     pieces = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         around = [span for span in spans if span.start <= start and end <= span.end]
         inner = min(around, key=lambda span: span.end - span.start, default=None)
         pieces.append((None if inner is None else inner.name, start, end))
@@ -159,8 +160,8 @@ def _require_same_spans(pieces: Sequence[Sequence[tuple[str | None, int, int]]])
     other = next((index for index, own in enumerate(names) if own != names[0]), None)
     if other is not None:
         raise SettingsError(
-            f"expected the same marked spans in every prompt, in one order; prompt 0 has {names[0]}, prompt {other} has "
-            f"{names[other]}."
+            f"expected the same marked spans in every prompt, in one order; prompt 0 has {names[0]}, prompt {other} "
+            f"has {names[other]}."
         )
     shapes = [[name for name, *_ in own] for own in pieces]
     other = next((index for index, own in enumerate(shapes) if own != shapes[0]), None)

@@ -46,7 +46,7 @@ def prompt_table(effects: DirectEffects, sources: Sequence[str], logits: Sequenc
     nothing = np.full(1, np.nan)
     frames = []
     for part in effects.by_prompt:
-        rows: list[tuple[str, Any, Any, Any, Any]] = [
+        rows: list[Any] = [
             ("node", names[:n_nodes], "", part.change, part.score),
             ("node", receivers[n_nodes:], "", part.target_changes, part.target_changes),
             ("node", tokens, "", nothing.repeat(len(tokens)), part.embedding),
@@ -90,16 +90,16 @@ def restrict_prompts(
     if table is None:
         return None
     left = set(nodes["node"])
-    table = table[table["source"].isin(left) | (table["kind"] == "edge")]
-    table = table[table["target"].isin(left | {""})]
-    is_edge = (table["kind"] == "edge").to_numpy()
-    pairs = pd.MultiIndex.from_frame(table.loc[is_edge, ["source", "target"]])
+    stays = (table["source"].isin(left) | (table["kind"] == "edge")) & table["target"].isin(left | {""})
+    rows: Any = table[stays]
+    is_edge = (rows["kind"] == "edge").to_numpy()
+    pairs = pd.MultiIndex.from_frame(rows.loc[is_edge, ["source", "target"]])
     lost = ~pairs.isin(pd.MultiIndex.from_frame(edges[["source", "target"]]))
     position = dict(zip(before["node"], before["position"], strict=True))
-    source = table["source"].to_numpy(dtype=object).copy()
+    source = rows["source"].to_numpy(dtype=object).copy()
     at = np.flatnonzero(is_edge)[lost]
     source[at] = [unselected_name(int(position[name])) for name in source[at]]
-    return _added_up(table.assign(source=source))
+    return _added_up(rows.assign(source=source))
 
 
 def join_prompts(table: pd.DataFrame | None, sends: Mapping[str, str]) -> pd.DataFrame | None:
@@ -110,17 +110,17 @@ def join_prompts(table: pd.DataFrame | None, sends: Mapping[str, str]) -> pd.Dat
     if table is None:
         return None
     new = {"": ""} | dict(sends)
-    table = table.assign(source=table["source"].map(new), target=table["target"].map(new))
-    inside = (table["kind"] == "edge") & (table["source"] == table["target"])
-    internal = table[inside].groupby(["prompt", "target"])[_NUMBERS].sum()
-    table = _added_up(table[~inside])
+    moved: Any = table.assign(source=table["source"].map(new), target=table["target"].map(new))
+    inside = (moved["kind"] == "edge") & (moved["source"] == moved["target"])
+    internal = moved[inside].groupby(["prompt", "target"])[_NUMBERS].sum()
+    rows: Any = _added_up(moved[~inside])
     joined = set(internal.index.get_level_values("target"))
-    profile = table["kind"].isin(("token", "target"))
-    table = table[~(profile & (table["source"].isin(joined) | table["target"].isin(joined)))].reset_index(drop=True)
-    own = (table["kind"] == "node").to_numpy()
-    lost = internal.reindex(pd.MultiIndex.from_frame(table.loc[own, ["prompt", "source"]])).fillna(0.0)
-    table.loc[own, _NUMBERS] = table.loc[own, _NUMBERS].to_numpy() - lost.to_numpy()
-    return table
+    profile = rows["kind"].isin(("token", "target"))
+    rows = rows[~(profile & (rows["source"].isin(joined) | rows["target"].isin(joined)))].reset_index(drop=True)
+    own = (rows["kind"] == "node").to_numpy()
+    lost = internal.reindex(pd.MultiIndex.from_frame(rows.loc[own, ["prompt", "source"]])).fillna(0.0)
+    rows.loc[own, _NUMBERS] = rows.loc[own, _NUMBERS].to_numpy() - lost.to_numpy()
+    return rows
 
 
 def concatenate_prompts(tables: Sequence[pd.DataFrame | None], counts: Sequence[int]) -> pd.DataFrame | None:
@@ -185,7 +185,7 @@ def nodes_on_prompt(nodes: pd.DataFrame, settings: Mapping[str, Any], prompt: in
             f"{prompt} (positions: {how}). Circuits that were summed or merged later have no places."
         )
     chosen = nodes[nodes["kind"].isin(SINGLE)]
-    if how == "keep":
+    if how == "keep" or places is None:
         return chosen.reset_index(drop=True)
     own = pd.DataFrame({"place": places[prompt], "at": range(len(places[prompt]))})
     placed = chosen.assign(place=chosen["position"].clip(lower=0)).merge(own, on="place")

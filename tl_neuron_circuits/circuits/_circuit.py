@@ -193,10 +193,10 @@ class Circuit:
         Example:
             >>> import tl_neuron_circuits as tnc
             >>> model = tnc.load_demo_model()
-            >>> prompts = ["The capital of the state containing {city:Dallas} is", "The state containing {city:Dallas} is"]
-            >>> both = tnc.trace(model, prompts, positions="sum", nodes=10)
-            >>> both.on_prompt(1)["position"].max() <= 6
-            True
+            >>> prompts = ["The {subject:dogs near the cat} are", "The {subject:dogs} are"]
+            >>> both = tnc.trace(model, prompts, [" old", " here"], nodes=10)
+            >>> both.settings["tokens"][1:], bool(both.on_prompt(1)["position"].max() <= 3)
+            (['The', '{subject}', 'are'], True)
         """
         return _by_prompt.nodes_on_prompt(self.nodes, self.settings, prompt)
 

@@ -20,8 +20,8 @@ need one forward pass more. Prompts of a batch do not touch each other, so one p
 sources belong to one prompt each. Biases do not, so prompts share a batch only where none has a part (`can_share`).
 
 Where a place of the circuit is several tokens of a prompt (`_alignment.py`), a node there is the sum of its nodes at
-those tokens. Weights into it are one product, seeded at all of them; attributions into it, whose slopes differ by token,
-are a second one.
+those tokens. Weights into it are one product, seeded at all of them; attributions into it, whose slopes differ by
+token, are a second one.
 
 Profiles: the token s's part of a node's activation through *all* paths, e_s . d a_t / d e_s, is the same product with
 nodes passing on what reaches them; a node's contribution to each target is a backward pass per target.
@@ -78,9 +78,9 @@ class Totals:
     gradient: Sequence[Float[Tensor, "pos _"]]
     gate: Sequence[Float[Tensor, "pos _"] | None]
     up: Sequence[Float[Tensor, "pos _"] | None]
-    errors: Sequence[Float[Tensor, " pos"] | None]
+    errors: Sequence[Float[Tensor, " rest"] | None]
     """Scores of the error nodes."""
-    embedding: Float[Tensor, " pos"]
+    embedding: Float[Tensor, " token"]
     positional: float
     bias: float
     target_changes: Float[Tensor, " target"]
@@ -98,17 +98,20 @@ class Totals:
         """Numbers of tokens that share a place added up."""
         if alignment is None or alignment.is_identity:
             return self
-        add = lambda values, where, n: values.new_zeros(n, *values.shape[1:]).index_add_(
-            0, where.to(values.device), values
-        )  # noqa: E731, E501
-        place = lambda tensors: [None if t is None else add(t, alignment.place, alignment.n_places) for t in tensors]  # noqa: E731, E501
+
+        def add(values: Tensor | None, where: Tensor, n: int) -> Any:
+            if values is None:
+                return None
+            return values.new_zeros(n, *values.shape[1:]).index_add_(0, where.to(values.device), values)
+
+        names = ("score", "activation", "change", "gradient", "gate", "up")
         columns: Any = {
-            name: place(getattr(self, name)) for name in ("score", "activation", "change", "gradient", "gate", "up")
-        }  # noqa: E501
+            name: [add(values, alignment.place, alignment.n_places) for values in getattr(self, name)] for name in names
+        }
         return replace(
             self,
             **columns,
-            errors=[None if e is None else add(e, alignment.rest, alignment.n_rests) for e in self.errors],
+            errors=[add(values, alignment.rest, alignment.n_rests) for values in self.errors],
             embedding=add(self.embedding, alignment.token, alignment.n_tokens),
         )
 

@@ -137,7 +137,7 @@ def sum_positions(circuit: Circuit) -> Circuit:
                 "unit": common_value(same["unit"], -1), "group": common_value(same["group"], ""),
             }
         )  # fmt: skip
-    return join_nodes(circuit, names, node_table(rows), {"positions": "sum"})
+    return join_nodes(circuit, names, node_table(rows), {"positions": "sum", "places": None, "spans": {}})
 
 
 def _without_position(node: object) -> str:

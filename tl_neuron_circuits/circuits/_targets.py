@@ -146,7 +146,7 @@ def find_targets(
         return [direction_target(model, target)]
     if callable(target):
         return [metric_target(target)]
-    return _token_targets(model, target, prompt, center=center, position=None)
+    return _token_targets(model, target, prompt, center=center, position=None)  # pyright: ignore[reportArgumentType]
 
 
 def _token_targets(

@@ -1,8 +1,8 @@
-"""`trace`: from a prompt, several, or pairs, to a circuit of neurons or dictionary features with all edges between them.
+"""`trace`: from prompts, or pairs, to a circuit of neurons or dictionary features with all edges between them.
 
 What is asked is read by `_trace_prompts.py` and `_targets.py`, where tokens stand by `_alignment.py`, the nodes' homes
-by `_slots.py`; `_choose.py` chooses nodes by their scores, and `_direct_effects.py` computes scores and edges. Here they
-meet, and numbers become the tables of a circuit.
+by `_slots.py`; `_choose.py` chooses nodes by their scores, and `_direct_effects.py` computes scores and edges. Here
+they meet, and numbers become the tables of a circuit.
 """
 
 import logging
@@ -133,8 +133,8 @@ def trace(
         UnsupportedModelError: relevance propagation does not apply to this model; `check_model(model)` says why.
         PairsError: prompts of different token lengths without marks, no corrupt prompts, or a target that is not one
             token.
-        SettingsError: other marks in other prompts, arguments that contradict each other, no node that qualifies, two bases in one layer, or a
-            dictionary with an encoder of its own.
+        SettingsError: other marks in other prompts, arguments that contradict each other, no node that qualifies, two
+            bases in one layer, or a dictionary with an encoder of its own.
         NumericalError: the target is zero, or incoming edges do not sum to a node's activation.
 
     Source: Arora et al. 2026, arXiv 2601.22594; Ameisen et al. 2025 (local replacement); METHODS 1.2, 1.5, 1.6, 4.5.
@@ -168,10 +168,11 @@ def trace(
     layers = [slot.layer for slot in slots]
 
     def choose(totals: Totals) -> Int[Tensor, "node 3"]:
-        return choose_nodes(totals.score, totals.target, layers, choice, **rank)
+        assert not isinstance(nodes, ByExplained)
+        return choose_nodes(totals.score, totals.target, layers, nodes, **rank)
 
-    choice, chosen, explained = nodes, choose, {}
-    if selection == "union" and len(asked.pairs) > 1:
+    chosen, explained = choose, {}
+    if selection == "union" and not callable(targets):
         if isinstance(nodes, ByExplained):
             raise SettingsError("ByExplained ranks nodes by the mean of all prompts: leave selection='union' out.")
         chosen = torch.cat([choose(own) for own in each_totals(model, batches, targets, **run)]).unique(dim=0)

@@ -160,11 +160,10 @@ def _turns(tokenizer: Any, turns: list[dict[str, str]], text: str) -> list[TextS
     for number, turn in enumerate(turns):
         others = [{**one, "content": _SIGN} if place == number else one for place, one in enumerate(turns)]
         try:
-            before, found, _ = tokenizer.apply_chat_template(
-                others, tokenize=False, add_generation_prompt=True
-            ).partition(_SIGN)
-        except Exception:  # a template that looks at contents
+            whole = tokenizer.apply_chat_template(others, tokenize=False, add_generation_prompt=True)
+        except Exception:  # noqa: BLE001  a template is a program of its own, and may want other contents
             continue
+        before, found, _ = whole.partition(_SIGN)
         content = turn["content"].strip()
         start = len(before) + len(text[len(before) :]) - len(text[len(before) :].lstrip())
         if found and content and text.startswith(before) and text.startswith(content, start):
