@@ -46,12 +46,12 @@ def test_the_turns_of_a_chat_are_spans_and_marks_stay_inside_them() -> None:
         "{% for m in messages %}<{{ m.role }}> {{ m.content | trim }} {% endfor %}"
         "{% if add_generation_prompt %}<bot> {% endif %}"
     )
-    chat = apply_chat_template(tokenizer, "The {x:dogs} user", system="Be short.", answer_start="The cats")
+    chat: Any = apply_chat_template(tokenizer, "The {x:dogs} user", system="Be short.", answer_start="The cats")
     read = read_marks(chat)
     assert read == "<system> Be short. <user> The dogs user <bot> The cats"
     assert {name: read[start:end] for name, start, end in read.spans} == {
         "system": "Be short.", "user": "The dogs user", "x": "dogs", "assistant": "The cats",
     }  # fmt: skip
     assert type(read) is type(chat) and (chat + " near").spans == chat.spans
-    bare = apply_chat_template(tokenizer, "The dogs")
+    bare: Any = apply_chat_template(tokenizer, "The dogs")
     assert [name for name, *_ in bare.spans] == ["user"]

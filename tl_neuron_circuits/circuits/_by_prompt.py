@@ -141,9 +141,9 @@ def to_columns(table: pd.DataFrame, rows: Mapping[str, int]) -> Iterator[tuple[s
     """The table as numbers for a file, nodes by their rows; -1 for none."""
     for name in ("prompt", *_NUMBERS):
         yield name, np.array(table[name])
-    yield "kind", table["kind"].map(PROMPT_KINDS.index).to_numpy(dtype="int64")
+    yield "kind", np.array(table["kind"].map(PROMPT_KINDS.index), dtype="int64")
     for end in ("source", "target"):
-        yield end, table[end].map({"": -1, **rows}).to_numpy(dtype="int64")
+        yield end, np.array(table[end].map({"": -1, **rows}), dtype="int64")
 
 
 def fits_nodes(columns: Mapping[str, Tensor], n_nodes: int, n_prompts: int) -> bool:
