@@ -320,10 +320,14 @@ TYPICAL = {
 }
 
 
-def typical_models() -> list[Any]:
-    """Parametrize a test of a test tool by one model of each kind, in `TYPICAL`'s class if there, else in the other."""
-    chosen = {case.family: case for case in model_cases(*TYPICAL)}
-    chosen |= {case.family: case for case in model_cases(*TYPICAL) if TYPICAL[case.family] == case.backend}
+def typical_models(*names: str) -> list[Any]:
+    """Parametrize a test by one model of each family, or of those named: in `TYPICAL`'s class if there, else the other.
+
+    All families in both classes are for tests of the rules themselves (`all_models`).
+    """
+    cases = model_cases(*(names or TYPICAL))
+    chosen = {case.family: case for case in cases}
+    chosen |= {case.family: case for case in cases if TYPICAL.get(case.family, "HookedTransformer") == case.backend}
     return [pytest.param(case, id=case.id) for case in chosen.values()]
 
 

@@ -6,29 +6,40 @@ from functools import wraps
 from typing import Any
 
 import pytest
+from _pytest.mark import ParameterSet
 
 
 def for_each(
-    name: str, members: Iterable[Any], ids: Any = str, unless: Callable[..., bool] = lambda **arguments: False
+    name: str | tuple[str, ...],
+    members: Iterable[Any],
+    ids: Any = str,
+    unless: Callable[..., bool] = lambda **arguments: False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Call the test once per member, passed as `name`; every member runs, whichever fail.
+    """Call the test once per member, passed as `name`; every member runs, whichever fail. Several names take tuples.
 
     Each has a `tmp_path` and a `monkeypatch` of its own. `unless` gets `name` and the test's `case`, if it has one.
     """
-    listed = list(members)
+    names = (name,) if isinstance(name, str) else name
+    given = list(members)
+    listed = [member.values[0] if isinstance(member, ParameterSet) else member for member in given]
     labels = [ids(member) for member in listed] if callable(ids) else list(ids)
+    labels = [str(m.id) if isinstance(m, ParameterSet) else la for m, la in zip(given, labels, strict=True)]
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @wraps(test)
         def looped(**arguments: Any) -> None:
             failures, skips = {}, []
             known = {"case": arguments["case"]} if "case" in arguments else {}
-            chosen = [(la, m) for la, m in zip(labels, listed, strict=True) if not unless(**known, **{name: m})]
+            options = [
+                (la, {name: m} if isinstance(name, str) else dict(zip(name, m, strict=True)))
+                for la, m in zip(labels, listed, strict=True)
+            ]
+            chosen = [(label, member) for label, member in options if not unless(**known, **member)]
             assert chosen, f"no {name} to test"
             for number, (label, member) in enumerate(chosen):
-                own = arguments | {name: member}
+                own = arguments | member
                 if "tmp_path" in own:
-                    own["tmp_path"] = arguments["tmp_path"] / f"{name}{number}"
+                    own["tmp_path"] = arguments["tmp_path"] / f"{names[0]}{number}"
                     own["tmp_path"].mkdir()
                 with pytest.MonkeyPatch.context() as patched:
                     if "monkeypatch" in own:
@@ -47,7 +58,7 @@ def for_each(
             if len(skips) == len(chosen):
                 raise skips[0]
 
-        kept = [p for p in inspect.signature(test).parameters.values() if p.name != name]
+        kept = [p for p in inspect.signature(test).parameters.values() if p.name not in names]
         looped.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]  # what pytest passes
         return looped
 

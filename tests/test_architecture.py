@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import tl_neuron_circuits
+from tests.loops import for_each
 
 PACKAGE = Path(tl_neuron_circuits.__file__).parent
 NAME = tl_neuron_circuits.__name__
@@ -269,7 +270,7 @@ def test_there_are_not_too_many_public_names() -> None:
 IN_TASKS = PACKAGE / "tasks" / "_example.py"
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("source", "allowed"),
     [
         ("from ..models import x", True),

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from tests.loops import for_each
 from tl_neuron_circuits import Circuit, NodeScores
 from tl_neuron_circuits.cli._app import app
 from tl_neuron_circuits.cli._inputs import load_model
@@ -191,3 +192,18 @@ def test_ctrl_c_in_the_midst_of_a_run_leaves_no_traceback(tmp_path: Path) -> Non
         rest = read_until(end)
         assert process.wait(timeout=60) == 130, rest
     assert rest.rstrip().endswith("interrupted") and "Traceback" not in rest
+
+
+@for_each(
+    "module", ["typer", "rich", "numpy", "torch", "transformer_lens", "tl_neuron_circuits.propagation._check_model"]
+)
+def test_ctrl_c_while_modules_are_imported_leaves_one_line(module: str) -> None:
+    program = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.addaudithook(lambda event, what: os.kill(os.getpid(), signal.SIGINT) if (event, what[:1]) == ("import", ({module!r},)) else None)
+from tl_neuron_circuits.cli import main
+main(["check", "demo-gelu"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.split(), done.stdout) == (130, ["interrupted"], "")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tl_neuron_circuits as tnc
+from tests.loops import for_each
 from tests.test_cli import run
 from tl_neuron_circuits import Circuit
 from tl_neuron_circuits.cli._inputs import read_inputs
@@ -91,7 +92,7 @@ def test_steer_takes_groups_of_a_circuit(dallas: Path, tmp_path: Path, collapsed
     assert set(json.loads(out)["nodes"]) == set(members) and len(members) == 3
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "message"),
     [
         ((), "either --node"),

@@ -35,7 +35,7 @@ def test_no_parameter_is_trivial(case: ModelCase) -> None:
     assert trivial in ([], ["lm_head._original_component.bias"], ["unembed._original_component.bias"])
 
 
-@pytest.mark.parametrize("case", typical_models() + unsupported_models())
+@for_each("case", typical_models() + unsupported_models())
 def test_a_plain_forward_leaves_no_trace(case: ModelCase, untouched: Untouched) -> None:
     """`untouched` accepts what changes nothing, a run with temporary hooks included."""
     model = case.build()

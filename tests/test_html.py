@@ -4,9 +4,9 @@ import dataclasses
 import inspect
 
 import pandas as pd
-import pytest
 
 import tl_neuron_circuits as tnc
+from tests.loops import for_each
 from tests.test_examples import PUBLIC
 from tl_neuron_circuits import _html
 from tl_neuron_circuits.plots._style import PALETTE
@@ -42,7 +42,7 @@ def test_more_rows_than_are_shown_are_counted() -> None:
     assert shown.count("<tr>") == 21 and "20 of 25 rows" in shown
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("model", "layer", "unit", "page"),
     [
         ("gpt2", 6, 650, "https://www.neuronpedia.org/gpt2-small/6/650"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tl_neuron_circuits as tnc
+from tests.loops import for_each
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits._indices import as_indices, as_integer
 
@@ -15,7 +16,7 @@ MASK = [True, False, False, True]
 PAIRS = tnc.PromptPairs(clean=list("abcd"), answer=list("ABCD"))
 
 
-@pytest.mark.parametrize(
+@for_each(
     "key",
     [
         *([0, 3], (0, -1), range(0, 4, 3), slice(0, 4, 3), [np.int64(0), torch.tensor(3)]),
@@ -33,7 +34,7 @@ def test_one_pair_is_chosen_by_any_integer(key: Any) -> None:
     assert PAIRS[key].clean == "d"
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("key", "message"),
     [
         (MASK[:2], "a mask of 4 entries; got one of 2"),

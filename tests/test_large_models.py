@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.families import AVAILABLE_BRIDGES, bridge, hooked_transformer
+from tests.loops import for_each
 from tests.methods import with_steps
 from tests.nodes.plain import random_pairs
 from tl_neuron_circuits import Patching, attribute, check_model, estimate_memory
@@ -123,9 +124,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
         attribute(model, PAIRS)
 
 
-@pytest.mark.parametrize(
-    "method", ["relp", "gradient", "integrated_gradients_inputs", "learned_mask", "patching", "random"]
-)
+@for_each("method", ["relp", "gradient", "integrated_gradients_inputs", "learned_mask", "patching", "random"])
 def test_the_estimate_is_what_a_batch_needs(method: Any) -> None:
     model = scaled_llama("HookedTransformer", layers=2)
     estimate = estimate_memory(model, PAIRS, method=method, batch_size=8)

@@ -14,6 +14,7 @@ import torch
 
 from tests import worker_of_two as worker
 from tests.families import random_tokens
+from tests.loops import for_each
 from tests.transcoders.two_processes import CASES, IN_ORDER, TOKENS
 from tl_neuron_circuits import Comparison, NodeScores, SparsityCurve, attribute, evaluate
 from tl_neuron_circuits._errors import ProcessesError
@@ -60,7 +61,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("name", worker.CALLS)
+@for_each("name", worker.CALLS)
 def test_scores_are_those_of_one_process_on_every_process(folder: Path, model: Any, name: str) -> None:
     expected = attribute(model, worker.PAIRS[name], **worker.CALLS[name])
     first, second = (NodeScores.load(folder / rank / name) for rank in "01")

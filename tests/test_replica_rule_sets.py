@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import ModelCase, all_models, random_tokens, typical_models
+from tests.families import ModelCase, random_tokens, typical_models
 from tests.loops import for_each
 from tests.replicas import (
     RULE_SETS,
@@ -72,7 +72,7 @@ def by_finite_differences(
     return slope, direction
 
 
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_gradients_are_finite_differences_with_the_constants_held(
     case: ModelCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +87,7 @@ def test_gradients_are_finite_differences_with_the_constants_held(
             assert abs(slope - float((gradients[site] * direction).sum())) <= 1e-6 * max(size, 1e-3), (name, site)
 
 
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_sets_leave_the_forward_pass_alone_and_differ_in_the_gradient(case: ModelCase) -> None:
     """All but "cp", which is "relp" by another name; each set is not the plain gradient either."""
     replica, tokens = replica_of(case), random_tokens(case.build(), pos=6)
@@ -106,7 +106,7 @@ def test_sets_leave_the_forward_pass_alone_and_differ_in_the_gradient(case: Mode
 
 
 @for_each("name", FREE)
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_halved_products_are_factors_at_queries_keys_and_values(case: ModelCase, name: str) -> None:
     """1/4, 1/4 and 1/2 where attention reads them: how LXT and GIM write the two half rules."""
     replica, tokens = replica_of(case), random_tokens(case.build(), pos=6)
@@ -140,7 +140,7 @@ def test_softmax_at_temperature_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([[*by_hand, 0.0], [0.0] * 4]).double())
 
 
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_relp_and_cp_conserve_relevance_and_the_others_do_not(case: ModelCase) -> None:
     replica, tokens = replica_of(case), random_tokens(case.build(), pos=9)
     for name in RULE_SETS:
@@ -149,7 +149,7 @@ def test_relp_and_cp_conserve_relevance_and_the_others_do_not(case: ModelCase) -
 
 
 @for_each("name", FREE)
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_attention_shares_relevance_as_the_half_rule_says(case: ModelCase, name: str) -> None:
     """Values carry half of what their heads' outputs carry, queries as much as keys: in every layer.
 
@@ -164,7 +164,7 @@ def test_attention_shares_relevance_as_the_half_rule_says(case: ModelCase, name:
 
 
 @for_each("name", FREE)
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_relevance_is_lost_at_the_softmax_and_the_plain_activation_alone(case: ModelCase, name: str) -> None:
     """No cut below an attention layer carries the logits' relevance, but the ledger closes.
 
@@ -191,7 +191,7 @@ def test_relevance_is_lost_at_the_softmax_and_the_plain_activation_alone(case: M
     assert abs(made) > 1e-3 * abs(measured.logits)
 
 
-@pytest.mark.parametrize("case", all_models("qwen3", "gemma3"))
+@pytest.mark.parametrize("case", typical_models("qwen3", "gemma3"))
 def test_queries_behind_an_unfrozen_norm_would_carry_nothing(case: ModelCase) -> None:
     """Their scale is irrelevant to the model, so query times gradient sums to zero: why the sets freeze these norms."""
     replica, tokens = replica_of(case), random_tokens(case.build(), pos=9)
@@ -202,7 +202,7 @@ def test_queries_behind_an_unfrozen_norm_would_carry_nothing(case: ModelCase) ->
     assert abs(unfrozen[name]) < 1e-3 * abs(frozen[name])
 
 
-@pytest.mark.parametrize("case", [case for case in typical_models() if not case.id.startswith("solu")])
+@for_each("case", [case for case in typical_models() if not case.id.startswith("solu")])
 def test_gim_takes_the_plain_slope_of_an_activation_and_half_of_a_product(case: ModelCase) -> None:
     """The step from hook_post to hook_pre is the half rule's, or no rule's, neuron by neuron (solu mixes them)."""
     replica, tokens = replica_of(case), random_tokens(case.build(), pos=6)

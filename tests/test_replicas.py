@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tests.families import FAMILIES, ModelCase, all_models, model_cases, random_tokens, typical_models
+from tests.families import FAMILIES, ModelCase, model_cases, random_tokens, typical_models
 from tests.loops import for_each
 from tests.real_models import BACKENDS, load_stories260K
 from tests.replicas import ALL_RULES, from_hooked_transformer, measure_conservation, replica_gradients, replica_of
@@ -37,7 +37,7 @@ def breaking_rules(case: ModelCase) -> list[str]:
     return rules
 
 
-@pytest.mark.parametrize("case", all_models())
+@for_each("case", typical_models())
 def test_logits_are_the_models(case: ModelCase) -> None:
     """Longer than a sliding window, in a batch."""
     model = case.build()
@@ -73,7 +73,7 @@ def by_backward_hooks(model: Any, tokens: Tensor, names: list[str]) -> dict[str,
 
 
 @for_each("measure", [by_autograd, by_backward_hooks])
-@pytest.mark.parametrize("case", all_models())
+@for_each("case", typical_models())
 def test_gradients_without_rules_are_the_models_own(case: ModelCase, measure: Callable[..., dict[str, Tensor]]) -> None:
     """At every hook that the replica records and the model has, the neurons and the embeddings among them."""
     model = case.build()
@@ -91,7 +91,7 @@ def test_gradients_without_rules_are_the_models_own(case: ModelCase, measure: Ca
         )
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2", "opt"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama", "gemma2", "opt"))
 def test_resid_mid_is_on_the_residual_path_in_hooked_transformer_only(case: ModelCase) -> None:
     """The Bridge's hook_resid_mid is ln2's input: backward hooks on it miss the gradient of the skip connection."""
     model = case.build()
@@ -103,7 +103,7 @@ def test_resid_mid_is_on_the_residual_path_in_hooked_transformer_only(case: Mode
     assert whole == (case.backend == "HookedTransformer")
 
 
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_rules_leave_the_forward_pass_alone(case: ModelCase) -> None:
     """Every rule changes gradients only, and each that applies to the family does change them."""
     replica = replica_of(case)
@@ -116,7 +116,7 @@ def test_rules_leave_the_forward_pass_alone(case: ModelCase) -> None:
         assert unchanged == (rule not in breaking_rules(case)), rule
 
 
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_relevance_is_conserved_with_all_rules(case: ModelCase) -> None:
     """Embeddings and biases together carry sum_v (dm/dz_v) z_v, z before the soft cap."""
     tokens = random_tokens(case.build(), pos=9)
@@ -125,7 +125,7 @@ def test_relevance_is_conserved_with_all_rules(case: ModelCase) -> None:
     assert abs(measured.logits) > 1e-3
 
 
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_conservation_tells_a_missing_rule(case: ModelCase) -> None:
     """Except attention where queries and keys are normed: their scale is then irrelevant, so they carry nothing."""
     tokens = random_tokens(case.build(), pos=9)
@@ -139,7 +139,7 @@ def test_conservation_tells_a_missing_rule(case: ModelCase) -> None:
             assert error > 1e-3, rule
 
 
-@pytest.mark.parametrize("case", typical_models())
+@for_each("case", typical_models())
 def test_every_bias_but_those_of_queries_and_keys_carries_relevance(case: ModelCase) -> None:
     """These count: b_V, b_O, the MLP's, those of norms and of the unembedding."""
     tokens = random_tokens(case.build(), pos=9)
@@ -167,8 +167,8 @@ def test_relevance_is_conserved_near_the_soft_cap(case: ModelCase) -> None:
     assert abs(measured.logits - logits[row, -1, token]) > 0.3 * abs(logits[row, -1, token])
 
 
-@pytest.mark.parametrize("rules", [("identity",), ("identity", "half"), ("half",)])
-@pytest.mark.parametrize("case", all_models("llama", "gemma2", "qwen3"))
+@for_each("rules", [("identity",), ("identity", "half"), ("half",)])
+@for_each("case", typical_models("llama", "gemma2", "qwen3"))
 def test_gated_gradients_by_hand(case: ModelCase, rules: tuple[str, ...]) -> None:
     """d/dpre = share * up * ratio (or f') * d/dpost, d/dup = share * f(pre) * d/dpost; share = 1/2 by the half rule."""
     replica = replica_of(case)
@@ -187,7 +187,7 @@ def test_gated_gradients_by_hand(case: ModelCase, rules: tuple[str, ...]) -> Non
         torch.testing.assert_close(gradients[f"{name}.hook_pre_linear"], share * pre * ratio(pre) * post, **close)
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "pythia", "opt", "solu", "bloom"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "pythia", "opt", "solu", "bloom"))
 def test_activation_gradients_by_hand(case: ModelCase) -> None:
     """With the identity rule, d/dpre = f(pre) / pre * d/dpost, f taken from the model itself."""
     tokens = random_tokens(case.build())

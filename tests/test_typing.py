@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tl_neuron_circuits as tnc
+from tests.loops import for_each
 from tl_neuron_circuits._renamed import RENAMED_ARGUMENTS
 from tl_neuron_circuits._typing import ArgumentError
 
@@ -21,7 +22,7 @@ PAIRS = tnc.tasks.subject_verb_agreement("simple", n=2)
 Wrong = Callable[[], Any]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("call", "message"),
     [
         (lambda: tnc.attribute(torch.nn.Linear(2, 2), PAIRS), "attribute: expected model to be a TransformerLens"),

@@ -200,6 +200,35 @@ def _lock(stage: Path) -> int | None:
     return number
 
 
+@contextmanager
+def reserved(folder: Path | None) -> Iterator[None]:
+    """Keep a folder of many files, made if need be, for this process inside the block; None for no folder.
+
+    Raises:
+        SaveError: another process has it, whose files would mix with ours; or it cannot be made.
+    """
+    if folder is None:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+    except BlockingIOError:
+        raise SaveError(
+            f"{folder} is in use by another process, and the files of the two would mix. Wait for it, or choose "
+            "another directory."
+        ) from None
+    except OSError as error:
+        raise save_error(folder, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing came of it
+        if lock is not None:
+            os.close(lock)
+
+
 def remove_empty(folder: Path) -> None:
     """Remove the directory of a save that was never finished, unless one is at work in it."""
     _sweep(folder)

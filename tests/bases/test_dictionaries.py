@@ -75,8 +75,8 @@ def test_own_kinds_survive_the_round_trip(tmp_path: Path) -> None:
     assert ((again.encode(x) != 0).sum(-1) <= K).all()
 
 
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@for_each("x_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@for_each("dtype", ["float32", "bfloat16", "float64"])
 def test_precision_is_the_widest_and_float32_at_least(dtype: str, x_dtype: torch.dtype, tmp_path: Path) -> None:
     """A bfloat16 dictionary on a float32 input computes in float32: only its weights are rounded."""
     dictionary = load_dictionary(STANDARD.write(tmp_path / "folder", dtype=dtype))

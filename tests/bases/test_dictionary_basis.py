@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.bases.site_dictionaries import LENGTH, PLACES, dictionaries, dictionary, identity, pairs
 from tests.families import D_MLP, D_MODEL, N_LAYERS, ModelCase, all_models
+from tests.loops import for_each
 from tests.methods import with_steps
 from tl_neuron_circuits import as_dictionary, attribute, compare, evaluate
 from tl_neuron_circuits._errors import DictionaryError, FileFormatError, SettingsError, UnsupportedModelError
@@ -54,7 +55,7 @@ RUNS = [(case.values[0], method) for case in all_models("gpt2") for method in ME
 
 @quiet
 @each_place
-@pytest.mark.parametrize(("case", "method"), RUNS, ids=[f"{case.id}-{method}" for case, method in RUNS])
+@for_each(("case", "method"), RUNS, ids=[f"{case.id}-{method}" for case, method in RUNS])
 def test_features_skip_and_error_add_up_to_the_activations_scores(case: ModelCase, method: Any, place: str) -> None:
     model = built(case)
     tokens = pairs(model)

@@ -15,7 +15,9 @@ from tests.families import (
     all_models,
     build_bridge_from_module,
     random_tokens,
+    typical_models,
 )
+from tests.loops import for_each
 from tl_neuron_circuits._errors import DictionaryError, NumericalError, UnsupportedModelError
 from tl_neuron_circuits.bases import Dictionary, fraction_variance_unexplained
 from tl_neuron_circuits.bases._dictionary_basis import check_fires, resolve_hooks
@@ -67,9 +69,7 @@ def normalized(x: Tensor, rms: bool, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-@pytest.mark.parametrize(
-    "case", all_models("gpt2", "gpt2_folded", "pythia", "llama", "llama_folded", "gemma2", "qwen3", "relu")
-)
+@for_each("case", typical_models("gpt2", "gpt2_folded", "pythia", "llama", "llama_folded", "gemma2", "qwen3", "relu"))
 def test_ln2_normalized_is_before_the_norms_weight_on_both_classes(case: ModelCase) -> None:
     """`ln2.hook_normalized` is x over its scale (TransformerLens 2's LN: with weight, bias), `hook_mlp_out` added."""
     model = case.build(dtype=torch.float32)
@@ -88,10 +88,8 @@ def test_ln2_normalized_is_before_the_norms_weight_on_both_classes(case: ModelCa
     torch.testing.assert_close(seen[names[1]], added, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["blocks.1.mlp.hook_in", "blocks.1.hook_mlp_in"])
-@pytest.mark.parametrize(
-    "case", all_models("gpt2", "gpt2_folded", "pythia", "llama", "llama_folded", "gemma2", "qwen3")
-)
+@for_each("name", ["blocks.1.mlp.hook_in", "blocks.1.hook_mlp_in"])
+@for_each("case", typical_models("gpt2", "gpt2_folded", "pythia", "llama", "llama_folded", "gemma2", "qwen3"))
 def test_the_mlps_input_is_found_or_refused(case: ModelCase, name: str) -> None:
     """A transcoder of the value after the norm reads exactly what enters the MLP, or is refused with the remedy."""
     model = case.build(dtype=torch.float32)
@@ -105,7 +103,7 @@ def test_the_mlps_input_is_found_or_refused(case: ModelCase, name: str) -> None:
     assert torch.equal(seen[names[0]], mlp["in"])
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2", "pythia"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama", "gemma2", "pythia"))
 def test_hook_mlp_in_of_an_sae_is_the_residual_stream_before_the_norm(case: ModelCase) -> None:
     """That is what TransformerLens calls `hook_mlp_in`; the hook of that name need not fire."""
     model = case.build(dtype=torch.float32)
@@ -133,7 +131,7 @@ SITES = {
 }
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2", "pythia"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama", "gemma2", "pythia"))
 def test_every_site_of_either_class_is_found_and_fires_at_its_width(case: ModelCase) -> None:
     """Names of one class are found on the other; the shape that fires has the width that was checked."""
     model = case.build(dtype=torch.float32)
@@ -145,7 +143,7 @@ def test_every_site_of_either_class_is_found_and_fires_at_its_width(case: ModelC
             resolve_hooks(model, at(name, width=width + 1))
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "gemma2"))
 def test_the_raw_mlp_output_is_the_mlp_output_or_refused(case: ModelCase) -> None:
     """`mlp.hook_out` is before a post norm: no hook point of HookedTransformer has that where there is one."""
     model = case.build(dtype=torch.float32)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.bases.dictionaries import CASES, D_DICT, D_IN, D_OUT, DictionaryCase
+from tests.loops import for_each
 from tl_neuron_circuits._errors import DictionaryError
 from tl_neuron_circuits.bases import Dictionary, as_dictionary, load_dictionary, save_dictionary
 
@@ -118,7 +119,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@for_each("what", REFUSED)
 def test_what_is_not_a_dictionary_is_refused(what: str) -> None:
     """Each is a DictionaryError that says what is wrong."""
     make, message = REFUSED[what]

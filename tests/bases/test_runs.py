@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import ModelCase, all_models, random_tokens, typical_models
+from tests.loops import for_each
 from tests.methods import with_steps
 from tests.model_state import unchanged
 from tl_neuron_circuits import attribute
@@ -22,7 +23,7 @@ from tl_neuron_circuits.tasks._tokenized import Batch
 
 CHOICE = torch.arange(2, 50)
 METRICS = (logit_difference, answer_logit, answer_log_probability, ProbabilityDifference(CHOICE))
-SOFT_CAPPED = all_models("gpt2", "gemma2")
+SOFT_CAPPED = typical_models("gpt2", "gemma2")
 NAMES = ("blocks.0.hook_resid_pre", "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post")
 both_classes = pytest.mark.parametrize("case", all_models("gpt2"))
 
@@ -75,7 +76,7 @@ def test_a_hook_at_the_unembedding_sees_every_position(case: ModelCase, directio
 
 
 @both_classes
-@pytest.mark.parametrize("method", ["relp", "gradient", "integrated_gradients", "patching"])
+@for_each("method", ["relp", "gradient", "integrated_gradients", "patching"])
 def test_scores_are_those_of_all_logits(case: ModelCase, method: Any) -> None:
     model = case.build()
     tokens = random_tokens(model, batch=3)
@@ -104,7 +105,7 @@ def count_unembeddings(model: Any) -> tuple[list[str], Any]:
     return seen, model.unembed.register_forward_hook(lambda *_: seen.append("unembed"))
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "opt"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "opt"))
 def test_values_are_those_values_of_whole_run_and_no_logits_are_computed(case: ModelCase) -> None:
     model = case.build()
     tokens = random_tokens(model)

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.families import ModelCase, all_models, model_cases, random_tokens
+from tests.families import ModelCase, all_models, model_cases, random_tokens, typical_models
+from tests.loops import for_each
 from tl_neuron_circuits._errors import SettingsError, UnsupportedModelError
 from tl_neuron_circuits.bases import Neurons
 from tl_neuron_circuits.circuits._attention import AttentionContributions, attention_contributions
@@ -24,7 +25,7 @@ def explain(model: Any, layer: int = 1, head: int = 1, **options: Any) -> Attent
     return attention_contributions(model, batch, find_slots(model, Neurons()), layer, head, **where)
 
 
-@pytest.mark.parametrize("case", all_models(*FAMILIES))
+@for_each("case", typical_models(*FAMILIES))
 def test_both_sides_sum_to_the_change_of_the_log_pattern(case: ModelCase) -> None:
     """The softmax of the scores is the pattern, so value = d log A[key] for scores that all grow by their own size."""
     model = case.build()
@@ -83,7 +84,7 @@ def test_writes_of_the_query_side_are_products_of_weights(case: ModelCase) -> No
         assert own["neuron", 0, unit, QUERY] == pytest.approx(contribution(write), abs=1e-10)
 
 
-@pytest.mark.parametrize("case", [c for c in all_models(*FAMILIES, "opt") if "Hooked" in c.id and "bloom" not in c.id])
+@for_each("case", [c for c in all_models(*FAMILIES, "opt") if "Hooked" in c.id and "bloom" not in c.id])
 def test_taking_a_write_away_changes_the_score_by_its_contribution(case: ModelCase) -> None:
     """Slowly: the model run without one write at the query's position, its norms and the layer's keys held."""
     model = case.build()

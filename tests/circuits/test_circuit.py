@@ -13,6 +13,7 @@ import torch
 
 from tests.circuits.checks import assert_sums_hold, small_circuit
 from tests.families import all_models, random_tokens
+from tests.loops import for_each
 from tests.real_models import BACKENDS
 from tests.saved_files import edit
 from tests.stories_tasks import pronoun_pairs
@@ -38,7 +39,7 @@ def assert_same(one: Circuit, two: Circuit) -> None:
     assert dict(one.settings) == dict(two.settings)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "rule",
     [
         {"count": 10},
@@ -263,7 +264,7 @@ def _shared() -> Path:
     return Path(os.environ.get("TNC_SHARED_MODELS", Path(__file__).resolve().parents[3] / "shared" / "models"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "short", "older", "an edge to nowhere"])
+@for_each("damage", ["missing", "truncated", "foreign", "short", "older", "an edge to nowhere"])
 def test_damaged_directories_are_errors(circuit: Circuit, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "circuit"
     circuit.save(path)

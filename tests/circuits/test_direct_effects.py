@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.circuits.direct_by_hand import FrozenModel, edge_in_closed_form, replica_effects
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import ModelCase, all_models, random_tokens, typical_models
+from tests.loops import for_each
 from tl_neuron_circuits import bases
 from tl_neuron_circuits._errors import NumericalError, PropagationError, UnsupportedModelError
 from tl_neuron_circuits.circuits import _direct_effects
@@ -40,7 +41,7 @@ def direct_effects_on(model: Any, batches: Any, nodes: Any = NEURONS, targets: A
     return direct_effects(model, batches, nodes, targets, slots=find_slots(model, bases.Neurons()), **options)
 
 
-@pytest.mark.parametrize("case", all_models(*FAMILIES))
+@for_each("case", typical_models(*FAMILIES))
 def test_incoming_edges_sum_to_the_activation(case: ModelCase) -> None:
     effects = effects_of(case.build())
     weights = effects.edges.to_dense()[..., 0].sum(1)
@@ -50,7 +51,7 @@ def test_incoming_edges_sum_to_the_activation(case: ModelCase) -> None:
     assert effects.largest_residual < case.tolerance
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 def test_incoming_edges_sum_to_the_activation_in_float32(case: ModelCase) -> None:
     effects = effects_of(case.build(torch.float32))
     weights = effects.edges.to_dense()[..., 0].sum(1)[: len(NEURONS)]
@@ -58,7 +59,7 @@ def test_incoming_edges_sum_to_the_activation_in_float32(case: ModelCase) -> Non
     torch.testing.assert_close(weights.float(), torch.stack(activations), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", all_models(*FAMILIES))
+@for_each("case", typical_models(*FAMILIES))
 def test_edges_equal_the_replicas_gradients(case: ModelCase) -> None:
     """Every neuron, the embeddings and the remainders of a replica that shares no code with the package."""
     model = case.build()
@@ -111,7 +112,7 @@ def test_an_edge_equals_its_closed_form(case: ModelCase) -> None:
         assert float(effects[row, column]) == pytest.approx(expected, abs=1e-10)
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 @pytest.mark.parametrize("baseline", ["zero", "corrupt"])
 def test_totals_equal_attribute(case: ModelCase, baseline: str) -> None:
     """Scores that choose the nodes are those of `attribute`, which computes them another way."""
@@ -126,7 +127,7 @@ def test_totals_equal_attribute(case: ModelCase, baseline: str) -> None:
         )
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 @pytest.mark.parametrize("paired", [False, True])
 def test_attributions_into_a_node_sum_to_its_score(case: ModelCase, paired: bool) -> None:
     effects = effects_of(case.build(), paired=paired, n=3)
@@ -136,7 +137,7 @@ def test_attributions_into_a_node_sum_to_its_score(case: ModelCase, paired: bool
     torch.testing.assert_close(sums, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 @pytest.mark.parametrize("paired", [False, True])
 def test_several_prompts_give_the_mean_of_each(case: ModelCase, paired: bool) -> None:
     model = case.build()
@@ -173,7 +174,7 @@ def test_a_metric_beyond_a_soft_cap_shows_its_linearization_error(case: ModelCas
     assert abs(float(row[columns.linearization_error])) > 1e-6
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 def test_the_model_is_left_as_found(case: ModelCase, untouched: Callable[[Any], AbstractContextManager[None]]) -> None:
     model = case.build()
     model(random_tokens(model))  # TransformerBridge arranges hooks of its own on its first run

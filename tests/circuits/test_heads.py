@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import tl_neuron_circuits as tnc
-from tests.families import ModelCase, all_models, model_cases, random_tokens
+from tests.families import ModelCase, all_models, model_cases, random_tokens, typical_models
+from tests.loops import for_each
 from tests.planted.circuits import N_CASES, N_TOKENS, Chain, planted_case, prompts
 from tests.planted.load import load_planted
 from tl_neuron_circuits import Circuit, trace
@@ -97,7 +98,7 @@ def slow_part(model: Any, tokens: Tensor, source: pd.Series, target: pd.Series, 
     return gradient(live=True) - gradient(live=False)
 
 
-@pytest.mark.parametrize("case", all_models(*FAMILIES))
+@for_each("case", typical_models(*FAMILIES))
 def test_parts_sum_to_their_edge_and_equal_a_slow_split(case: ModelCase) -> None:
     model = case.build()
     circuit = circuit_of(model).with_heads(edges=40)
@@ -117,7 +118,7 @@ def test_parts_sum_to_their_edge_and_equal_a_slow_split(case: ModelCase) -> None
     assert (nodes.loc[direct["target"], "position"].to_numpy() == direct["from_position"]).all()
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama", "gemma2"))
 def test_parts_sum_to_their_edge_in_float32(case: ModelCase) -> None:
     model = case.build(torch.float32)
     circuit = circuit_of(model)

@@ -7,7 +7,8 @@ import torch
 
 from tests.bases.site_dictionaries import dictionaries
 from tests.circuits.test_direct_effects import NEURONS, TARGETS, direct_effects_on, effects_of, pairs_of
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import ModelCase, all_models, random_tokens, typical_models
+from tests.loops import for_each
 from tl_neuron_circuits import bases, trace
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.circuits import _prompt_graph
@@ -18,7 +19,7 @@ from tl_neuron_circuits.models._protocol import hook_points, submodule
 NORM_AFTER_MLP = {"gemma2-HookedTransformer"}
 NO_MLP_INPUT = {"solu_ln-HookedTransformer", "opt-TransformerBridge"}
 FAMILIES = ("gpt2", "pythia", "llama", "llama_biased", "gemma2", "gemma3", "qwen3", "opt", "solu_ln", "falcon", "bloom")
-both = all_models("gpt2", "llama")
+both = typical_models("gpt2", "llama")
 
 
 def prompt_of(model: Any, basis: Any = None, *, paired: bool = False) -> OpenPrompt:
@@ -32,7 +33,7 @@ def whole_graph(*_: Any) -> None:
     """No layers: every slot's targets take the whole graph below them."""
 
 
-@pytest.mark.parametrize("case", all_models(*FAMILIES))
+@for_each("case", typical_models(*FAMILIES))
 def test_the_way_down_is_that_of_the_whole_graph(case: ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """On every family, through its layers and its few neurons' weights, and it is known where those cannot be used."""
     model = case.build()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.circuits.checks import assert_sums_hold
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import ModelCase, random_tokens, typical_models
 from tl_neuron_circuits import Circuit, load_demo_model, trace
 from tl_neuron_circuits._errors import SettingsError
 
@@ -18,7 +18,7 @@ def scores(circuit: Circuit) -> dict[str, torch.Tensor]:
     return {hook: value.nan_to_num() for hook, value in circuit.to_scores().values.items()}
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 def test_a_rollout_equals_single_traces(case: ModelCase) -> None:
     model = case.build()
     tokens, every = random_tokens(model, 1, 5), 10**6

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.circuits.checks import assert_sums_hold, small_circuit
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import ModelCase, all_models, random_tokens, typical_models
+from tests.loops import for_each
 from tests.stories_tasks import pronoun_pairs
 from tl_neuron_circuits import ByMass, ByShare, Circuit, NeuronCircuitsError, attribute, load_demo_model, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
@@ -19,11 +20,11 @@ from tl_neuron_circuits.demo import capitals
 from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
 
 FAMILIES = ("gpt2", "llama", "gemma2")
-both = all_models("gpt2", "llama")
+both = typical_models("gpt2", "llama")
 one = all_models("gpt2")[:1]
 
 
-@pytest.mark.parametrize("case", all_models(*FAMILIES))
+@pytest.mark.parametrize("case", typical_models(*FAMILIES))
 def test_everything_adds_up(case: ModelCase) -> None:
     circuit = small_circuit(case)
     assert_sums_hold(circuit, max(case.tolerance, 1e-9))
@@ -238,7 +239,7 @@ def test_the_model_is_left_as_found(case: ModelCase, untouched: Callable[[Any], 
         trace(model, tokens, nodes=10**6)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("target", "options", "message"),
     [
         (99, {}, "between 0 and 49"),

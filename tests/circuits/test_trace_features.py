@@ -16,7 +16,8 @@ from tests.bases.site_dictionaries import dictionaries, dictionary, identity, pa
 from tests.circuits.checks import assert_sums_hold
 from tests.circuits.replacement_by_hand import FrozenReplacement
 from tests.circuits.test_neuronpedia import assert_is_a_graph
-from tests.families import D_MODEL, ModelCase, all_models, random_tokens
+from tests.families import D_MODEL, ModelCase, all_models, random_tokens, typical_models
+from tests.loops import for_each
 from tl_neuron_circuits import (
     Circuit,
     NeuronCircuitsError,
@@ -35,7 +36,7 @@ from tl_neuron_circuits.evaluation import evaluate_edges
 from tl_neuron_circuits.tasks import TokenizedPairs
 
 FAMILIES = ("gpt2", "pythia", "llama", "gemma2")
-both = all_models("gpt2", "llama")
+both = typical_models("gpt2", "llama")
 hooked = [case for case in both if case.values[0].backend == "HookedTransformer"]
 one = all_models("gpt2")[:1]
 PROMPT = "The capital of the state containing Dallas is"
@@ -48,8 +49,8 @@ def assert_explains_everything(circuit: Circuit, tolerance: float = 1e-9) -> Non
     assert ends["score"].sum() == pytest.approx(circuit.target_value, rel=max(tolerance, 1e-6))
 
 
-@pytest.mark.parametrize("case", all_models(*FAMILIES))
-@pytest.mark.parametrize("place", ["skip_transcoder", "sae_mlp_out"])
+@for_each("case", typical_models(*FAMILIES))
+@for_each("place", ["skip_transcoder", "sae_mlp_out"])
 def test_nothing_is_lost(case: ModelCase, place: str) -> None:
     model = case.build()
     circuit = trace(model, random_tokens(model, 1, 5), basis=dictionaries(place), nodes=10)
@@ -58,8 +59,8 @@ def test_nothing_is_lost(case: ModelCase, place: str) -> None:
     assert {"feature", "error", "unselected"} <= set(circuit.nodes["kind"])
 
 
-@pytest.mark.parametrize("case", all_models("gpt2"))
-@pytest.mark.parametrize("place", ["sae_residual", "sae_attention", "sae_hidden"])
+@for_each("case", all_models("gpt2"))
+@for_each("place", ["sae_residual", "sae_attention", "sae_hidden"])
 def test_dictionaries_at_other_hook_points_lose_nothing(case: ModelCase, place: str) -> None:
     """Kinds topk, gated and jumprelu; MLPs between them are paths under the rules."""
     model = case.build()

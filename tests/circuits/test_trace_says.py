@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tl_neuron_circuits as tnc
-from tests.families import ModelCase, all_models, model_cases, random_tokens
+from tests.families import ModelCase, all_models, model_cases, random_tokens, typical_models
 from tl_neuron_circuits import Circuit, trace
 from tl_neuron_circuits._errors import NumericalError, SettingsError
 from tl_neuron_circuits.circuits import ByExplained
@@ -58,7 +58,7 @@ def test_layers_say_where_the_scores_are(demo: Any) -> None:
     assert circuit.prune(count=10).layers()["chosen"].sum() == 10
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "gemma2"))
 @pytest.mark.parametrize("baseline", ["corrupt", "zero"])
 def test_attribute_gives_the_same_scores_on_the_same_pairs_unless_a_soft_cap_stands_between(
     case: ModelCase, baseline: Any

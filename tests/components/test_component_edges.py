@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import ModelCase, all_models, model_cases, random_tokens
+from tests.families import ModelCase, all_models, model_cases, random_tokens, typical_models
+from tests.loops import for_each
 from tests.propagation.readings import settled
 from tl_neuron_circuits._errors import PairsError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.components import (
@@ -45,7 +46,7 @@ def masks(model: Any, attention: str) -> tuple[Tensor, Tensor]:
     return edges, torch.zeros_like(edges)
 
 
-@pytest.mark.parametrize("case", all_models())
+@for_each("case", typical_models())
 def test_all_edges_are_the_model_and_none_are_the_corrupt_run(case: ModelCase) -> None:
     model, attention = case.build(), attention_of(case)
     pairs = some_pairs(model)
@@ -121,7 +122,7 @@ def test_patching_equals_patching_of_split_inputs(case: ModelCase) -> None:
         assert scores[source, target] == pytest.approx(by_split_inputs(model, pairs, source, target), abs=1e-9)
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama", "pythia", "gemma2"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "llama", "pythia", "gemma2"))
 def test_eap_is_the_derivative_of_patching(case: ModelCase) -> None:
     model, attention = case.build(), attention_of(case)
     pairs = some_pairs(model, n=2)

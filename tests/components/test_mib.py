@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.components.test_component_edges import some_pairs
-from tests.families import ModelCase, all_models
+from tests.families import ModelCase, all_models, typical_models
+from tests.loops import for_each
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.components import EdgeScores, component_edges
 from tl_neuron_circuits.components._mib import _connected
@@ -17,8 +18,8 @@ from tl_neuron_circuits.evaluation import SparsityCurve
 GPT2 = [case for case in all_models("gpt2") if case.values[0].backend == "HookedTransformer"]
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
-@pytest.mark.parametrize("method", ["eap", "eap_ig_inputs(steps=2)", "relp"])
+@for_each("case", typical_models("gpt2", "llama"))
+@for_each("method", ["eap", "eap_ig_inputs(steps=2)", "relp"])
 def test_q_k_and_v_add_up_to_the_head(case: ModelCase, method: str) -> None:
     model = case.build()
     edges = component_edges(model, some_pairs(model), method=method, split_qkv=True)
@@ -70,7 +71,7 @@ def test_scores_are_those_of_eap_ig_over_split_inputs(case: ModelCase, steps: in
                 assert float(found.qkv[place]) == pytest.approx(float(expected), abs=1e-9)
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "pythia"))
+@pytest.mark.parametrize("case", typical_models("gpt2", "pythia"))
 def test_the_file_is_a_graph_of_mibs(case: ModelCase, tmp_path: Path) -> None:
     model = case.build()
     edges = component_edges(model, some_pairs(model), method="eap", split_qkv=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.loops import for_each
 from tests.real_models import BACKENDS
 from tl_neuron_circuits import NeuronCircuitsError, load_demo_model
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
@@ -134,7 +135,7 @@ def _sample(task: str, n: int = 150) -> list[evaluation.Question]:
     return questions[:: max(1, len(questions) // n)]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("task", "least"),
     [
         *((task, 0.98) for task in evaluation.TASKS if task.startswith("agreement")),

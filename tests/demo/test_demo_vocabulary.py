@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.loops import for_each
 from tests.real_models import BACKENDS
 from tests.tasks.test_task_files import TASKS, make
 from tests.tasks.tiny_tokenizers import model_with
@@ -26,14 +27,14 @@ def demo_tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return model_with(type(build_tokenizer()).from_pretrained(folder), BACKENDS[-1], n_ctx=64)
 
 
-@pytest.mark.parametrize("name", FITTING)
+@for_each("name", FITTING)
 def test_every_pair_fits(demo_tokenizer_model: Any, name: str) -> None:
     tokens = tokenize(demo_tokenizer_model, make(name, n=min(TASKS[name][2], 200)))
     if "phrasing" not in TASKS[name][1]:
         assert len(set(tokens.lengths)) == 1, "kept positions need one token length"
 
 
-@pytest.mark.parametrize("attribute", states.ATTRIBUTES)
+@for_each("attribute", states.ATTRIBUTES)
 def test_every_attribute_can_be_asked(demo_tokenizer_model: Any, attribute: str) -> None:
     assert len(tokenize(demo_tokenizer_model, capitals(100, attribute=attribute))) == 100
 
@@ -43,8 +44,8 @@ def test_years_are_one_token_each(demo_tokenizer_model: Any) -> None:
     assert len(set(metric.tokens.tolist())) == 100
 
 
-@pytest.mark.parametrize("demo", ["demo-gelu", "demo-swiglu"])
-@pytest.mark.parametrize("name", FITTING)
+@for_each("demo", ["demo-gelu", "demo-swiglu"])
+@for_each("name", FITTING)
 def test_the_demo_models_prefer_the_answer(demo: str, name: str) -> None:
     if not demo_model_path(demo).is_dir():
         pytest.skip(f"the weights of {demo} are not in this checkout: run tl_neuron_circuits.demo.train_models")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.evaluation.plain import ablated_metric, baselines
-from tests.families import ModelCase, all_models
+from tests.families import ModelCase, all_models, typical_models
+from tests.loops import for_each
 from tests.nodes.plain import POSTS, random_pairs, values_of
 from tests.propagation.readings import model_of
 from tl_neuron_circuits.bases import HeadOutputs, Neurons
@@ -33,8 +34,8 @@ def kept_masks(scores: NodeScores, size: int) -> dict[str, Tensor]:
     return masks
 
 
-@pytest.mark.parametrize("ablation", ["mean", "zero", "resample", "corrupt"])
-@pytest.mark.parametrize("case", all_models("gemma2", "pythia"))
+@for_each("ablation", ["mean", "zero", "resample", "corrupt"])
+@for_each("case", typical_models("gemma2", "pythia"))
 def test_endpoints_are_exact_for_every_ablation(case: ModelCase, ablation: Any) -> None:
     """All nodes: faithfulness 1, completeness 0. No node: the reverse."""
     model, pairs = model_of(case), random_pairs(4, 4, 4)
@@ -45,7 +46,7 @@ def test_endpoints_are_exact_for_every_ablation(case: ModelCase, ablation: Any) 
     assert curve.metric_full != pytest.approx(curve.metric_empty, abs=1e-3)
 
 
-@pytest.mark.parametrize("ablation", ["mean", "zero", "corrupt"])
+@for_each("ablation", ["mean", "zero", "corrupt"])
 @models
 def test_ablations_are_the_plain_loop(case: ModelCase, ablation: Any) -> None:
     """Per prompt, several lengths, kept nodes live; whatever the batch size."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.evaluation.curves import comparison, curve
+from tests.loops import for_each
 from tests.saved_files import edit
 from tl_neuron_circuits._errors import FileFormatError
 from tl_neuron_circuits.evaluation import EdgeCurve, SparsityCurve
@@ -31,7 +32,7 @@ def test_means_are_taken_before_the_ratio() -> None:
     np.testing.assert_allclose(made.faithfulness, [(1.55 - 1) / (2.1 - 1)], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("faithfulness", "level", "expected"),
     [
         ([0.2, 0.6, 1.0], 0.8, 10**1.5),  # half-way between 10 and 100, on the log axis

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.bases.site_dictionaries import PLACES, dictionaries, dictionary, pairs
-from tests.families import N_LAYERS, ModelCase, all_models
+from tests.families import N_LAYERS, ModelCase, all_models, typical_models
+from tests.loops import for_each
 from tl_neuron_circuits import NodeScores, attribute, evaluate
 from tl_neuron_circuits._errors import NumericalError, PairsError, SettingsError
 from tl_neuron_circuits.bases import (
@@ -46,8 +47,8 @@ def scored(case: ModelCase, name: str) -> NodeScores:
 
 
 @quiet
-@pytest.mark.parametrize("name", BASES)
-@pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+@for_each("name", BASES)
+@for_each("case", typical_models("gpt2", "llama"))
 def test_all_nodes_give_1_and_0_and_none_0_and_1(case: ModelCase, name: str) -> None:
     model = built(case)
     scores = scored(case, name)
@@ -58,8 +59,8 @@ def test_all_nodes_give_1_and_0_and_none_0_and_1(case: ModelCase, name: str) -> 
 
 
 @quiet
-@pytest.mark.parametrize("error", ["keep", "ablate"])
-@pytest.mark.parametrize("name", ["sae_mlp_out", "skip_transcoder", "attention and transcoder"])
+@for_each("error", ["keep", "ablate"])
+@for_each("name", ["sae_mlp_out", "skip_transcoder", "attention and transcoder"])
 @both_classes
 def test_an_error_that_is_no_node_is_always_kept_or_always_ablated(case: ModelCase, name: str, error: Any) -> None:
     """Kept: all nodes give the original model. Ablated: they give the dictionaries' own reconstruction, not 1."""
@@ -103,7 +104,7 @@ def kept_by_hand(model: Any, tokens: TokenizedPairs, kept: set[tuple[int, int, i
     return torch.cat(out).float()
 
 
-@pytest.mark.parametrize("ablation", ["mean", "zero", "corrupt"])
+@for_each("ablation", ["mean", "zero", "corrupt"])
 @both_classes
 def test_curves_are_a_slow_loops(case: ModelCase, ablation: Any) -> None:
     """Kept neurons are live: whatever the ablated run computes, not their clean value."""

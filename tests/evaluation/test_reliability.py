@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tl_neuron_circuits as tnc
-from tests.families import ModelCase, all_models
+from tests.families import ModelCase, all_models, typical_models
 from tests.model_state import unchanged
 from tests.nodes.plain import POSTS, metric_with, random_pairs, values_of
 from tests.propagation.readings import model_of, settled
@@ -16,7 +16,7 @@ from tl_neuron_circuits import SettingsError, attribute, reliability
 from tl_neuron_circuits.evaluation import screen
 from tl_neuron_circuits.tasks import TokenizedPairs
 
-models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+models = pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 
 
 @models

@@ -7,6 +7,7 @@ import torch
 
 import tl_neuron_circuits as tnc
 from tests.families import all_models
+from tests.loops import for_each
 from tests.model_state import unchanged
 from tests.nodes.plain import random_pairs
 from tests.propagation.readings import model_of
@@ -115,7 +116,7 @@ def test_methods_agree_with_themselves_and_counts_are_those_of_sets() -> None:
         one.agreement(stability(model, pairs, sizes=[5, 9], draws=9, null_draws=0, seed=1))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("error", "message", "settings"),
     [
         (SettingsError, "means over pairs", {"method": "learned_mask"}),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.families import ModelCase, all_models, random_tokens
+from tests.loops import for_each
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.explain import max_activating_examples
 from tl_neuron_circuits.explain._highlight import highlight
@@ -16,7 +17,7 @@ few_models = pytest.mark.parametrize("case", all_models("gpt2"))
 
 
 @few_models
-@pytest.mark.parametrize("by", ["largest", "smallest", "absolute"])
+@for_each("by", ["largest", "smallest", "absolute"])
 def test_they_are_what_a_plain_search_finds(case: ModelCase, by: Any, untouched: Any) -> None:
     model = case.build()
     tokens = random_tokens(model, 11)

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import ModelCase, random_tokens, typical_models
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.explain import prompt_scores
 from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.tasks import TokenizedPairs
 
-few_models = pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
+few_models = pytest.mark.parametrize("case", typical_models("gpt2", "gemma2"))
 
 
 def pairs_of(model: Any, n: int = 4, pos: int = 5) -> TokenizedPairs:

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import ModelCase, random_tokens, typical_models
+from tests.loops import for_each
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.interventions import direct_logit_effects
 from tl_neuron_circuits.interventions._direct_logit_effects import effects_on_logits, output_weights
 from tl_neuron_circuits.propagation import relp
 
-few_models = pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
+few_models = pytest.mark.parametrize("case", typical_models("gpt2", "gemma2"))
 _CAPS = {"HookedTransformer": {"output_logits_soft_cap": -1.0}, "TransformerBridge": {"final_logit_softcapping": None}}
 
 
@@ -30,9 +31,9 @@ def gradients_of_logits(model: Any, tokens: Any, name: str) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "case",
-    all_models(
+    typical_models(
         "gpt2", "gpt2_folded", "llama", "llama_folded", "gemma2", "gemma3", "pythia", "opt", "solu_ln", "no_norm"
     ),
 )

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import ModelCase, random_tokens, typical_models
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.bases import Neurons
 from tl_neuron_circuits.bases._site import Parts
 from tl_neuron_circuits.interventions import ablation_hooks
 from tl_neuron_circuits.interventions._edge_ablation import Edge, Neuron, run_with_edges
 
-CASES = all_models("gpt2", "llama", "gemma2")
+CASES = typical_models("gpt2", "llama", "gemma2")
 LAYERS, POSITIONS, WIDTH = 3, 4, 24
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.families import ModelCase, all_models, random_tokens, unsupported_models
+from tests.families import ModelCase, all_models, random_tokens, typical_models, unsupported_models
+from tests.loops import for_each
 from tl_neuron_circuits._errors import PairsError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.bases import HeadOutputs, MLPOutputs, Neurons, ResidualStream
 from tl_neuron_circuits.interventions import interchange, node_values, steer, steering_hooks, sweep
@@ -16,7 +17,7 @@ from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.tasks import TokenizedPairs
 
-few_models = pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
+few_models = pytest.mark.parametrize("case", typical_models("gpt2", "gemma2"))
 LABELS = ["L0/N3@2", "L1/N7@4", "L1/N0", "L0/N5"]
 
 
@@ -36,7 +37,7 @@ def activations(model: Any, tokens: Any, hooks: Any, name: str) -> torch.Tensor:
     return store[0]
 
 
-@pytest.mark.parametrize("case", all_models())
+@for_each("case", typical_models())
 def test_scale_one_is_the_identity_bit_for_bit_and_leaves_no_trace(case: ModelCase, untouched: Any) -> None:
     model = case.build(dtype=torch.float32)
     tokens = random_tokens(model)
@@ -53,7 +54,7 @@ def test_scale_one_is_the_identity_bit_for_bit_and_leaves_no_trace(case: ModelCa
 
 
 @few_models
-@pytest.mark.parametrize("basis", [Neurons(), MLPOutputs(), HeadOutputs(), ResidualStream()], ids=lambda b: b.name)
+@for_each("basis", [Neurons(), MLPOutputs(), HeadOutputs(), ResidualStream()], ids=lambda b: b.name)
 def test_only_the_chosen_activations_change(case: ModelCase, basis: Any) -> None:
     model = case.build()
     tokens = random_tokens(model)
@@ -152,8 +153,8 @@ def test_values_come_in_the_order_of_the_nodes(case: ModelCase) -> None:
     assert torch.equal(node_values(model, tokens, nodes), torch.stack([one[:, 4, 7], zero[:, 2, 3], one[:, 0, 2]], 1))
 
 
-@pytest.mark.parametrize("case", all_models("llama", "gemma2", "pythia", "bloom"))
-@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no_cache"])
+@for_each("case", typical_models("llama", "gemma2", "pythia", "bloom"))
+@for_each("cached", [True, False], ids=["cache", "no_cache"])
 def test_generate_steers_positions_in_the_prompt_and_free_nodes_everywhere(case: ModelCase, cached: bool) -> None:
     if version("transformer-lens").startswith("2."):
         pytest.skip("generate asks for a tokenizer on TransformerLens 2")
@@ -322,7 +323,7 @@ def llama() -> Any:
     return model
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("nodes", "message"),
     [
         ("L0/X3", "expected labels such as"),

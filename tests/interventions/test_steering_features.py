@@ -8,8 +8,9 @@ import torch
 
 from tests.bases.site_dictionaries import D_DICT, dictionaries
 from tests.bases.tiny_dictionaries import RANDOM
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import ModelCase, all_models, random_tokens, typical_models
 from tests.interventions.test_steering import activations, logits_with
+from tests.loops import for_each
 from tl_neuron_circuits import attribute, trace
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.bases import Dictionaries
@@ -23,7 +24,7 @@ from tl_neuron_circuits.interventions import (
 )
 from tl_neuron_circuits.tasks import TokenizedPairs, answer_logit
 
-few = pytest.mark.parametrize("case", all_models("gpt2", "gemma2"))
+few = pytest.mark.parametrize("case", typical_models("gpt2", "gemma2"))
 one = all_models("gpt2")[:1]
 places = pytest.mark.parametrize("place", ["transcoder", "skip_transcoder", "sae_mlp_out", "sae_attention"])
 
@@ -49,9 +50,9 @@ def test_scale_one_is_the_identity_bit_for_bit(case: ModelCase, place: str, unto
     assert not torch.equal(other, before)
 
 
-@pytest.mark.parametrize("case", all_models("gpt2"))
+@for_each("case", all_models("gpt2"))
 @places
-@pytest.mark.parametrize(("how", "amount"), [("scale", -2.0), ("value", 0.7), ("add", 0.3)])
+@for_each(("how", "amount"), [("scale", -2.0), ("value", 0.7), ("add", 0.3)])
 def test_the_change_is_that_of_the_feature_times_its_decoder_row(
     case: ModelCase, place: str, how: str, amount: float
 ) -> None:

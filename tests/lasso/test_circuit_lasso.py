@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.families import ModelCase, model_cases, random_tokens
 from tests.lasso.problems import standardized_columns
+from tests.loops import for_each
 from tests.planted.load import load_planted
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
 from tl_neuron_circuits.bases import Neurons
@@ -68,8 +69,8 @@ def columns(values: dict[str, Tensor], names: list[str]) -> list[str]:
     return [name for name in names for _ in range(values[name].shape[-1])]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("target", ["L1/H0", "L0/MLP"])
+@for_each("case", CASES)
+@for_each("target", ["L1/H0", "L0/MLP"])
 def test_weights_are_those_of_a_regression_on_cached_activations(case: ModelCase, target: str) -> None:
     model = case.build()
     tokens = random_tokens(model, batch=30, pos=5)

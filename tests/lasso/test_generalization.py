@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tl_neuron_circuits as tnc
-from tl_neuron_circuits._errors import FileFormatError, SettingsError
+from tl_neuron_circuits._errors import FileFormatError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.bases._site import basis_sites
 from tl_neuron_circuits.lasso import LabeledTexts, bias_in_bios, contrast_judge, generalize, pooled_features
 from tl_neuron_circuits.lasso._generalization import Ablation, eraser, fit_probe, pooled_activations, probe_support
@@ -166,3 +166,17 @@ def test_bias_in_bios_is_read_from_files_and_rows(tmp_path: Path) -> None:
         bias_in_bios(rows, ("professor", "plumber"))
     with pytest.raises(SettingsError, match="texts of both"):
         bias_in_bios(rows[:1])
+
+
+def test_support_names_a_site_that_no_gradient_reaches(model, basis, plain: Ablation) -> None:
+    """Zero would pass for a feature without support."""
+    given = texts(("doctor", "farmer"))
+    tokens, label = tokenize_inputs(model, list(given.texts), None), torch.tensor(given.label)
+    late = replace(plain, hook="blocks.3.hook_resid_post")
+    probe = fit_probe(pooled_activations(model, tokens, late), label)
+    cut = [("blocks.2.hook_resid_pre", lambda value, hook: value.detach())]
+    with model.hooks(fwd_hooks=cut), pytest.raises(UnsupportedModelError, match=f"no gradient reaches {HOOK}"):
+        probe_support(model, tokens, late, probe, label, rules=())
+    early = replace(plain, hook="blocks.0.hook_resid_post")
+    probe = fit_probe(pooled_activations(model, tokens, early), label)
+    assert not probe_support(model, tokens, early, probe, label, rules=()).any()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.lasso.problems import regression, standardized_columns, structural_model
+from tests.loops import for_each
 from tl_neuron_circuits._errors import NumericalError, SettingsError
 from tl_neuron_circuits.lasso._solver import largest_penalty, lasso_path, r_squared, solve_lasso
 from tl_neuron_circuits.lasso._statistics import Statistics, standardize
@@ -19,10 +20,8 @@ def by_sklearn(x: Tensor, y: Tensor, penalty: float) -> np.ndarray:
     return np.stack([model.fit(x, column).coef_ for column in y.T], 1)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1, 0.02])
-@pytest.mark.parametrize(
-    ("n", "p", "shared"), [(300, 40, 0.0), (60, 150, 0.0), (300, 40, 4.0)], ids=["dense", "n < p", "correlated"]
-)
+@for_each("share", [0.5, 0.1, 0.02])
+@for_each(("n", "p", "shared"), [(300, 40, 0.0), (60, 150, 0.0), (300, 40, 4.0)], ids=["dense", "n < p", "correlated"])
 def test_equals_scikit_learn(n: int, p: int, shared: float, share: float) -> None:
     x, y = regression(n, p, 4, shared=shared)
     problem = standardize(Statistics.from_rows(x, y))

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 import tl_neuron_circuits as tnc
+from tests.loops import for_each
 from tl_neuron_circuits.models._protocol import model_name
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("given", "name"),
     [
         ("gpt2", "gpt2"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.bases.tiny_dictionaries import RANDOM, tiny_dictionaries
-from tests.families import ModelCase, all_models
+from tests.families import ModelCase, typical_models
+from tests.loops import for_each
 from tests.methods import with_steps
 from tests.nodes.plain import assert_scores, gradients_of, metric_with, random_pairs, values_of
 from tests.propagation.readings import ALL_RULES, model_of
@@ -14,12 +15,12 @@ from tl_neuron_circuits.bases import MLPOutputs, Neurons
 from tl_neuron_circuits.nodes import attribute
 
 pytestmark = RANDOM
-models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+models = pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 kinds = pytest.mark.parametrize("kind", ["sae", "transcoder", "skip_transcoder"])
 
 
-@pytest.mark.parametrize("method", ["relp", "integrated_gradients"])
-@pytest.mark.parametrize("kind", ["sae", "skip_transcoder"])
+@for_each("method", ["relp", "integrated_gradients"])
+@for_each("kind", ["sae", "skip_transcoder"])
 @models
 def test_features_and_errors_sum_to_the_mlp_outputs_and_the_neurons(case: ModelCase, kind: Any, method: Any) -> None:
     """Per layer and position, with whatever the dictionary misses in the error node."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.families import ModelCase, all_models, unsupported_models
+from tests.loops import for_each
 from tests.methods import with_steps
 from tests.nodes.plain import random_pairs
 from tests.propagation.readings import model_of, settled
@@ -37,7 +38,7 @@ def fails(logits: Tensor, batch: Any) -> Tensor:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", METHODS)
+@for_each("method", METHODS)
 @models
 def test_nothing_is_left_on_the_model(case: ModelCase, method: Any, untouched: Untouched) -> None:
     """After a result, and after Ctrl-C in the metric; parameters get no gradient."""
@@ -62,7 +63,7 @@ def test_frozen_and_training_models_stay_so(case: ModelCase, untouched: Untouche
         assert torch.equal(attribute(model, random_pairs(4, 4)).flat(), expected)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "random"])
+@for_each("method", [name for name in METHODS if name != "random"])
 @models
 def test_no_corrupt_prompts_is_an_error_where_they_are_needed(case: ModelCase, method: Any) -> None:
     model, pairs = model_of(case), random_pairs(4, 4, corrupt=False)
@@ -86,7 +87,7 @@ def test_lengths_that_do_not_fit_are_listed(case: ModelCase) -> None:
     assert len(uneven) == 3
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("message", "settings"),
     [
         ("at least 1; got 0", {"method": "integrated_gradients(steps=0)"}),
@@ -112,7 +113,7 @@ def test_settings_that_contradict_each_other_are_refused(
         attribute(model_of(case), random_pairs(4, 4), **settings)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "settings",
     [
         {"positions": "all"},
@@ -161,7 +162,7 @@ def test_no_pairs_and_no_tokenizer_are_told(case: ModelCase) -> None:
         attribute(model_of(case), PromptPairs(clean=["The keys"], answer=[" are"]))
 
 
-@pytest.mark.parametrize("method", ["relp", "gradient", "patching", "activation_difference"])
+@for_each("method", ["relp", "gradient", "patching", "activation_difference"])
 @models
 def test_a_broken_model_gives_no_scores(case: ModelCase, method: Any, untouched: Untouched) -> None:
     model = settled(case.build())

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import ModelCase, all_models
+from tests.families import ModelCase, typical_models
+from tests.loops import for_each
 from tests.methods import with_steps
 from tests.nodes.plain import (
     POSTS,
@@ -25,11 +26,11 @@ from tl_neuron_circuits.tasks import answer_logit
 
 METHODS = {"relp": ALL_RULES, "gradient": ()}
 BASES = (Neurons(), MLPOutputs(), HeadOutputs(), ResidualStream(), AttentionBlockOutputs())
-models = pytest.mark.parametrize("case", all_models("gpt2", "llama", "gemma2", "solu_ln"))
-few_models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+models = pytest.mark.parametrize("case", typical_models("gpt2", "llama", "gemma2", "solu_ln"))
+few_models = pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@for_each("method", METHODS)
 @models
 def test_scores_are_the_plain_loop(case: ModelCase, method: Any) -> None:
     """Every basis at once; prompts of mixed lengths, summed over positions."""
@@ -75,7 +76,7 @@ def test_denoising_takes_the_gradient_on_the_corrupt_run(case: ModelCase, method
         assert (expected[name] - noising[name]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("method", ["relp", "patching", "integrated_gradients"])
+@for_each("method", ["relp", "patching", "integrated_gradients"])
 @few_models
 def test_a_batch_is_its_members(case: ModelCase, method: Any) -> None:
     """Whatever the batch size and the order of lengths."""
@@ -101,7 +102,7 @@ def test_the_mean_baseline_is_the_mean_over_clean_prompts_of_one_length(case: Mo
         assert_scores(found.values[name], expected, case, name)
 
 
-@pytest.mark.parametrize("case", all_models("gpt2", "pythia", "llama", "gemma2", "qwen3", "opt", "solu", "bloom"))
+@for_each("case", typical_models("gpt2", "pythia", "llama", "gemma2", "qwen3", "opt", "solu", "bloom"))
 def test_relevance_of_every_layer_is_the_metric_without_biases(case: ModelCase) -> None:
     """Zero baseline: the residual stream after any layer carries the logits of the metric, unpaired."""
     model, pairs = without_biases(case), random_pairs(4, 4, corrupt=False)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import ModelCase, all_models
+from tests.families import ModelCase, typical_models
+from tests.loops import for_each
 from tests.methods import with_steps
 from tests.nodes.plain import POSTS, assert_scores, metric_at, metric_with, random_pairs, values_of
 from tests.propagation.readings import ALL_RULES, model_of
@@ -18,8 +19,8 @@ from tl_neuron_circuits.bases import ResidualStream
 from tl_neuron_circuits.bases._activations import ActivationSite
 from tl_neuron_circuits.nodes import Conductance, attribute
 
-models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
-rotary = pytest.mark.parametrize("case", all_models("llama", "gemma2"))
+models = pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
+rotary = pytest.mark.parametrize("case", typical_models("llama", "gemma2"))
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ def assert_converges(coarse: Tensor, fine: Tensor, effect: float) -> None:
     assert abs(2 * second - first - effect) < 0.02 * max(abs(effect), 0.1)
 
 
-@pytest.mark.parametrize("baseline", ["corrupt", "zero", "mean"])
-@pytest.mark.parametrize("method", ["integrated_gradients", "integrated_gradients_inputs"])
+@for_each("baseline", ["corrupt", "zero", "mean"])
+@for_each("method", ["integrated_gradients", "integrated_gradients_inputs"])
 @models
 def test_one_step_is_attribution_patching(case: ModelCase, method: Any, baseline: Any) -> None:
     if (method, baseline) == ("integrated_gradients_inputs", "mean"):

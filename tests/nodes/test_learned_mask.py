@@ -12,6 +12,7 @@ from torch import Tensor
 import tl_neuron_circuits as tnc
 from tests.bases.tiny_dictionaries import RANDOM, tiny_dictionaries
 from tests.families import all_models
+from tests.loops import for_each
 from tests.model_state import unchanged
 from tests.nodes.plain import POSTS, random_pairs
 from tests.nodes.plain_masks import PlainLearning, plain_mask
@@ -96,8 +97,8 @@ def test_the_expected_gradient_at_zero_is_the_learning_free_score() -> None:
     assert abs(float(scores.double().mean())) < 1e-6 * float(found.abs().max())
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
-@pytest.mark.parametrize("budget", [0.5, 1.0, 7.3, 500.0, 999.0, 999.5])
+@for_each("spread", [0.0, 1.0, 30.0])
+@for_each("budget", [0.5, 1.0, 7.3, 500.0, 999.0, 999.5])
 def test_the_mask_adds_up_to_its_budget_and_its_gradient_is_exact(spread: float, budget: float) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = spread * torch.randn(1000, generator=generator)

@@ -8,6 +8,7 @@ import pytest
 
 import tl_neuron_circuits as tnc
 from tests.families import all_models
+from tests.loops import for_each
 from tests.nodes.plain import random_pairs
 from tests.propagation.readings import model_of
 from tl_neuron_circuits import (
@@ -51,7 +52,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("label", CASES)
+@for_each("label", CASES)
 def test_a_label_reads_back_as_the_method(label: str) -> None:
     method = CASES[label]
     assert method.label == label
@@ -64,7 +65,7 @@ def test_every_method_has_a_case_and_a_name_of_its_own() -> None:
     assert {type(method) for method in CASES.values()} == set(METHODS.values())
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("text", "message"),
     [
         ("relevance", "expected a method out of"),

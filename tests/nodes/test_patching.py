@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import ModelCase, all_models
+from tests.families import ModelCase, typical_models
 from tests.nodes.plain import POSTS, assert_scores, metric_with, random_pairs, values_of
 from tests.propagation.readings import model_of
 from tl_neuron_circuits._errors import SettingsError
@@ -14,7 +14,7 @@ from tl_neuron_circuits.bases import HeadOutputs, MLPOutputs, Neurons, ResidualS
 from tl_neuron_circuits.nodes import Patching, attribute
 from tl_neuron_circuits.tasks import TokenizedPairs
 
-models = pytest.mark.parametrize("case", all_models("gpt2", "llama"))
+models = pytest.mark.parametrize("case", typical_models("gpt2", "llama"))
 HOOK = POSTS[0]
 
 

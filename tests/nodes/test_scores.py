@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.families import ModelCase, all_models
+from tests.loops import for_each
 from tests.nodes.plain import POSTS, random_pairs
 from tests.propagation.readings import model_of
 from tests.saved_files import edit
@@ -136,7 +137,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@for_each("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @models
 def test_damaged_files_are_told(case: ModelCase, damage: Callable[[Path], None], tmp_path: Path) -> None:
     attribute(model_of(case), random_pairs(4, 4)).save(tmp_path / "scores")

@@ -1,8 +1,8 @@
 """The planted circuits are what they are said to be: the circuit alone answers, and patching finds it."""
 
-import pytest
 import torch
 
+from tests.loops import for_each
 from tests.planted.circuits import N_CASES, N_TOKENS, planted_case, prompts
 from tests.planted.load import FOLDER, RightAnswers, load_planted, planted_seeds
 from tests.planted.train import Model, mask_of, train
@@ -24,7 +24,7 @@ def test_every_case_is_there_and_together_they_are_small() -> None:
     assert {planted_case(seed).n_layers for seed in planted_seeds()} == {2, 3, 4}
 
 
-@pytest.mark.parametrize("seed", planted_seeds())
+@for_each("seed", planted_seeds())
 def test_the_circuit_alone_answers_and_the_rest_alone_does_not(seed: int) -> None:
     planted = load_planted(seed)
     graph = component_graph(planted.model)

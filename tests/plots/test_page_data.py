@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.loops import for_each
 from tests.plots.made_up import BYTES, NASTY, large_circuit, nasty_circuit
 from tl_neuron_circuits import Circuit
 from tl_neuron_circuits._errors import SettingsError
@@ -38,7 +39,7 @@ class Scripts(HTMLParser):
             self.scripts[-1] += data
 
 
-@pytest.mark.parametrize("text", [*NASTY, BYTES])
+@for_each("text", [*NASTY, BYTES])
 def test_embedded_json_holds_nothing_that_html_could_read(text: str) -> None:
     written = embedded_json({"text": text})
     assert written.isascii() and not set("<>&\n\r") & set(written)
@@ -107,7 +108,7 @@ def test_strongest_examples_can_be_given_as_they_are(dallas: Circuit) -> None:
     assert found == [{"tokens": ["Dal", "las"], "values": [0.0, 2.0], "note": ""}]
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("details", "message"),
     [
         ({"L9/N9": {}}, "got 'L9/N9'"),

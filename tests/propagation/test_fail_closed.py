@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tl_neuron_circuits as tnc
 from tests.families import ModelCase, all_models, bridge, build_bridge_from_module, hooked_transformer
 from tests.propagation.readings import model_of, settled, tokens_of
 from tests.real_models import HookedTransformer
@@ -15,6 +16,7 @@ from tl_neuron_circuits import TokenizedPairs, attribute, bases, evaluate
 from tl_neuron_circuits._errors import PropagationError, UnsupportedModelError
 from tl_neuron_circuits.propagation import _conservation as conservation
 from tl_neuron_circuits.propagation import check_model, relp
+from tl_neuron_circuits.tasks._where_right import contrasts_right
 
 Untouched = Callable[[Any], AbstractContextManager[None]]
 on_gpt2 = pytest.mark.parametrize("case", all_models("gpt2"))
@@ -75,6 +77,27 @@ def test_the_check_is_made_once_and_again_when_weights_or_flags_change(case: Mod
     assert count == [3]
 
 
+@needs_bridge
+def test_the_check_is_made_again_when_a_bias_in_a_buffer_changes(monkeypatch: Any) -> None:
+    model, count, find = bridge("gpt2"), [0], conservation.find_problem
+    model.enable_compatibility_mode()
+
+    def counted(*arguments: Any) -> Any:
+        count[0] += 1
+        return find(*arguments)
+
+    monkeypatch.setattr(conservation, "find_problem", counted)
+    for _ in range(2):
+        with relp(model):
+            pass
+    assert count == [1]
+    with torch.no_grad():
+        model.unembed._original_component.bias.add_(1.0)
+    with relp(model):
+        pass
+    assert count == [2]
+
+
 @on_gpt2
 def test_users_hooks_are_no_part_of_the_check(case: ModelCase) -> None:
     model, calls = settled(case.build()), []
@@ -106,6 +129,21 @@ def test_a_forward_pass_that_raises_is_a_problem_of_the_report(case: ModelCase, 
         check_model(model)
 
 
+TOKENS = torch.tensor([[5, 7, 9, 11]])
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "steer": lambda model: tnc.steer(model, TOKENS, [(0, 1)], scale=0),
+    "profiles": lambda model: tnc.explain.profiles(model, TOKENS, [(0, 1)]),
+    "examples": lambda model: tnc.explain.max_activating_examples(model, TOKENS, [(0, 1)]),
+    "lasso": lambda model: tnc.lasso.CircuitLasso().observe(model, PAIRS),
+    "trace": lambda model: tnc.trace(model, TOKENS[0]),
+    "train": lambda model: tnc.transcoders.train(model, TOKENS),
+    "variance": lambda model: tnc.nodes.activation_variance(model, PAIRS),
+    "right": lambda model: contrasts_right(
+        model, tnc.PromptPairs.from_pairs([tnc.tasks.PromptPair("a", " b")]), None, 1
+    ),
+}  # what runs the model by other ways than `attribute`
+
+
 @needs_bridge
 def test_dropout_in_train_mode_is_refused_by_every_method() -> None:
     """Two runs of one prompt differ, so identical prompts would have effects."""
@@ -115,6 +153,10 @@ def test_dropout_in_train_mode_is_refused_by_every_method() -> None:
         with pytest.raises(UnsupportedModelError, match=r"drops values out .*model\.eval\(\)"):
             attribute(model, PAIRS, method=method)
     assert "model.eval()" in check_model(model).problems[0]
+    for name, call in CALLS.items():
+        with pytest.raises(UnsupportedModelError, match=r"model\.eval\(\)"):
+            call(model)
+            pytest.fail(name)
     model.eval()
     assert check_model(model).ok
     attribute(model, PAIRS)
@@ -130,6 +172,10 @@ def test_autocast_is_refused(case: ModelCase) -> None:
         for method in ("relp", "patching"):
             with pytest.raises(PropagationError, match="autocast"):
                 attribute(model, PAIRS, method=method)
+        for name, call in CALLS.items():
+            with pytest.raises(PropagationError, match="autocast"):
+                call(model)
+                pytest.fail(name)
     with pytest.raises(PropagationError, match="autocast"), relp(model), torch.autocast("cpu", dtype=torch.bfloat16):
         model(tokens_of(case))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.loops import for_each
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.tasks import TokenizedPairs
 from tl_neuron_circuits.tasks._tokenized import Batch
@@ -38,8 +39,8 @@ def assert_row(batch: Batch, row: int, pairs: TokenizedPairs) -> None:
     assert (batch.answer[row], batch.wrong_answer[row], batch.labels[row]) == (i, i + 100, f"label {i}")
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-@pytest.mark.parametrize("extra", [0, 2])
+@for_each("batch_size", [1, 2, 3, 100])
+@for_each("extra", [0, 2])
 def test_equal_length_batches_hold_every_pair_once_unpadded(batch_size: int, extra: int) -> None:
     pairs = tokenized(extra=extra)
     batches = list(pairs.batches(batch_size))
@@ -52,9 +53,9 @@ def test_equal_length_batches_hold_every_pair_once_unpadded(batch_size: int, ext
     assert len(batches) == {1: 7, 2: 5, 3: 3, 100: 3}[batch_size]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-@pytest.mark.parametrize("extra", [0, 2])
+@for_each("side", ["left", "right"])
+@for_each("batch_size", [1, 3, 100])
+@for_each("extra", [0, 2])
 def test_padded_batches_keep_order_and_mask_the_padding(side: str, batch_size: int, extra: int) -> None:
     pairs = tokenized(extra=extra)
     batches = list(pairs.batches(batch_size, equal_length=False, padding_side=side))

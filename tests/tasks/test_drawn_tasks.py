@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 import tl_neuron_circuits as tnc
+from tests.loops import for_each
 from tests.real_models import BACKENDS
 from tests.tasks.tiny_tokenizers import model_with, word_level
 from tl_neuron_circuits._errors import PairsError
@@ -62,7 +63,7 @@ def assert_fits(pairs: PromptPairs, tokenizer: Any) -> None:
     assert len(set(directions(pairs))) == len(pairs) // 2
 
 
-@pytest.mark.parametrize("task", TASKS)
+@for_each("task", TASKS)
 def test_a_task_gives_what_is_asked_or_says_how_many_there_are(task: str, tokenizer: tuple[str, Any]) -> None:
     name, its = tokenizer
     there = THERE_ARE[name].get(task, 200)

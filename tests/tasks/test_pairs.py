@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from jaxtyping import TypeCheckError
 
+from tests.loops import for_each
 from tl_neuron_circuits._errors import PairsError
 from tl_neuron_circuits.tasks import PromptPair, PromptPairs
 
@@ -33,13 +34,14 @@ def test_columns_are_tuples_and_pairs_come_back_by_index_slice_and_list() -> Non
     assert PromptPairs.from_pairs(pairs) == pairs
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("columns", "message"),
     [
         ({"clean": [], "answer": []}, "at least one pair, got none"),
         ({"clean": ["a b", "c d"], "answer": [" x"]}, r"pair 1 \('c d'\) is the first incomplete"),
         ({"clean": ["a"], "answer": [" x", " y"]}, "pair 1 .no clean prompt."),
         ({"clean": ["a"], "answer": [" x"], "labels": []}, "pair 0"),
+        ({"clean": ["a\udce9"], "answer": [" x"]}, "clean of pair 0: expected text that UTF-8 can hold"),
         ({"clean": ["a", ""], "answer": [" x", " y"]}, "clean of pair 1 must be a non-empty string, got ''"),
         ({"clean": "a", "answer": [" x"]}, "clean must be a list of strings, .* got 'a'"),
         ({"clean": ["a"], "answer": [" x"], "wrong_answer": [" x"]}, r"pair 0 \('a'\): answer and wrong_answer"),
@@ -80,8 +82,8 @@ def test_both_directions_need_something_to_swap(column: str) -> None:
         PromptPairs(clean=["The keys"], answer=[" are"], **columns).both_directions()
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("by", ["contrast", "label"])
+@for_each("seed", range(8))
+@for_each("by", ["contrast", "label"])
 def test_split_is_a_partition_that_keeps_groups_together(by: str, seed: int) -> None:
     pairs = numbered(20, n_labels=5)
     train, test = pairs.split(0.7, seed, by=by)
@@ -150,7 +152,7 @@ def test_files_round_trip(pairs: PromptPairs, tmp_path: Path) -> None:
     assert PromptPairs.from_jsonl(tmp_path / "pairs.jsonl") == pairs
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("text", "message"),
     [
         ("", "has no pairs"),

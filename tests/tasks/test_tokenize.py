@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.families import ModelCase, model_cases
+from tests.loops import for_each
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.tasks import PromptPairs, TokenizedPairs, keep_fitting, tokenize
 
@@ -30,7 +31,7 @@ def test_prompts_are_what_the_model_sees(tiny_model: Any) -> None:
     assert all(row[0] == tiny_model.tokenizer.bos_token_id for row in tokens.clean)
 
 
-@pytest.mark.parametrize("prepend_bos", [True, False])
+@for_each("prepend_bos", [True, False])
 def test_bos_is_prepended_when_asked(tiny_model: Any, prepend_bos: bool) -> None:
     pairs = PromptPairs(clean=["The keys"], answer=[" are"])
     (row,) = tokenize(tiny_model, pairs, prepend_bos=prepend_bos).clean
@@ -53,7 +54,7 @@ def test_labels_and_pairs_without_options_pass_through(word_model: Any) -> None:
         tokenize(word_model, tokens, prepend_bos=True)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("pairs", "message"),
     [
         (

@@ -198,3 +198,23 @@ def test_an_iterator_that_ends_early_leaves_the_checkpoints(one_tiny: Any, token
     with pytest.raises(SettingsError, match=r"8 batches, then no more.*checkpoint-00000009 is unchanged"):
         train(one_tiny, some(), SMALL, directory=tmp_path, verbose=False)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000009"]
+
+
+def test_two_trainings_do_not_share_a_directory(
+    one_tiny: Any, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second raises at once and writes nothing; its own folder is free again when the first ends."""
+    original, tried = Trainee.step, []
+
+    def second(self: Trainee, x: Tensor, y: Tensor, now: int) -> Any:
+        if now == 5 and not tried:
+            for resume in (False, True):
+                tried.append(resume)
+                with pytest.raises(SaveError, match="in use by another process"):
+                    train(one_tiny, tokens, SMALL, directory=tmp_path, resume=resume, verbose=False)
+        return original(self, x, y, now)
+
+    monkeypatch.setattr(Trainee, "step", second)
+    whole = train(one_tiny, tokens, SMALL, directory=tmp_path, verbose=False)
+    assert tried == [False, True]
+    assert_equal(whole, train(one_tiny, tokens, SMALL, directory=tmp_path, resume=True, verbose=False))

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from tests.bases.site_dictionaries import dictionary
-from tests.families import N_LAYERS, ModelCase, all_models, model_cases
+from tests.families import N_LAYERS, ModelCase, all_models, model_cases, typical_models
+from tests.loops import for_each
 from tests.transcoders.weights_cases import EVERY_MODEL, LENGTH, prompt, transcoders
 from tl_neuron_circuits import load_demo_dictionaries
 from tl_neuron_circuits._errors import DictionaryError, NumericalError, SettingsError
 from tl_neuron_circuits.bases import Dictionary
 from tl_neuron_circuits.transcoders import contributions
 
-SOME_MODELS = all_models("gpt2", "llama_biased", "pythia", "qwen2", "no_norm")
+SOME_MODELS = typical_models("gpt2", "llama_biased", "pythia", "qwen2", "no_norm")
 TEXT = "The capital of the state containing Dallas is"
 
 
@@ -28,7 +29,7 @@ def values_of(model: Any, tokens: Tensor, *names: str) -> dict[str, Tensor]:
             else value[0] for name, value in found.items()}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", EVERY_MODEL)
+@for_each("case", EVERY_MODEL)
 def test_sources_sum_to_the_pre_activation(case: ModelCase, untouched: Any) -> None:
     model = case.build(torch.float32)
     dictionaries, tokens = transcoders(model), prompt(model)
@@ -169,7 +170,7 @@ def test_results_sort_sum_and_say_what_they_are(demo: tuple[Any, Any]) -> None:
     assert (features["activation"] * features["weight"] - features["contribution"]).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("target", "message"),
     [
         ("L9/F7@1", "layer with a transcoder"), ("L3/F9999@1", "below 768"), ("L3/F7", "expected a target such as"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.families import ModelCase, model_cases
+from tests.loops import for_each
 from tests.transcoders.weights_cases import prompt, transcoders
 from tl_neuron_circuits import Circuit, PromptPairs, evaluate, load_demo_dictionaries, steer, trace
 from tl_neuron_circuits._errors import DictionaryError, SettingsError
@@ -40,7 +41,7 @@ def assert_everything_adds_up(circuit: Circuit, tolerance: float) -> None:
     assert ends == pytest.approx(circuit.target_value, abs=tolerance)
 
 
-@pytest.mark.parametrize("case", model_cases("llama", "pythia", "gemma2", "phi"), ids=lambda case: case.id)
+@for_each("case", model_cases("llama", "pythia", "gemma2", "phi"), ids=lambda case: case.id)
 def test_incoming_edges_sum_to_every_node(case: ModelCase) -> None:
     model = case.build(torch.float32)
     circuit = trace_feature(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.families import model_cases
+from tests.loops import for_each
 from tests.stories_tasks import BOYS, GIRLS, PRONOUN_TEMPLATES
 from tests.transcoders.conftest import SMALL
 from tl_neuron_circuits._errors import DictionaryError
@@ -22,7 +23,7 @@ from tl_neuron_circuits.transcoders._trainee import MEASURES, Scaling, Trainee
 Untouched = Callable[[Any], AbstractContextManager[None]]
 
 
-@pytest.mark.parametrize(("target", "activation", "skip"), KINDS)
+@for_each(("target", "activation", "skip"), KINDS)
 def test_every_kind_trains_with_unit_decoder_rows(
     one_tiny: Any, tokens: Tensor, target: str, activation: str, skip: bool
 ) -> None:
@@ -68,8 +69,8 @@ def assert_equal(one: TrainingReport, other: TrainingReport) -> None:
             assert torch.equal(tensor, right.tensors()[name]), name
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])
-@pytest.mark.parametrize("skip", [False, True])
+@for_each("activation", ["relu", "topk", "jumprelu"])
+@for_each("skip", [False, True])
 def test_folding_the_units_changes_no_number(activation: str, skip: bool) -> None:
     """The saved dictionary, on raw activations, computes what the trainee computes on centered and scaled ones."""
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +91,7 @@ def test_folding_the_units_changes_no_number(activation: str, skip: bool) -> Non
     assert measured["variance_explained"] != last["variance_explained"]
 
 
-@pytest.mark.parametrize("activation", ["relu", "batchtopk", "jumprelu"])
+@for_each("activation", ["relu", "batchtopk", "jumprelu"])
 def test_learns_on_stories260K(stories260K: Any, activation: str) -> None:
     """Far better than the mean after 60 steps, several layers at once, from the first row of the report to the last."""
     names = [name for part in (*GIRLS.values(), *BOYS.values()) for name in part]

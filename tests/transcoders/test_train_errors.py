@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.loops import for_each
 from tests.transcoders.conftest import SMALL
 from tl_neuron_circuits._errors import DictionaryError, NumericalError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.transcoders import TrainingConfig, train
@@ -34,7 +35,7 @@ def test_only_ignored_tokens(one_tiny: Any, tokens: Tensor) -> None:
         train(one_tiny, torch.full_like(tokens, 3), SMALL.replace(ignore_tokens=(3,)), verbose=False)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("changes", "error", "message"),
     [
         ({"hook_out": "blocks.{layer}.hook_absent"}, DictionaryError, "does not have"),
@@ -58,7 +59,7 @@ def test_a_site_that_does_not_fire(tiny: Any, tokens: Tensor) -> None:
         train(tiny, tokens, config, verbose=False)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("changes", "message"),
     [
         ({"steps": 0}, "steps > 0"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.families import ModelCase, model_cases
+from tests.loops import for_each
 from tests.transcoders.weights_cases import prompt, transcoders
 from tl_neuron_circuits import direct_logit_effects
 from tl_neuron_circuits._errors import SettingsError, UnsupportedModelError
@@ -16,7 +17,7 @@ from tl_neuron_circuits.transcoders._connections import probe_run
 from tl_neuron_circuits.transcoders._pull_back import encode_in_chunks, feature_means
 
 
-@pytest.mark.parametrize("case", model_cases("gpt2", "llama", "gemma2"), ids=lambda case: case.id)
+@for_each("case", model_cases("gpt2", "llama", "gemma2"), ids=lambda case: case.id)
 def test_connections_times_the_norms_scale_are_contributions(case: ModelCase) -> None:
     """On a prompt weight and connection differ by one number, the scale of the norm before the MLP."""
     model = case.build(torch.float32)
@@ -114,7 +115,7 @@ def test_chunks_of_features_and_prompts_change_nothing(demo: tuple[Any, Any], mo
     assert all(torch.allclose(chunked[layer], means[layer], atol=1e-6) for layer in means)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("arguments", "message"),
     [
         ((2, 2), "source layer below 2"), ((0, 9), "layer with a transcoder"), ((0, 2, (3, 0)), "layers 0 to 2"),

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from tests.bases.site_dictionaries import dictionary
-from tests.families import N_LAYERS, all_models, random_tokens
+from tests.families import N_LAYERS, random_tokens, typical_models
 from tl_neuron_circuits.bases import Dictionary
 
-EVERY_MODEL = all_models()
+EVERY_MODEL = typical_models()
 LENGTH = 6
 
 

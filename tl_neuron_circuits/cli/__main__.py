@@ -1,6 +1,6 @@
 """`python -m tl_neuron_circuits.cli`: the same as `tl-neuron-circuits`."""
 
-from ._app import main
+from . import main
 
 if __name__ == "__main__":
     main()

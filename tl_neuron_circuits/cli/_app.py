@@ -1,4 +1,4 @@
-"""The application: its commands, in the order of the help, and the entry point. Heavy imports wait for a command."""
+"""The application: its commands, in the order of the help. Heavy imports wait for a command."""
 
 import logging
 import warnings
@@ -18,7 +18,6 @@ COMMANDS: tuple[Callable[..., None], ...] = (demo, check, attribute, compare, tr
 app = typer.Typer(
     help="Neuron circuits with RelP on any TransformerLens model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -47,12 +46,8 @@ def _options(
     """
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `tl-neuron-circuits`: it exits with the code of the command.
-
-    Args:
-        arguments: the command and its options; those of the process unless given.
-    """
+def run(arguments: Sequence[str] | None) -> None:
+    """Run a command, with messages and warnings on stderr as plain text."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _print_warning
     app(arguments)

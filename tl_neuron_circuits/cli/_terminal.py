@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ._interrupt import INTERRUPTED, unwinding
+
 console = Console()
 errors = Console(stderr=True)
 F = TypeVar("F", bound=Callable[..., Any])
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT = 1, 2
 
 
 def guarded(command: F) -> F:
@@ -23,29 +25,43 @@ def guarded(command: F) -> F:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        from torch import OutOfMemoryError
-
-        from .._errors import NeuronCircuitsError, NumericalError, ProcessesError, PropagationError
-        from .._typing import ArgumentError
-
-        try:
-            return command(*args, **kwargs)
-        except (NumericalError, PropagationError, ProcessesError) as error:
-            code, message = FAILED, error
-        except OutOfMemoryError as error:
-            code, message = FAILED, f"{error}\nGive a smaller --batch-size, or another --device."
-            error.__traceback__ = None
-        except (NeuronCircuitsError, ArgumentError, OSError) as error:
-            code, message = BAD_INPUT, error
-        except KeyboardInterrupt:
-            errors.print("\ninterrupted")
-            raise typer.Exit(INTERRUPTED) from None
-        kind = "OutOfMemoryError" if isinstance(message, str) else type(message).__name__
-        errors.print(f"[bold red]{kind}[/]: ", end="")
-        errors.print(str(message), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(code)
+        with unwinding() as interrupted:
+            try:
+                return command(*args, **kwargs)
+            except BaseException as error:
+                if interrupted() or isinstance(error, KeyboardInterrupt):
+                    errors.print("\ninterrupted")
+                    raise typer.Exit(INTERRUPTED) from None
+                _explain(error)
+                raise
 
     return run  # pyright: ignore[reportReturnType]
+
+
+def _explain(error: BaseException) -> None:
+    """End the command with a message and an exit code, if the error is one of ours or of the file system.
+
+    Raises:
+        typer.Exit: with the code.
+    """
+    from torch import OutOfMemoryError
+
+    from .._errors import NeuronCircuitsError, NumericalError, ProcessesError, PropagationError
+    from .._typing import ArgumentError
+
+    message, kind = str(error), type(error).__name__
+    if isinstance(error, OutOfMemoryError):
+        code, message = FAILED, f"{error}\nGive a smaller --batch-size, or another --device."
+        error.__traceback__ = None
+    elif isinstance(error, NumericalError | PropagationError | ProcessesError):
+        code = FAILED
+    elif isinstance(error, NeuronCircuitsError | ArgumentError | OSError):
+        code = BAD_INPUT
+    else:
+        return
+    errors.print(f"[bold red]{kind}[/]: ", end="")
+    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code) from None
 
 
 def progress() -> bool:

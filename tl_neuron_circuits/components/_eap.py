@@ -159,7 +159,8 @@ def read_gradients(
             own_part = split_heads(gradient, graph.n_heads)[:, :, component.head]
             gradient = torch.zeros_like(gradient)  # one hook holds all heads: let this head's part alone go back
             split_heads(gradient, graph.n_heads)[:, :, component.head] = own_part
-        (back,) = torch.autograd.grad(output, store[component.reads], gradient, retain_graph=True)
+        read = {component.reads: store[component.reads]}
+        back = gradients_by_name(output, read, seed=gradient, retain_graph=True)[component.reads]
         gradients.append(back)
         branches = _through_qkv(store, component, output, gradient) if component.kind == "head" else []
         for part, branch in zip(apart, branches or [torch.zeros_like(back)] * len(apart), strict=True):

@@ -44,6 +44,7 @@ from ..nodes._attribute import attribute, check_pairs
 from ..nodes._patching import Patching
 from ..nodes._scope import Baseline, Scope
 from ..nodes._scores import NodeScores, require_finite, site_labels
+from ..propagation._gradients import gradients_by_name
 from ..propagation._relp import frozen
 from ..tasks._metrics import Metric, logit_difference, measure, metric_name
 from ..tasks._pairs import PromptPairs
@@ -256,7 +257,7 @@ def _gradient_at(
         with answers_only(scope.model, batch, scope.metric) as narrowed, hooked(scope.model, put):
             logits = run_logits(scope.model, batch.clean, batch.attention_mask)
         metric = measure(scope.metric, logits, narrowed)
-        (gradient,) = torch.autograd.grad(metric.sum(), point, create_graph=curved)
+        gradient = gradients_by_name(metric.sum(), {site.hook: point}, create_graph=curved)[site.hook]
     return metric.detach(), gradient, point
 
 

@@ -36,6 +36,7 @@ from ..bases._runs import Values, capture, list_reads, require_fired, run_logits
 from ..bases._site import Basis, Parts, Site, basis_name, basis_sites, refuse_cross_layer
 from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding, hooked
+from ..propagation._gradients import gradients_by_name
 from ..propagation._relp import relp
 from ..tasks._tokenized import TokenizedPairs
 from ._feature_ranking import PooledFeatures, pooled_features, rank_features
@@ -211,15 +212,16 @@ def probe_support(
         pooled = values[ablation.hook].flatten(2)[:, ablation.skip :].mean(1)
         sign = 2.0 * label[batch.index.cpu()].to(pooled) - 1
         target = (sign * (pooled @ probe.weights.to(pooled))).sum()
-        hooks = [site.hook for site in ablation.sites]
-        gradients = torch.autograd.grad(target, [values[hook] for hook in hooks], allow_unused=True)
+        order = list(values)  # as they fired: the probe reads before the sites that fire after it
+        reached = [site.hook for site in ablation.sites if order.index(site.hook) <= order.index(ablation.hook)]
+        gradients = gradients_by_name(target, {hook: values[hook] for hook in reached}) if reached else {}
         parts = []
-        for site, gradient in zip(ablation.sites, gradients, strict=True):
+        for site in ablation.sites:
             nodes = site.take_apart({name: values[name].detach() for name in site.reads}).nodes[:, ablation.skip :]
-            if gradient is None:  # the probe reads before this site
-                parts.append(nodes.new_zeros(nodes.shape[2]))
+            if site.hook in gradients:
+                parts.append((nodes * site.node_gradient(gradients)[:, ablation.skip :]).sum((0, 1)))
             else:
-                parts.append((nodes * site.node_gradient({site.hook: gradient})[:, ablation.skip :]).sum((0, 1)))
+                parts.append(nodes.new_zeros(nodes.shape[2]))
         batch_sum = torch.cat([part.double().cpu() for part in parts])
         total = batch_sum if total is None else total + batch_sum
     assert total is not None  # there is at least one text

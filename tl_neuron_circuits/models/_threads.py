@@ -23,6 +23,7 @@ import torch
 
 from .._errors import PropagationError
 from ._protocol import TransformerLensModel
+from ._run_state import require_steady
 
 F = TypeVar("F", bound=Callable)
 
@@ -108,14 +109,18 @@ def held(model: Any, purpose: str) -> Iterator[None]:
 
 
 def holding(function: F) -> F:
-    """Let a public function hold the model, its argument `model` and the first, until it ends."""
+    """Let a public function hold the model, its argument `model` and the first, until it ends.
+
+    Whatever runs a model is decorated, so it is also asked here, once a call, whether it would do the same twice.
+    """
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         models = [value for value in (*args[:2], kwargs.get("model")) if isinstance(value, torch.nn.Module)]
         if not models:  # refused by its type
             return function(*args, **kwargs)
-        with held(models[0], function.__name__):  # pyright: ignore[reportArgumentType]
+        with held(models[0], function.__name__):
+            require_steady(models[0], gradients=False)  # pyright: ignore[reportArgumentType]
             return function(*args, **kwargs)
 
     return call  # pyright: ignore[reportReturnType]

@@ -15,7 +15,7 @@ from .._typing import checked
 from ..models._protocol import TransformerLensModel, hook_points, model_name
 from ..models._run_state import state_problems
 from ..models._sites import ModelSites, activation_names, find_sites
-from ..models._threads import holding, this_thread_only
+from ..models._threads import held, this_thread_only
 from ._conservation import describe_failure, measure_conservation, short_input
 from ._relp import relp
 from .rules import RULE_SETS
@@ -110,7 +110,6 @@ class ModelReport:
         return _html.block(repr(self), *notes, _html.table(self.to_dataframe(), rows=10))
 
 
-@holding
 @checked
 def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | None = None) -> ModelReport:
     """Check which sites of `model` exist and fire, which rules apply, and that relevance is conserved.
@@ -128,6 +127,11 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
         >>> tnc.check_model(tnc.load_demo_model()).ok
         True
     """
+    with held(model, "check_model"):
+        return _report(model, tokens)
+
+
+def _report(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | None) -> ModelReport:
     sites, problems, fired = ModelSites.nothing(), [], {}
     conservation, graph_bytes, n_tokens = float("nan"), float("nan"), 1
     try:

@@ -362,7 +362,12 @@ def _graph_size(model: TransformerLensModel) -> Iterator[list[int]]:
 
 
 def _state(model: TransformerLensModel) -> tuple[Any, ...]:
-    """What the answer depends on, cheaply: weights by address and version, the configuration's flags, train or eval."""
-    weights = [(p.data_ptr(), p._version, p.dtype) for p in nn.Module.parameters(model)]  # pyright: ignore[reportArgumentType]
+    """What the answer depends on, cheaply: weights by address and version, the configuration's flags, train or eval.
+
+    Of the buffers only biases: others are caches (masks, rotary angles, ALiBi) that a longer prompt makes anew.
+    """
+    buffers = nn.Module.named_buffers(model)  # pyright: ignore[reportArgumentType]
+    tensors = [*nn.Module.parameters(model), *(b for name, b in buffers if name.rpartition(".")[2] in ("bias", "b_U"))]  # pyright: ignore[reportArgumentType]
+    weights = [(tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors]
     flags = [(key, value) for key, value in vars(model.cfg).items() if isinstance(value, bool | torch.dtype)]
     return hash(tuple(weights)), tuple(flags), model.training  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,8 +8,15 @@ from torch import Tensor
 from .._errors import UnsupportedModelError
 
 
-def gradients_by_name(output: Tensor, values: Mapping[str, Tensor], *, retain_graph: bool = False) -> dict[str, Tensor]:
-    """d output / d value at each hook point.
+def gradients_by_name(
+    output: Tensor,
+    values: Mapping[str, Tensor],
+    *,
+    seed: Tensor | None = None,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> dict[str, Tensor]:
+    """d output / d value at each hook point; an output that is no scalar takes a gradient of its own shape as `seed`.
 
     Raises:
         UnsupportedModelError: the output was not computed from the value that a hook point showed.
@@ -17,7 +24,14 @@ def gradients_by_name(output: Tensor, values: Mapping[str, Tensor], *, retain_gr
     live = {name: value for name, value in values.items() if value.requires_grad}
     found = dict.fromkeys(values) | dict.fromkeys(live)
     if live and output.requires_grad:
-        gradients = torch.autograd.grad(output, list(live.values()), allow_unused=True, retain_graph=retain_graph)
+        gradients = torch.autograd.grad(
+            output,
+            list(live.values()),
+            seed,
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
         found |= zip(live, gradients, strict=True)
     cut = [name for name, gradient in found.items() if gradient is None]
     if cut:

@@ -371,6 +371,13 @@ def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:
     for index, text in enumerate(column):
         if not isinstance(text, str) or not text:
             raise PairsError(f"{name} of pair {index} must be a non-empty string, got {text!r}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PairsError(
+                f"{name} of pair {index}: expected text that UTF-8 can hold, got half of a surrogate pair in {text!r}. "
+                "Decode the bytes with errors='replace', or give tokens (TokenizedPairs.from_tokens)."
+            ) from None
     return column
 
 

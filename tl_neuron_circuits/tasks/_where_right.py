@@ -4,11 +4,13 @@ import torch
 
 from .._errors import PairsError, SettingsError
 from ..models._protocol import TransformerLensModel
+from ..models._threads import holding
 from ._metrics import Metric, logit_difference, measure
 from ._pairs import PromptPairs, directions
 from ._tokenize import tokenize
 
 
+@holding
 def contrasts_right(
     model: TransformerLensModel, pairs: PromptPairs, metric: Metric | None, batch_size: int
 ) -> list[int]:

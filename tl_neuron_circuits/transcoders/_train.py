@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from .. import _html
 from .._errors import FileFormatError, NeuronCircuitsError, SaveError, SettingsError
-from .._files import fingerprint, read_directory, remove_empty, versions, write_directory
+from .._files import fingerprint, read_directory, remove_empty, reserved, versions, write_directory
 from .._indices import as_integer
 from .._processes import Processes, current_processes
 from .._typing import checked
@@ -159,7 +159,7 @@ def train(
     if resume and folder is None:
         raise SettingsError("resume=True needs the directory with the checkpoints: train(..., directory=...).")
     processes = current_processes()
-    with processes.together("train", config.to_json()):
+    with processes.together("train", config.to_json()), reserved(folder if processes.first else None):
         training = _Training(model, tokens, config, processes)
         if resume and folder is not None:
             training.restore(folder)
