@@ -141,7 +141,7 @@ def _summed(model: Any, prompts: Sequence[Int[Tensor, " _"]], skipped: Sequence[
         place[list(rows)] = SKIPPED
         alignments.append(Alignment(place, column, torch.zeros_like(column), 2, len(texts), 1))
     ids = [one.pop() if len(one) == 1 else -1 for one in texts.values()]
-    return Places(alignments, "sum", list(texts), ids, [SKIPPED], {})
+    return Places(alignments, "sum", list(texts), ids, [SKIPPED] if any(skipped) else [], {})
 
 
 def _pieces(length: int, spans: Sequence[TokenSpan]) -> list[tuple[str | None, int, int]]:

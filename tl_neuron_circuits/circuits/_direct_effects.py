@@ -486,10 +486,9 @@ class _Edges:
         slope, change = (torch.zeros(len(node), dtype=torch.float64) for _ in range(2))
         for index, own in enumerate(prompt.changes):
             here = (slot == index).nonzero()[:, 0]
-            where = at[here].to(own.nodes.device), unit[here].to(own.nodes.device)
-            change[here] = own.nodes[where].cpu().double()
             gradient = torch.cat([total.gradient[index] for total in self._totals])
-            slope[here] = gradient[where].cpu().double()
+            for into, values in ((change, own.nodes), (slope, gradient)):
+                into[here] = values[at[here].to(values.device), unit[here].to(values.device)].cpu().double()
         return _Members(node, slot, at, unit, at // n_positions, slope, change)
 
     def _by_node(self, values: Float[Tensor, " member"]) -> Float[Tensor, "prompt node"]:
