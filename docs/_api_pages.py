@@ -33,17 +33,42 @@ def re_exports(room: str) -> list[str]:
     return [alias.name for node in own for alias in node.names if alias.name == alias.asname]
 
 
+def summary(room: str, name: str) -> str:
+    """The first line of a re-exported name's docstring."""
+    file = ROOT.joinpath(*room.split("."), "__init__.pyi")
+    file = file if file.exists() else file.with_suffix(".py")
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level and any(alias.asname == name for alias in node.names):
+            folder = file.parents[node.level - 1]
+            module = folder.joinpath(*(node.module or "").split(".")).with_suffix(".py")
+            for found in ast.parse(module.read_text(encoding="utf-8")).body:
+                if isinstance(found, ast.FunctionDef | ast.ClassDef) and found.name == name:
+                    return (ast.get_docstring(found) or "").split("\n\n")[0].replace("\n", " ")
+    return ""
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Follow each `::: package.room` of an API page by one entry per public name; leave other entries."""
+    """Follow each `::: package.room` of an API page by a list of its names and one entry for each.
+
+    `::: package.room: main, Result` puts these first; the others keep the order of the room. Other entries stay.
+    """
     if not page.file.src_uri.startswith("api/"):
         return markdown
     lines = []
     for line in markdown.splitlines():
-        lines.append(line)
-        room = line.removeprefix("::: ")
-        if room != line and ROOT.joinpath(*room.split(".")).is_dir():
-            lines.append("    options:\n      members: false\n      show_root_toc_entry: false\n")
-            lines += [f"::: {room}.{name}\n{ENTRY}" for name in re_exports(room)]
+        room, _, wanted = line.removeprefix("::: ").partition(": ")
+        if not line.startswith("::: ") or not ROOT.joinpath(*room.split(".")).is_dir():
+            lines.append(line)
+            continue
+        first = [name.strip() for name in wanted.split(",") if name.strip()]
+        names = re_exports(room)
+        if unknown := set(first) - set(names):
+            raise ValueError(f"{page.file.src_uri}: {room} does not export {sorted(unknown)}.")
+        names = [*first, *(name for name in names if name not in first)]
+        lines += [f"::: {room}", "    options:\n      members: false\n      show_root_toc_entry: false\n"]
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| [`{name}`][{room}.{name}] | {summary(room, name).replace('|', '/')} |" for name in names]
+        lines += ["", *(f"::: {room}.{name}\n{ENTRY}" for name in names)]
     return "\n".join(lines)
 
 

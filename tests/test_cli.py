@@ -201,7 +201,10 @@ def test_ctrl_c_while_modules_are_imported_leaves_one_line(module: str) -> None:
     program = f"""
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.addaudithook(lambda event, what: os.kill(os.getpid(), signal.SIGINT) if (event, what[:1]) == ("import", ({module!r},)) else None)
+def press(event, what):
+    if event == "import" and what[0] == {module!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(press)
 from tl_neuron_circuits.cli import main
 main(["check", "demo-gelu"])
 """

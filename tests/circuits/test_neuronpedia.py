@@ -9,7 +9,6 @@ import pytest
 
 from tests.circuits.checks import assert_sums_hold, small_circuit
 from tests.families import all_models
-from tests.loops import for_each
 from tl_neuron_circuits import Circuit, trace
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 
@@ -151,7 +150,7 @@ def test_supernodes_and_summed_positions_cannot_be_exported(circuit: Circuit, tm
             without.to_neuronpedia(tmp_path / "graph.json")
 
 
-@for_each("damage", ["missing", "no json", "no graph", "twice", "lost link", "fewer nodes", "older"])
+@pytest.mark.parametrize("damage", ["missing", "no json", "no graph", "twice", "lost link", "fewer nodes", "older"])
 def test_damaged_graphs_are_errors(path: Path, damage: str) -> None:
     graph = json.loads(path.read_text())
     if damage == "missing":

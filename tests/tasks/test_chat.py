@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import tl_neuron_circuits as tnc
-from tests.loops import for_each
 from tests.real_models import BACKENDS
 from tests.tasks.tiny_tokenizers import byte_level, model_with, word_level
 from tl_neuron_circuits._errors import PairsError, SettingsError
@@ -41,7 +40,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return model
 
 
-@for_each("prepend_bos", [None, True, False])
+@pytest.mark.parametrize("prepend_bos", [None, True, False])
 def test_text_that_begins_with_bos_gets_no_other_and_says_so_once(model: Any, prepend_bos: bool | None) -> None:
     text = f"{model.tokenizer.bos_token}The keys"
     expected = model.to_tokens("The keys", prepend_bos=True)

@@ -120,7 +120,8 @@ def holding(function: F) -> F:
         if not models:  # refused by its type
             return function(*args, **kwargs)
         with held(models[0], function.__name__):
-            require_steady(models[0], gradients=False)  # pyright: ignore[reportArgumentType]
+            if isinstance(models[0], TransformerLensModel):  # else refused by its type
+                require_steady(models[0], gradients=False)
             return function(*args, **kwargs)
 
     return call  # pyright: ignore[reportReturnType]
