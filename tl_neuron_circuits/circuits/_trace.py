@@ -148,8 +148,8 @@ def trace(
         >>> story = tnc.trace(model, "The capital of the state containing Dallas is", rollout=2, nodes=50)
         >>> story.nodes.query("kind == 'logit'")["position"].tolist()
         [9, 10]
-        >>> cities = ["The capital of the state containing Dallas is", "The capital of the state containing Boise is"]
-        >>> both = tnc.trace(model, cities, [" Austin", " Boise"], nodes=50)
+        >>> cities = [f"The capital of the state containing {city} is" for city in ("Dallas", "Belgate")]
+        >>> both = tnc.trace(model, cities, [" Austin", " Augusta"], nodes=50)
         >>> both.by_prompt.query("kind == 'node'").groupby("prompt")["attribution"].count().tolist()
         [61, 61]
         >>> transcoders = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
