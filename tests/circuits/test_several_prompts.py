@@ -67,7 +67,7 @@ def assert_prompts_average_to(circuit: Circuit) -> None:
     np.testing.assert_allclose(of_nodes["weight"][has_change], own["change"][has_change], atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize(("case", "paired"), [(all_models("llama")[1], False), (all_models("gpt2")[0], True)])
+@pytest.mark.parametrize(("case", "paired"), [(all_models("llama")[-1], False), (all_models("gpt2")[0], True)])
 def test_prompts_in_one_batch_give_what_they_give_one_by_one_and_alone(case: Any, paired: bool) -> None:
     case = case.values[0]
     model = case.build()
@@ -181,7 +181,7 @@ def test_profiles_are_those_of_the_model(demo: Any, marked: Circuit) -> None:
     np.testing.assert_allclose(tokens.reindex(embedding.index).fillna(0.0), embedding, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", all_models("llama")[1:])
+@pytest.mark.parametrize("case", all_models("llama")[-1:])
 def test_profiles_of_a_model_without_biases_sum_to_everything(case: ModelCase) -> None:
     model = case.build()
     circuit = trace(model, random_tokens(model, 2, 5), [3, 4], nodes=20, profiles=True)
