@@ -106,9 +106,9 @@ def test_a_place_of_several_tokens_has_the_sums_of_what_single_prompts_have_at_t
         table = table_of(together)[table_of(together)["prompt"] == prompt]
         own = together.on_prompt(prompt)
         values = tnc.attribute(demo, pairs, baseline="zero", metric=tnc.tasks.answer_logit).values
-        own = own.assign(
-            alone=[float(values[f"blocks.{n.layer}.mlp.hook_post"][n.position, n.unit]) for n in own.itertuples()]
-        )
+        rows: Any = own.itertuples()
+        alone = [float(values[f"blocks.{n.layer}.mlp.hook_post"][n.position, n.unit]) for n in rows]
+        own = own.assign(alone=alone)
         expected = own.groupby("node")["alone"].sum()
         found = table[table["kind"] == "node"].set_index("source")["attribution"]
         np.testing.assert_allclose(found[expected.index], expected, atol=1e-5)
@@ -153,7 +153,8 @@ def test_prompts_add_up_whatever_is_done_to_the_circuit(marked: Circuit, tmp_pat
     marked.to_neuronpedia(tmp_path / "graph.json")
     assert Circuit.from_neuronpedia(tmp_path / "graph.json").nodes.equals(marked.nodes)
     marked.to_html(tmp_path / "page.html")
-    assert len(marked.plot().data) > 0
+    figure: Any = marked.plot()
+    assert len(figure.data) > 0
     assert "{subject}" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
