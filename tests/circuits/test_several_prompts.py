@@ -228,7 +228,7 @@ def test_the_kept_circuit_of_aligned_prompts_gives_the_share_that_was_asked_for(
         for layer in range(demo.cfg.n_layers):
             sums[layer] = sums.get(layer, 0.0) + cache[f"blocks.{layer}.mlp.hook_post"][0, 1:].double().sum(0)
 
-    def target(live: pd.DataFrame | None, prompt: int) -> float:
+    def target(live: Any, prompt: int) -> float:
         def ablate(value: torch.Tensor, hook: Any, layer: int) -> torch.Tensor:
             new = (sums[layer] / count).float().expand_as(value).clone()
             new[:, 0] = value[:, 0]  # BOS
