@@ -28,6 +28,39 @@ def dallas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_trace_takes_several_prompts_and_writes_what_each_adds(tmp_path: Path) -> None:
+    prompts = ["The {subject:dogs near the cat} are", "The {subject:dogs} are"]
+    options = ["--target", " old", "--target", " here", "--nodes", "12", "--selection", "union", "--json"]
+    code, out, err = run("trace", "demo-gelu", *prompts, *options, "--out", tmp_path)
+    assert code == 0, err
+    content = json.loads(out)
+    assert [one["target"].strip() for one in content["prompts"]] == ["old", "here"]
+    assert content["spans"][0]["span"] == "subject" and (tmp_path / "neuronpedia.json").exists()
+    table = pd.read_csv(tmp_path / "by_prompt.csv")
+    assert set(table["prompt"]) == {0, 1} and Circuit.load(tmp_path / "circuit").by_prompt is not None
+    summed = ["--positions", "sum", "--nodes", "5", "--out", tmp_path / "summed"]
+    code, out, err = run("trace", "demo-gelu", "The dogs near the cat", "The dogs", *summed)
+    assert code == 0 and "what the model says on each prompt" in " ".join(out.split()), err
+    assert not (tmp_path / "summed" / "neuronpedia.json").exists()
+
+
+def test_trace_chooses_as_many_nodes_as_explain_a_share(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("The dogs near the girl are old.\nThe dog is here.\n", encoding="utf-8")
+    call = ["trace", "demo-gelu", PROMPT, "--target", " Austin", "--out", tmp_path / "out", "--json"]
+    code, out, err = run(*call, "--explained", "0.5", "--reference", tmp_path / "texts.txt")
+    assert code == 0, err
+    assert 0.5 <= json.loads(out)["explained"]["share"] <= 1.5
+    for options, message in (
+        (("--explained", "0.5"), "--explained and --reference together"),
+        (("--reference", tmp_path / "texts.txt"), "--explained and --reference together"),
+        (("--explained", "0.5", "--nodes", "20", "--reference", tmp_path / "texts.txt"), "either --nodes or"),
+        (("--explained", "2", "--reference", tmp_path / "texts.txt"), "share between 0 and 1"),
+        (("--positions", "some"), "--positions keep or sum"),
+    ):
+        code, out, err = run(*call, *options)
+        assert code == 2 and message in " ".join(err.split()) and "Traceback" not in out + err, err
+
+
 def test_steer_says_what_the_python_call_says() -> None:
     code, out, err = run(
         "steer", "demo-gelu", PROMPT, "--node", "L0/N126", "--node", "L0/N26@9", "--scale", "-2", "--json"

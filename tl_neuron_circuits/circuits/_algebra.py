@@ -12,6 +12,7 @@ import pandas as pd
 
 from .._errors import SettingsError
 from ..bases._activations import Neurons
+from ._by_prompt import concatenate_prompts, restrict_prompts
 from ._groups import common_value
 from ._scores import node_sites
 from ._table import CHOSEN, complete, edge_table, node_table, relative_weights, restrict
@@ -46,13 +47,19 @@ def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
     edges["relative"] = relative_weights(nodes, edges)
     target_value = float(sum(circuit.target_value * weight for circuit, weight in zip(circuits, weights, strict=True)))
     nodes, edges = complete(nodes, edges, target_value), edge_table(edges)
+    by_prompt = concatenate_prompts(
+        [circuit.by_prompt for circuit in circuits], [circuit.settings["n_prompts"] for circuit in circuits]
+    )
     if how == "all":
         common = frozenset.intersection(*(circuit.members for circuit in circuits))
         kept = (nodes["node"].isin(common) | (nodes["kind"] == "error")).to_numpy()
+        before = nodes
         nodes, edges = restrict(nodes, edges, kept, np.ones(len(edges), bool), target_value)
+        by_prompt = restrict_prompts(by_prompt, before, nodes, edges)
     return replace(
-        circuits[0], nodes=nodes, edges=edges, settings=_settings(circuits, target_value), head_parts=None, traced=None
-    )
+        circuits[0], nodes=nodes, edges=edges, settings=_settings(circuits, target_value), head_parts=None, traced=None,
+        by_prompt=by_prompt,
+    )  # fmt: skip
 
 
 def without(circuit: Circuit, other: Circuit) -> Circuit:
@@ -61,7 +68,8 @@ def without(circuit: Circuit, other: Circuit) -> Circuit:
     kept = circuit.nodes["kind"].isin((*CHOSEN, "error")) & ~circuit.nodes["node"].isin(other.members)
     every = np.ones(len(circuit.edges), dtype=bool)
     nodes, edges = restrict(circuit.nodes, circuit.edges, kept.to_numpy(), every, circuit.target_value)
-    return replace(circuit, nodes=nodes, edges=edges)
+    by_prompt = restrict_prompts(circuit.by_prompt, circuit.nodes, nodes, edges)
+    return replace(circuit, nodes=nodes, edges=edges, by_prompt=by_prompt)
 
 
 def _one_node(same: pd.DataFrame) -> dict:
@@ -89,6 +97,11 @@ def _check(circuits: Sequence[Circuit]) -> None:
         raise SettingsError("expected circuits with nodes at the same hook points; these have others, or other widths.")
     if len({circuit.settings.get("positions", "keep") for circuit in circuits}) > 1:
         raise SettingsError("some of these circuits have positions and some do not: sum_positions() the others too.")
+    if len({str(c.settings["tokens"]) for c in circuits if c.settings.get("positions") == "spans"}) > 1:
+        raise SettingsError(
+            "these circuits have other places: their prompts' spans are aligned in other ways. Trace the prompts in "
+            "one call, or sum_positions() each circuit."
+        )
 
 
 def _settings(circuits: Sequence[Circuit], target_value: float) -> dict:
@@ -107,4 +120,9 @@ def _settings(circuits: Sequence[Circuit], target_value: float) -> dict:
         "pairs_hash": hashlib.sha256(hashes.encode()).hexdigest(),
         "position": common_value((circuit.settings["position"] for circuit in circuits), -1),
     }
+    for key in ("prompts", "places"):
+        lists = [circuit.settings.get(key) for circuit in circuits]
+        settings[key] = [one for own in lists for one in own or ()] if all(lists) else None
+    if len({str(circuit.settings.get("spans")) for circuit in circuits}) > 1:
+        settings["spans"] = {}
     return settings

@@ -16,7 +16,7 @@ from ..models._protocol import TransformerLensModel
 from ..nodes._scores import NodeScores
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenized import TokenizedPairs
-from . import _algebra, _circuit_file, _edge_heads, _groups, _neuronpedia, _prune, _scores
+from . import _algebra, _by_prompt, _circuit_file, _edge_heads, _groups, _neuronpedia, _prune, _scores
 from ._attention import AttentionContributions
 from ._table import (
     CHOSEN,
@@ -76,13 +76,25 @@ class Circuit:
     """Edges split by head, once `with_heads` did it; `heads` shows them."""
     traced: "Traced | None" = field(default=None, kw_only=True)
     """The model, as long as it lives, and the prompts; neither is saved."""
+    by_prompt: pd.DataFrame | None = field(default=None, kw_only=True)
+    """What each prompt adds, where several were traced: columns prompt (its place), kind, source, target, weight and
+    attribution.
+
+    Rows of kind "node" have a node's change and score on that prompt, "edge" an edge's weight and attribution; their
+    means over prompts, zero where there is no row, are `nodes` and `edges`. With `profiles=True`, "token" is what a
+    token brings to a node or logit through all paths, and "target" what a node brings to a logit.
+    """
 
     def __post_init__(self) -> None:
         """Give the columns one type each, whatever pandas made of them; the basis of neurons needs no dictionaries."""
         if self.basis is None:
             object.__setattr__(self, "basis", _scores.own_basis(self.settings))
         object.__setattr__(self, "nodes", typed(self.nodes, NODE_COLUMNS))
+        if self.settings.get("positions") == "spans":  # a table alone would pass places off as positions
+            self.nodes.attrs["positions"] = "spans"
         object.__setattr__(self, "edges", typed(self.edges, EDGE_COLUMNS))
+        if self.by_prompt is not None:
+            object.__setattr__(self, "by_prompt", typed(self.by_prompt, _by_prompt.PROMPT_COLUMNS))
         if self.head_parts is not None:
             there = pd.MultiIndex.from_frame(self.edges[["source", "target"]])
             parts = typed(self.head_parts, HEAD_COLUMNS)
@@ -128,6 +140,14 @@ class Circuit:
                 f"{twin!r}, with a leading space, is likelier ({p:.2%}) than {label[name]!r} "
                 f"({probability[name]:.2%}): if that is meant, give target={twin!r}."
             )
+        unsaid = [one for one in settings.get("prompts") or () if (one["rank"] or 0) > 5]
+        if unsaid:
+            first = unsaid[0]
+            notes.append(
+                f"on {len(unsaid)} of {len(settings['prompts'])} prompts the model does not predict the target, as on "
+                f"{first['prompt']!r} ({first['target']!r}: rank {first['rank']}; it says {first['predicted']!r}). "
+                "settings['prompts'] has them all."
+            )
         if self.target_value < 0:
             notes.append("the target is negative: the model is against it, and nodes with positive scores support it.")
         if self.target_value and self.unexplained > 0.5:
@@ -149,6 +169,36 @@ class Circuit:
         by_layer = own["score"].abs().groupby(own["layer"]).agg(["count", "sum"]).reindex(frame["layer"]).fillna(0)
         frame.insert(1, "chosen", by_layer["count"].to_numpy(dtype="int64"))
         return frame.assign(chosen_size=by_layer["sum"].to_numpy())
+
+    def spans(self) -> pd.DataFrame:
+        """One row per span of the prompts: marked ("{city:Dallas}"), or a turn of a chat ("user", "assistant").
+
+        Columns span; first and last (places); chosen (how many nodes); score (the sum of theirs); tokens (the sum of
+        the embeddings' scores).
+        """
+        return _by_prompt.span_table(self.nodes, self.settings)
+
+    def on_prompt(self, prompt: int) -> pd.DataFrame:
+        """The chosen nodes where they stand in one of the prompts, for steering it.
+
+        Args:
+            prompt: its place among those that were traced, from 0.
+
+        Returns:
+            Rows of `nodes` with the prompt's own positions, several where a place is several tokens.
+
+        Raises:
+            SettingsError: no such prompt, or one whose places are not known.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> prompts = ["The {subject:dogs near the cat} are", "The {subject:dogs} are"]
+            >>> both = tnc.trace(model, prompts, [" old", " here"], nodes=10)
+            >>> both.settings["tokens"][1:], bool(both.on_prompt(1)["position"].max() <= 3)
+            (['The', '{subject}', 'are'], True)
+        """
+        return _by_prompt.nodes_on_prompt(self.nodes, self.settings, prompt)
 
     @property
     def graph_replacement(self) -> float:
@@ -230,7 +280,9 @@ class Circuit:
         """
         rule = _prune.Rule(share, count, edges, relative, node_influence, edge_influence, zero_positions)
         nodes, kept = _prune.prune(self.nodes, self.edges, self.target_value, rule)
-        return replace(self, nodes=nodes, edges=kept, settings=_neuronpedia.with_influence(self, nodes))
+        by_prompt = _by_prompt.restrict_prompts(self.by_prompt, self.nodes, nodes, kept)
+        settings = _neuronpedia.with_influence(self, nodes)
+        return replace(self, nodes=nodes, edges=kept, settings=settings, by_prompt=by_prompt)
 
     @checked
     def label(self, labels: Mapping[str, str]) -> "Circuit":
@@ -493,7 +545,7 @@ class Circuit:
             FileFormatError: the path is something else than a directory of ours.
             SaveError: it could not be written; what was saved there before is as it was.
         """
-        tables = self.nodes, self.edges, self.settings, self.head_parts
+        tables = self.nodes, self.edges, self.settings, self.head_parts, self.by_prompt
         write_directory(path, "circuit", SCHEMA, *_circuit_file.to_file(*tables))
 
     @classmethod
@@ -508,8 +560,8 @@ class Circuit:
             FileFormatError: missing, truncated, foreign, or of another schema.
         """
         tensors, notes = read_directory(path, "circuit", SCHEMA, _circuit_file.CircuitNotes, surrogates=True)
-        nodes, edges, parts = _circuit_file.from_file(tensors, notes, path)
-        return cls(nodes, edges, notes.settings, basis=basis, head_parts=parts)
+        nodes, edges, parts, by_prompt = _circuit_file.from_file(tensors, notes, path)
+        return cls(nodes, edges, notes.settings, basis=basis, head_parts=parts, by_prompt=by_prompt)
 
     @checked
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
@@ -560,7 +612,7 @@ class Circuit:
 
     @classmethod
     def from_neuronpedia(cls, path: str | Path, *, basis: Basis | Sequence[Basis] | None = None) -> "Circuit":
-        """Read an attribution graph: one that `to_neuronpedia` wrote comes back whole, others as far as they say.
+        """Read an attribution graph: one of `to_neuronpedia` comes back whole but for `by_prompt`, others as they say.
 
         Args:
             path: of the JSON file.
@@ -577,7 +629,8 @@ class Circuit:
         target = ", ".join(map(repr, s["target"]))
         return (
             f"Circuit({len(self)} nodes, {len(self.edges):,} edges, target {target} = {self.target_value:.3f} on "
-            f"{s['model']}, {s['n_prompts']} prompt(s), {1 - self.unexplained:.0%} explained{self._predicted()})"
+            f"{s['model']}, {s['n_prompts']} prompt(s), {1 - self.unexplained:.0%} explained{self._predicted()}"
+            f"{', spans ' + ', '.join(s['spans']) if s.get('spans') else ''})"
         )
 
     def _predicted(self) -> str:

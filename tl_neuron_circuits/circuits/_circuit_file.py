@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._errors import FileFormatError
 from .._files import formed, require_shapes
+from ._by_prompt import PROMPT_COLUMNS, fits_nodes, from_columns, to_columns
 from ._table import EDGE_COLUMNS, HEAD_COLUMNS, HEAD_KINDS, NODE_COLUMNS, rows_of
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -48,7 +49,11 @@ class CircuitSettings(msgspec.Struct):
 
 
 def to_file(
-    nodes: pd.DataFrame, edges: pd.DataFrame, settings: Mapping[str, Any], head_parts: pd.DataFrame | None = None
+    nodes: pd.DataFrame,
+    edges: pd.DataFrame,
+    settings: Mapping[str, Any],
+    head_parts: pd.DataFrame | None = None,
+    by_prompt: pd.DataFrame | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Columns of numbers as tensors, sources and targets as rows of the nodes; columns of texts as notes."""
     numbers = {
@@ -65,14 +70,16 @@ def to_file(
         columns |= {end: rows_of(nodes, head_parts[end]) for end in ("source", "target")}
         columns["kind"] = head_parts["kind"].map(HEAD_KINDS.index).astype("int64")
         numbers |= {f"heads/{name}": torch.from_numpy(np.array(values)) for name, values in columns.items()}
+    if by_prompt is not None:
+        numbers |= {f"prompts/{name}": torch.from_numpy(values) for name, values in to_columns(by_prompt, index)}
     texts = {name: nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
     return numbers, {"settings": dict(settings), "texts": texts}
 
 
 def from_file(
     tensors: Mapping[str, Tensor], notes: CircuitNotes, path: str | Path
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame | None]:
-    """The tables of nodes and edges, and of the edges' parts by head where there are any.
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]:
+    """The tables of nodes and edges, of the edges' parts by head where there are any, and of single prompts.
 
     Raises:
         FileFormatError: columns are missing or of different lengths, or an edge leads to no node.
@@ -88,9 +95,14 @@ def from_file(
     if "heads/part" in tensors:
         shapes |= {f"heads/{name}": (tensors["heads/part"].numel(),) for name in HEAD_COLUMNS}
         tables.append("heads")
+    if "prompts/prompt" in tensors:
+        shapes |= {f"prompts/{name}": (tensors["prompts/prompt"].numel(),) for name in PROMPT_COLUMNS}
     require_shapes(path, tensors, shapes)
     rows = {f"{table}/{end}": n for table in tables for end in ("source", "target")}
     rows |= {"heads/kind": len(HEAD_KINDS)} if "heads" in tables else {}
+    by_prompt = {name: tensors[f"prompts/{name}"] for name in PROMPT_COLUMNS} if "prompts/prompt" in tensors else None
+    if by_prompt is not None and not fits_nodes(by_prompt, n, notes.settings["n_prompts"]):
+        raise FileFormatError(f"the table of prompts in {path} names nodes that are not there. Save it again.")
     if any(tensors[name].dtype != torch.int64 or not _within(tensors[name], most) for name, most in rows.items()):
         raise FileFormatError(f"edges in {path} lead to nodes that are not there. It is damaged: save it again.")
     nodes = pd.DataFrame(
@@ -102,11 +114,14 @@ def from_file(
     names = nodes["node"].to_numpy(dtype=object)
     edges = pd.DataFrame({name: tensors[f"edges/{name}"].numpy() for name in EDGE_COLUMNS})
     edges = edges.assign(source=names[edges["source"]], target=names[edges["target"]])
+    if by_prompt is not None:
+        by_prompt = from_columns({name: values.numpy() for name, values in by_prompt.items()}, list(names))
     if "heads" not in tables:
-        return nodes, edges, None
+        return nodes, edges, None, by_prompt
     parts = pd.DataFrame({name: tensors[f"heads/{name}"].numpy() for name in HEAD_COLUMNS})
     kinds = np.array(HEAD_KINDS, dtype=object)[parts["kind"]]
-    return nodes, edges, parts.assign(source=names[parts["source"]], target=names[parts["target"]], kind=kinds)
+    parts = parts.assign(source=names[parts["source"]], target=names[parts["target"]], kind=kinds)
+    return nodes, edges, parts, by_prompt
 
 
 def _within(rows: Tensor, n: int) -> bool:

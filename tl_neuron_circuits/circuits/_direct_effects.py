@@ -13,16 +13,24 @@ edges are computed. Pairs take the corrupt prompt as baseline: weights are of di
 of the linearization is a source of its own. With a zero baseline the scores of embeddings, positions, biases and errors
 sum to G.
 
-The algorithm, for each prompt: one forward pass whose slots write leaves (`_prompt_graph.run_prompt`, `_slots`); one
-backward pass for the scores (`total_effects`); then a vector-Jacobian product per receiver, through attention alone and
-only below the receiver, in chunks of `max_bytes` (`_Edges`). Pairs need one forward pass more. Prompts are averaged
-one by one, so tables per prompt would need nothing but another sum.
+The algorithm, for each batch of prompts of one length: one forward pass whose slots write leaves
+(`_prompt_graph.run_prompt`, `_slots`); one backward pass for the scores (`total_effects`); then a vector-Jacobian
+product per receiver, through attention alone and only below the receiver, in chunks of `max_bytes` (`_Edges`). Pairs
+need one forward pass more. Prompts of a batch do not touch each other, so one product serves a receiver on all of them:
+sources belong to one prompt each. Biases do not, so prompts share a batch only where none has a part (`can_share`).
+
+Where a place of the circuit is several tokens of a prompt (`_alignment.py`), a node there is the sum of its nodes at
+those tokens. Weights into it are one product, seeded at all of them; attributions into it, whose slopes differ by
+token, are a second one.
+
+Profiles: the token s's part of a node's activation through *all* paths, e_s . d a_t / d e_s, is the same product with
+nodes passing on what reaches them; a node's contribution to each target is a backward pass per target.
 Source: Arora et al. 2026, arXiv 2601.22594; Ameisen et al. 2025 (features, local replacement); METHODS 1.2, 1.5, 4.5.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,13 +38,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .._errors import NumericalError, PropagationError, SettingsError
-from .._progress import Bar, progress
+from .._progress import Bar, progress, show_batches
 from ..models._protocol import TransformerLensModel
-from ..propagation._biases import biases_in_graph
+from ..propagation._biases import bias_parameters, biases_in_graph
 from ..propagation._relp import relp
 from ..tasks._tokenized import Batch
+from ._alignment import Alignment, identity
 from ._prompt_graph import End, Paths, PromptRun, find_paths, run_prompt
-from ._slots import Chosen, DictionarySlot, Reading, Slot, SlotChange, node_gradient, sum_last_axis, widened
+from ._slots import (
+    Chosen,
+    DictionarySlot,
+    NeuronSlot,
+    Reading,
+    Slot,
+    SlotChange,
+    by_position,
+    node_gradient,
+    sum_last_axis,
+    widened,
+)
 from ._targets import Target, goal_positions
 
 Targets = Sequence[Target] | Callable[[Float[Tensor, " d_vocab"]], Sequence[Target]]
@@ -58,9 +78,9 @@ class Totals:
     gradient: Sequence[Float[Tensor, "pos _"]]
     gate: Sequence[Float[Tensor, "pos _"] | None]
     up: Sequence[Float[Tensor, "pos _"] | None]
-    errors: Sequence[Float[Tensor, " pos"] | None]
+    errors: Sequence[Float[Tensor, " rest"] | None]
     """Scores of the error nodes."""
-    embedding: Float[Tensor, " pos"]
+    embedding: Float[Tensor, " token"]
     positional: float
     bias: float
     target_changes: Float[Tensor, " target"]
@@ -73,6 +93,27 @@ class Totals:
     def target(self) -> float:
         """What the scores are shares of."""
         return float(self.target_changes.sum())
+
+    def aligned(self, alignment: Alignment | None) -> "Totals":
+        """Numbers of tokens that share a place added up."""
+        if alignment is None or alignment.is_identity:
+            return self
+
+        def add(values: Tensor | None, where: Tensor, n: int) -> Any:
+            if values is None:
+                return None
+            return values.new_zeros(n, *values.shape[1:]).index_add_(0, where.to(values.device), values)
+
+        names = ("score", "activation", "change", "gradient", "gate", "up")
+        columns: Any = {
+            name: [add(values, alignment.place, alignment.n_places) for values in getattr(self, name)] for name in names
+        }
+        return replace(
+            self,
+            **columns,
+            errors=[add(values, alignment.rest, alignment.n_rests) for values in self.errors],
+            embedding=add(self.embedding, alignment.token, alignment.n_tokens),
+        )
 
     def plus(self, other: "Totals") -> "Totals":
         """The sum, number by number."""
@@ -94,12 +135,13 @@ class Totals:
 class Columns:
     """Which column of the edges belongs to which source.
 
-    The chosen nodes, embeddings by position, remainders by position, positional embeddings, biases, the linearization
-    error; then the errors of each slot that has them, by position.
+    The chosen nodes, embeddings, remainders, positional embeddings, biases, the linearization error; then the errors of
+    each slot that has them. Where each token's stand says the alignment: by position unless prompts differ in length.
     """
 
     n_nodes: int
-    n_positions: int
+    n_tokens: int
+    n_rests: int
     slots_with_errors: tuple[int, ...] = ()
 
     @property
@@ -110,12 +152,12 @@ class Columns:
     @property
     def unselected(self) -> int:
         """First remainder."""
-        return self.n_nodes + self.n_positions
+        return self.n_nodes + self.n_tokens
 
     @property
     def positional(self) -> int:
         """The positional embeddings."""
-        return self.n_nodes + 2 * self.n_positions
+        return self.unselected + self.n_rests
 
     @property
     def bias(self) -> int:
@@ -129,12 +171,32 @@ class Columns:
 
     def errors(self, slot: int) -> slice:
         """The errors of one slot."""
-        first = self.linearization_error + 1 + self.slots_with_errors.index(slot) * self.n_positions
-        return slice(first, first + self.n_positions)
+        first = self.linearization_error + 1 + self.slots_with_errors.index(slot) * self.n_rests
+        return slice(first, first + self.n_rests)
 
     def __len__(self) -> int:
         """How many sources there are."""
-        return self.linearization_error + 1 + len(self.slots_with_errors) * self.n_positions
+        return self.linearization_error + 1 + len(self.slots_with_errors) * self.n_rests
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEffects:
+    """What one prompt adds to the mean: numbers of the chosen nodes, and edges as receiver, source and two values."""
+
+    prompt: int
+    """Its place among all prompts."""
+    score: Float[Tensor, " node"]
+    change: Float[Tensor, " node"]
+    embedding: Float[Tensor, " token"]
+    errors: Sequence[Float[Tensor, " rest"] | None]
+    target_changes: Float[Tensor, " target"]
+    probabilities: Float[Tensor, "goal d_vocab"]
+    indices: Int[Tensor, "2 edge"]
+    values: Float[Tensor, "edge 2"]
+    by_token: Float[Tensor, "receiver token 2"] | None = None
+    """Profiles: each token's part of a receiver's change, and of its score, through all paths."""
+    by_target: Float[Tensor, "target node"] | None = None
+    """Profiles: each node's part of a target, through all paths."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,84 +215,119 @@ class DirectEffects:
     """Receivers in one backward pass."""
     columns: Columns
     targets: Sequence[Target]
+    by_prompt: Sequence[PromptEffects] = ()
+    """In the order of the prompts, where they were to be kept."""
 
 
 def direct_effects(
     model: TransformerLensModel, batches: Sequence[Batch], nodes: Chosen | Callable[[Totals], Chosen],
-    targets: Targets, *, paired: bool, slots: Sequence[Slot], max_bytes: int = 2**30, verbose: bool | None = None,
+    targets: Targets, *, paired: bool, slots: Sequence[Slot], alignments: Sequence[Alignment] | None = None,
+    keep: bool = False, profiles: bool = False, max_bytes: int = 2**30,
+    verbose: bool | None = None,
 ) -> DirectEffects:  # fmt: skip
-    """Edges between `nodes`, and from everything to them and to the targets, averaged over prompts of one length.
+    """Edges between `nodes`, and from everything to them and to the targets, averaged over prompts.
 
     Args:
         model: any TransformerLens model that RelP applies to.
-        batches: one prompt each.
-        nodes: slot, position and unit; or what chooses them from the scores averaged over prompts.
+        batches: prompts of one length each; several only where `can_share` says so.
+        nodes: slot, place and unit; or what chooses them from the scores averaged over prompts.
         targets: see `Target`; for one prompt also what finds them from its next token's logits.
         paired: take differences to the corrupt prompts.
         slots: from `find_slots`.
-        max_bytes: for the gradients of one chunk of receivers, on top of the graph of one prompt.
+        alignments: of all prompts; None where each token is a place of its own.
+        keep: keep the numbers of each prompt.
+        profiles: keep them, with the parts of every token in every node, and of every node in every target.
+        max_bytes: for the gradients of one chunk of receivers, on top of the graph of one batch.
         verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
         NumericalError: incoming edges do not sum to a receiver's activation.
         SettingsError: several prompts, and targets that depend on each.
     """
-    if len(batches) > 1 and callable(targets):
-        raise SettingsError(f"expected targets for {len(batches)} prompts; got a function that finds them for one.")
-    if len(batches) > 1 and not isinstance(nodes, Tensor) and not callable(targets):
-        nodes = nodes(mean_totals(model, batches, targets, paired=paired, slots=slots, verbose=verbose))
-    mean, totals, largest_residual, chunk = None, None, 0.0, 1
+    n_prompts = sum(map(len, batches))
+    if n_prompts > 1 and callable(targets):
+        raise SettingsError(f"expected targets for {n_prompts} prompts; got a function that finds them for one.")
+    if n_prompts > 1 and not isinstance(nodes, Tensor) and not callable(targets):
+        own = {"paired": paired, "slots": slots, "alignments": alignments}
+        nodes = nodes(mean_totals(model, batches, targets, **own, verbose=verbose))
+    mean, totals, largest_residual, chunk, kept = None, None, 0.0, 1, {}
     with progress(desc="edges", verbose=verbose, unit="receiver") as bar:
         for batch in batches:
             with open_prompt(model, batch, slots, targets, paired=paired) as prompt:
                 own = total_effects(prompt)
-                nodes = nodes if isinstance(nodes, Tensor) else nodes(own)
-                edges = _Edges(prompt, own, nodes, max_bytes)
-                bar.total = len(batches) * edges.size[0]
-                indices, values = zip(*edges.chunks(bar), strict=True)
-            share = torch.cat(values) / len(batches)
-            matrix = torch.sparse_coo_tensor(torch.cat(indices, 1), share, edges.size, check_invariants=True)
-            mean = matrix if mean is None else mean + matrix
-            totals = own if totals is None else totals.plus(own)
+                places = [None if alignments is None else alignments[row] for row in batch.index.tolist()]
+                nodes = nodes if isinstance(nodes, Tensor) else nodes(own[0].aligned(places[0]))
+                edges = _Edges(prompt, own, nodes, places, max_bytes)
+                bar.total = n_prompts * edges.size[0]
+                parts = edges.by_prompt(bar)
+                if profiles:
+                    parts = edges.with_profiles(parts)
+            for part, total, place in zip(parts, own, places, strict=True):
+                matrix = torch.sparse_coo_tensor(part.indices, part.values, edges.size, check_invariants=True)
+                mean = matrix if mean is None else mean + matrix
+                total = total.aligned(place)
+                totals = total if totals is None else totals.plus(total)
+                if keep or profiles:
+                    kept[part.prompt] = part
             largest_residual, chunk = max(largest_residual, edges.largest_residual), edges.chunk
     assert mean is not None and totals is not None and isinstance(nodes, Tensor)
-    totals = totals.divided_by(len(batches))
-    return DirectEffects(nodes, mean.coalesce(), totals, largest_residual, chunk, edges.columns, prompt.targets)
+    return DirectEffects(
+        nodes, mean.coalesce() / n_prompts, totals.divided_by(n_prompts), largest_residual, chunk, edges.columns,
+        prompt.targets, [kept[index] for index in sorted(kept)],
+    )  # fmt: skip
 
 
 def mean_totals(
     model: TransformerLensModel, batches: Sequence[Batch], targets: Sequence[Target], *, paired: bool,
-    slots: Sequence[Slot], verbose: bool | None = False,
+    slots: Sequence[Slot], alignments: Sequence[Alignment] | None = None, verbose: bool | None = False,
 ) -> Totals:  # fmt: skip
-    """Total effects on the targets' sum, averaged over batches of one prompt each."""
-    totals = None
-    for batch in progress(batches, desc="scores", verbose=verbose, unit="prompt"):
+    """Total effects on the targets' sum, averaged over prompts."""
+    sums = None
+    for own in each_totals(model, batches, targets, paired=paired, slots=slots, alignments=alignments, verbose=verbose):
+        sums = own if sums is None else sums.plus(own)
+    assert sums is not None
+    return sums.divided_by(sum(map(len, batches)))
+
+
+def each_totals(
+    model: TransformerLensModel, batches: Sequence[Batch], targets: Sequence[Target], *, paired: bool,
+    slots: Sequence[Slot], alignments: Sequence[Alignment] | None = None, verbose: bool | None = False,
+) -> Iterator[Totals]:  # fmt: skip
+    """Total effects of each prompt, at its places."""
+    for batch in show_batches(batches, sum(map(len, batches)), verbose=verbose, desc="scores"):
         with open_prompt(model, batch, slots, targets, paired=paired) as prompt:
             own = total_effects(prompt)
-        totals = own if totals is None else totals.plus(own)
-    assert totals is not None
-    return totals.divided_by(len(batches))
+        for total, index in zip(own, batch.index.tolist(), strict=True):
+            yield total.aligned(None if alignments is None else alignments[index])
+
+
+def can_share(model: TransformerLensModel, slots: Sequence[Slot], *, paired: bool) -> bool:
+    """Whether prompts may share a batch: biases and positional embeddings, which are no prompt's own, have no part."""
+    if paired:
+        return True
+    if model.cfg.positional_embedding_type == "standard" or not all(isinstance(slot, NeuronSlot) for slot in slots):
+        return False
+    return not any(bool(bias.any()) for bias in bias_parameters(model).values())  # zeros where the model has none
 
 
 @dataclass(frozen=True, eq=False)
 class OpenPrompt:
-    """One prompt while its graph stands."""
+    """One prompt, or several of one length, while their graph stands."""
 
     run: PromptRun
     slots: Sequence[Slot]
     paths: Paths
     targets: Sequence[Target]
-    values: Float[Tensor, " target"]
+    values: Float[Tensor, "prompt target"]
     """Of the targets, with their past."""
     biases: Sequence[Tensor]
-    position: int
-    """Where targets are read."""
+    batch: Batch
     paired: bool
     changes: Sequence[SlotChange]
     """Values minus their baseline, by slot; so are the three below."""
-    embedding: Float[Tensor, "1 pos d_model"]
+    embedding: Float[Tensor, "prompt pos d_model"]
     positional: Float[Tensor, "1 pos d_model"] | None
-    target_changes: Float[Tensor, " target"]
+    target_changes: Float[Tensor, "prompt target"]
 
 
 @contextmanager
@@ -243,7 +340,7 @@ def open_prompt(
     paired: bool,
     keep: Iterable[str] = (),
 ) -> Iterator[OpenPrompt]:
-    """Run a batch of one prompt with a graph, and its corrupt prompt without one for pairs.
+    """Run a batch with a graph, and its corrupt prompts without one for pairs.
 
     `keep` names hook points whose tensors of the graph the caller wants.
 
@@ -255,108 +352,253 @@ def open_prompt(
             "expected gradients to be enabled; call this outside torch.no_grad() and inference_mode()."
         )
     corrupt, base, position = batch.on_corrupt() if paired else None, None, int(batch.position[0])
+    if len(batch) > 1 and not can_share(model, slots, paired=paired):
+        raise SettingsError("expected one prompt at a time: biases have parts here, which no prompt has to itself.")
     if corrupt is not None:
         with torch.no_grad():
             base = run_prompt(model, corrupt, slots)
     with relp(model), nullcontext({}) if paired else biases_in_graph(model) as bias_of_name:
         run, biases = run_prompt(model, batch, slots, keep), list(bias_of_name.values())
         found = targets(run.logits[0, position].detach()) if callable(targets) else targets
-        values = torch.stack([target.value(run, batch) for target in found])
+        values = _target_values(found, run, batch)
         target_changes, embedding = values.detach().cpu().double(), run.embedding.detach()
         positional = None if run.positional is None else run.positional.detach()
         base_slots: list[Any] = [None] * len(slots)
         if base is not None and corrupt is not None:
-            base_values = torch.stack([target.value(base, corrupt) for target in found])
+            base_values = _target_values(found, base, corrupt)
             target_changes, embedding = target_changes - base_values.cpu().double(), embedding - base.embedding
             positional, base_slots = None, list(base.slots)  # positional embeddings are the same on every prompt
         with torch.no_grad():
             changes = [slot.change(own, other) for slot, own, other in zip(slots, run.slots, base_slots, strict=True)]
         yield OpenPrompt(
             run, slots, find_paths(run, slots, values, biases, positional=positional is not None), found, values,
-            biases, position, paired, changes, embedding, positional, target_changes,
+            biases, batch, paired, changes, embedding, positional, target_changes,
         )  # fmt: skip
 
 
-def total_effects(prompt: OpenPrompt) -> Totals:
-    """Scores of one prompt: one backward pass.
+def _target_values(targets: Sequence[Target], run: PromptRun, batch: Batch) -> Float[Tensor, "prompt target"]:
+    rows = [(run.row(row), own) for row, own in enumerate(batch.split(1))]
+    return torch.stack([torch.stack([target.value(*row) for target in targets]) for row in rows])
+
+
+def total_effects(prompt: OpenPrompt) -> list[Totals]:
+    """Scores of each prompt: one backward pass.
 
     Where a dictionary has the nodes of a layer, paths go through its features, each frozen as firing or not, and
     through its skip, not through the MLP itself: the gradient of the local replacement model.
     """
     run, slots, changes = prompt.run, prompt.slots, prompt.changes
     gradients = prompt.paths.total(slots)
-    at_sources = [gradients.get(("slot", i), torch.zeros_like(s.source))[0].flatten(1) for i, s in enumerate(run.slots)]
+    at_sources = [by_position(gradients.get(("slot", i), torch.zeros_like(s.source))) for i, s in enumerate(run.slots)]
     bias = sum(_dot(bias, gradients.get(("bias", i))) for i, bias in enumerate(prompt.biases))
     nodes = [node_gradient(slots, index, dict(enumerate(at_sources))) for index in range(len(slots))]
-    if not prompt.paired:
+    if not prompt.paired and prompt.embedding.shape[0] == 1:  # prompts that share a batch have no biases
         bias += sum(s.bias_score(r, g, n) for s, r, g, n in zip(slots, run.slots, at_sources, nodes, strict=True))
     at_embedding = gradients.get(("embedding", 0), torch.zeros_like(prompt.embedding))
-    return Totals(
-        score=[widened(change.nodes) * g for change, g in zip(changes, nodes, strict=True)],
-        activation=[widened(slot.nodes) for slot in run.slots],
-        change=[widened(change.nodes) for change in changes],
-        gradient=nodes,
-        gate=[slot.gate for slot in run.slots],
-        up=[slot.up for slot in run.slots],
-        errors=[
-            None if c.error is None else (widened(c.error) * g.to(c.error)).sum(-1).cpu().double()
-            for c, g in zip(changes, at_sources, strict=True)
-        ],
-        embedding=(widened(prompt.embedding[0]) * widened(at_embedding[0])).sum(-1).cpu().double(),
-        positional=0.0 if prompt.positional is None else _dot(prompt.positional, gradients.get(("positional", 0))),
-        bias=float(bias),
-        target_changes=prompt.target_changes,
-        target_values=prompt.values.detach().cpu().double(),
-        probabilities=run.logits[0, goal_positions(prompt.targets, prompt.position)].detach().float().softmax(-1).cpu(),
-    )
+    score = [widened(change.nodes) * g for change, g in zip(changes, nodes, strict=True)]
+    errors = [
+        None if c.error is None else (widened(c.error) * g.to(c.error)).sum(-1).cpu().double()
+        for c, g in zip(changes, at_sources, strict=True)
+    ]
+    embedding = (widened(prompt.embedding) * widened(at_embedding)).sum(-1).cpu().double()
+    positional = 0.0 if prompt.positional is None else _dot(prompt.positional, gradients.get(("positional", 0)))
+    totals = []
+    for row in range(len(embedding)):
+        own = slice(row * embedding.shape[1], (row + 1) * embedding.shape[1])
+        goals = goal_positions(prompt.targets, int(prompt.batch.position[row]))
+        totals.append(
+            Totals(
+                score=[values[own] for values in score],
+                activation=[widened(slot.nodes[own]) for slot in run.slots],
+                change=[widened(change.nodes[own]) for change in changes],
+                gradient=[values[own] for values in nodes],
+                gate=[None if slot.gate is None else slot.gate[own] for slot in run.slots],
+                up=[None if slot.up is None else slot.up[own] for slot in run.slots],
+                errors=[None if values is None else values[own] for values in errors],
+                embedding=embedding[row],
+                positional=positional,
+                bias=float(bias),
+                target_changes=prompt.target_changes[row],
+                target_values=prompt.values[row].detach().cpu().double(),
+                probabilities=run.logits[row, goals].detach().float().softmax(-1).cpu(),
+            )
+        )
+    return totals
+
+
+@dataclass(frozen=True, eq=False)
+class _Members:
+    """The chosen nodes at every token of their place: one entry per node, prompt and token."""
+
+    node: Int[Tensor, " member"]
+    slot: Int[Tensor, " member"]
+    at: Int[Tensor, " member"]
+    """Position among those of all prompts."""
+    unit: Int[Tensor, " member"]
+    prompt: Int[Tensor, " member"]
+    slope: Float[Tensor, " member"]
+    """Gradient of the targets' sum."""
+    change: Float[Tensor, " member"]
 
 
 class _Edges:
-    """Edges of one prompt, a chunk of receivers at a time: nodes ordered by slot, then the targets."""
+    """Edges of a batch of prompts, a chunk of receivers at a time: nodes ordered by slot, then the targets.
 
-    def __init__(self, prompt: OpenPrompt, totals: Totals, nodes: Chosen, max_bytes: int) -> None:
-        self._prompt, self._totals, self._nodes = prompt, totals, nodes
-        n_targets, n_slots = len(prompt.targets), len(prompt.slots)
+    Weights are a row per receiver and the columns of one prompt after those of the other.
+    """
+
+    def __init__(
+        self, prompt: OpenPrompt, totals: Sequence[Totals], nodes: Chosen, alignments: Sequence[Alignment | None],
+        max_bytes: int,
+    ) -> None:  # fmt: skip
+        self._prompt, self._totals, self._nodes, self._max_bytes = prompt, totals, nodes, max_bytes
+        n_prompts, n_positions = prompt.embedding.shape[:2]
+        self._alignments = [identity(n_positions) if one is None else one for one in alignments]
+        n_targets, n_slots, first = len(prompt.targets), len(prompt.slots), self._alignments[0]
         with_errors = tuple(index for index, slot in enumerate(prompt.slots) if slot.has_error)
-        self.columns = Columns(len(nodes), prompt.embedding.shape[1], with_errors)
+        self.columns = Columns(len(nodes), first.n_tokens, first.n_rests, with_errors)
         self.size = (len(nodes) + n_targets, len(self.columns), 2)
-        self._rows_of_slot = [(nodes[:, 0] == index).nonzero()[:, 0] for index in range(n_slots)]
-        self._order = torch.cat([*self._rows_of_slot, len(nodes) + torch.arange(n_targets)])
-        self._slot = torch.cat([nodes[self._order[: len(nodes)], 0], torch.full((n_targets,), n_slots)])
+        offset = (torch.arange(n_prompts) * len(self.columns)).repeat_interleave(n_positions)
+        self._rest = offset + torch.cat([one.rest for one in self._alignments])
+        self._token = offset + torch.cat([one.token for one in self._alignments])
+        self._members = members = self._find_members()
+        count = torch.zeros(n_prompts, len(nodes), dtype=torch.long)
+        count.index_put_((members.prompt, members.node), torch.ones_like(members.node), accumulate=True)
+        self._spread = torch.cat([(count > 1).any(0), torch.zeros(n_targets, dtype=torch.bool)])
+        targets = torch.stack([total.target_changes for total in totals])
+        self._change = torch.cat([self._by_node(members.change), targets], 1)
+        self._score = torch.cat([self._by_node(members.change * members.slope), targets], 1)
+        self._slope = torch.cat([self._by_node(members.slope), torch.ones_like(targets)], 1)
+        self._order = torch.cat(
+            [
+                *((nodes[:, 0] == index).nonzero()[:, 0] for index in range(n_slots)),
+                len(nodes) + torch.arange(n_targets),
+            ]
+        )
+        self._slot = torch.cat([nodes[:, 0], torch.full((n_targets,), n_slots)])
         self.largest_residual = 0.0
         self.chunk = max(1, min(self.size[0], max_bytes // bytes_per_receiver(prompt)))
 
-    def chunks(self, bar: Bar) -> Iterator[tuple[Int[Tensor, "2 edge"], Float[Tensor, "edge 2"]]]:
-        """Receiver and source of each edge that is not zero, and its weight and attribution."""
-        for rows, slot in zip(self._order.split(self.chunk), self._slot.split(self.chunk), strict=True):
-            weights = self._weights(rows, slot)
-            for index in slot.unique().tolist():
-                here = slot == index
-                yield self._sparse(weights[here], rows[here], index)
-            bar.update(len(rows))
+    def _find_members(self) -> _Members:
+        prompt, nodes = self._prompt, self._nodes
+        n_positions = prompt.embedding.shape[1]
+        place = torch.cat([one.place for one in self._alignments])
+        node, at = (nodes[:, 1, None] == place).nonzero(as_tuple=True)
+        slot, unit = nodes[node, 0], nodes[node, 2]
+        slope, change = (torch.zeros(len(node), dtype=torch.float64) for _ in range(2))
+        for index, own in enumerate(prompt.changes):
+            here = (slot == index).nonzero()[:, 0]
+            gradient = torch.cat([total.gradient[index] for total in self._totals])
+            for into, values in ((change, own.nodes), (slope, gradient)):
+                into[here] = values[at[here].to(values.device), unit[here].to(values.device)].cpu().double()
+        return _Members(node, slot, at, unit, at // n_positions, slope, change)
 
-    def _weights(self, rows: Tensor, slot: Tensor) -> Float[Tensor, "receiver source"]:
-        """Dense weights into some receivers, by one batched backward pass."""
-        columns, prompt = self.columns, self._prompt
-        weights = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    def _by_node(self, values: Float[Tensor, " member"]) -> Float[Tensor, "prompt node"]:
+        """Members' values added up."""
+        total = torch.zeros(len(self._totals), len(self._nodes), dtype=torch.float64)
+        return total.index_put_((self._members.prompt, self._members.node), values, accumulate=True)
+
+    def by_prompt(self, bar: Bar) -> list[PromptEffects]:
+        """Receiver and source of each edge that is not zero, and its weight and attribution; by prompt."""
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._totals]
+        for rows in self._order.split(self.chunk):
+            weights, spread = self._weights(rows), self._spread[rows]
+            attributions = None
+            if spread.any():
+                attributions = torch.zeros_like(weights)
+                attributions[spread] = self._weights(rows[spread], by_slope=True)
+            for index, edges in enumerate(found):
+                own = slice(index * len(self.columns), (index + 1) * len(self.columns))
+                edges.append(
+                    self._sparse(index, rows, weights[:, own], None if attributions is None else attributions[:, own])
+                )
+            bar.update(len(rows) * len(found))
+        n_nodes, parts = len(self._nodes), []
+        for index, (edges, total, alignment) in enumerate(zip(found, self._totals, self._alignments, strict=True)):
+            indices, values = zip(*edges, strict=True)
+            own = total.aligned(alignment)
+            parts.append(
+                PromptEffects(
+                    int(self._prompt.batch.index[index]), self._score[index, :n_nodes], self._change[index, :n_nodes],
+                    own.embedding, own.errors, own.target_changes, own.probabilities,
+                    torch.cat(indices, 1), torch.cat(values),
+                )
+            )  # fmt: skip
+        return parts
+
+    def with_profiles(self, parts: Sequence[PromptEffects]) -> list[PromptEffects]:
+        """The same with every token's part of every receiver, and every node's part of every target.
+
+        Raises:
+            SettingsError: paths pass by the layers, or nodes write into several of them.
+        """
+        prompt, slots, columns = self._prompt, self._prompt.slots, self.columns
+        if not prompt.paths.layered or any(a.receives_from(b) for a in slots for b in slots):
+            raise SettingsError(
+                "profiles are computed from layer to layer; on this model paths go past the residual stream, or the "
+                "dictionaries write into several layers. Leave profiles out."
+            )
+        every = torch.zeros(*self.size[:1], len(parts), columns.n_tokens, 2, dtype=torch.float64)
+        width = max(run.nodes.shape[1] for run in prompt.run.slots) + prompt.embedding.shape[-1]
+        each = 12 * prompt.embedding.element_size() * prompt.embedding.shape[0] * prompt.embedding.shape[1] * width
+        for rows in self._order.split(max(1, self._max_bytes // each)):
+            tokens = self._through_all_paths(rows)
+            every[rows, ..., 0] = tokens
+            every[rows, ..., 1] = tokens * self._slope.T[rows, :, None]
+            spread = self._spread[rows]
+            if spread.any():
+                every[rows[spread], ..., 1] = self._through_all_paths(rows[spread], by_slope=True)
+        by_target = torch.stack([self._by_node(self._members.change * slope) for slope in self._slopes_by_target()])
+        return [
+            replace(part, by_token=every[:, index], by_target=by_target[:, index]) for index, part in enumerate(parts)
+        ]
+
+    def _through_all_paths(self, rows: Tensor, *, by_slope: bool = False) -> Float[Tensor, "receiver prompt token"]:
+        weights = self._weights(rows, by_slope=by_slope, through=True)
+        by_prompt = weights.reshape(len(rows), len(self._totals), len(self.columns))
+        return by_prompt[..., self.columns.embedding : self.columns.unselected]
+
+    def _slopes_by_target(self) -> Iterator[Float[Tensor, " member"]]:
+        """Each member's gradient of each target, through all paths."""
+        prompt, members, n_targets = self._prompt, self._members, self._prompt.values.shape[1]
+        for target in range(n_targets):
+            slope = members.slope.clone()
+            if n_targets > 1:
+                seed = torch.zeros_like(prompt.values)
+                seed[:, target] = 1
+                gradients = prompt.paths.total(prompt.slots, seed)
+                for index, run in enumerate(prompt.run.slots):
+                    at = by_position(gradients.get(("slot", index), torch.zeros_like(run.source)))
+                    gradient = prompt.slots[index].node_gradient(at)
+                    here = (members.slot == index).nonzero()[:, 0]
+                    slope[here] = gradient[members.at[here], members.unit[here]].cpu().double()
+            yield slope
+
+    def _weights(self, rows: Tensor, *, by_slope: bool = False, through: bool = False) -> Float[Tensor, "receiver _"]:
+        """Dense weights into some receivers, by one batched backward pass; of their scores with `by_slope`.
+
+        With `through`, weights of tokens through all paths.
+        """
+        columns, prompt, slot = self.columns, self._prompt, self._slot[rows]
+        weights = torch.zeros(len(rows), len(columns) * len(self._totals), dtype=torch.float64)
 
         def rows_of(index: int) -> range:
             here = (slot == index).nonzero()[:, 0].tolist()
             return range(here[0], here[-1] + 1) if here else range(0)
 
         def seeds(index: int, some: range) -> tuple[Tensor, Tensor]:
-            reading = self._read(index, rows[some.start : some.stop])
-            if reading.constant is not None and not prompt.paired:
+            reading = self._read(index, rows[some.start : some.stop], by_slope=by_slope)
+            if reading.constant is not None and not prompt.paired and len(self._totals) == 1:
                 weights[some.start : some.stop, columns.bias] += reading.constant
             return reading.tensor, reading.seeds
 
-        for receivers, end, gradient in prompt.paths.direct(rows_of, seeds):
+        for receivers, end, gradient in prompt.paths.direct(rows_of, seeds, prompt.slots if through else None):
             into = weights[receivers]
             if end.kind == "slot":
-                self._add_slot(into, end, gradient.reshape(len(gradient), prompt.embedding.shape[1], -1))
+                self._add_slot(into, end, gradient.reshape(len(gradient), len(self._rest), -1))
             elif end.kind == "embedding":
-                product = widened(gradient[:, 0]) * widened(prompt.embedding[0])
-                into[:, columns.embedding : columns.unselected] = sum_last_axis(product)
+                product = widened(gradient) * widened(prompt.embedding)
+                into.index_add_(1, columns.embedding + self._token, sum_last_axis(product.flatten(1, 2)))
             elif end.kind == "positional":
                 assert prompt.positional is not None
                 into[:, columns.positional] = _dots(prompt.positional, gradient)
@@ -364,64 +606,82 @@ class _Edges:
                 into[:, columns.bias] += _dots(prompt.biases[end.index], gradient)
         return weights
 
-    def _read(self, index: int, rows: Tensor) -> Reading:
+    def _read(self, index: int, rows: Tensor, *, by_slope: bool) -> Reading:
         """Receivers of one slot, or targets."""
-        prompt = self._prompt
+        prompt, members = self._prompt, self._members
         if index == len(prompt.slots):
             values = prompt.values
-            return Reading(values, torch.eye(len(values)).to(values)[rows - len(self._nodes)])
-        place, unit = self._nodes[rows, 1], self._nodes[rows, 2]
-        return prompt.slots[index].read(prompt.paths.runs[index], place, unit)
+            one = torch.eye(values.shape[1]).to(values)[rows - len(self._nodes)]
+            return Reading(values, one[:, None].expand(-1, len(values), -1))
+        receiver = torch.full((len(self._nodes),), -1)
+        receiver[rows] = torch.arange(len(rows))
+        own = (receiver[members.node] >= 0).nonzero()[:, 0]
+        factor = members.slope[own] if by_slope else None
+        run = prompt.paths.runs[index]
+        return prompt.slots[index].read(run, members.at[own], members.unit[own], receiver[members.node[own]], factor)
 
     def _add_slot(self, weights: Tensor, end: End, gradient: Float[Tensor, "receiver pos d"]) -> None:
         """Enter what comes from one slot: its chosen nodes, the remainder, errors and biases."""
-        prompt, columns, own = self._prompt, self.columns, self._rows_of_slot[end.index]
-        place, unit = self._nodes[own, 1], self._nodes[own, 2]
+        prompt, columns, members = self._prompt, self.columns, self._members
         run, change = prompt.paths.runs[end.index], prompt.changes[end.index]
         slot = prompt.slots[end.index]
-        parts = slot.contributions(gradient, run, change, place, unit)
-        weights[:, own] += parts.nodes
-        left = weights[:, columns.unselected : columns.positional]
-        left += parts.everything
-        left.index_add_(1, place, parts.nodes, alpha=-1)
+
+        def add_nodes(index: int, contribution: Callable[[Tensor, Tensor], Tensor]) -> None:
+            """Chosen nodes of a slot that write here: theirs, and not the remainder's."""
+            own = (members.slot == index).nonzero()[:, 0]
+            parts = contribution(members.at[own], members.unit[own])
+            weights.index_add_(1, members.prompt[own] * len(columns) + members.node[own], parts)
+            weights.index_add_(1, columns.unselected + self._rest[members.at[own]], parts, alpha=-1)
+
+        own = (members.slot == end.index).nonzero()[:, 0]
+        found = slot.contributions(gradient, run, change, members.at[own], members.unit[own])
+        weights.index_add_(1, columns.unselected + self._rest, found.everything)
+        add_nodes(end.index, lambda *_: found.nodes)
         for index, other in enumerate(prompt.slots):  # earlier layers of a cross-layer transcoder write here too
             if isinstance(slot, DictionarySlot) and isinstance(other, DictionarySlot) and slot.receives_from(other):
-                own = self._rows_of_slot[index]
-                place, unit = self._nodes[own, 1], self._nodes[own, 2]
-                nodes = slot.contributions_of(other, gradient, prompt.changes[index], place, unit)
-                weights[:, own] += nodes
-                left.index_add_(1, place, nodes, alpha=-1)
-        if parts.error is not None:
-            weights[:, columns.errors(end.index)] = parts.error
-        if parts.bias is not None and not prompt.paired:
-            weights[:, columns.bias] += parts.bias
+                other_change = prompt.changes[index]
+                add_nodes(index, lambda a, u, o=other, c=other_change: slot.contributions_of(o, gradient, c, a, u))
+        if found.error is not None:
+            weights.index_add_(1, columns.errors(end.index).start + self._rest, found.error)
+        if found.bias is not None and not prompt.paired:
+            weights[:, columns.bias] += found.bias
 
-    def _sparse(self, weights: Tensor, rows: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Check the sums of one slot's receivers, add the linearization error, and keep what is not zero."""
-        prompt = self._prompt
-        if index == len(prompt.slots):
-            activation, slope = prompt.target_changes[rows - len(self._nodes)], torch.ones(len(rows)).double()
-            exact = not prompt.paired and all(target.linear for target in prompt.targets)
-        else:
-            place, unit = self._nodes[rows, 1], self._nodes[rows, 2]
-            activation, slope = (
-                values[place.to(values.device), unit.to(values.device)].cpu().double()
-                for values in (prompt.changes[index].nodes, self._totals.gradient[index])
-            )
-            exact = not prompt.paired
-        self._check(weights, activation, exact=exact)
-        receiver, source = weights.nonzero(as_tuple=True)
+    def _sparse(
+        self, index: int, rows: Tensor, weights: Tensor, attributions: Tensor | None
+    ) -> tuple[Int[Tensor, "2 edge"], Float[Tensor, "edge 2"]]:
+        """Check the sums of one prompt's receivers, add the linearization error, and keep what is not zero."""
+        is_target = rows >= len(self._nodes)
+        exact = not self._prompt.paired
+        linear = all(target.linear for target in self._prompt.targets)
+        for those, own in ((~is_target, exact), (is_target, exact and linear)):
+            if those.any():
+                weights[those] = self._checked(weights[those], self._change[index, rows[those]], exact=own)
+        spread = self._spread[rows]
+        if attributions is not None:
+            attributions = attributions.clone()
+            attributions[spread] = self._checked(attributions[spread], self._score[index, rows[spread]], exact=exact)
+        receiver, source = (weights != 0 if attributions is None else (weights != 0) | (attributions != 0)).nonzero(
+            as_tuple=True
+        )
         weight = weights[receiver, source]
-        return torch.stack([rows[receiver], source]), torch.stack([weight, weight * slope[receiver]], 1)
+        attribution = weight * self._slope[index, rows[receiver]]
+        if attributions is not None:
+            attribution = torch.where(spread[receiver], attributions[receiver, source], attribution)
+        return torch.stack([rows[receiver], source]), torch.stack([weight, attribution], 1)
 
-    def _check(self, weights: Tensor, activation: Tensor, *, exact: bool) -> None:
+    def _checked(self, weights: Tensor, activation: Tensor, *, exact: bool) -> Tensor:
+        """The weights with their linearization error.
+
+        Raises:
+            NumericalError: there should be none, and is.
+        """
         residual = activation - weights.sum(1)
         relative = residual.abs() / (weights.abs().sum(1) + torch.finfo(torch.float32).tiny)
         dtype = self._prompt.embedding.dtype
         if not exact:
             rounding = 100 * torch.finfo(dtype).eps
             weights[:, self.columns.linearization_error] = torch.where(relative > rounding, residual, 0.0)
-            return
+            return weights
         self.largest_residual = max(self.largest_residual, float(relative.max()))
         if not self.largest_residual <= (allowed := _ALLOWED.get(dtype, 1e-4)):
             raise NumericalError(
@@ -429,6 +689,7 @@ class _Edges:
                 f"the sum of their sizes, allowed {allowed:.0e}. check_model(model) says whether relevance is "
                 "conserved on this model; instead of half precision use float32."
             )
+        return weights
 
 
 def bytes_per_receiver(prompt: OpenPrompt) -> int:
@@ -436,7 +697,7 @@ def bytes_per_receiver(prompt: OpenPrompt) -> int:
 
     Gradients of all neurons are held where the weights of few cannot be used, and of all layers where there are none.
     """
-    n_positions, d_model = prompt.embedding[0].shape
+    n_positions, d_model = prompt.embedding.flatten(0, 1).shape
     runs = prompt.paths.runs
     widths = [run.source[0, 0].numel() for run in runs if run.output is None or run.input is None]
     at_once = 0 if prompt.paths.layered else sum(widths)

@@ -147,6 +147,11 @@ def _run_again(model: TransformerLensModel, circuit: "Circuit", pairs: Any, targ
     settings = circuit.settings
     if settings["model"] != model_name(model):
         raise SettingsError(f"this circuit is of {settings['model']}; got {model_name(model)}. Give its own model.")
+    if settings.get("positions", "keep") != "keep":
+        raise SettingsError(
+            "edges are split by head between positions, and this circuit has none that all its prompts share. Trace "
+            "the prompt alone, or prompts of one token length."
+        )
     pairs = circuit.traced.pairs if pairs is None and circuit.traced is not None else pairs
     if pairs is None:
         tokens = settings.get("token_ids")

@@ -13,7 +13,7 @@ Source: the faithfulness of METHODS 1.3, for one prompt.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from ..interventions._ablation import AblationSwitch
 from ..models._protocol import TransformerLensModel
 from ..models._threads import hooked
 from ..tasks._tokenized import Batch
+from ._alignment import Alignment, Places
 from ._choose import Ranking
 from ._prompt_graph import run_prompt
 from ._targets import Target
@@ -75,7 +76,7 @@ class ByExplained(Options):
 
 def count_explained(
     model: TransformerLensModel, basis: Basis | Sequence[Basis], batches: Sequence[Batch], targets: Sequence[Target],
-    ranking: Ranking, choice: ByExplained, *, reference: Sequence[Tensor] | None, skipped_positions: Sequence[int],
+    ranking: Ranking, choice: ByExplained, *, reference: Sequence[Tensor] | None, places: Places,
     verbose: bool | None = False,
 ) -> tuple[int, list[tuple[int, float]]]:  # fmt: skip
     """How many nodes `choice` takes, and f at every size that was run, ascending.
@@ -88,7 +89,7 @@ def count_explained(
         ranking: of all nodes.
         choice: share and budget.
         reference: tokens of texts over which means are taken; None for pairs, whose corrupt prompts are there.
-        skipped_positions: where nodes always stay live.
+        places: of the nodes; those that are skipped always stay live.
         verbose: as in `trace`.
 
     Raises:
@@ -96,7 +97,7 @@ def count_explained(
         SettingsError: not even all nodes explain the share (nodes at skipped positions or errors of dictionaries hold
             the rest).
     """
-    circuit = _Circuits(model, basis, batches, targets, ranking, reference, skipped_positions, verbose)
+    circuit = _Circuits(model, basis, batches, targets, ranking, reference, places, verbose)
     empty, whole = circuit.target([0])[0], circuit.target([None])[0]
     if abs(whole - empty) <= 1e-6 * max(abs(whole), abs(empty), 1e-30):
         raise NumericalError(
@@ -146,19 +147,19 @@ class _Circuits:
 
     def __init__(
         self, model: TransformerLensModel, basis: Basis | Sequence[Basis], batches: Sequence[Batch],
-        targets: Sequence[Target], ranking: Ranking, reference: Sequence[Tensor] | None, skipped: Sequence[int],
+        targets: Sequence[Target], ranking: Ranking, reference: Sequence[Tensor] | None, places: Places,
         verbose: bool | None,
     ) -> None:  # fmt: skip
-        self._model, self._batches, self._targets, self._skipped = model, batches, targets, list(skipped)
         self._verbose = verbose
+        self._model, self._batches, self._targets, self._aligned = model, batches, targets, places
         self._sites = sorted(basis_sites(model, basis), key=lambda site: site.layer)
         order = ranking.size.argsort(descending=True, stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order))
         ends = [positions * units for positions, units in ranking.shapes]
-        self._places = [
-            part.reshape(shape) for part, shape in zip(place.split(ends), ranking.shapes, strict=True)
-        ]  # of each node in the ranking: live if below the size
+        self._ranks = [
+            part.reshape(shape) for part, shape in zip(rank.split(ends), ranking.shapes, strict=True)
+        ]  # of each node, by place: live if below the size
         self._means = None if reference is None else self._mean_parts(reference)
 
     @torch.no_grad()
@@ -170,27 +171,25 @@ class _Circuits:
             with hooked(self._model, switch.hooks):
                 for first in range(0, len(sizes), _ROWS):
                     some = sizes[first : first + _ROWS]
-                    switch.keep(self._kept(some))
+                    switch.keep(self._kept(some, self._aligned.alignments[int(batch.index[0])]))
                     run = run_prompt(self._model, batch.repeat(len(some)), ())
                     for row in range(len(some)):
-                        names = ("embedding", "raw_logits", "final", "logits")
-                        own: Any = {name: getattr(run, name)[row : row + 1] for name in names}
-                        alone = replace(run, **own, positional=None, stream=())
-                        value = sum(target.value(alone, batch) for target in self._targets)
+                        value = sum(target.value(run.row(row), batch) for target in self._targets)
                         totals[first + row] += float(value) / len(self._batches)
         return totals.tolist()
 
-    def _kept(self, sizes: Sequence[int | None]) -> Any:
+    def _kept(self, sizes: Sequence[int | None], alignment: Alignment) -> Any:
         kept: dict[tuple[str, str], Tensor] = {}
         whole = torch.tensor([size is None for size in sizes])
         limit = torch.tensor([0 if size is None else size for size in sizes])[:, None, None]
-        for site, places in zip(self._sites, self._places, strict=True):
-            live = (places < limit) | whole[:, None, None]
-            live[:, self._skipped] = True
+        skipped = torch.isin(alignment.place, torch.tensor(list(self._aligned.skipped), dtype=torch.long))
+        for site, ranks in zip(self._sites, self._ranks, strict=True):
+            live = (ranks[alignment.place] < limit) | whole[:, None, None]
+            live[:, skipped] = True
             kept[site.hook, "node"] = live
             for name in site.vectors:
-                vector = whole[:, None].expand(-1, places.shape[0]).clone()
-                vector[:, self._skipped] = True
+                vector = whole[:, None].expand(-1, len(skipped)).clone()
+                vector[:, skipped] = True
                 kept[site.hook, name] = vector
         return kept
 
@@ -205,7 +204,8 @@ class _Circuits:
         count = 0
         for tokens in reference:
             parts = take_apart(self._sites, values_at(self._model, tokens[None], list_reads(self._sites)))
-            skip = len(self._skipped) if len(tokens) > len(self._skipped) else 0
+            skipped = len(self._aligned.skipped)
+            skip = skipped if len(tokens) > skipped else 0
             count += len(tokens) - skip
             for hook, part in parts.items():
                 total = part.map(lambda value, skip=skip: value[:, skip:].double().sum(1, keepdim=True))

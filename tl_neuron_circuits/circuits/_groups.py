@@ -11,6 +11,7 @@ import pandas as pd
 
 from .._errors import SettingsError
 from ..nodes._scores import label as neuron_label
+from ._by_prompt import join_prompts
 from ._table import CHOSEN, SINGLE, complete, edge_table, node_table, relative_weights
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ def join_nodes(circuit: Circuit, names: pd.Series, nodes: pd.DataFrame, settings
     edges = edges[~inside].groupby(["source", "target"], sort=False, as_index=False)[["weight", "attribution"]].sum()
     edges["relative"] = relative_weights(nodes, edges)
     nodes = complete(nodes, edges, circuit.target_value)
-    return replace(circuit, nodes=nodes, edges=edge_table(edges), settings={**circuit.settings, **settings})
+    by_prompt = join_prompts(circuit.by_prompt, sends)
+    settings = {**circuit.settings, **settings}
+    return replace(circuit, nodes=nodes, edges=edge_table(edges), settings=settings, by_prompt=by_prompt)
 
 
 def sum_positions(circuit: Circuit) -> Circuit:
@@ -134,7 +137,7 @@ def sum_positions(circuit: Circuit) -> Circuit:
                 "unit": common_value(same["unit"], -1), "group": common_value(same["group"], ""),
             }
         )  # fmt: skip
-    return join_nodes(circuit, names, node_table(rows), {"positions": "sum"})
+    return join_nodes(circuit, names, node_table(rows), {"positions": "sum", "places": None, "spans": {}})
 
 
 def _without_position(node: object) -> str:

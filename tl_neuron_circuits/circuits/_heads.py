@@ -210,7 +210,7 @@ def _receivers(prompt: OpenPrompt, layers: Sequence[AttentionLayer], receivers: 
     slot_of_layer = {slot.layer: index for index, slot in enumerate(prompt.slots)}
     above = receivers.slot == len(prompt.slots)  # targets join above the last layer
     if above.any():
-        seeds = torch.eye(len(prompt.values)).to(prompt.values)[receivers.unit[above]]
+        seeds = torch.eye(prompt.values.shape[1]).to(prompt.values)[receivers.unit[above]][:, None]
         (down,) = pull(prompt.values, [layers[-1].top], seeds)
         final[above] = _at(down, receivers.position[above])
     for number in range(len(layers) - 1, -1, -1):

@@ -24,7 +24,7 @@ from ..bases._runs import require_fired, run_logits
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._threads import hooked, this_thread_only
 from ..tasks._tokenized import Batch
-from ._slots import Seen, Slot, SlotRun, leaves_of, node_gradient, note_input
+from ._slots import Seen, Slot, SlotRun, by_position, leaves_of, node_gradient, note_input
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,14 @@ class PromptRun:
     kept: Mapping[str, Tensor]
     """What entered the hook points that the caller asked for."""
 
+    def row(self, index: int) -> "PromptRun":
+        """What targets read of one prompt: both ends of its run."""
+        own = slice(index, index + 1)
+        return PromptRun((), self.embedding[own], None, self.raw_logits[own], self.final[own], self.logits[own], (), {})
+
 
 def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot], keep: Iterable[str] = ()) -> PromptRun:
-    """Run the model on a batch of one prompt.
+    """Run the model on a batch of prompts of one length.
 
     Inside `relp` the run has a graph; under `torch.no_grad()` it only has values. `keep` names hook points whose
     tensors of the graph the caller wants.
@@ -157,12 +162,16 @@ class Paths:
     """Whether there is one stretch per layer."""
 
     def direct(
-        self, rows: Callable[[int], range], seeds: Callable[[int, range], tuple[Tensor, Tensor]]
+        self,
+        rows: Callable[[int], range],
+        seeds: Callable[[int, range], tuple[Tensor, Tensor]],
+        through: Sequence[Slot] | None = None,
     ) -> Iterator[tuple[slice, End, Tensor]]:
         """Gradients of many receivers at every end they reach: (receivers, end, `[receiver, *end.tensor.shape]`).
 
         `rows(slot)` are the receivers read there, one slot's right after the other's; `seeds` gives a tensor and their
-        gradients there.
+        gradients there. With `through`, the slots, nodes pass on what reaches them instead of ending it; that takes
+        layers, each of which writes for itself.
         """
         flowing, receivers = None, slice(0, 0)
         for stretch in self.stretches:
@@ -172,16 +181,35 @@ class Paths:
                 yield from ((slice(new.start, new.stop), end, gradient) for end, gradient in pulled)
                 below.append(down)
             if flowing is not None and stretch.top is not None:
-                ends = (*stretch.written, *stretch.ends)
-                down, pulled = _pull([(stretch.top, flowing)], stretch.bottom, ends, batched=True)
+                sources, ends = [(stretch.top, flowing)], (*stretch.written, *stretch.ends)
+                if through is not None:
+                    sources += self._passed_on(stretch, through, sources)
+                    ends = stretch.ends
+                down, pulled = _pull(sources, stretch.bottom, ends, batched=True)
                 yield from ((receivers, end, gradient) for end, gradient in pulled)
                 below.append(down)
             if len(new):
                 receivers = slice(new.start, new.stop if flowing is None else receivers.stop)
             flowing = torch.cat(below) if below and stretch.bottom is not None else None
 
-    def total(self, slots: Sequence[Slot]) -> dict[tuple[Kind, int], Tensor]:
-        """Gradients of the targets' sum through all paths, at every end. Nodes pass on what reaches them."""
+    def _passed_on(
+        self, stretch: Stretch, slots: Sequence[Slot], sources: list[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The gradients with which the nodes of a stretch go on, from those that reach them."""
+        leaves = [end._replace(tensor=self.runs[end.index].source) for end in stretch.written]
+        passed = []
+        for end, gradient in _pull(sources, None, leaves, batched=True)[1]:
+            assert stretch.reading is not None
+            slot, run = slots[end.index], self.runs[end.index]
+            nodes = slot.node_gradient(gradient.flatten(1, 2).flatten(2))
+            passed.append((stretch.reading, slot.pass_on(run, gradient, nodes)))
+        return passed
+
+    def total(self, slots: Sequence[Slot], seed: Tensor | None = None) -> dict[tuple[Kind, int], Tensor]:
+        """Gradients of the targets' sum through all paths, at every end. Nodes pass on what reaches them.
+
+        `seed` weighs the targets, one each unless given.
+        """
         gradients: dict[tuple[Kind, int], Tensor] = {}
 
         def pull(sources: list[tuple[Tensor, Tensor]], bottom: Tensor | None, ends: Iterable[End]) -> Any:
@@ -201,13 +229,13 @@ class Paths:
                 pull(sources, None, stretch.written)
             if stretch.slot == len(slots):
                 assert stretch.reading is not None
-                sources.append((stretch.reading, torch.ones_like(stretch.reading)))
+                sources.append((stretch.reading, torch.ones_like(stretch.reading) if seed is None else seed))
             elif any(("slot", index) in gradients for index in self._written_by(slots, stretch.slot)):
                 assert stretch.reading is not None
                 index, run = stretch.slot, self.runs[stretch.slot]
                 places = self._written_by(slots, index)
                 at = {p: gradients.get(("slot", p), torch.zeros_like(self.runs[p].source)) for p in places}
-                nodes = node_gradient(slots, index, {p: gradient[0].flatten(1) for p, gradient in at.items()})
+                nodes = node_gradient(slots, index, {p: by_position(gradient) for p, gradient in at.items()})
                 sources.append((stretch.reading, slots[index].pass_on(run, at[index], nodes)))
             flowing = pull(sources, stretch.bottom, stretch.ends)
         return gradients

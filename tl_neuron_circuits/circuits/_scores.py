@@ -48,6 +48,11 @@ def to_scores(circuit: Circuit) -> NodeScores:
             "expected a circuit of single neurons or features of dictionaries; this one has supernodes or imported "
             "features, or no nodes at all. Use the circuit before collapse()."
         )
+    if settings.get("positions") == "spans":
+        raise SettingsError(
+            "expected a circuit whose places are positions; here a span of several tokens is one place. Sum its "
+            "positions, circuit.sum_positions(), or take one prompt's nodes, circuit.on_prompt(0)."
+        )
     summed = settings.get("positions") == "sum"
     length = () if summed else (len(settings["tokens"]),)
     values = {site["hook"]: torch.full((*length, site["width"]), torch.nan) for site in sites}

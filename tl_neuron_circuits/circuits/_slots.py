@@ -9,7 +9,7 @@ is that layer's output. At that leaf stand the features of earlier layers too (`
 a receiver add up over the leaves they write to, and so do their gradients.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ Chosen = Int[Tensor, "node 3"]
 
 @dataclass(frozen=True)
 class SlotRun:
-    """One slot in one run."""
+    """One slot in one run. Positions are those of all its prompts, one prompt's after the other's."""
 
     nodes: Float[Tensor, "pos unit"]
     """Values, without a graph."""
@@ -167,10 +167,10 @@ class NeuronSlot:
     def run(self, seen: Seen) -> SlotRun:
         """What the hooks recorded."""
         written, read = seen["written"], seen["read"]
-        nodes = written.detach()[0].flatten(1)
+        nodes = by_position(written.detach())
         if not written.requires_grad:
             return SlotRun(nodes, written, read)
-        gate, up = (seen[key].detach()[0] if "up" in seen else None for key in ("pre", "up"))
+        gate, up = (by_position(seen[key].detach()) if "up" in seen else None for key in ("pre", "up"))
         return SlotRun(
             nodes, written, read, gate=gate, up=up, output=self._output(nodes, seen), input=self._input(seen)
         )
@@ -212,7 +212,7 @@ class NeuronSlot:
         nodes = run.nodes - base.nodes
         return SlotChange(nodes, None, None if run.output is None else _write(nodes, run.output.weights))
 
-    def node_gradient(self, gradient: Float[Tensor, "pos d"]) -> Float[Tensor, "pos unit"]:
+    def node_gradient(self, gradient: Float[Tensor, "*receiver pos d"]) -> Float[Tensor, "*receiver pos unit"]:
         """The gradient at every node, from that at the source."""
         return widened(gradient)
 
@@ -220,22 +220,32 @@ class NeuronSlot:
         """Whether nodes of an earlier slot write to this one's source."""
         return False
 
-    def pass_on(self, run: SlotRun, gradient: Float[Tensor, "..."], nodes: Float[Tensor, "pos unit"]) -> Tensor:
+    def pass_on(
+        self, run: SlotRun, gradient: Float[Tensor, "..."], nodes: Float[Tensor, "*receiver pos unit"]
+    ) -> Tensor:
         """From the gradients at the source, and at the nodes, to that at `run.reading`, all nodes together."""
         return gradient
 
-    def read(self, run: SlotRun, place: Tensor, unit: Tensor) -> Reading:
-        """Chosen nodes as receivers."""
+    def read(
+        self, run: SlotRun, place: Tensor, unit: Tensor, receiver: Tensor | None = None, factor: Tensor | None = None
+    ) -> Reading:
+        """Chosen nodes as receivers: each its own, or `receiver[i]` the sum of its nodes, each times its factor."""
         place, unit = place.to(run.reading.device), unit.to(run.reading.device)
-        reading = None if run.input is None else self._read_at_input(run, run.input, place, unit)
-        if reading is not None:
-            return reading
-        seeds = run.reading.new_zeros(len(place), *run.nodes.shape)
-        seeds[torch.arange(len(place), device=seeds.device), place, unit] = 1
-        return Reading(run.reading, seeds.reshape(len(place), *run.reading.shape))
+        receiver = (torch.arange(len(place)) if receiver is None else receiver).to(place.device)
+        factor = torch.ones(len(place)) if factor is None else factor
+        found = None if run.input is None else self._read_at_input(run, run.input, place, unit)
+        if found is not None and run.input is not None:
+            rows, constant = found
+            seeds = seeds_at(run.input.tensor, place, rows * factor.to(rows)[:, None], receiver)
+            return Reading(run.input.tensor, seeds, sum_by(receiver, constant * factor.to(constant)))
+        seeds = run.reading.new_zeros(int(receiver.max()) + 1, *run.nodes.shape)
+        seeds[receiver, place, unit] = factor.to(seeds)
+        return Reading(run.reading, seeds.reshape(len(seeds), *run.reading.shape))
 
-    def _read_at_input(self, run: SlotRun, read: Input, place: Tensor, unit: Tensor) -> Reading | None:
-        """Gradients at the MLP's input; None where a neuron is not what its columns of the weights make of it."""
+    def _read_at_input(
+        self, run: SlotRun, read: Input, place: Tensor, unit: Tensor
+    ) -> tuple[Float[Tensor, "node d_in"], Float[Tensor, " node"]] | None:
+        """Gradients at the MLP's input, and constants; None where a neuron is not what its weights make of it."""
         chosen = torch.zeros_like(run.nodes)
         chosen[place, unit] = 1
         values, seed = [value for value, _ in read.branches], chosen.reshape(run.reading.shape)
@@ -261,7 +271,7 @@ class NeuronSlot:
         if self.after_product is not None:
             constant = constant + widened(self.after_product[unit])
         assert isinstance(rows, Tensor) and isinstance(constant, Tensor)
-        return Reading(read.tensor, seeds_at(read.tensor, place, rows), constant.cpu().double())
+        return rows, constant.cpu().double()
 
     def contributions(
         self, gradient: Float[Tensor, "receiver pos d"], run: SlotRun, change: SlotChange, place: Tensor, unit: Tensor
@@ -284,10 +294,10 @@ class NeuronSlot:
         return 0.0
 
 
-def neuron_slot(model: TransformerLensModel, mlp: MLPSites) -> NeuronSlot:
+def neuron_slot(model: TransformerLensModel, mlp: MLPSites, points: Collection[str]) -> NeuronSlot:
     """The slot of an MLP, with the linear maps that its module shows. They are used where they prove right."""
     path = mlp.post.removesuffix(".hook_post")
-    module, points, after = submodule(model, path), hook_points(model), bias_after_product(model, mlp.layer)
+    module, after = submodule(model, path), bias_after_product(model, mlp.layer)
 
     def linear(weights: str, bias: str) -> Linear | None:
         tensor, added = (getattr(module, name, None) if name else None for name in (weights, bias))
@@ -353,13 +363,13 @@ class DictionarySlot:
             inputs |= {self.site.hook_in: seen["x"].detach(), self.site.hook: value.detach()}
             parts = self.site.take_apart(inputs)
             if self.site.before:
-                seen["written"] = self.site.written(parts.nodes, parts.earlier)[0]
-        seen["nodes"], seen["error"] = parts.nodes[0], parts.vectors["error"][0]
+                seen["written"] = by_position(self.site.written(parts.nodes, parts.earlier))
+        seen["nodes"], seen["error"] = by_position(parts.nodes), by_position(parts.vectors["error"])
         if not torch.is_grad_enabled():
             return value
         x = self.reader.input(seen).reshape(1, seen["nodes"].shape[0], -1)
         seen["reading"] = self.encoder.normalize(x)
-        seen["factor"] = self.encoder.factor(x.detach(), parts.nodes)[0]
+        seen["factor"] = self.encoder.factor(x.detach(), seen["nodes"][None])[0]
         with torch.no_grad():
             self.encoder.check(self.encoder.features(seen["reading"], seen["factor"])[0], seen["nodes"])
         features = seen["source"] = value.detach().requires_grad_(True)
@@ -382,13 +392,15 @@ class DictionarySlot:
             written = None if written is None or base.written is None else written - base.written
         return SlotChange(nodes, error, nodes @ self.site.dictionary.W_dec.to(nodes) if written is None else written)
 
-    def node_gradient(self, gradient: Float[Tensor, "pos d"]) -> Float[Tensor, "pos unit"]:
+    def node_gradient(self, gradient: Float[Tensor, "*receiver pos d"]) -> Float[Tensor, "*receiver pos unit"]:
         return self.gradient_of(self, gradient)
 
     def receives_from(self, other: "Slot") -> bool:
         return isinstance(other, DictionarySlot) and other.hook in self.site.earlier
 
-    def gradient_of(self, other: "DictionarySlot", gradient: Float[Tensor, "pos d"]) -> Float[Tensor, "pos unit"]:
+    def gradient_of(
+        self, other: "DictionarySlot", gradient: Float[Tensor, "*receiver pos d"]
+    ) -> Float[Tensor, "*receiver pos unit"]:
         """The gradient at the nodes of a slot that writes here, from that at this source."""
         gradient = widened(gradient)
         return gradient @ other.site.decoder(self.hook).to(gradient).mT
@@ -403,18 +415,26 @@ class DictionarySlot:
         values = change.nodes[place.to(gradient.device), unit.to(gradient.device)]
         return written_by_nodes(gradient, rows, values, place).cpu().double()
 
-    def pass_on(self, run: SlotRun, gradient: Float[Tensor, "..."], nodes: Float[Tensor, "pos unit"]) -> Tensor:
+    def pass_on(
+        self, run: SlotRun, gradient: Float[Tensor, "..."], nodes: Float[Tensor, "*receiver pos unit"]
+    ) -> Tensor:
         assert run.factor is not None
         nodes = nodes.to(run.factor) * run.factor
-        return (nodes.to(run.reading) @ self.encoder.weight.to(run.reading).mT).reshape(run.reading.shape)
+        passed = nodes.to(run.reading) @ self.encoder.weight.to(run.reading).mT
+        return passed.reshape(*nodes.shape[:-2], *run.reading.shape)
 
-    def read(self, run: SlotRun, place: Tensor, unit: Tensor) -> Reading:
+    def read(
+        self, run: SlotRun, place: Tensor, unit: Tensor, receiver: Tensor | None = None, factor: Tensor | None = None
+    ) -> Reading:
         assert run.factor is not None
         place, unit = place.to(run.reading.device), unit.to(run.reading.device)
-        factor = run.factor.to(run.reading.device)[place, unit]
+        receiver = (torch.arange(len(place)) if receiver is None else receiver).to(place.device)
+        fires = run.factor.to(run.reading.device)[place, unit]
+        fires = fires if factor is None else fires * factor.to(fires)
         columns = self.encoder.weight[:, unit.to(self.encoder.weight.device)].mT.to(run.reading)
-        constant = (factor * self.encoder.bias.to(factor)[unit]).cpu().double()
-        return Reading(run.reading, seeds_at(run.reading, place, columns * factor[:, None]), constant)
+        constant = (fires * self.encoder.bias.to(fires)[unit]).cpu().double()
+        seeds = seeds_at(run.reading, place, columns * fires[:, None], receiver)
+        return Reading(run.reading, seeds, sum_by(receiver, constant))
 
     def contributions(
         self, gradient: Float[Tensor, "receiver pos d"], run: SlotRun, change: SlotChange, place: Tensor, unit: Tensor
@@ -464,6 +484,11 @@ def node_gradient(
     return total
 
 
+def by_position(value: Float[Tensor, "prompt pos ..."]) -> Float[Tensor, "position unit"]:
+    """All positions of all prompts as rows."""
+    return value.flatten(0, 1).flatten(1)
+
+
 def find_slots(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> tuple[Slot, ...]:
     """One slot per layer, in the order of the layers.
 
@@ -474,12 +499,13 @@ def find_slots(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> t
             not linear once its features are known.
     """
     mlps = {mlp.post: mlp for mlp in find_sites(model).mlps}
+    points = hook_points(model)  # looked up once: TransformerBridge builds them anew every time
     slots: list[Slot] = []
     for site in basis_sites(model, basis):
         if isinstance(site, DictionarySite):
             slots.append(DictionarySlot(site, linear_encoder(site.dictionary), find_reader(model, site)))
         elif isinstance(site, ActivationSite) and site.letter == Neurons.letter and site.hook in mlps:
-            slots.append(neuron_slot(model, mlps[site.hook]))
+            slots.append(neuron_slot(model, mlps[site.hook], points))
         else:
             raise SettingsError(
                 f"the nodes of a circuit are neurons or features of dictionaries; got the basis {basis_name(basis)}. "
@@ -532,12 +558,21 @@ def leaves_of(outputs: Iterable[Tensor], stops: Iterable[Tensor]) -> dict[int, T
     return leaves
 
 
-def seeds_at(tensor: Tensor, place: Tensor, rows: Float[Tensor, "receiver d"]) -> Float[Tensor, "receiver ..."]:
-    """Gradients of receivers at a tensor of one prompt: each has its row, at its place."""
+def seeds_at(
+    tensor: Tensor, place: Tensor, rows: Float[Tensor, "row d"], receiver: Tensor | None = None
+) -> Float[Tensor, "receiver ..."]:
+    """Gradients of receivers at a tensor: each row at its place, a receiver of its own unless `receiver` says whose."""
     d = rows.shape[1]
-    seeds = tensor.new_zeros(len(place), tensor.numel() // d, d)
-    seeds[torch.arange(len(place), device=seeds.device), place] = rows.to(seeds)
-    return seeds.reshape(len(place), *tensor.shape)
+    receiver = torch.arange(len(place), device=tensor.device) if receiver is None else receiver.to(tensor.device)
+    seeds = tensor.new_zeros(int(receiver.max()) + 1 if len(receiver) else 0, tensor.numel() // d, d)
+    seeds[receiver, place] = rows.to(seeds)
+    return seeds.reshape(len(seeds), *tensor.shape)
+
+
+def sum_by(receiver: Tensor, values: Float[Tensor, " row"]) -> Float[Tensor, " receiver"]:
+    """The sum of each receiver's values."""
+    receiver = receiver.to(values.device)
+    return values.new_zeros(int(receiver.max()) + 1 if len(receiver) else 0).index_add_(0, receiver, values)
 
 
 def written_by_nodes(

@@ -28,9 +28,12 @@ from ._prompt_graph import PromptRun
 
 Token = str | int
 Tokens = Token | list[str] | list[int] | tuple[Token, Token]
-TargetLike = Tokens | Mapping[int, Tokens] | Float[Tensor, " d"] | Callable[..., Tensor] | None
-"""A token; a list of tokens; a tuple of two tokens (their logit difference); any of these by the position that predicts
-it; a direction over the logits (`d_vocab`) or over what the unembedding reads (`d_model`); a metric."""
+TargetLike = (
+    Tokens | list[tuple[Token, Token]] | Mapping[int, Tokens] | Float[Tensor, " d"] | Callable[..., Tensor] | None
+)
+"""A token; a list of tokens (for several prompts, one each); a tuple of two tokens (their logit difference), or a list
+of such for several prompts; a token, list or tuple by the position that predicts it; a direction over the logits
+(`d_vocab`) or over what the unembedding reads (`d_model`); a metric."""
 
 
 @dataclass(frozen=True)
@@ -143,19 +146,21 @@ def find_targets(
         return [direction_target(model, target)]
     if callable(target):
         return [metric_target(target)]
-    return _token_targets(model, target, prompt, center=center, position=None)
+    return _token_targets(model, target, prompt, center=center, position=None)  # pyright: ignore[reportArgumentType]
 
 
 def _token_targets(
     model: TransformerLensModel, target: Tokens, prompt: str | None, *, center: bool, position: int | None
 ) -> list[Target]:
     if isinstance(target, tuple):
-        first, second = (_token_id(model, token, prompt) for token in target)
+        first, second = (token_id(model, token, prompt) for token in target)
         if first == second:
             raise SettingsError(f"expected two different tokens in target={target!r}; both are token {first}.")
         return [difference_target(first, second, position)]
     tokens = list(target) if isinstance(target, list) else [target]
-    ids = list(dict.fromkeys(_token_id(model, token, prompt) for token in tokens))
+    if any(isinstance(token, tuple) for token in tokens):
+        raise SettingsError(f"expected tokens, or one tuple of two; got target={target!r} for one prompt.")
+    ids = list(dict.fromkeys(token_id(model, token, prompt) for token in tokens))
     if not ids:
         raise SettingsError("expected at least one token in target; got an empty list.")
     return [token_target(token, position, center=center) for token in ids]
@@ -195,7 +200,7 @@ def _prompts_up_to(model: Any, tokens: Int[Tensor, " pos"], prompt: str) -> list
     return [text if prompt.startswith(text) else None for text in texts]
 
 
-def _token_id(model: TransformerLensModel, token: Token, prompt: str | None) -> int:
+def token_id(model: TransformerLensModel, token: Token, prompt: str | None) -> int:
     d_vocab = int(getattr(model.cfg, "d_vocab_out", -1))
     d_vocab = d_vocab if d_vocab > 0 else int(model.cfg.d_vocab)
     if isinstance(token, int):

@@ -30,15 +30,35 @@ FORMATS = {".html": "html", ".json": "neuronpedia", ".csv": "csv"}
 
 def trace(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text whose next token is explained.")],
+    prompts: Annotated[
+        list[str],
+        typer.Argument(
+            help="The text whose next token is explained, or several; {city:Dallas} marks what differs in length.",
+            metavar="PROMPT...",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the circuit, its page and its JSON.")],
     target: Annotated[
-        str | None, typer.Option(help="A token as it follows the prompt; else the five likeliest.")
+        list[str] | None,
+        typer.Option(help="A token as it follows the prompt; repeat it for several prompts. Else the likeliest."),
     ] = None,
     nodes: Annotated[
         str,
         typer.Option(help="How many neurons, 'share(0.005)' of the target each, or 'mass(0.8)' of all |scores|."),
     ] = "share(0.005)",
+    explained: Annotated[
+        float | None,
+        typer.Option(help="Instead of --nodes: as many as give this share of the target when run alone, such as 0.5."),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="For --explained: texts, one per line, whose means other neurons have."),
+    ] = None,
+    positions: Annotated[str, typer.Option(help="keep, or sum: one node per neuron, prompts of any length.")] = "keep",
+    selection: Annotated[str, typer.Option(help="Of several prompts: by their mean score, or the union.")] = "mean",
+    profiles: Annotated[
+        bool, typer.Option("--profiles", help="Also what each token brings to each neuron; see by_prompt.csv.")
+    ] = False,
     chat: Chat = False,
     answer_start: AnswerStart = "",
     skip_special: SkipSpecial = False,
@@ -47,23 +67,53 @@ def trace(
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Trace a prompt to a circuit; write it, an interactive page and Neuronpedia's attribution graph."""
+    """Trace one prompt, or several, to a circuit; write it, an interactive page and Neuronpedia's attribution graph."""
+    from pandas import DataFrame
+
+    from .._files import write_text
     from ..circuits._choose import parse_choice
+    from ..circuits._explained import ByExplained
     from ..circuits._trace import trace as run
     from ..explain._node_details import node_details
 
-    choice = parse_choice(nodes)
+    if explained is not None and nodes != "share(0.005)":
+        raise SettingsError(f"expected either --nodes or --explained; got --nodes {nodes} and --explained {explained}.")
+    if (reference is None) != (explained is None):
+        raise SettingsError(
+            "expected --explained and --reference together: circuits are run with every other neuron at its mean over "
+            "the reference texts, one per line."
+        )
+    for name, value, known in (("positions", positions, ("keep", "sum")), ("selection", selection, ("mean", "union"))):
+        if value not in known:
+            raise SettingsError(f"expected --{name} {' or '.join(known)}; got {value!r}.")
+    choice = parse_choice(nodes) if explained is None else ByExplained(explained)
+    texts = None if reference is None else read_inputs(None, reference)
     loaded = load_model(model, backend, device, dtype)
-    prompt = in_chat(loaded, prompt, chat, answer_start)
-    circuit = run(loaded, prompt, target, nodes=choice, skip_special=skip_special)
-    files = [out / "circuit", out / "circuit.html", out / "neuronpedia.json"]
+    asked = [in_chat(loaded, prompt, chat, answer_start) for prompt in prompts]
+    targets: Any = target[0] if target and len(target) == 1 else target or None
+    circuit = run(
+        loaded, asked if len(asked) > 1 else asked[0], targets, nodes=choice, reference=texts,
+        positions=positions,  # pyright: ignore[reportArgumentType]
+        selection=selection,  # pyright: ignore[reportArgumentType]
+        profiles=profiles, skip_special=skip_special,
+    )  # fmt: skip
+    files = [out / "circuit", out / "circuit.html"]
     circuit.save(files[0])
     circuit.to_html(files[1], details=node_details(loaded, circuit))
-    circuit.to_neuronpedia(files[2])
-    best = circuit.to_dataframe().head(20)
+    if circuit.settings["tokens"]:  # Neuronpedia's format has one position per node
+        circuit.to_neuronpedia(out / "neuronpedia.json")
+        files.append(out / "neuronpedia.json")
+    if circuit.by_prompt is not None:
+        write_text(out / "by_prompt.csv", circuit.by_prompt.to_csv(index=False))
+        files.append(out / "by_prompt.csv")
+    best = circuit.to_dataframe().query("kind != 'logit'").head(20)
+    by_prompt = circuit.settings["prompts"] or []
     if as_json:
-        print_json({"circuit": repr(circuit), "notes": circuit.notes, "files": files, "nodes": best})
+        content = {"circuit": repr(circuit), "notes": circuit.notes, "files": files, "prompts": by_prompt}
+        print_json(content | {"spans": circuit.spans(), "explained": circuit.settings["explained"], "nodes": best})
         return
+    if by_prompt:
+        show(DataFrame(by_prompt), "what the model says on each prompt")
     show(best[["node", "kind", "token", "activation", "score", "share"]], repr(circuit))
     show_written(files)
 

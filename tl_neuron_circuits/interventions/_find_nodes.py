@@ -159,6 +159,11 @@ def _from_circuit(model: TransformerLensModel, circuit: HasNodes, features: _Fea
 
 def _from_table(nodes: pd.DataFrame, features: _Features) -> pd.DataFrame:
     """Rows of a circuit's table that have units."""
+    if nodes.attrs.get("positions") == "spans":
+        raise SettingsError(
+            "expected nodes at positions; this circuit aligns prompts of different lengths, and has places instead. "
+            "Give circuit.on_prompt(0), its nodes where they stand in that prompt."
+        )
     rows = [
         (features.site(f"L{layer}/F{unit}", layer=layer) if kind == "feature" else None, layer, unit, position)
         for kind, layer, unit, position in nodes[["kind", "layer", "unit", "position"]].itertuples(index=False)

@@ -198,7 +198,7 @@ class LassoCircuit(Circuit):
         tensors, notes = read_directory(path, "lasso_circuit", SCHEMA, _Notes, surrogates=True)
         formed(notes.circuit.settings, _Settings, path)
         plain = {name: tensor for name, tensor in tensors.items() if not name.startswith("extra/")}
-        nodes, edges, _ = _circuit_file.from_file(plain, notes.circuit, path)
+        nodes, edges, *_ = _circuit_file.from_file(plain, notes.circuit, path)
         shapes = {f"extra/nodes/{name}": (len(nodes),) for name in NODE_EXTRA}
         shapes |= {f"extra/edges/{name}": (len(edges),) for name in EDGE_EXTRA}
         rows = {tensors[name].numel() for name in tensors if name.startswith("extra/path/")}

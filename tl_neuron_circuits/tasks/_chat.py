@@ -6,21 +6,25 @@
     The capital is                              the next token is asked for
 
 What comes back is text, or pairs of it, which everything that takes prompts takes. It begins with BOS where the
-template writes one, and then gets no second one.
+template writes one, and then gets no second one. It knows where its turns stand: `trace` names them.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, overload
 
+from torch import Tensor
+
 from .._errors import SettingsError
 from .._typing import checked
 from ._pairs import PromptPairs
+from ._spans import TextSpan
 from ._text_tokens import ChatPrompt, ModelOrTokenizer
 from ._tokenize import encoder, made_for
 from ._tokenized import TokenizedPairs
 
 _PLACE = "{prompt}"
+_SIGN = "\u2063turn\u2063"  # stands where a turn's content goes
 
 
 @overload
@@ -101,13 +105,19 @@ def apply_chat_template(
 
 def special_positions(model: Any, tokens: TokenizedPairs) -> list[int]:
     """Positions at which a prompt has a special token (BOS, the marks of a chat's turns), in ascending order."""
+    return sorted({place for row in special_by_prompt(model, tokens) for place in row})
+
+
+def special_by_prompt(model: Any, tokens: TokenizedPairs) -> list[list[int]]:
+    """The same for each pair: where its prompt, or its corrupt prompt, has a special token."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise SettingsError("skip_special asks the tokenizer for its special tokens, and this model has none.")
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
-    prompts = [*tokens.clean, *(tokens.corrupt or ())]
-    return sorted({place for row in prompts for place, token in enumerate(row.tolist()) if token in special})
+    columns = [tokens.clean] if tokens.corrupt is None else [tokens.clean, tokens.corrupt]
+    rows = zip(*(map(Tensor.tolist, column) for column in columns), strict=True)
+    return [sorted({at for row in pair for at, token in enumerate(row) if token in special}) for pair in rows]
 
 
 def _chat_pairs(model: Any, tokenizer: Any, pairs: PromptPairs, how: tuple[str, str, str | None]) -> PromptPairs:
@@ -135,4 +145,27 @@ def _render(tokenizer: Any, prompt: str, message: str, answer_start: str, system
             f"the chat template of {type(tokenizer).__name__} refused the messages {turns!r}: {error}. Some templates "
             "take no system message."
         ) from error
-    return ChatPrompt(f"{text}{answer_start.replace(_PLACE, prompt)}")
+    answer = answer_start.replace(_PLACE, prompt)
+    spans = _turns(tokenizer, turns, text)
+    if answer.strip():
+        spans.append(TextSpan("assistant", len(text), len(text) + len(answer)))
+    chat = ChatPrompt(f"{text}{answer}")
+    chat.spans = tuple(spans)
+    return chat
+
+
+def _turns(tokenizer: Any, turns: list[dict[str, str]], text: str) -> list[TextSpan]:
+    """Where the turns' contents stand in the rendered text; none that the template rewrites."""
+    spans = []
+    for number, turn in enumerate(turns):
+        others = [{**one, "content": _SIGN} if place == number else one for place, one in enumerate(turns)]
+        try:
+            whole = tokenizer.apply_chat_template(others, tokenize=False, add_generation_prompt=True)
+        except Exception:  # noqa: BLE001  a template is a program of its own, and may want other contents
+            continue
+        before, found, _ = whole.partition(_SIGN)
+        content = turn["content"].strip()
+        start = len(before) + len(text[len(before) :]) - len(text[len(before) :].lstrip())
+        if found and content and text.startswith(before) and text.startswith(content, start):
+            spans.append(TextSpan(turn["role"], start, start + len(content)))
+    return spans

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..models._protocol import TransformerLensModel
+from ._spans import MarkedText
 
 _SAMPLE = "The 12 boys' mother-in-law (aged 1984) isn't here.\n\tÉcole, naïve: x_1 == 0.5; Dallas, New York…"
 _told: "weakref.WeakSet[Any]" = weakref.WeakSet()  # Python's own "once" forgets whenever filters change
@@ -34,12 +35,14 @@ class Tokenizer(Protocol):
 ModelOrTokenizer = TransformerLensModel | Tokenizer
 
 
-class ChatPrompt(str):
-    """Text that a chat template rendered: that it begins with BOS is no surprise."""
+class ChatPrompt(MarkedText):
+    """Text that a chat template rendered: that it begins with BOS is no surprise. Its spans are the turns."""
 
     def __add__(self, other: str) -> "ChatPrompt":
         """Go on with other text."""
-        return ChatPrompt(super().__add__(other))
+        longer = ChatPrompt(super().__add__(other))
+        longer.spans = self.spans
+        return longer
 
 
 def text_tokens(model: Any, text: str, prepend_bos: bool | None = None, **options: Any) -> Int[Tensor, "1 pos"]:
