@@ -22,6 +22,8 @@ class CircuitNotes(msgspec.Struct, forbid_unknown_fields=True):
 
     settings: dict[str, Any]
     texts: dict[str, list[str]]
+    details: dict[str, dict[str, Any]] = {}
+    """What `Circuit.describe` found; older files have none."""
 
 
 class _SiteSettings(msgspec.Struct):
@@ -48,7 +50,8 @@ class CircuitSettings(msgspec.Struct):
 
 
 def to_file(
-    nodes: pd.DataFrame, edges: pd.DataFrame, settings: Mapping[str, Any], head_parts: pd.DataFrame | None = None
+    nodes: pd.DataFrame, edges: pd.DataFrame, settings: Mapping[str, Any], head_parts: pd.DataFrame | None = None,
+    details: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Columns of numbers as tensors, sources and targets as rows of the nodes; columns of texts as notes."""
     numbers = {
@@ -66,7 +69,7 @@ def to_file(
         columns["kind"] = head_parts["kind"].map(HEAD_KINDS.index).astype("int64")
         numbers |= {f"heads/{name}": torch.from_numpy(np.array(values)) for name, values in columns.items()}
     texts = {name: nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
-    return numbers, {"settings": dict(settings), "texts": texts}
+    return numbers, {"settings": dict(settings), "texts": texts} | ({"details": dict(details)} if details else {})
 
 
 def from_file(
