@@ -1,12 +1,13 @@
 """Do labels of neurons hold on texts that were not used to find them? `python -m tests.evidence.descriptions`.
 
 SmolLM2 reads English prose out of the documentation of installed Python packages, of which half, by package, is held
-out. Two sets of neurons are described in one pass: 100 random live ones, and those of a circuit of 300 nodes. Beside
+out. Two sets of neurons are described in one pass: 100 random ones, and those of a circuit of 300 nodes. Beside
 the labels' precision, recall and base rate stand those of two controls: every neuron scored with the label of another
 one, and labels of neurons whose activations were shuffled over the positions. Time is CPU time of this process, against
 that of bare forward passes over every fourth batch, measured in between.
 
-Writes `docs/evidence/descriptions.json` and the tables of `docs/how-to/descriptions.md`; `--tables` the tables alone.
+Writes `docs/evidence/descriptions.json` and the tables of `docs/how-to/descriptions.md`; with `--tables` the tables
+alone, from the JSON that is there.
 """
 
 import ast
@@ -33,7 +34,13 @@ from tests.real_models import boot_folder
 from tl_neuron_circuits.bases._runs import values_at
 from tl_neuron_circuits.explain import _describe
 from tl_neuron_circuits.explain._activation_sample import SIGNS
-from tl_neuron_circuits.explain._token_labels import Condition, Vocabulary, choose_labels, score_label
+from tl_neuron_circuits.explain._token_labels import (
+    LEAST_F1,
+    Condition,
+    Vocabulary,
+    choose_labels,
+    score_label,
+)
 from tl_neuron_circuits.interventions._steering_prompts import token_names
 
 ROOT = Path(__file__).parents[2]
@@ -144,15 +151,14 @@ def measure() -> dict[str, Any]:
     every = seconds["bare"] * seconds["tokens"] / seconds["bare_tokens"]
     table = found.to_dataframe()
     samples = kept["samples"]
-    np.savez_compressed("/tmp/desc/samples.npz", **{f"{i}_{k}": v for i, s in enumerate(samples) for k, v in zip(("tokens", "values"), s.sampled())}, nodes=np.array(nodes))
     return {
         "model": smollm2.LABEL, "about": about, "prompt": PROMPT, "versions": tnc_versions(),
         "positions": [found.settings["positions"], found.settings["held_out_positions"]],
-        "nodes": {"random": len(random_names), "circuit": len(circuit), "neurons of the circuit": len(of_circuit)},
+        "nodes": {"random": len(random_names), "circuit": len(circuit), "neurons of the circuit": len(of_circuit), "all": len(nodes)},
         "seconds": {**seconds, "bare, all": every}, "ratio": seconds["describe"] / every,
         "random": groups(model, samples, nodes, random_names, generator),
         "circuit": groups(model, samples, nodes, of_circuit, generator),
-        "examples": examples(table, random_names) , "layers": by_layer(table, random_names),
+        "examples": examples(table, random_names), "layers": by_layer(table, random_names),
     }  # fmt: skip
 
 
@@ -167,19 +173,21 @@ class timed:
 
     def __enter__(self) -> dict[str, float]:
         self.seconds = {"bare": 0.0, "bare_tokens": 0.0, "tokens": 0.0}
-        run, count = _describe._run, [0]
+        run = _describe._run
 
-        def both(model: Any, frame: pd.DataFrame, batch: Any, samples: Any) -> None:
-            n = len(batch) * max(len(piece) for _, _, piece in batch)
-            self.seconds["tokens"] += n
-            if count[0] % 4 == 0:
-                rows = np.stack([np.pad(p, (0, n // len(batch) - len(p)), mode="edge") for _, _, p in batch])
-                started = time.process_time()
-                values_at(model, torch.from_numpy(rows), list(frame["hook"].unique())[-1:], kept=lambda v: v[..., :0])
-                self.seconds["bare"] += time.process_time() - started
-                self.seconds["bare_tokens"] += n
-            count[0] += 1
-            run(model, frame, batch, samples)
+        def both(model: Any, frame: pd.DataFrame, pieces: Any, batch_size: int, samples: Any) -> None:
+            last = list(frame["hook"].unique())
+            last = [max(last, key=lambda name: int(name.split(".")[1]))]
+            for number, batch in enumerate(_describe._batches(pieces, batch_size)):
+                length = max(len(piece) for _, _, piece in batch)
+                self.seconds["tokens"] += len(batch) * length
+                if number % 4 == 0:
+                    rows = np.stack([np.pad(p, (0, length - len(p)), mode="edge") for _, _, p in batch])
+                    started = time.process_time()
+                    values_at(model, torch.from_numpy(rows), last, kept=lambda v: v[..., :0])
+                    self.seconds["bare"] += time.process_time() - started
+                    self.seconds["bare_tokens"] += rows.size
+            run(model, frame, pieces, batch_size, samples)
 
         self.patch = mock.patch.object(_describe, "_run", both)
         self.patch.start()
@@ -220,12 +228,16 @@ def groups(model: Any, samples: Any, nodes: list[str], names: list[str], generat
     words = vocabulary.words_at(other_tokens)
     shuffled = np.stack([generator.permutation(column) for column in own.T], 1)
     other_shuffled = np.stack([generator.permutation(column) for column in other.T], 1)
-    labels: dict[str, list[tuple[Condition, np.ndarray]]] = {"labels": [], "shuffled activations": []}
+    cases = {
+        "labels": (own, other, LEAST_F1), "shuffled activations": (shuffled, other_shuffled, LEAST_F1),
+        "shuffled activations, best condition however weak": (shuffled, other_shuffled, 0.0),
+    }  # fmt: skip
+    labels: dict[str, list[tuple[Condition, np.ndarray]]] = {key: [] for key in cases}
     for sign in SIGNS:
-        for key, here, there in (("labels", own, other), ("shuffled activations", shuffled, other_shuffled)):
+        for key, (here, there, least) in cases.items():
             threshold = np.maximum(np.quantile(sign * here, _describe.ACTIVE_ABOVE, axis=0), 0.0)
             active = sign * here > threshold
-            chosen = choose_labels(active, tokens, vocabulary)
+            chosen = choose_labels(active, tokens, vocabulary, least_f1=least)
             alive = live & active.any(0)
             labels[key] += [(one, (sign * there > threshold)[:, i]) for i, one in enumerate(chosen) if alive[i]]
     has = [(condition, active) for condition, active in labels["labels"] if condition.kind]
@@ -275,7 +287,74 @@ def by_layer(table: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+# --- The page ---
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The page's tables, from the JSON."""
+    about, random, nodes = found["about"], found["random"], found["nodes"]
+    lines = [
+        f"{found['model']}, on {sum(found['positions']):,} counted positions of {sum(about['paragraphs']):,} paragraphs: "
+        f"{about['texts']}. The packages of one half are not those of the other.",
+        "",
+        f"| {nodes['random']} random neurons ({random['live']} live), {random['signs']} signs | with a label | precision | recall | base rate | precision above 5 x base rate |",
+        "|---|---|---|---|---|---|",
+        *(table_row(key, random[key]) for key in random if isinstance(random[key], dict)),
+        "",
+        f"| {nodes['neurons of the circuit']} neurons of a circuit of {nodes['circuit']} nodes, {found['circuit']['signs']} signs | with a label | precision | recall | base rate | precision above 5 x base rate |",
+        "|---|---|---|---|---|---|",
+        *(table_row(key, found["circuit"][key]) for key in found["circuit"] if isinstance(found["circuit"][key], dict)),
+        "",
+        "| random neurons of layers | signs | with a label | precision | recall |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['layers']} | {row['signs']} | {row['labelled']} | {number(row['precision'])} | {number(row['recall'])} |"
+            for row in found["layers"]
+        ),
+        "",
+        "The first twelve of the random neurons, not chosen:",
+        "",
+        "| neuron | label | precision | recall | base rate |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['node']}{'+' if row['sign'] > 0 else '-'} | {cell(row['label'])} | {number(row['precision'])} | "
+            f"{number(row['recall'])} | {number(row['base_rate'], 3)} |"
+            for row in found["examples"]
+        ),
+        "",
+        f"Time: {found['seconds']['describe']:.0f} s of CPU time on one thread for all {nodes['all']} neurons, "
+        f"{found['ratio']:.2f} times that of bare forward passes over the same batches up to the last layer that is read "
+        f"({found['seconds']['bare, all']:.0f} s; every fourth batch was timed).",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def table_row(key: str, group: dict[str, Any]) -> str:
+    share = group["above 5 x base rate"]
+    return (
+        f"| {key} | {group['labelled']} | {number(group['precision'])} | {number(group['recall'])} | "
+        f"{number(group['base_rate'], 3)} | {'' if share is None else f'{share:.0%}'} |"
+    )
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def cell(label: str) -> str:
+    return f"`{label}`".replace("|", "\\|") if label else "none"
+
+
+def write_tables() -> None:
+    found = json.loads(JSON.read_text(encoding="utf-8"))
+    text = PAGE.read_text(encoding="utf-8")
+    start, end = "<!-- tables: tests.evidence.descriptions -->\n", "<!-- end of tables -->"
+    before, _, rest = text.partition(start)
+    PAGE.write_text(f"{before}{start}\n{tables(found)}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 if __name__ == "__main__":
     if "--tables" not in sys.argv:
         JSON.parent.mkdir(parents=True, exist_ok=True)
         JSON.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    write_tables()

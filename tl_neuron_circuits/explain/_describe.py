@@ -12,6 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from tqdm.auto import tqdm
 from .._errors import FileFormatError, PairsError, SettingsError, UnsupportedModelError
 from .._files import fingerprint, read_directory, require_shapes, write_directory
 from .._typing import checked
-from ..bases._runs import values_at
+from ..bases._runs import Values, require_fired, run_logits
 from ..interventions._direct_logit_effects import direct_logit_effects
 from ..interventions._find_nodes import Dictionaries, Nodes, basis_of, find_nodes, reads_of_nodes, values_by_key
 from ..interventions._steering_prompts import device_of, text_pieces, token_names
 from ..models._protocol import TransformerLensModel, model_name
-from ..models._threads import holding
+from ..models._threads import holding, hooked
 from ..tasks._text_tokens import text_tokens
 from ._activation_sample import BEFORE, MISSING, SIGNS, ActivationSample
 from ._descriptions import QUANTILES, SIGN_TEXT, Descriptions
@@ -135,8 +136,7 @@ def describe(
     if saved is not None:
         stream.skip, stream.skipped = saved.load(samples)
     for pieces in _blocks(model, stream, context, prepend_bos, 8 * batch_size, verbose):
-        for batch in _batches(pieces, batch_size):
-            _run(model, frame, batch, samples)
+        _run(model, frame, pieces, batch_size, samples)
         if saved is not None:
             saved.save(samples, stream)
     if saved is not None:
@@ -249,48 +249,82 @@ def _batches(pieces: Sequence[_Piece], batch_size: int) -> Iterator[Sequence[_Pi
 
 
 def _run(
-    model: TransformerLensModel, frame: pd.DataFrame, batch: Sequence[_Piece], samples: Sequence[ActivationSample]
-) -> None:
-    """Run a batch, padded on the right, where causal attention never looks, and hand out its activations."""
-    lengths = np.array([len(piece) for _, _, piece in batch])
-    tokens = np.stack([np.pad(piece, (0, lengths.max() - len(piece)), mode="edge") for _, _, piece in batch])
-    values = _activations(model, frame, torch.from_numpy(tokens).to(device_of(model)))
-    sides, places = (np.array([piece[column] for piece in batch]) for column in (0, 1))
-    for side, one in enumerate(samples):
-        rows = np.flatnonzero(sides == side)
-        if len(rows):
-            longest = lengths[rows].max()
-            one.add(tokens[rows, :longest], lengths[rows], places[rows], values[rows, :longest])
+    model: TransformerLensModel, frame: pd.DataFrame, pieces: Sequence[_Piece], batch_size: int,
+    samples: Sequence[ActivationSample],
+) -> None:  # fmt: skip
+    """Run a block, padded on the right, where causal attention never looks, and hand out its activations.
+
+    Hooks are put on once for the block: on a TransformerBridge that takes a third as long as a pass.
+    """
+    store: Values = {}
+    with torch.no_grad(), hooked(model, _reading(model, frame, store)):
+        for batch in _batches(pieces, batch_size):
+            lengths = np.array([len(piece) for _, _, piece in batch])
+            tokens = np.stack([np.pad(piece, (0, lengths.max() - len(piece)), mode="edge") for _, _, piece in batch])
+            store.clear()
+            with suppress(_AllRead):
+                run_logits(model, torch.from_numpy(tokens).to(device_of(model)))
+            values = _activations(require_fired(store, reads_of_nodes(frame), model), frame, tokens.shape)
+            sides, places = (np.array([piece[column] for piece in batch]) for column in (0, 1))
+            for side, one in enumerate(samples):
+                rows = np.flatnonzero(sides == side)
+                if len(rows):
+                    longest = lengths[rows].max()
+                    one.add(tokens[rows, :longest], lengths[rows], places[rows], values[rows, :longest])
 
 
-def _activations(model: TransformerLensModel, frame: pd.DataFrame, tokens: Int[Tensor, "batch pos"]) -> np.ndarray:
-    """The nodes' activations `[batch, pos, node]`; of a hook point's units only those that are asked for are kept."""
-    out = np.empty((*tokens.shape, len(frame)), dtype=np.float32)
+class _AllRead(Exception):
+    """Every hook point was read: ends the forward pass, before the unembedding."""
 
-    def keep(columns: np.ndarray, units: np.ndarray, name: str) -> Callable[..., Tensor]:
+
+def _reading(model: TransformerLensModel, frame: pd.DataFrame, store: Values) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that keep what is read: of a hook point's own units only those that are asked for."""
+    whole = {name for site in frame["site"] if site is not None for name in site.reads}
+    units = {str(name): _units(rows) for name, rows in frame[frame["site"].isna()].groupby("hook", sort=False)}
+    names = reads_of_nodes(frame)
+    # Where accelerate moves weights in and out (offloading), only the end of the pass puts them back.
+    modules = torch.nn.Module.modules(model)  # pyright: ignore[reportArgumentType]
+    to_the_end = any(hasattr(module, "_hf_hook") for module in modules)
+
+    def keep(name: str) -> Callable[..., Tensor]:
         def hook(value: Tensor, hook: Any) -> Tensor:
-            flat = value.flatten(2)
-            if int(units.max()) >= flat.shape[2]:
-                raise SettingsError(f"expected units below {flat.shape[2]} at {name}; got {int(units.max())}.")
-            out[..., columns] = flat[..., torch.from_numpy(units).to(flat.device)].float().cpu().numpy()
+            if name in units and int(units[name].max()) >= value.flatten(2).shape[2]:
+                raise SettingsError(
+                    f"expected units below {value.flatten(2).shape[2]} at {name}; got {int(units[name].max())}."
+                )
+            if name in whole:
+                store[name] = value
+            else:
+                store[name] = value.flatten(2)[..., units[name].to(value.device)].float().cpu()
+            if len(store) == len(names) and not to_the_end:
+                raise _AllRead
             return value
 
         return hook
 
+    return [(name, keep(name)) for name in names]
+
+
+def _activations(values: Values, frame: pd.DataFrame, shape: tuple[int, ...]) -> np.ndarray:
+    """The nodes' activations `[batch, pos, node]` from what the hooks kept."""
+    out = np.empty((*shape, len(frame)), dtype=np.float32)
     plain, features = frame[frame["site"].isna()], frame[frame["site"].notna()]
-    hooks = [
-        (str(name), keep(rows.index.to_numpy(), rows["unit"].to_numpy(dtype=np.int64, copy=True), str(name)))
-        for name, rows in plain.groupby("hook", sort=False)
-    ]
-    names = reads_of_nodes(frame)
-    values = values_at(model, tokens, names, hooks=hooks, kept=None if len(features) else lambda value: value[..., :0])
+    whole = {name for site in features["site"] for name in site.reads}
+    for name, rows in plain.groupby("hook", sort=False):
+        read = values[str(name)]
+        read = read.flatten(2)[..., _units(rows).to(read.device)].float().cpu() if name in whole else read
+        out[..., rows.index.to_numpy()] = read.numpy()
     for key, read in values_by_key(values, features).items() if len(features) else ():
         rows = features[features["key"] == key]
-        units = rows["unit"].to_numpy(dtype=np.int64, copy=True)
-        if units.max() >= read.shape[2]:
-            raise SettingsError(f"expected features below {read.shape[2]} for {key}; got {units.max()}.")
-        out[..., rows.index.to_numpy()] = read[..., torch.from_numpy(units).to(read.device)].float().cpu().numpy()
+        units = _units(rows)
+        if int(units.max()) >= read.shape[2]:
+            raise SettingsError(f"expected features below {read.shape[2]} for {key}; got {int(units.max())}.")
+        out[..., rows.index.to_numpy()] = read[..., units.to(read.device)].float().cpu().numpy()
     return out
+
+
+def _units(rows: pd.DataFrame) -> Int[Tensor, " node"]:
+    return torch.from_numpy(rows["unit"].to_numpy(dtype=np.int64, copy=True))
 
 
 # --- From samples to descriptions ---

@@ -124,9 +124,11 @@ def _quoted(word: str) -> str:
     return '"' + word.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") + '"'
 
 
-def choose_labels(active: np.ndarray, tokens: np.ndarray, vocabulary: Vocabulary) -> list[Condition]:
+def choose_labels(
+    active: np.ndarray, tokens: np.ndarray, vocabulary: Vocabulary, *, least_f1: float = LEAST_F1
+) -> list[Condition]:
     """The best condition of every column of `active` `[position, node]`; `tokens` are `[position, (own, before)]`."""
-    best = np.full(active.shape[1], LEAST_F1)
+    best = np.full(active.shape[1], np.nextafter(least_f1, 0))
     chosen = [Condition() for _ in best]
     n_active = active.sum(0)
     words = vocabulary.words_at(tokens)
