@@ -50,9 +50,10 @@ def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
         common = frozenset.intersection(*(circuit.members for circuit in circuits))
         kept = (nodes["node"].isin(common) | (nodes["kind"] == "error")).to_numpy()
         nodes, edges = restrict(nodes, edges, kept, np.ones(len(edges), bool), target_value)
-    return replace(
-        circuits[0], nodes=nodes, edges=edges, settings=_settings(circuits, target_value), head_parts=None, traced=None
-    )
+    details = {name: told for circuit in reversed(circuits) for name, told in circuit.details.items()}
+    settings = _settings(circuits, target_value)
+    first = replace(circuits[0], nodes=nodes, edges=edges, settings=settings, head_parts=None, traced=None)
+    return replace(first, details=details)
 
 
 def without(circuit: Circuit, other: Circuit) -> Circuit:

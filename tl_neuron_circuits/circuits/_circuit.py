@@ -34,7 +34,6 @@ from ._targets import TargetLike
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from ..explain._descriptions import Descriptions
     from ._edge_heads import Traced
 
 
@@ -261,7 +260,7 @@ class Circuit:
         self,
         texts: Iterable[str | Tensor] | None = None,
         *,
-        labels: "Descriptions | str | Path | None" = None,
+        labels: Any = None,
         groups: int | None = None,
         model: TransformerLensModel | None = None,
         **options: Any,
@@ -273,7 +272,7 @@ class Circuit:
 
         Args:
             texts: strings or rows of tokens, from anything that can be iterated, as for `tnc.describe`.
-            labels: what is known instead: the result of `tnc.describe`, or a file that `Descriptions.from_file` reads.
+            labels: what is known instead: the result of `tnc.describe`, or a path that `Descriptions.from_file` reads.
                 Without texts and labels the page gets logit effects alone.
             groups: how many groups of neurons to make, by what drives them, what they drive, and their labels; groups
                 are named by what their members share. Needs scikit-learn.

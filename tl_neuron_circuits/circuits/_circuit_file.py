@@ -26,6 +26,12 @@ class CircuitNotes(msgspec.Struct, forbid_unknown_fields=True):
     """What `Circuit.describe` found; older files have none."""
 
 
+class _Example(msgspec.Struct):
+    tokens: list[str]
+    values: list[float]
+    note: str = ""
+
+
 class _SiteSettings(msgspec.Struct):
     layer: Count
     letter: str
@@ -81,6 +87,9 @@ def from_file(
         FileFormatError: columns are missing or of different lengths, or an edge leads to no node.
     """
     formed(notes.settings, CircuitSettings, path)
+    for told in notes.details.values():
+        formed(told.get("direct_logit_effects", []), list[tuple[str, float]], path)
+        formed(told.get("examples", []), list[str | _Example], path)
     texts = [name for name, kind in NODE_COLUMNS.items() if kind == "str"]
     n, m = len(notes.texts.get("node", ())), tensors["edges/weight"].numel() if "edges/weight" in tensors else 0
     if set(notes.texts) != set(texts) or {len(column) for column in notes.texts.values()} != {n}:

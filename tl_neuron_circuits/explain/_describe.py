@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -450,9 +450,9 @@ def _simulation(
 class _Notes(msgspec.Struct, forbid_unknown_fields=True):
     settings: dict[str, Any]
     nodes: list[str]
-    texts: int
-    digest: str
-    positions: list[int]
+    texts: Annotated[int, msgspec.Meta(ge=0)]
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    positions: tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=0)]]
 
 
 class _Cache:

@@ -82,7 +82,7 @@ class Descriptions:
 
     def label_line(self, name: str) -> str:
         """The label of "L3/N5+" with its scores, or that there is none, as one line."""
-        rows = self.table[[f"{n}{SIGN_TEXT[s]}" == name for n, s in zip(self.table["node"], self.table["sign"], strict=True)]]
+        rows = self.table[[own == name for own in self._names()]]
         if rows.empty:
             return ""
         row = rows.iloc[0]
@@ -171,6 +171,8 @@ class Descriptions:
         """
         path = Path(path)
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("not a regular file")  # a pipe would never end
             text = gzip.decompress(path.read_bytes()).decode("utf-8-sig") if path.suffix == ".gz" else read_text(path)
             if text.lstrip()[:1] not in ("[", "{"):
                 return cls(_table(pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).to_dict("records")))
@@ -182,7 +184,7 @@ class Descriptions:
                 return _from_ours(content)
             rows = content.get("explanations", [content]) if isinstance(content, dict) else content
             return cls(_table(rows))
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise FileFormatError(
                 f"expected labels at {path}: CSV or JSON with layer, unit and label (and sign), or Neuronpedia's "
                 f"explanations with layer, index and description; {short(error)}."
@@ -207,10 +209,14 @@ class Descriptions:
         return f"Descriptions({len(self)} nodes, {said} of {len(self.table)} signs with a label{texts})"
 
     def _repr_html_(self) -> str:
-        shown = [c for c in ("node", "sign", "label", "description", "precision", "recall", "base_rate") if c in self.table]
-        names = [f"{n}{SIGN_TEXT[s]}" for n, s in zip(self.table["node"], self.table["sign"], strict=True)]
-        examples = [self.html(name) for name in names[:10] if self.examples.get(name)]
-        return _html.block(repr(self), _html.table(self.table[shown], bars=[c for c in ("precision",) if c in shown]), *examples)
+        columns = ("node", "sign", "label", "description", "precision", "recall", "base_rate")
+        shown = [column for column in columns if column in self.table]
+        bars = ["precision"] if "precision" in shown else []
+        examples = [self.html(name) for name in self._names()[:10] if self.examples.get(name)]
+        return _html.block(repr(self), _html.table(self.table[shown], bars=bars), *examples)
+
+    def _names(self) -> list[str]:
+        return [f"{node}{SIGN_TEXT[sign]}" for node, sign in zip(self.table["node"], self.table["sign"], strict=True)]
 
 
 def _said(row: Mapping[Any, Any]) -> str:
@@ -274,7 +280,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         letter = "F" if "-" in layer.lstrip("-") else "N"  # a dictionary's name follows the layer
         node = str(row.get("node") or f"L{number[0]}/{letter}{unit}")
         numbers = {key: _number(row[key]) for key in _NUMBERS if key in row}
-        made.append({"node": node, "layer": int(number[0]), "unit": int(unit), "sign": _SIGN_OF[sign], "label": "", **one, **numbers})
+        place = {"node": node, "layer": int(number[0]), "unit": int(unit), "sign": _SIGN_OF[sign], "label": ""}
+        made.append(place | one | numbers)
     if not made:
         raise ValueError("there are no rows")
     frame = pd.DataFrame(made)
