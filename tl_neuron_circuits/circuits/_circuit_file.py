@@ -32,6 +32,13 @@ class _Example(msgspec.Struct):
     note: str = ""
 
 
+class _Details(msgspec.Struct):
+    """Of one node; any other key is a heading with its text."""
+
+    direct_logit_effects: list[tuple[str, float]] = []
+    examples: list[str | _Example] = []
+
+
 class _SiteSettings(msgspec.Struct):
     layer: Count
     letter: str
@@ -56,7 +63,10 @@ class CircuitSettings(msgspec.Struct):
 
 
 def to_file(
-    nodes: pd.DataFrame, edges: pd.DataFrame, settings: Mapping[str, Any], head_parts: pd.DataFrame | None = None,
+    nodes: pd.DataFrame,
+    edges: pd.DataFrame,
+    settings: Mapping[str, Any],
+    head_parts: pd.DataFrame | None = None,
     details: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Columns of numbers as tensors, sources and targets as rows of the nodes; columns of texts as notes."""
@@ -88,8 +98,7 @@ def from_file(
     """
     formed(notes.settings, CircuitSettings, path)
     for told in notes.details.values():
-        formed(told.get("direct_logit_effects", []), list[tuple[str, float]], path)
-        formed(told.get("examples", []), list[str | _Example], path)
+        formed(told, _Details, path)
     texts = [name for name, kind in NODE_COLUMNS.items() if kind == "str"]
     n, m = len(notes.texts.get("node", ())), tensors["edges/weight"].numel() if "edges/weight" in tensors else 0
     if set(notes.texts) != set(texts) or {len(column) for column in notes.texts.values()} != {n}:

@@ -277,7 +277,9 @@ class _AllRead(Exception):
     """Every hook point was read: ends the forward pass, before the unembedding."""
 
 
-def _reading(model: TransformerLensModel, frame: pd.DataFrame, store: Values) -> list[tuple[str, Callable[..., Tensor]]]:
+def _reading(
+    model: TransformerLensModel, frame: pd.DataFrame, store: Values
+) -> list[tuple[str, Callable[..., Tensor]]]:
     """Hooks that keep what is read: of a hook point's own units only those that are asked for."""
     whole = {name for site in frame["site"] if site is not None for name in site.reads}
     units = {str(name): _units(rows) for name, rows in frame[frame["site"].isna()].groupby("hook", sort=False)}
@@ -377,9 +379,7 @@ def _layer(frame: pd.DataFrame, node: int) -> int:
     return int(site.layer) if site is not None else int(found[1]) if found else -1
 
 
-def _examples(
-    model: TransformerLensModel, sample: ActivationSample, side: int, node: int, k: int
-) -> Iterator[Example]:
+def _examples(model: TransformerLensModel, sample: ActivationSample, side: int, node: int, k: int) -> Iterator[Example]:
     """The strongest windows, each once."""
     seen: set[bytes] = set()
     for slot in range(sample.best_value.shape[2]):
