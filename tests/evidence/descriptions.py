@@ -320,7 +320,7 @@ def tables(found: dict[str, Any]) -> str:
     about, random, circuit, nodes, timing = (found[key] for key in ("about", "random", "circuit", "nodes", "timing"))
     columns = "with a label | precision | recall | base rate | precision above 5 x base rate |"
     lines = [
-        f"{found['model']}, on {sum(found['positions']):,} counted positions in {sum(about['paragraphs']):,} paragraphs: "
+        f"{found['model']}, on {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs: "
         f"{about['texts']}. The packages of one half are not those of the other.",
         "",
         f"| {nodes['random']} random neurons ({random['live']} live), {random['signs']} signs | {columns}",

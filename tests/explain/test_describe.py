@@ -365,13 +365,11 @@ def test_a_circuit_is_named_by_neuron_and_sign_and_its_page_tells_more(
     assert again.nodes["label"].tolist() == named.nodes["label"].tolist()
     bare = circuit.describe()
     assert {tuple(told) for told in bare.details.values()} == {("direct_logit_effects",)}
-    for wrong in (
-        {"texts": texts, "labels": found},
-        {"k": 3},
-        {"texts": texts, "model": tnc.load_demo_model("demo-swiglu")},
-    ):
+    other = tnc.load_demo_model("demo-swiglu")
+    wrong: list[dict[str, Any]] = [{"texts": texts, "labels": found}, {"k": 3}, {"texts": texts, "model": other}]
+    for arguments in wrong:
         with pytest.raises(SettingsError):
-            circuit.describe(**wrong)
+            circuit.describe(**arguments)
     with pytest.raises(SettingsError, match="give the model"):
         tnc.Circuit.load(tmp_path / "saved").describe(texts)
 

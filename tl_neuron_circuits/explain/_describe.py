@@ -93,9 +93,9 @@ def describe(
         context: tokens in one piece of text, at most; with BOS first where the model has it.
         sample: positions of each half that are kept, drawn uniformly; memory is 8 bytes times this, times nodes.
         batch_size: pieces in one pass.
-        cache: a folder for what was seen so far, in one folder per model. The same call continues there after it was
-            stopped, takes everything from there once it was finished, also for fewer nodes, and reads on where there are
-            more texts than before.
+        cache: a folder for what was read so far, in one folder per model. The same call continues there after it was
+            stopped, takes everything from there once it was finished, also for fewer nodes, and reads on where texts
+            were added.
         prepend_bos: None means the model's default.
         verbose: show progress.
 

@@ -255,7 +255,7 @@ def _from_ours(content: Mapping[str, Any]) -> Descriptions:
     return Descriptions(_table(ours.rows), examples, effects, ours.settings)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _table(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
     """A table from rows of a file, ours, Neuronpedia's or a user's.
 
     Raises:

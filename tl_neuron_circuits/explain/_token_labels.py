@@ -22,11 +22,11 @@ import numpy as np
 LEAST_F1, LEAST_SUPPORT = 0.1, 5
 KINDS = ("", "token", "class", "after")
 _WORDS = {
-    "article or determiner": "a an the this that these those each every some any no all both either neither such another",
+    "article or determiner": "a an the this that these those each every some any no all both either neither another",
     "pronoun": "i you he she it we they me him her us them my your his its our their mine yours hers ours theirs who "
     "whom whose which what myself yourself himself herself itself themselves",
-    "preposition": "of in to for with on at from by about as into through over after between under without within along "
-    "during before against among upon toward towards across behind beyond near since until above below",
+    "preposition": "of in to for with on at from by about as into through over after between under without within "
+    "along during before against among upon toward towards across behind beyond near since until above below",
     "conjunction": "and or but nor so yet if because although though while unless whereas when where than whether",
     "auxiliary verb": "is are was were be been being am do does did has have had having will would shall should can "
     "could may might must",
