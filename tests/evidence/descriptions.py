@@ -317,7 +317,8 @@ def by_layer(table: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
 
 def tables(found: dict[str, Any]) -> str:
     """The page's tables, from the JSON."""
-    about, random, circuit, nodes, timing = (found[key] for key in ("about", "random", "circuit", "nodes", "timing"))
+    about, random, circuit, nodes = (found[key] for key in ("about", "random", "circuit", "nodes"))
+    timing = found.get("timing")
     columns = "with a label | precision | recall | base rate | precision above 5 x base rate |"
     lines = [
         f"{found['model']}, on {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs: "
@@ -347,14 +348,18 @@ def tables(found: dict[str, Any]) -> str:
             f"{number(row['recall'])} | {number(row['base_rate'], 3)} |"
             for row in found["examples"]
         ),
-        "",
+    ]
+    return "\n".join([*lines, *([] if timing is None else ["", timing_line(timing)])])
+
+
+def timing_line(timing: dict[str, Any]) -> str:
+    return (
         f"Time for the circuit's {timing['neurons']} neurons on {timing['tokens']:,} tokens, in CPU seconds of one "
         f"thread: {timing['seconds']['describe']:.0f} in all, {timing['ratio']:.2f} times the bare forward passes "
         f"({timing['passes']:.0f} s, from every fourth batch). Reading the stream takes "
         f"{timing['ratio of the stream']:.2f} times the passes, and {timing['rest']:.0f} s do not grow with the texts, "
-        f"so that 100,000 tokens take {timing['ratio at 100,000 tokens']:.2f} times their passes (computed).",
-    ]
-    return "\n".join(lines)
+        f"so that 100,000 tokens take {timing['ratio at 100,000 tokens']:.2f} times their passes (computed)."
+    )
 
 
 def table_row(key: str, group: dict[str, Any]) -> str:
