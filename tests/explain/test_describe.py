@@ -338,12 +338,14 @@ def test_files_of_labels_come_back_and_others_are_read(model: Any, texts: list[s
 def test_a_circuit_is_named_by_neuron_and_sign_and_its_page_tells_more(
     model: Any, texts: list[str], tmp_path: Path
 ) -> None:
+    other, model = model, tnc.load_demo_model("demo-swiglu")  # whose neurons are of both signs
     circuit = tnc.trace(model, PROMPT, " Austin", nodes=12)
     members = sorted(circuit.members)
     circuit = circuit.label({members[0]: "mine"})
     named = circuit.describe(texts, k=2)
     found = tnc.describe(model, circuit, texts, k=2)
     rows = named.nodes.set_index("node")
+    assert set(rows.loc[members, "sign"]) == {1, -1}
     for node in members:
         sign = {1: "+", -1: "-"}[rows.loc[node, "sign"]]
         name = f"{node.partition('@')[0]}{sign}"
@@ -366,7 +368,6 @@ def test_a_circuit_is_named_by_neuron_and_sign_and_its_page_tells_more(
     assert again.nodes["label"].tolist() == named.nodes["label"].tolist()
     bare = circuit.describe()
     assert {tuple(told) for told in bare.details.values()} == {("direct_logit_effects",)}
-    other = tnc.load_demo_model("demo-swiglu")
     wrong: list[dict[str, Any]] = [{"texts": texts, "labels": found}, {"k": 3}, {"texts": texts, "model": other}]
     for arguments in wrong:
         with pytest.raises(SettingsError):
