@@ -153,7 +153,7 @@ def _texts(folder: Path, made: Mapping[str, Any]) -> list[Saved]:
     import shutil
 
     shutil.copytree(folder / "sae", folder / "sae_config")
-    for name in ("pairs", "bios", "prompts", "graph", "graph_by_others"):
+    for name in ("pairs", "bios", "prompts", "graph", "graph_by_others", "labels"):
         (folder / name).mkdir()
     made["pairs"].to_jsonl(folder / "pairs" / "pairs.jsonl")
     rows = [
@@ -168,6 +168,14 @@ def _texts(folder: Path, made: Mapping[str, Any]) -> list[Saved]:
     graph = json.loads((folder / "graph" / "graph.json").read_text())
     graph["metadata"]["info"].pop("tl_neuron_circuits")
     (folder / "graph_by_others" / "graph.json").write_text(json.dumps(graph))
+    texts = tnc.demo.capitals(n=40).clean
+    describe = lambda path: tnc.describe(tnc.load_demo_model(), ["L0/N5"], texts, cache=path, sample=50, k=1)  # noqa: E731
+    described = describe(folder / "described")
+    (cache,) = (folder / "described").glob("*/*/*.safetensors")
+    described.to_csv(folder / "labels" / "labels.csv")
+    described.to_json(folder / "labels" / "labels.json")
+    labels = ("labels.csv", "labels.json")
+    read = lambda path: [tnc.explain.Descriptions.from_file(path / name) for name in labels]  # noqa: E731
     load = lambda path: tnc.Circuit.from_neuronpedia(path / "graph.json")  # noqa: E731
     bios = tuple(f"bios.{form}" for form in ("jsonl", "json", "csv"))
     return [
@@ -176,6 +184,8 @@ def _texts(folder: Path, made: Mapping[str, Any]) -> list[Saved]:
         Saved("prompts", ("prompts.txt",), lambda path: read_inputs(None, path / "prompts.txt"), False),
         Saved("graph", ("graph.json",), load, True),
         Saved("graph_by_others", ("graph.json",), load, False),
+        Saved("described", (str(cache.relative_to(folder / "described")),), describe, True),
+        Saved("labels", labels, read, False),
     ]
 
 

@@ -27,7 +27,15 @@ ROOMS = (
     *("explain", "transcoders", "lasso", "plots", "demo", "cli"),
 )
 # Methods of results that may import from rooms to their right, inside the method.
-RIGHTWARD_METHODS = {"plot", "plot_trust", "to_html", "to_neuronpedia", "_repr_html_", "where_model_is_right"}
+RIGHTWARD_METHODS = {
+    "plot",
+    "plot_trust",
+    "to_html",
+    "to_neuronpedia",
+    "_repr_html_",
+    "where_model_is_right",
+    "describe",
+}
 OPTIONAL = {"sae_lens", "sklearn", "IPython", "matplotlib", "nbclient"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 GLOBAL_SEEDS = {"torch.manual_seed", "torch.seed", "random.seed", "np.random.seed", "numpy.random.seed"}

@@ -35,6 +35,8 @@ READERS = (
         "sae_config",
         "sae_by_others",
         "pairs",
+        "described",
+        "labels",
         "bios",
         "prompts",
         "graph",

@@ -83,6 +83,7 @@ from .interventions._steer import sweep as sweep
 from .interventions._steer import SteeringSweep as SteeringSweep
 from .interventions._steer import node_values as node_values
 from .explain._cluster import cluster as cluster
+from .explain._describe import describe as describe
 from .explain._max_activating_examples import max_activating_examples as max_activating_examples
 from .explain._node_details import node_details as node_details
 from .explain._profiles import profiles as profiles

@@ -56,9 +56,10 @@ def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
         before = nodes
         nodes, edges = restrict(nodes, edges, kept, np.ones(len(edges), bool), target_value)
         by_prompt = restrict_prompts(by_prompt, before, nodes, edges)
+    details = {name: told for circuit in reversed(circuits) for name, told in circuit.details.items()}
     return replace(
         circuits[0], nodes=nodes, edges=edges, settings=_settings(circuits, target_value), head_parts=None, traced=None,
-        by_prompt=by_prompt,
+        by_prompt=by_prompt, details=details,
     )  # fmt: skip
 
 

@@ -1,12 +1,13 @@
 """`Circuit`: chosen nodes, the edges between them, and the settings that gave them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx
 import pandas as pd
+from torch import Tensor
 
 from .. import _html
 from .._files import read_directory, write_directory
@@ -84,6 +85,8 @@ class Circuit:
     means over prompts, zero where there is no row, are `nodes` and `edges`. With `profiles=True`, "token" is what a
     token brings to a node or logit through all paths, and "target" what a node brings to a logit.
     """
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True)
+    """More about nodes for the page, by node, as `to_html(details=...)` takes it; `describe` fills it."""
 
     def __post_init__(self) -> None:
         """Give the columns one type each, whatever pandas made of them; the basis of neurons needs no dictionaries."""
@@ -304,6 +307,45 @@ class Circuit:
             SettingsError: a name that no node has, a node in two groups, or a group named like a node.
         """
         return replace(self, nodes=_groups.with_groups(self.nodes, groups))
+
+    def describe(
+        self,
+        texts: Iterable[str | Tensor] | None = None,
+        *,
+        labels: Any = None,
+        groups: int | None = None,
+        model: TransformerLensModel | None = None,
+        **options: Any,
+    ) -> "Circuit":
+        """This circuit with its neurons and features named by what they are active on, and more of that for the page.
+
+        Nodes without a name of their own get the label (or the written description) of their neuron and of the sign of
+        their activation; `details` gets it with its scores, examples and direct logit effects. METHODS 1.7.
+
+        Args:
+            texts: strings or rows of tokens, from anything that can be iterated, as for `tnc.describe`.
+            labels: what is known instead: the result of `tnc.describe`, or a path that `Descriptions.from_file` reads.
+                Without texts and labels the page gets logit effects alone.
+            groups: how many groups of neurons to make, by what drives them, what they drive, and their labels; groups
+                are named by what their members share. Needs scikit-learn.
+            model: the model that was traced; needed where the circuit was loaded from a file.
+            **options: of `tnc.describe`: held_out, k, write, simulate, cache, verbose and others.
+
+        Raises:
+            SettingsError: texts beside labels, options without texts, a model that is needed and not given, or as
+                `tnc.describe` and `tnc.cluster`.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
+            >>> named = circuit.describe(tnc.demo.capitals(n=128).clean, k=2)
+            >>> sorted(set(named.details) - set(circuit.members))
+            []
+        """
+        from ..explain._describe_circuit import describe_circuit
+
+        return describe_circuit(self, texts, labels, groups, _edge_heads.known_model(self, model), options)
 
     def collapse(self) -> "Circuit":
         """Make one supernode of each group.
@@ -545,7 +587,7 @@ class Circuit:
             FileFormatError: the path is something else than a directory of ours.
             SaveError: it could not be written; what was saved there before is as it was.
         """
-        tables = self.nodes, self.edges, self.settings, self.head_parts, self.by_prompt
+        tables = self.nodes, self.edges, self.settings, self.head_parts, self.by_prompt, self.details
         write_directory(path, "circuit", SCHEMA, *_circuit_file.to_file(*tables))
 
     @classmethod
@@ -561,7 +603,8 @@ class Circuit:
         """
         tensors, notes = read_directory(path, "circuit", SCHEMA, _circuit_file.CircuitNotes, surrogates=True)
         nodes, edges, parts, by_prompt = _circuit_file.from_file(tensors, notes, path)
-        return cls(nodes, edges, notes.settings, basis=basis, head_parts=parts, by_prompt=by_prompt)
+        more: dict[str, Any] = {"head_parts": parts, "by_prompt": by_prompt, "details": notes.details}
+        return cls(nodes, edges, notes.settings, basis=basis, **more)
 
     @checked
     def plot(self, *, max_edges: int = 200) -> "go.Figure":
@@ -579,7 +622,7 @@ class Circuit:
                 group. Everything is shown as text, never as markup. `"direct_logit_effects"` is a list of (token,
                 number), `"examples"` a list of texts, of `Example`s of `max_activating_examples`, or of
                 `{"tokens": [...], "values": [...], "note": "..."}`, tokens colored by value; any other key is a
-                heading with its text.
+                heading with its text. They come before those that the circuit has from `describe`.
 
         Raises:
             SettingsError: details of a node that is not there, or of another form.
@@ -594,7 +637,8 @@ class Circuit:
         """
         from ..plots._page import write_page
 
-        write_page(self, path, details)
+        own = {name: self.details[name] for name in self.nodes["node"] if name in self.details}
+        write_page(self, path, own | dict(details or {}))
 
     def to_neuronpedia(self, path: str | Path, *, slug: str | None = None, scan: str | None = None) -> None:
         """Write Neuronpedia's attribution-graph JSON, labels and groups included.

@@ -23,6 +23,21 @@ class CircuitNotes(msgspec.Struct, forbid_unknown_fields=True):
 
     settings: dict[str, Any]
     texts: dict[str, list[str]]
+    details: dict[str, dict[str, Any]] = {}
+    """What `Circuit.describe` found; older files have none."""
+
+
+class _Example(msgspec.Struct):
+    tokens: list[str]
+    values: list[float]
+    note: str = ""
+
+
+class _Details(msgspec.Struct):
+    """Of one node; any other key is a heading with its text."""
+
+    direct_logit_effects: list[tuple[str, float]] = []
+    examples: list[str | _Example] = []
 
 
 class _SiteSettings(msgspec.Struct):
@@ -54,6 +69,7 @@ def to_file(
     settings: Mapping[str, Any],
     head_parts: pd.DataFrame | None = None,
     by_prompt: pd.DataFrame | None = None,
+    details: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Columns of numbers as tensors, sources and targets as rows of the nodes; columns of texts as notes."""
     numbers = {
@@ -73,7 +89,7 @@ def to_file(
     if by_prompt is not None:
         numbers |= {f"prompts/{name}": torch.from_numpy(values) for name, values in to_columns(by_prompt, index)}
     texts = {name: nodes[name].tolist() for name, kind in NODE_COLUMNS.items() if kind == "str"}
-    return numbers, {"settings": dict(settings), "texts": texts}
+    return numbers, {"settings": dict(settings), "texts": texts} | ({"details": dict(details)} if details else {})
 
 
 def from_file(
@@ -85,6 +101,8 @@ def from_file(
         FileFormatError: columns are missing or of different lengths, or an edge leads to no node.
     """
     formed(notes.settings, CircuitSettings, path)
+    for told in notes.details.values():
+        formed(told, _Details, path)
     texts = [name for name, kind in NODE_COLUMNS.items() if kind == "str"]
     n, m = len(notes.texts.get("node", ())), tensors["edges/weight"].numel() if "edges/weight" in tensors else 0
     if set(notes.texts) != set(texts) or {len(column) for column in notes.texts.values()} != {n}:

@@ -114,10 +114,18 @@ def _ends(edges: pd.DataFrame | Sequence[tuple[str, str]]) -> list[tuple[str, st
     return [(str(source), str(target)) for source, target in rows]
 
 
-def _model_of(circuit: "Circuit", model: TransformerLensModel | None) -> TransformerLensModel:
+def known_model(circuit: "Circuit", model: TransformerLensModel | None) -> TransformerLensModel | None:
     """The model given, else the one that was traced, if it still lives."""
-    if model is None and circuit.traced is not None:
-        model = circuit.traced.model()
+    return circuit.traced.model() if model is None and circuit.traced is not None else model
+
+
+def _model_of(circuit: "Circuit", model: TransformerLensModel | None) -> TransformerLensModel:
+    """The known model.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    model = known_model(circuit, model)
     if model is None:
         raise SettingsError("this circuit was loaded, or its model is gone: give the model that was traced, model=...")
     return model

@@ -1,8 +1,10 @@
-"""What neurons are about: hypothesis scores, clusters, maximally activating examples, details for a circuit's page."""
+"""What neurons are about: descriptions with scores, hypothesis scores, clusters, examples, details for a page."""
 
 from .._lazy import explain_old_names
 from ._cluster import Clusters as Clusters
 from ._cluster import cluster as cluster
+from ._describe import describe as describe
+from ._descriptions import Descriptions as Descriptions
 from ._max_activating_examples import MaxActivatingExamples as MaxActivatingExamples
 from ._max_activating_examples import max_activating_examples as max_activating_examples
 from ._node_details import node_details as node_details

@@ -1,11 +1,17 @@
 """Groups of neurons that are driven by the same inputs and drive the same outputs: spectral clustering on two views.
 
 The affinity of two nodes in a view is the cosine of their profiles, 0 where it is negative; the two views are combined
-by their harmonic mean, which is high only where both are. Spectral clustering is scikit-learn's (extra `explain`).
+by their harmonic mean, which is high only where both are. With labels, the affinity is the mean of that and of 1 where
+two nodes have the same label. Spectral clustering is scikit-learn's (extra `explain`).
+
+With labels a cluster is named by what at least half of its members share: the label, else the token that drives most
+of them (by |attribution|) and the target that they support or oppose most (by |contribution|).
+
 Source: METHODS 1.7 (multi-view spectral clustering, combined harmonically).
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +45,17 @@ class Clusters:
     labels: Int[Tensor, " node"]
     affinity: Float[Tensor, "node node"]
     settings: Mapping[str, Any]
+    names: tuple[str, ...] = ()
+    """Of the clusters, where labels gave them names."""
 
     def groups(self) -> dict[str, list[str]]:
-        """Members by "cluster 0", "cluster 1" and so on, as `Circuit.group` takes them; the largest first."""
+        """Members by "cluster 0", "cluster 1" and so on, or by what they share; as `Circuit.group` takes them.
+
+        The largest comes first.
+        """
         members = [[node for node, label in self._pairs() if label == number] for number in range(len(self))]
-        return {f"cluster {number}": found for number, found in enumerate(members)}
+        names = self.names or [f"cluster {number}" for number in range(len(self))]
+        return dict(zip(names, members, strict=True))
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns label, cluster, cohesion (mean affinity to the other members; nan for a single one)."""
@@ -71,12 +83,16 @@ class Clusters:
 
 
 @checked
-def cluster(profiles: Profiles, n_clusters: int = 8, *, seed: int = 0) -> Clusters:
-    """Cluster nodes by what drives them and what they drive.
+def cluster(
+    profiles: Profiles, n_clusters: int = 8, *, labels: Mapping[str, str] | None = None, seed: int = 0
+) -> Clusters:
+    """Cluster nodes by what drives them and what they drive, and by labels where there are any.
 
     Args:
         profiles: from `profiles(model, prompts, nodes)`.
         n_clusters: how many groups.
+        labels: of nodes, such as from `describe`; "" and nodes that are missing have none. Clusters are then named by
+            what their members share.
         seed: of the clustering's k-means.
 
     Raises:
@@ -103,9 +119,47 @@ def cluster(profiles: Profiles, n_clusters: int = 8, *, seed: int = 0) -> Cluste
             f"expected 2 to {len(profiles.nodes) - 1} clusters of {len(profiles.nodes)} nodes; got {n_clusters}."
         )
     affinity = affinities(profiles)
+    if labels is not None:
+        affinity = (affinity + _same_label(profiles.nodes, labels)) / 2
     method = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed)
     found = torch.as_tensor(method.fit_predict(affinity.double().numpy())).long()
-    return Clusters(profiles.nodes, _by_size(found), affinity, {"n_clusters": n_clusters, "seed": seed})
+    numbers = _by_size(found)
+    names = () if labels is None else _shared_names(profiles, numbers.tolist(), labels)
+    return Clusters(profiles.nodes, numbers, affinity, {"n_clusters": n_clusters, "seed": seed}, names)
+
+
+def _same_label(nodes: Sequence[str], labels: Mapping[str, str]) -> Float[Tensor, "node node"]:
+    """1 where two nodes have the same label, and on the diagonal."""
+    own = [labels.get(node) or place for place, node in enumerate(nodes)]
+    return torch.tensor([[float(a == b) for b in own] for a in own])
+
+
+def _shared_names(profiles: Profiles, numbers: Sequence[int], labels: Mapping[str, str]) -> tuple[str, ...]:
+    """A name for every cluster, each once."""
+    driver = [profiles.sources[column] for column in profiles.attribution.abs().argmax(1).tolist()]
+    most = profiles.contribution.abs().argmax(1).tolist()
+    signs = profiles.contribution[torch.arange(len(most)), torch.tensor(most)] >= 0
+    drives = [
+        f"{'for' if sign else 'against'} {profiles.targets[column].strip()!r}"
+        for column, sign in zip(most, signs.tolist(), strict=True)
+    ]
+    names: list[str] = []
+    for number in range(max(numbers) + 1):
+        members = [place for place, own in enumerate(numbers) if own == number]
+        shared = _half_share([labels.get(profiles.nodes[place], "") for place in members])
+        if not shared:
+            read = _half_share([driver[place].strip() for place in members])
+            parts = (f"reads {read!r}" if read else "", _half_share([drives[place] for place in members]))
+            shared = ", ".join(part for part in parts if part) or f"cluster {number}"
+        taken = sum(name == shared or name.startswith(f"{shared} (") for name in names)
+        names.append(f"{shared} ({taken + 1})" if taken else shared)
+    return tuple(names)
+
+
+def _half_share(texts: Sequence[str]) -> str:
+    """The text that at least half have; "" where there is none."""
+    text, count = Counter(texts).most_common(1)[0]
+    return text if 2 * count >= len(texts) else ""
 
 
 def affinities(profiles: Profiles) -> Float[Tensor, "node node"]:
