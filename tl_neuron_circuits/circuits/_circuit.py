@@ -518,7 +518,13 @@ class Circuit:
 
         return plot_circuit(self, max_edges=max_edges)
 
-    def to_html(self, path: str | Path, *, details: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        details: Mapping[str, Mapping[str, Any]] | None = None,
+        edge_share: float | None = None,
+    ) -> None:
         """Write an interactive page of the circuit: one file that needs no network.
 
         Args:
@@ -527,10 +533,14 @@ class Circuit:
                 group. Everything is shown as text, never as markup. `"direct_logit_effects"` is a list of (token,
                 number), `"examples"` a list of texts, of `Example`s of `max_activating_examples`, or of
                 `{"tokens": [...], "values": [...], "note": "..."}`, tokens colored by value; any other key is a
-                heading with its text.
+                heading with its text. Without details, direct logit effects of the 300 strongest neurons while the
+                traced model still lives.
+            edge_share: edges with an |attribution| below this share of the target stay out of the file, but for the
+                strongest into and out of each node; the page says how many they are and what they sum to. By default
+                0, or what leaves 10,000 edges.
 
         Raises:
-            SettingsError: details of a node that is not there, or of another form.
+            SettingsError: details of a node that is not there, or of another form; a negative share.
             SaveError: it could not be written; an older file is as it was.
 
         Example:
@@ -542,7 +552,7 @@ class Circuit:
         """
         from ..plots._page import write_page
 
-        write_page(self, path, details)
+        write_page(self, path, details, edge_share)
 
     def to_neuronpedia(self, path: str | Path, *, slug: str | None = None, scan: str | None = None) -> None:
         """Write Neuronpedia's attribution-graph JSON, labels and groups included.
