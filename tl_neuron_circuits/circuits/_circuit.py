@@ -533,8 +533,8 @@ class Circuit:
                 group. Everything is shown as text, never as markup. `"direct_logit_effects"` is a list of (token,
                 number), `"examples"` a list of texts, of `Example`s of `max_activating_examples`, or of
                 `{"tokens": [...], "values": [...], "note": "..."}`, tokens colored by value; any other key is a
-                heading with its text. Without details, direct logit effects of the 300 strongest neurons while the
-                traced model still lives.
+                heading with its text. The 300 strongest neurons without details get their direct logit effects, while
+                the traced model still lives.
             edge_share: edges with an |attribution| below this share of the target stay out of the file, but for the
                 strongest into and out of each node; the page says how many they are and what they sum to. By default
                 0, or what leaves 10,000 edges.

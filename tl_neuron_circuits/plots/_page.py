@@ -183,20 +183,19 @@ def _cut_between_groups(nodes: pd.DataFrame, lost: pd.DataFrame, index: Mapping[
 
 
 def _with_effects(circuit: "Circuit", details: Details | None) -> Details:
-    """The details given; without any, the direct logit effects of the strongest neurons while the model still lives."""
-    if details is not None:
-        return details
+    """The details, and direct logit effects of the strongest neurons that have none, while the model still lives."""
+    given = details or {}
     model = None if circuit.traced is None else circuit.traced.model()
-    neurons = circuit.nodes[circuit.nodes["kind"] == "neuron"]
-    names = neurons["node"].str.partition("@")[0].drop_duplicates().head(_MOST_EFFECTS).tolist()
-    if model is None or not names:
-        return {}
+    nodes = circuit.nodes.loc[circuit.nodes["kind"] == "neuron", "node"].head(_MOST_EFFECTS)
+    neurons = {node: node.partition("@")[0] for node in nodes if node not in given and node.partition("@")[0] not in given}
+    if model is None or not neurons:
+        return given
     try:
-        table = direct_logit_effects(model, names, k=8).to_dataframe()
+        table = direct_logit_effects(model, list(dict.fromkeys(neurons.values())), k=8).to_dataframe()
     except UnsupportedModelError:
-        return {}
+        return given
     pairs = {name: list(zip(rows["token"], rows["effect"], strict=True)) for name, rows in table.groupby("label")}
-    return {str(name): {"direct_logit_effects": effects} for name, effects in pairs.items()}
+    return {node: {"direct_logit_effects": pairs[name]} for node, name in neurons.items()} | dict(given)
 
 
 def _heads(circuit: "Circuit", edges: pd.DataFrame, most: int = 3) -> dict[int, list[tuple[int, int, int, float | None]]]:

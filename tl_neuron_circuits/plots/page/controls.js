@@ -38,7 +38,7 @@ function sayCounts() {
     $(name + "-slider").setAttribute("aria-valuetext", text);
   }
   $("node-limit").title = `each at least ${weakest} of ${SIZED_BY === "share" ? "the target" : SIZED_BY}`;
-  $("counts").textContent = `${found}${nodes} nodes, ${count(state.drawn.length)} of ${count(data.n_edges)} edges`;
+  $("counts").textContent = `${found}${nodes} nodes, ${count(state.drawn.length)} of ${count(view.collapsed.size ? view.edges.length : data.n_edges)} edges`;
   Object.assign($("counts").dataset, { nodes: state.count, edges: state.drawn.length, visible: state.visible });
 }
 

@@ -4,7 +4,7 @@ function pictureOf() {
   const { layout } = state, top = 52, width = layout.width + AXIS_WIDTH + 12, height = layout.height + TOKENS_HEIGHT + top;
   const style = getComputedStyle(document.documentElement);
   const value = (name) => style.getPropertyValue(name).trim();
-  const rules = [...document.styleSheets[0].cssRules].filter((rule) => /^(svg|\.(node|band|skipped|columns|positive|negative|end|focused|token))/.test(rule.selectorText || ""));
+  const rules = [...document.styleSheets[0].cssRules].filter((rule) => /^(svg|path|\.(node|band|skipped|columns|positive|negative|end|focused|token))/.test(rule.selectorText || ""));
   const css = rules.map((rule) => rule.cssText.replace(/var\((--[\w-]+)\)/g, (_, name) => value(name))).join("\n");
   const scene = svg("g", { transform: `translate(${AXIS_WIDTH} ${top})`, class: $("view").className });
   const rows = $("rows").cloneNode(true), columns = $("columns").cloneNode(true);
@@ -26,6 +26,7 @@ function pictureOf() {
     svg("style", {}, css), svg("rect", { width, height, fill: value("--bg") }),
     svg("text", { x: 12, y: 20, style: "font-size: 15px; font-weight: 600" }, shorten(document.title, Math.floor(fits * 0.8))),
     svg("text", { x: 12, y: 40, class: "muted" }, shorten(clean(data.prompt), fits)), scene, axis, tokens);
+  for (const hit of root.querySelectorAll(".hit")) hit.remove();
   for (const mark of root.querySelectorAll("[tabindex]")) for (const name of ["tabindex", "role", "aria-pressed", "aria-label", "data-key"]) mark.removeAttribute(name);
   return { text: new XMLSerializer().serializeToString(root), width, height };
 }

@@ -109,7 +109,9 @@ function nodeMark(node) {
     }
     return svg("circle", { class: name, style, cx: x, cy: y, r: r + grow });
   };
-  made.append(box(3, "halo", ""), box(0, "shape", fill));
+  const wide = place.w + 4, left = place.isPill || !place.side ? x - (place.isPill ? wide / 2 : r + 2) : place.side < 0 ? x + r + 2 - wide : x - r - 2;
+  const hit = svg("rect", { class: "hit", x: left, y: y - place.h / 2, width: wide, height: place.h });
+  made.append(hit, box(3, "halo", ""), box(0, "shape", fill));
   if (group) made.append(box(-0.5, "group", `stroke: ${group.color}`));
   const [name, more] = place.caption;
   if (name || more) {

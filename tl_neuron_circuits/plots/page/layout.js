@@ -19,8 +19,7 @@ function captionOf(node, letters) {
   if (node.kind === "group") return [shorten(clean(node.label), Math.max(letters, 22)), node.members ? "· " + node.members.length : ""];
   if (node.kind === "bias" || node.kind === "linearization_error") return [shorten(clean(node.node), letters), ""];
   if (!CHOSEN.has(node.kind)) return [node.position < 0 ? shorten(clean(node.label), letters) : "", ""];
-  if (hasLabel(node)) return [shorten(clean(node.label), letters), ""];
-  const name = node.unit >= 0 && LETTERS[node.kind] ? LETTERS[node.kind] + node.unit : shorten(clean(node.node), letters);
+  const name = hasLabel(node) ? shorten(clean(node.label), letters) : node.unit >= 0 && LETTERS[node.kind] ? LETTERS[node.kind] + node.unit : shorten(clean(node.node), letters);
   let tokens = "";
   for (const token of words(node, 3)) {
     const longer = tokens ? tokens + ", " + token : "→ " + token;
