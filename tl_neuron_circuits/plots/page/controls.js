@@ -32,7 +32,7 @@ function readControls() {
 function sayCounts() {
   const all = view.ranked.length, found = state.search ? `${count(state.shown.filter(matches).length)} found · ` : "";
   const weakest = state.count ? percent(sizeOf(view.ranked[state.count - 1])) : "0 %";
-  const nodes = `${count(state.count)} of ${count(all)}`, edges = state.edgeLimit === null ? "each node's strongest" : `at least ${percent(state.edgeLimit)}`;
+  const nodes = `${count(state.count)} of ${count(all)}`, edges = state.edgeLimit === null ? "each node's strongest, by share" : state.drawn.length === state.visible ? "any share" : `at least ${percent(state.edgeLimit)}`;
   for (const [name, text] of [["node", nodes], ["edge", edges]]) {
     $(name + "-limit").textContent = text;
     $(name + "-slider").setAttribute("aria-valuetext", text);
@@ -145,14 +145,24 @@ function markPrompt() {
 
 function showPrompt() {
   const show = (text) => [...text].map((character) => (character === "\n" ? character : clean(character))).join("");
-  const whole = data.tokens.join(""), at = whole.indexOf(data.prompt), rest = whole.length - data.prompt.length;
-  if (!data.prompt || at < 0 || at !== rest) { $("prompt").textContent = show(data.prompt); return; }
-  let passed = 0;
-  data.tokens.forEach((token, position) => {
-    if (passed >= at) $("prompt").append(element("span", { "data-position": position }, show(token)));
-    passed += token.length;
-  });
-  if ($("prompt").textContent !== show(data.prompt)) $("prompt").textContent = show(data.prompt);
+  const pieces = promptPieces();
+  if (!pieces) { $("prompt").textContent = show(data.prompt); return; }
+  $("prompt").replaceChildren(...pieces.map(([text, position]) => (position === null ? show(text) : element("span", { "data-position": position }, show(text)))));
+}
+
+// The prompt cut at its tokens, which may lack spaces or carry marks; tokens in front of it, such as BOS, are left out.
+function promptPieces() {
+  const pieces = [];
+  let from = 0;
+  for (const [position, token] of data.tokens.entries()) {
+    const found = [token, token.replace(/^##/, ""), token.trim()].map((form) => [form, form ? data.prompt.indexOf(form, from) : -1])
+      .find(([, at]) => at >= 0 && data.prompt.slice(from, at).trim() === "");
+    if (!found) { if (from === 0) continue; return null; }
+    if (found[1] > from) pieces.push([data.prompt.slice(from, found[1]), null]);
+    pieces.push([found[0], position]);
+    from = found[1] + found[0].length;
+  }
+  return from === data.prompt.length && from ? pieces : null;
 }
 
 function listen() {
@@ -177,6 +187,7 @@ function listen() {
   listenToMap();
   listenToGraph();
   listenToKeys();
+  listenToPrinting();
   new ResizeObserver(() => { if (state.layout && JSON.stringify(roomFor()) !== listen.room) { listen.room = JSON.stringify(roomFor()); soon(); } }).observe($("view"));
 }
 

@@ -50,3 +50,13 @@ function savePng() {
   };
   image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(text);
 }
+
+// On paper there is the same picture, as large as the sheet.
+function listenToPrinting() {
+  addEventListener("beforeprint", () => {
+    const { text } = pictureOf(), picture = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
+    for (const name of ["width", "height"]) picture.removeAttribute(name);
+    $("paper").replaceChildren(document.importNode(picture, true));
+  });
+  addEventListener("afterprint", () => $("paper").replaceChildren());
+}

@@ -65,7 +65,7 @@ function lineOf(node) {
   return tokens.length ? "→ " + tokens.join(", ") : "";
 }
 
-const besideName = (node) => ((node.label.endsWith("@" + node.position) || (REST.has(node.kind) && node.position >= 0)) && node.token ? `“${showToken(node.token)}”` : where(node));
+const besideName = (node) => ((node.label.endsWith("@" + node.position) || (REST.has(node.kind) && node.position >= 0)) && node.token && node.token !== "…" ? `“${showToken(node.token)}”` : where(node));
 
 function row(node, small, value, text, label, line) {
   const most = row.most || 1;
@@ -174,7 +174,8 @@ const MOST_PLACES = 6;
 function placeRow({ position, nodes }, most) {
   const layers = nodes.map((node) => node.layer), [low, high] = spread(layers);
   const ranked = [...nodes].sort((a, b) => sizeOf(b) - sizeOf(a)), signs = [1, -1].map((sign) => nodes.filter((node) => signOf(node) === sign));
-  const name = `${position < 0 ? "all positions" : `“${showToken(data.tokens[position] || ranked[0].token)}”`}, ${low === high ? "layer " + low : `layers ${low}–${high}`}`;
+  const token = data.tokens[position] || ranked[0].token;
+  const name = `${position < 0 ? "all positions" : token === "…" ? "position " + position : `“${showToken(token)}”`}, ${low === high ? "layer " + low : `layers ${low}–${high}`}`;
   const said = [...new Set(ranked.filter(hasLabel).map((node) => clean(node.label)))].slice(0, 3).join(" · ");
   const bar = (which, sign) => element("span", { class: "bar " + sign, style: `width: ${(100 * sum(signs[which].map(sizeOf))) / most}%` });
   const shares = signs.map((some, which) => (some.length ? (which ? "−" : "+") + percent(Number(sum(some.map(sizeOf)).toPrecision(2))) : "")).filter(Boolean).join(" ");
@@ -196,7 +197,7 @@ function aboutCircuit() {
   }
   const groups = aboutGroups(), made = [element("h2", {}, "Main groups")];
   if (GROUPS.size) made.push(element("ol", { "data-groups": "" }, ...groupRows()));
-  if (groups.length) made.push(element("h3", {}, `By token and layers (summed ${SIZED_BY}s for and against)`), element("ol", { "data-places": "" }, ...groups));
+  if (groups.length) made.push(element("h3", {}, `By token and layers: ${SIZED_BY}s for and against`), element("ol", { "data-places": "" }, ...groups));
   made.push(element("h3", {}, "Strongest nodes"), list, ...aboutEnds());
   return [...made, ...aboutFile(), howToRead(), aboutMaking()];
 }
