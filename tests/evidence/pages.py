@@ -51,7 +51,8 @@ OUTSIDE = """() => {
     const view = document.getElementById("view").getBoundingClientRect();
     return [...document.querySelectorAll(".node .shape")].filter((one) => {
         const box = one.getBoundingClientRect();
-        return box.left < view.left - 1 || box.right > view.right + 1 || box.top < view.top - 1 || box.bottom > view.bottom + 1;
+        return box.left < view.left - 1 || box.right > view.right + 1
+            || box.top < view.top - 1 || box.bottom > view.bottom + 1;
     }).length;
 }"""
 WATCH = """() => {
@@ -224,7 +225,8 @@ def keyboard(page: Page, problems: list[str]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| circuit | tokens | nodes | edges (in the file) | MB | opens on | first paint (CPU) | click (CPU) | click, all drawn (CPU) |",
+        "| circuit | tokens | nodes | edges (in the file) | MB | opens on | first paint (CPU) | click (CPU) | "
+        "click, all drawn (CPU) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -257,7 +259,9 @@ def main(arguments: list[str]) -> None:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         rows = measure(folder)
-        note = {"model": smollm2.LABEL, "cores": os.cpu_count(), "load": [round(one, 1) for one in os.getloadavg()], "browser": "headless Chromium, software rendering"}
+        load = [round(one, 1) for one in os.getloadavg()]
+        browser = "headless Chromium, software rendering"
+        note = {"model": smollm2.LABEL, "cores": os.cpu_count(), "load": load, "browser": browser}
         JSON.parent.mkdir(parents=True, exist_ok=True)
         JSON.write_text(json.dumps({**note, "pages": rows}, indent=1) + "\n", encoding="utf-8")
     write_table()

@@ -1,8 +1,9 @@
 """The page of a circuit: one self-contained HTML file with an interactive attribution graph, no network.
 
-The circuit is embedded as JSON, and the scripts in `page/` are put into the file as they are: ours for layout and drawing
-(nodes are SVG, so that pointer, keyboard and screen readers reach them; edges are on a canvas), d3-zoom for gestures.
-Of a circuit with more than 10,000 edges the weakest stay out; their sums are in the file, by node and by group.
+The circuit is embedded as JSON, and the scripts in `page/` are put into the file as they are: ours for layout and
+drawing (nodes are SVG, so that pointer, keyboard and screen readers reach them; edges are on a canvas), d3-zoom for
+gestures. Of a circuit with more than 10,000 edges the weakest stay out; their sums are in the file, by node and by
+group.
 Texts of the model and of the user reach the page only as JSON whose `<`, `>` and `&` are escaped, and the scripts set
 them as text, never as markup; a content security policy forbids everything that is not in the file.
 """
@@ -93,9 +94,7 @@ def embedded_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def page_data(
-    circuit: "Circuit", details: Details | None = None, edge_share: float | None = None
-) -> dict[str, Any]:
+def page_data(circuit: "Circuit", details: Details | None = None, edge_share: float | None = None) -> dict[str, Any]:
     """Everything that the page knows: columns of nodes and edges, numbers to five digits, None where there is none."""
     nodes, settings = circuit.nodes, circuit.settings
     index = {name: place for place, name in enumerate(nodes["node"])}
@@ -187,7 +186,7 @@ def _with_effects(circuit: "Circuit", details: Details | None) -> Details:
     given = details or {}
     model = None if circuit.traced is None else circuit.traced.model()
     nodes = circuit.nodes.loc[circuit.nodes["kind"] == "neuron", "node"].head(_MOST_EFFECTS)
-    neurons = {node: node.partition("@")[0] for node in nodes if node not in given and node.partition("@")[0] not in given}
+    neurons = {node: node.partition("@")[0] for node in nodes if not {node, node.partition("@")[0]} & set(given)}
     if model is None or not neurons:
         return given
     try:
@@ -198,7 +197,9 @@ def _with_effects(circuit: "Circuit", details: Details | None) -> Details:
     return {node: {"direct_logit_effects": pairs[name]} for node, name in neurons.items()} | dict(given)
 
 
-def _heads(circuit: "Circuit", edges: pd.DataFrame, most: int = 3) -> dict[int, list[tuple[int, int, int, float | None]]]:
+def _heads(
+    circuit: "Circuit", edges: pd.DataFrame, most: int = 3
+) -> dict[int, list[tuple[int, int, int, float | None]]]:
     """By edge, where edges were split: layer, head, position and share of its strongest parts; layer -1 is direct."""
     if circuit.head_parts is None:
         return {}
@@ -331,7 +332,8 @@ def _example(name: str, example: Any) -> dict[str, Any]:
     if isinstance(example, str):
         return {"tokens": [example], "values": [0.0], "note": ""}
     if hasattr(example, "tokens") and hasattr(example, "activations"):  # of `max_activating_examples`
-        example = {"tokens": example.tokens, "values": example.activations, "peak": example.activations[example.position]}
+        peak = example.activations[example.position]
+        example = {"tokens": example.tokens, "values": example.activations, "peak": peak}
     if not isinstance(example, Mapping) or not {"tokens", "values"} <= set(example):
         raise SettingsError(f"expected an example as text, or with tokens and values; got {example!r} for {name!r}.")
     tokens, values = [str(token) for token in example["tokens"]], _finite(name, example["values"])
