@@ -266,7 +266,9 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
 
 
 def _prediction(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{str(token).strip()} {_percent(p)}" for token, p in (settings.get("predicted") or [])[:3])
+    return ", ".join(
+        f"{str(token).strip() or repr(str(token))} {_percent(p)}" for token, p in (settings.get("predicted") or [])[:3]
+    )
 
 
 def _percent(value: float) -> str:

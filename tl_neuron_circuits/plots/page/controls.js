@@ -16,17 +16,22 @@ function setFirstNodes() {
   setNodes(first);
 }
 const least = () => Math.min(LEAST, view.ranked.length);
-function setNodes(number) { $("node-slider").value = placeOf(number, least() || 1, view.ranked.length); }
+// The slider has a hundred places: at the one that was set for a number it means this number.
+function setNodes(number) {
+  $("node-slider").value = placeOf(number, least() || 1, view.ranked.length);
+  state.exact = { place: $("node-slider").value, number };
+}
 
 function readControls() {
-  state.count = view.ranked.length ? countAt(Number($("node-slider").value), least(), view.ranked.length) : 0;
+  const { exact } = state, place = $("node-slider").value, all = view.ranked.length;
+  state.count = exact && exact.place === place ? Math.min(exact.number, all) : all ? countAt(Number(place), least(), all) : 0;
   state.rest = $("rest").checked;
   state.unfolded = $("unfold").checked;
   setShown();
   const visible = view.edges.filter(isVisible).length;
   if (!state.edgesTouched) $("edge-slider").value = visible ? placeOf(FIRST_EDGES * (state.count + 1), 1, visible) : 0;
-  const place = Number($("edge-slider").value);
-  state.edgeCount = place === 0 ? 0 : countAt(place, 1, Math.max(1, visible));
+  const edges = Number($("edge-slider").value);
+  state.edgeCount = edges === 0 ? 0 : countAt(edges, 1, Math.max(1, visible));
 }
 
 function sayCounts() {
@@ -56,7 +61,7 @@ function reveal(key) {
   else if (REST.has(node.kind)) $("rest").checked = true;
   state.selected = null;
   update();
-  if (!state.shownKeys.has(key)) { $("node-slider").value = 100; update(); }
+  if (!state.shownKeys.has(key)) { setNodes(view.ranked.length); update(); }
   select(key, true);
 }
 
@@ -70,7 +75,7 @@ function showGroups() {
   const all = [...GROUPS.values()];
   const chips = all.map((group) => element("button", {
     type: "button", "aria-pressed": String(view.collapsed.has(group.name)), "data-group": group.name,
-    title: "Collapse or expand", onclick: () => toggleGroup(group.name),
+    title: clean(group.name) + "\n(collapse or expand)", onclick: () => toggleGroup(group.name),
   }, element("span", { class: "swatch", style: `border-color: ${group.color}` }), `${shorten(clean(group.name), 24)} (${group.members.length})`));
   if (all.length > 1) {
     const collapse = view.collapsed.size < all.length;
@@ -97,7 +102,7 @@ function setCollapsed(names, selected) {
   view.collapsed = new Set(names);
   state.selected = state.hovered = state.trail = null;
   rebuildView();
-  if (wasAll) $("node-slider").value = 100;
+  if (wasAll) setNodes(view.ranked.length);
   else setFirstNodes();
   showGroups();
   update();

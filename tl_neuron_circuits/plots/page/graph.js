@@ -39,6 +39,8 @@ function render() {
   if (focused && marks.has(focused)) marks.get(focused).focus({ preventScroll: true });
 }
 
+const foldedRange = ({ folded }) => [folded[0], folded[folded.length - 1]].map((column) => column.position).join("–");
+
 function drawFrame() {
   const { rows, columns } = state.layout;
   const bands = [], names = [], words = [];
@@ -55,7 +57,7 @@ function drawFrame() {
     bands.push(svg("line", { class: "columns", x1: column.x, x2: column.x, y1: 0, y2: 1 }));
     const word = svg("g", { class: column.folded ? "token folded" : hasNodes ? "token" : "token muted", "data-position": column.position },
       svg("text", { y: 16, "text-anchor": "middle" }), svg("text", { class: "muted", y: 31, "text-anchor": "middle" },
-        column.folded ? String(column.folded.length) : column.position >= 0 ? String(column.position) : ""),
+        column.folded ? foldedRange(column) : column.position >= 0 ? String(column.position) : ""),
       svg("title", {}, column.folded ? column.folded.map((one) => clean(one.token)).join("") + "\n(click to unfold)" : clean(column.token)));
     Object.assign(word, { place: middle, room: column.width, column });
     words.push(word);

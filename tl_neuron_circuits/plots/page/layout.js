@@ -123,6 +123,7 @@ function columnsOf(used, nodes, room) {
     else if (last && last.folded) last.folded.push(column);
     else columns.push({ position: column.position, folded: [column], least: FOLD_WIDTH, token: "" });
   }
+  for (const column of columns) if (column.folded) column.least = Math.max(FOLD_WIDTH, 6.2 * foldedRange(column).length + 10);
   return columns.map((column) => (column.folded && column.folded.length === 1 ? column.folded[0] : column));
 }
 

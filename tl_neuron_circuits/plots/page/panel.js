@@ -10,7 +10,7 @@ function showPanel() {
 
 function aboutNode(node) {
   const parts = [element("h2", {}, nameOf(node)), element("p", { class: "where" }, `${KINDS[node.kind] || node.kind}${node.position < 0 ? "," : ""} ${where(node)}`)];
-  parts.push(numbers(node));
+  parts.push(...aboutTexts(node), numbers(node));
   const actions = element("div", { class: "actions" });
   const group = GROUPS.get(node.group);
   if (group) {
@@ -105,12 +105,12 @@ const at = (position) => (data.tokens[position] === undefined ? `position ${posi
 const aboutEdge = (edge) =>
   `attribution ${number(edge.attribution)}, weight ${number(edge.weight)}, ${percent(edge.relative)} of the node it enters${edge.heads ? `; ${aboutHeads(edge)}` : ""}`;
 
+const aboutTexts = (node) => ((detailsOf(node) || { texts: [] }).texts).flatMap(([heading, text]) =>
+  [element("h3", {}, clean(heading)), element("p", { "data-detail": heading, style: "white-space: pre-wrap" }, text)]);
+
 function aboutDetails(node) {
   const found = detailsOf(node), parts = [];
   if (!found) return parts;
-  for (const [heading, text] of found.texts) {
-    parts.push(element("h3", {}, clean(heading)), element("p", { "data-detail": heading, style: "white-space: pre-wrap" }, text));
-  }
   if (found.direct_logit_effects.length) {
     const most = Math.max(1e-12, ...found.direct_logit_effects.map(([, value]) => Math.abs(value)));
     const grid = element("div", { class: "effects" });
