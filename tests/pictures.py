@@ -62,6 +62,7 @@ def circuit_page(page: Page, scratch: Path) -> None:
     circuit.to_html(scratch / "circuit.html", details=tnc.node_details(model, circuit, prompts))
     page.set_viewport_size({"width": 1400, "height": 820})
     page.goto((scratch / "circuit.html").as_uri())
+    page.click("#all-groups")
     page.locator(f'[data-key="{town.iloc[0]}"]').first.click()
     page.mouse.move(600, 20)
     page.wait_for_timeout(500)

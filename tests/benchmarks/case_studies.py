@@ -146,6 +146,7 @@ def screenshot(circuit: Circuit, path: Path, click: str | None = None) -> None:
         page.wait_for_selector("#counts[data-nodes]")
         if click:
             page.locator(f'.node[data-key="{click}"]').click()
+            page.mouse.move(600, 4)
         page.screenshot(path=path)
         browser.close()
 

@@ -2,10 +2,10 @@
 
 import json
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -39,9 +39,16 @@ def slide(page: Any, name: str, value: int) -> None:
     page.locator(f"#{name}-slider").fill(str(value))
 
 
-def limit(page: Any, name: str) -> float:
-    """The limit as it reads, a share."""
-    return float(page.locator(f"#{name}-limit").inner_text().removesuffix(" %")) / 100
+def show_all(page: Any) -> None:
+    """Everything that the file holds: all nodes, edges, tokens and members of groups."""
+    collapsed = page.locator('#groups [aria-pressed="true"]')
+    while collapsed.count():
+        collapsed.first.click()
+    for box in ("rest", "unfold"):
+        page.locator(f"#{box}").check()
+    slide(page, "node", 100)
+    slide(page, "edge", 100)
+    shown(page)
 
 
 def neurons(circuit: Circuit) -> Any:
@@ -51,6 +58,7 @@ def neurons(circuit: Circuit) -> Any:
 
 def test_a_click_shows_the_numbers_of_the_tables(dallas: Circuit, open_page: Opener) -> None:
     page = open_page(dallas)
+    show_all(page)
     for row in [neurons(dallas).iloc[0], neurons(dallas).iloc[-1], neurons(dallas).query("activation < 0").iloc[0]]:
         node(page, row["node"]).click()
         assert heading(page) == row["label"]
@@ -87,6 +95,9 @@ def test_pointing_at_a_node_tells_its_numbers(dallas: Circuit, open_page: Opener
     assert tip.startswith(row["label"]) and f"“{row['token']}”" in tip
     score = float(re.search(r"score (\S+),", tip)[1])
     assert score == pytest.approx(row["score"], rel=1e-3)
+    show_all(page)
+    page.mouse.move(5, 5)
+    node(page, row["node"]).hover()
     drawn = page.locator("#focus-edges path").count()
     assert drawn == (dallas.edges[["source", "target"]] == row["node"]).any(axis=1).sum()
 
@@ -97,49 +108,43 @@ def test_the_head_says_what_the_circuit_is(dallas: Circuit, open_page: Opener) -
     assert page.locator("#prompt").inner_text() == dallas.settings["prompt"]
     fact = lambda name: page.locator(f'[data-fact="{name}"]').inner_text()  # noqa: E731
     assert float(fact("explained").removesuffix(" %")) == pytest.approx(100 * (1 - dallas.unexplained), abs=0.051)
+    page.locator("#making summary").click()
     assert fact("torch") == dallas.settings["versions"]["torch"]
     assert float(fact("target").split(" = ")[1]) == pytest.approx(dallas.target_value, rel=1e-3)
 
 
-@pytest.mark.parametrize("place", [0, 30, 70, 100])
-def test_the_sliders_count_what_the_tables_hold(dallas: Circuit, open_page: Opener, place: int) -> None:
+@pytest.mark.parametrize("measure", ["attribution", "relative"])
+def test_the_sliders_go_outward_from_the_strongest(dallas: Circuit, open_page: Opener, measure: str) -> None:
     page = open_page(dallas)
-    slide(page, "node", place)
-    slide(page, "edge", 50)
-    counts = shown(page)
-    # Limits are read with three digits, so values this near may fall on either side.
-    near = 6e-3
-    share = neurons(dallas)["share"].abs()
-    low, high = (share >= limit(page, "node") * (1 + near)).sum(), (share >= limit(page, "node") * (1 - near)).sum()
-    assert low <= counts[0] <= high and (place == 0) == (counts[0] == len(share)) and counts[0] > 0
-    kept = set(page.eval_on_selector_all(".node", "nodes => nodes.map((node) => node.dataset.key)"))
-    assert len(kept & set(neurons(dallas)["node"])) == counts[0]
-    edges = dallas.edges[dallas.edges["source"].isin(kept) & dallas.edges["target"].isin(kept)]
-    size = edges["attribution"].abs() / dallas.target_value
-    low, high = (size >= limit(page, "edge") * (1 + near)).sum(), (size >= limit(page, "edge") * (1 - near)).sum()
-    assert low <= counts[1] <= high and counts[1] == page.locator("#edges path").count()
+    page.select_option("#edge-measure", measure)
+    ranked = neurons(dallas).sort_values("score", key=abs, ascending=False)["node"].tolist()
+    for place in (0, 30, 70, 100):
+        slide(page, "node", place)
+        slide(page, "edge", place)
+        nodes, drawn = shown(page)
+        assert nodes == round(5 * (60 / 5) ** (place / 100))
+        kept = set(page.eval_on_selector_all(".node", "nodes => nodes.map((node) => node.dataset.key)"))
+        assert kept & set(ranked) == set(ranked[:nodes]) and "logit/539" in kept
+        edges = dallas.edges[dallas.edges["source"].isin(kept) & dallas.edges["target"].isin(kept)]
+        assert int(page.locator("#counts").get_attribute("data-visible")) == len(edges)
+        most = round(len(edges) ** (place / 100)) if place else 0
+        strongest = set(edges.sort_values(measure, key=abs, ascending=False).index[:most])
+        ways = set(edges.drop_duplicates("source").index)  # of each node the strongest way on
+        assert drawn == len(strongest | ways)
 
 
-def test_edges_can_be_measured_by_the_node_they_enter(dallas: Circuit, open_page: Opener) -> None:
+def test_what_was_left_out_can_be_shown(dallas: Circuit, open_page: Opener) -> None:
     page = open_page(dallas)
-    page.select_option("#edge-measure", "relative")
-    slide(page, "edge", 60)
-    counts, edge_limit = shown(page), limit(page, "edge")
-    sizes = dallas.edges["relative"].abs()
-    assert (sizes >= edge_limit * 1.006).sum() <= counts[1] <= (sizes >= edge_limit * 0.994).sum()
-
-
-def test_what_was_left_out_can_be_hidden(dallas: Circuit, open_page: Opener) -> None:
-    page = open_page(dallas)
-    assert node(page, "unselected@9").count() == 1
-    page.locator("#rest").uncheck()
-    shown(page)
     assert node(page, "unselected@9").count() == 0 and node(page, "embed@9").count() == 1
+    page.locator("#rest").check()
+    shown(page)
+    assert node(page, "unselected@9").count() == 1
 
 
 def test_search_finds_labels_tokens_and_groups(dallas: Circuit, open_page: Opener) -> None:
     first, second = neurons(dallas)["node"].iloc[:2]
     page = open_page(dallas.label({first: "the State"}).group({"geography": [second]}))
+    show_all(page)
     found = lambda: {mark.get_attribute("data-key") for mark in page.locator(".node.found").all()}  # noqa: E731
     page.fill("#search", "the state")
     assert found() == {first}
@@ -160,6 +165,8 @@ def test_a_group_collapses_to_the_supernode_of_the_tables(dallas: Circuit, open_
     others = table[~table["node"].isin(members)]["node"].tolist()[:3]
     grouped = dallas.group({"Texas": members, "rest": others})
     page = open_page(grouped)
+    assert node(page, "group:Texas").count() == 1 and node(page, "group:rest").count() == 1
+    show_all(page)
     page.click('[data-group="Texas"]')
     assert page.locator('[data-group="Texas"]').get_attribute("aria-pressed") == "true"
     assert all(node(page, member).count() == 0 for member in members) and node(page, others[0]).count() == 1
@@ -193,7 +200,9 @@ def test_the_toggle_turns_the_page_dark_and_light(dallas: Circuit, open_page: Op
 
 def test_the_keyboard_reaches_and_follows_everything(dallas: Circuit, open_page: Opener) -> None:
     page = open_page(dallas)
+    show_all(page)
     focused = lambda: page.evaluate("document.activeElement.dataset.key || null")  # noqa: E731
+    page.locator("#edge-slider").focus()
     for _ in range(12):
         page.keyboard.press("Tab")
         if focused():
@@ -215,10 +224,20 @@ def test_the_keyboard_reaches_and_follows_everything(dallas: Circuit, open_page:
     up = dallas.edges[dallas.edges["source"] == sources[-1]]["target"].iloc[0]
     assert focused() == up
     page.keyboard.press("Escape")
-    assert page.locator(".node.selected").count() == 0 and heading(page) == "Strongest nodes"
+    assert page.locator(".node.selected").count() == 0 and heading(page) == "Main groups"
     assert focused() == up
-    page.keyboard.press("Tab")
-    assert focused() not in (None, up)
+    page.keyboard.press("Tab")  # the graph is one stop: the next is what stands behind it
+    assert focused() is None
+    page.keyboard.press("Shift+Tab")
+    assert focused() == up
+    page.keyboard.press("t")
+    assert focused() == "logit/539"
+    page.keyboard.press("[")
+    fewer = shown(page)[0]
+    page.keyboard.press("]")
+    assert fewer < 60 and fewer < shown(page)[0]
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
 
 
 def test_every_control_and_node_has_a_name(dallas: Circuit, open_page: Opener) -> None:
@@ -253,6 +272,7 @@ def test_details_are_shown_as_text(dallas: Circuit, open_page: Opener) -> None:
 
 def test_nasty_texts_stay_texts(open_page: Opener) -> None:
     page = open_page(nasty_circuit(), details={"L0/N0@0": {NASTY[0]: NASTY[4], "examples": [NASTY[2]]}})
+    show_all(page)
     assert page.locator(".node").count() == 2 * len(NASTY) + 1
     for mark in page.locator(".node").all():
         mark.dispatch_event("click")
@@ -262,41 +282,116 @@ def test_nasty_texts_stay_texts(open_page: Opener) -> None:
     assert page.locator(".node.found").count() >= 3
     page.locator("#groups button").first.click()
     page.locator("#rest").uncheck()
+    page.locator("#save-svg").click()
     assert page.evaluate("window.broken") is None
     assert page.locator("img").count() == 0 and page.locator("script").count() == 2
     shown_text = page.locator("#graph").text_content() + page.locator("#panel").inner_text()
     assert "\x00" not in shown_text and "\u202e" not in shown_text
 
 
-def test_a_large_circuit_renders_fast_and_without_overlap(open_page: Opener) -> None:
-    circuit = large_circuit()
-    seconds = []
-    for _ in range(2):  # the better of two: the machine may be busy
-        begin = time.perf_counter()
-        page = open_page(circuit)
-        seconds.append(time.perf_counter() - begin)
-    assert len(circuit) == 300 and len(circuit.edges) == 3000
-    assert min(seconds) < 2, f"{min(seconds):.2f} s to write and open the page"
-    slide(page, "edge", 0)
-    assert shown(page) == (300, 3000)
-    drawing = page.evaluate("() => { const begin = performance.now(); document.getElementById('edge-slider')"
-                            ".dispatchEvent(new Event('input')); return new Promise((done) => requestAnimationFrame("
-                            "() => requestAnimationFrame(() => done(performance.now() - begin)))); }")  # fmt: skip
-    assert drawing < 1000, f"{drawing:.0f} ms to draw 300 nodes and 3,000 edges"
-    overlapping = """() => {
-        const boxes = [...document.querySelectorAll(".node .shape")].map((one) => one.getBBox());
-        const pairs = boxes.flatMap((a, i) => boxes.slice(i + 1).map((b) => [a, b]));
-        return pairs.filter(([a, b]) => a.x < b.x + b.width && b.x < a.x + a.width
-            && a.y < b.y + b.height && b.y < a.y + a.height).length;
-    }"""
-    assert page.evaluate(overlapping) == 0
-    scroller = "(({ scrollWidth, clientWidth }) => scrollWidth - clientWidth)(document.getElementById('scroller'))"
-    assert page.evaluate(scroller) <= 0
+INSIDE = """(what) => {
+    const view = document.getElementById("view").getBoundingClientRect();
+    return [...document.querySelectorAll(what)].filter((one) => {
+        const box = one.getBoundingClientRect();
+        return box.left < view.left - 1 || box.right > view.right + 1
+            || box.top < view.top - 1 || box.bottom > view.bottom + 1;
+    }).length;
+}"""
+OVERLAPPING = """() => {
+    const boxes = [...document.querySelectorAll(".node .shape")].map((one) => one.getBBox());
+    const pairs = boxes.flatMap((a, i) => boxes.slice(i + 1).map((b) => [a, b]));
+    return pairs.filter(([a, b]) => a.x < b.x + b.width && b.x < a.x + a.width
+        && a.y < b.y + b.height && b.y < a.y + a.height).length;
+}"""
+CLICK = """(mark) => new Promise((done) => {
+    const begin = performance.now();
+    mark.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+    requestAnimationFrame(() => setTimeout(() => done(performance.now() - begin)));
+})"""
+
+
+def test_a_deep_circuit_of_a_long_prompt_opens_fitted_and_answers_fast(open_page: Opener) -> None:
+    circuit = large_circuit(300, 12_000, layers=30, positions=60)
+    page = open_page(circuit)
+    nodes, _ = shown(page)
+    assert 15 <= nodes <= 40 and node(page, "logit/7").count() == 1
+    assert page.evaluate(INSIDE, ".node .shape") == 0 and page.evaluate(OVERLAPPING) == 0
+    # Layers and columns without nodes take no room; the tokens of the others stand below them.
+    used = {int(name.split("/")[0][1:]) for name in page.eval_on_selector_all(
+        '.node[data-key^="L"]', "nodes => nodes.map((node) => node.dataset.key)")}  # fmt: skip
+    rows = [text for text in page.locator("#axis text").all_text_contents() if text.startswith("L")]
+    assert {int(text[1:]) for text in rows} == used and len(used) < 30
+    assert page.locator("#tokens .folded").count() > 0 and page.locator("#tokens g").count() < 50
+    page.locator("#tokens .folded").first.click()
+    assert page.locator("#tokens .folded").count() == 0 and page.locator("#tokens g").count() == 60
+    show_all(page)
+    assert shown(page)[0] == 300 and shown(page)[1] > 9000
+    assert page.evaluate(INSIDE, ".node .shape") == 0 and page.evaluate(OVERLAPPING) == 0
+    # The best of several: the machine may be busy.
+    best = min(page.locator(".node").nth(index).evaluate(CLICK) for index in range(0, 300, 40))
+    assert best < 200, f"{best:.0f} ms from a click to the next frame"
+
+
+def test_zoom_and_pan_keep_layers_and_tokens_in_sight(dallas: Circuit, open_page: Opener) -> None:
+    page = open_page(dallas)
+    name = neurons(dallas)["node"].iloc[0]
+    middle = "mark => { const box = mark.getBoundingClientRect(); return box.left + box.width / 2; }"
+    token = page.locator('#tokens [data-position="9"] text').first
+
+    def off() -> float:
+        return abs(token.evaluate(middle) - node(page, "embed@9").locator(".shape").evaluate(middle))
+
+    assert off() < 2 and page.locator("#map").is_hidden()
+    before = node(page, name).locator(".shape").bounding_box()
+    node(page, name).hover()
+    page.mouse.wheel(0, -300)
+    after = node(page, name).locator(".shape").bounding_box()
+    assert after["width"] > 1.4 * before["width"] and off() < 2 and page.locator("#map").is_visible()
+    page.keyboard.press("0")
+    assert page.locator("#map").is_hidden()
+    page.locator("#zoom-in").click(click_count=3)
+    left = token.evaluate(middle)
+    page.mouse.move(400, 400)
+    page.mouse.down()
+    page.mouse.move(300, 400, steps=4)
+    page.mouse.up()
+    assert token.evaluate(middle) != left and off() < 2
+    page.locator("#map").click(position={"x": 8, "y": 8})
+    page.locator("#zoom-fit").click()
+    assert page.evaluate(INSIDE, ".node .shape") == 0
+
+
+def test_the_graph_can_be_saved_as_a_picture(dallas: Circuit, open_page: Opener, tmp_path: Path) -> None:
+    page = open_page(dallas.label({neurons(dallas)["node"].iloc[0]: "<b>bold</b>\x0b"}))
+    _, edges = shown(page)
+    with page.expect_download() as download:
+        page.locator("#save-svg").click()
+    download.value.save_as(tmp_path / "circuit.svg")
+    root = ElementTree.parse(tmp_path / "circuit.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    assert len(root.findall(f".//{space}g[@class='edges']/{space}path")) == edges
+    texts = "".join(root.itertext())
+    assert "<b>bold</b>" in texts and "Dallas" in texts and "var(" not in texts
+    with page.expect_download() as download:
+        page.locator("#save-png").click()
+    download.value.save_as(tmp_path / "circuit.png")
+    assert (tmp_path / "circuit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_special_tokens_stay_out_of_the_scale_of_colors(dallas: Circuit, open_page: Opener) -> None:
+    name = neurons(dallas)["node"].iloc[0]
+    tokens = {"tokens": ["<|endoftext|>", "Dal", "las"], "values": [900.0, 1.0, 2.0]}
+    page = open_page(dallas, details={name: {"examples": [tokens]}})
+    node(page, name).click()
+    shade = "mark => getComputedStyle(mark).backgroundColor"
+    bos, weak, strong = (page.locator(f".example span[title='{value}']").evaluate(shade) for value in (900, 1, 2))
+    assert bos == "rgba(0, 0, 0, 0)" and weak != strong and "0.6" in strong
 
 
 def test_summed_positions_and_pruned_circuits_have_pages_too(dallas: Circuit, open_page: Opener) -> None:
     for circuit in (dallas.sum_positions(), dallas.prune(count=10), dallas & dallas):
         page = open_page(circuit)
+        show_all(page)
         assert shown(page)[0] == len(circuit)
         assert page.locator(".node").count() == len(circuit.nodes)
         page.close()
@@ -311,16 +406,16 @@ def test_graphs_of_other_programs_are_sized_by_influence(dallas: Circuit, open_p
     page = open_page(foreign)
     slide(page, "node", 50)
     nodes, _ = shown(page)
-    influence = foreign.nodes.loc[foreign.nodes["kind"] == "feature", "influence"]
-    least = limit(page, "node")
-    assert "of influence" in page.locator("#controls").inner_text()
-    assert (influence >= least * 1.006).sum() <= nodes <= (influence >= least * 0.994).sum()
-    assert 0 < nodes < len(influence)
+    features = foreign.nodes[foreign.nodes["kind"] == "feature"]
+    strongest = features.sort_values("influence", ascending=False)["node"].head(nodes)
+    assert "influence" in page.locator("#node-limit").get_attribute("title")
+    kept = set(page.eval_on_selector_all(".node", "nodes => nodes.map((node) => node.dataset.key)"))
+    assert kept & set(features["node"]) == set(strongest) and 0 < nodes < len(features)
 
 
 def test_a_hidden_node_comes_back_when_an_edge_leads_to_it(dallas: Circuit, open_page: Opener) -> None:
     page = open_page(dallas)
-    slide(page, "node", 90)
+    slide(page, "node", 10)
     kept, _ = shown(page)
     node(page, "logit/539").click()
     chosen = set(neurons(dallas)["node"])
@@ -337,11 +432,13 @@ def test_the_panel_says_which_heads_bring_an_edge(dallas: Circuit, open_page: Op
     split = dallas.with_heads(edges=50, model=load_demo_model())
     best = split.heads().query("kind == 'head' and target.str.startswith('L')", engine="python").iloc[0]
     page = open_page(split)
+    show_all(page)
     node(page, best["target"]).click()
     lines = page.locator("#panel .heads").all_inner_texts()
     assert any(
         f"L{best['layer']}H{best['head']} from" in line and f"@{best['from_position']}" in line for line in lines
     )
     page = open_page(dallas)
+    show_all(page)
     node(page, best["target"]).click()
     assert page.locator("#panel .heads").count() == 0

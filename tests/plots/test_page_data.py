@@ -6,11 +6,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.loops import for_each
+from tests.plots.conftest import PROMPT
 from tests.plots.made_up import BYTES, NASTY, large_circuit, nasty_circuit
-from tl_neuron_circuits import Circuit
+from tl_neuron_circuits import Circuit, direct_logit_effects, load_demo_model, trace
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.circuits._table import NODE_COLUMNS
 from tl_neuron_circuits.explain._max_activating_examples import Example
@@ -82,8 +84,9 @@ def test_the_page_asks_for_nothing_from_outside(dallas: Circuit) -> None:
     text = page(dallas)
     assert set(Scripts(text).addresses) == {"data:,", "#panel"}
     assert "default-src 'none'" in text
-    assert re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text) == []
-    assert "@import" not in text and re.findall(r"\[\[(?!data)\w+\]\]", text) == []
+    names = r"https?://(?!www\.w3\.org/(?:2000/(?:svg|xmlns/)|1999/(?:xhtml|xlink)|XML/1998/namespace))"
+    assert re.findall(names, text) == []  # but for the names of XML's namespaces, which nothing fetches
+    assert "@import" not in text and re.findall(r"\[\[(?!data)\w\w+\]\]", text) == []
 
 
 def test_a_page_of_300_nodes_and_3000_edges_is_small(tmp_path: Path) -> None:
@@ -97,15 +100,69 @@ def test_details_come_by_node_by_neuron_by_label_and_by_group(dallas: Circuit) -
     neuron = chosen[3].rpartition("@")[0]
     everywhere = [name for name in chosen if name.rpartition("@")[0] == neuron]
     details = {chosen[1]: {"note": "a"}, "capital city": {"note": "b"}, "places": {"note": "c"}, neuron: {"note": "d"}}
-    found = page_data(circuit, details)["details"]
+    data = page_data(circuit, details)
+    found = {name: data["details"][form] for name, form in data["detail_of"].items()}
+    assert len(data["details"]) == 4  # once in the file, however many nodes have them
     expected = {chosen[1]: "a", chosen[0]: "b", "places": "c"} | dict.fromkeys(everywhere, "d")
     assert {name: dict(one["texts"])["note"] for name, one in found.items()} == expected
 
 
 def test_strongest_examples_can_be_given_as_they_are(dallas: Circuit) -> None:
     given = Example(prompt=0, tokens=("Dal", "las"), activations=(0.0, 2.0), position=1)
-    found = page_data(dallas, {"logit/539": {"examples": [given]}})["details"]["logit/539"]["examples"]
-    assert found == [{"tokens": ["Dal", "las"], "values": [0.0, 2.0], "note": ""}]
+    found = page_data(dallas, {"logit/539": {"examples": [given]}})["details"][0]["examples"]
+    assert found == [{"tokens": ["Dal", "las"], "values": [0.0, 2.0], "note": "", "peak": 2.0}]
+
+
+def test_without_details_there_are_logit_effects_while_the_model_lives(tmp_path: Path) -> None:
+    model = load_demo_model()
+    dallas = trace(model, PROMPT, " Austin", nodes=5)
+    data = page_data(dallas)
+    neuron = dallas.nodes.query("kind == 'neuron'")["node"].iloc[0]
+    effects = dict(data["details"][data["detail_of"][neuron]]["direct_logit_effects"])
+    table = direct_logit_effects(model, [neuron.partition("@")[0]], k=8).to_dataframe()
+    assert effects == pytest.approx(dict(zip(table["token"], table["effect"], strict=True)), rel=1e-4)
+    dallas.save(tmp_path / "dallas")
+    assert page_data(Circuit.load(tmp_path / "dallas"))["details"] == []
+    given = {neuron: {"direct_logit_effects": [("given", 1.0)]}}
+    data = page_data(dallas, given)
+    assert data["details"][data["detail_of"][neuron]]["direct_logit_effects"] == [["given", 1.0]]
+    assert len(data["detail_of"]) == 5
+
+
+def test_weak_edges_stay_out_of_the_file_and_their_sums_are_in_it(dallas: Circuit) -> None:
+    table = dallas.nodes.query("kind == 'neuron'")
+    grouped = dallas.group({"a": table["node"].iloc[:20].tolist(), "b": table["node"].iloc[20:40].tolist()})
+    data = page_data(grouped, {}, edge_share=0.02)
+    names, cut = data["nodes"]["node"], data["cut"]
+    ends = [[names[index] for index in data["edges"][end]] for end in ("source", "target")]
+    kept = pd.MultiIndex.from_arrays(ends)
+    lost = dallas.edges[~pd.MultiIndex.from_frame(dallas.edges[["source", "target"]]).isin(kept)]
+    assert 0 < len(kept) < len(dallas.edges) and cut["count"] == len(lost) and cut["share"] == 0.02
+    assert (lost["attribution"].abs() < 0.02 * dallas.target_value).all()
+    assert set(ends[0]) == set(dallas.edges["source"]) and set(ends[1]) == set(dallas.edges["target"])
+    assert cut["sum"] == pytest.approx(lost["attribution"].sum(), rel=1e-4)
+    one = table["node"].iloc[45]
+    into = lost[lost["target"] == one]["attribution"]
+    assert cut["incoming"][names.index(one)] == (len(into), pytest.approx(into.sum(), rel=1e-4))
+    group_of = grouped.nodes.set_index("node")["group"]
+    for source, target, weight, attribution in cut["groups"]:
+        rows = lost
+        for end, place in (("source", source), ("target", target)):
+            own = group_of[rows[end]].to_numpy() == "ab"[-1 - place] if place < 0 else rows[end] == names[place]
+            rows = rows[own]
+        assert (weight, attribution) == pytest.approx(tuple(rows[["weight", "attribution"]].sum()), rel=1e-3, abs=1e-6)
+    inside = {(source, target) for source, target, *_ in cut["groups"] if source < 0 and target < 0}
+    assert inside <= {(-1, -1), (-1, -2), (-2, -1), (-2, -2)} and inside
+
+
+def test_a_file_has_about_ten_thousand_edges_at_most(tmp_path: Path) -> None:
+    circuit = large_circuit(300, 12_000, layers=30, positions=60)
+    cut = page_data(circuit)["cut"]
+    assert cut["count"] > 0 and 9_000 < len(circuit.edges) - cut["count"] < 10_100
+    circuit.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 1_500_000
+    with pytest.raises(SettingsError, match="edge_share"):
+        circuit.to_html(tmp_path / "page.html", edge_share=-0.1)
 
 
 @for_each(

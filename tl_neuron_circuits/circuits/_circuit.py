@@ -613,7 +613,13 @@ class Circuit:
 
         return plot_circuit(self, max_edges=max_edges)
 
-    def to_html(self, path: str | Path, *, details: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        details: Mapping[str, Mapping[str, Any]] | None = None,
+        edge_share: float | None = None,
+    ) -> None:
         """Write an interactive page of the circuit: one file that needs no network.
 
         Args:
@@ -623,9 +629,14 @@ class Circuit:
                 number), `"examples"` a list of texts, of `Example`s of `max_activating_examples`, or of
                 `{"tokens": [...], "values": [...], "note": "..."}`, tokens colored by value; any other key is a
                 heading with its text. They come before those that the circuit has from `describe`.
+                heading with its text. The 300 strongest neurons without details get their direct logit effects, while
+                the traced model still lives.
+            edge_share: edges with an |attribution| below this share of the target stay out of the file, but for the
+                strongest into and out of each node; the page says how many they are and what they sum to. By default
+                0, or what leaves 10,000 edges.
 
         Raises:
-            SettingsError: details of a node that is not there, or of another form.
+            SettingsError: details of a node that is not there, or of another form; a negative share.
             SaveError: it could not be written; an older file is as it was.
 
         Example:
@@ -638,7 +649,7 @@ class Circuit:
         from ..plots._page import write_page
 
         own = {name: self.details[name] for name in self.nodes["node"] if name in self.details}
-        write_page(self, path, own | dict(details or {}))
+        write_page(self, path, own | dict(details or {}), edge_share)
 
     def to_neuronpedia(self, path: str | Path, *, slug: str | None = None, scan: str | None = None) -> None:
         """Write Neuronpedia's attribution-graph JSON, labels and groups included.

@@ -1,6 +1,9 @@
 """The page of a circuit: one self-contained HTML file with an interactive attribution graph, no network.
 
-The circuit is embedded as JSON, the graph is plain SVG, and the scripts in `page/` are put into the file as they are.
+The circuit is embedded as JSON, and the scripts in `page/` are put into the file as they are: ours for layout and
+drawing (nodes are SVG, so that pointer, keyboard and screen readers reach them; edges are on a canvas), d3-zoom for
+gestures. Of a circuit with more than 10,000 edges the weakest stay out; their sums are in the file, by node and by
+group.
 Texts of the model and of the user reach the page only as JSON whose `<`, `>` and `&` are escaped, and the scripts set
 them as text, never as markup; a content security policy forbids everything that is not in the file.
 """
@@ -16,15 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._errors import SettingsError
+from .._errors import SettingsError, UnsupportedModelError
 from .._files import write_text
 from .._version import versions
+from ..interventions._direct_logit_effects import direct_logit_effects
 from ._style import PALETTE
 
 if TYPE_CHECKING:
     from ..circuits._circuit import Circuit
 
-_SCRIPTS = ("data.js", "layout.js", "graph.js", "panel.js", "controls.js")
+_SCRIPTS = ("d3-zoom.min.js", "data.js", "layout.js", "graph.js", "zoom.js", "panel.js", "export.js", "controls.js")
+_MOST_EDGES = 10_000
+_MOST_EFFECTS = 300
 _DARK = {
     "bg": "#14171c", "panel": "#1b1f26", "band": "#191d23", "fg": "#e7e9ec", "muted": "#9aa4b1", "line": "#343b46",
     "positive": PALETTE[5], "negative": PALETTE[4], "focus": "#ffffff", "tip": "#e7e9ec", "tip-fg": "#14171c",
@@ -37,34 +43,45 @@ _FORM = (
 )
 
 
-def write_page(circuit: "Circuit", path: str | Path, details: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+Details = Mapping[str, Mapping[str, Any]]
+
+
+def write_page(
+    circuit: "Circuit", path: str | Path, details: Details | None = None, edge_share: float | None = None
+) -> None:
     """Write the page of a circuit; an existing file is replaced.
 
     Args:
         circuit: any circuit, grouped or not.
         path: of the HTML file.
         details: see `Circuit.to_html`.
+        edge_share: see `Circuit.to_html`.
 
     Raises:
         SettingsError: details of a node that is not there, or of another form.
         SaveError: it could not be written; an older file is as it was.
     """
-    write_text(path, page(circuit, details))
+    write_text(path, page(circuit, details, edge_share))
 
 
-def page(circuit: "Circuit", details: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+def page(circuit: "Circuit", details: Details | None = None, edge_share: float | None = None) -> str:
     """The page as text."""
-    parts = {
-        "title": _ascii(escape(_title(circuit))),
-        "style": _part("page.css"),
+    colors = {
         "positive": PALETTE[0],
         "negative": PALETTE[1],
         "dark": " ".join(f"--{name}: {color};" for name, color in _DARK.items()),
-        "data": embedded_json(page_data(circuit, details)),
+    }
+    parts = {
+        "title": _ascii(escape(_title(circuit))),
+        "style": _filled(_part("page.css"), colors),
+        "data": embedded_json(page_data(circuit, details, edge_share)),
         "script": "\n".join(_part(name) for name in _SCRIPTS),
     }
-    filled = re.sub(r"\[\[(style|script)\]\]", lambda match: parts[match[1]], _part("page.html"))
-    return re.sub(r"\[\[(\w+)\]\]", lambda match: parts[match[1]], filled)
+    return _filled(_part("page.html"), parts)
+
+
+def _filled(text: str, parts: Mapping[str, str]) -> str:
+    return re.sub(r"\[\[(\w+)\]\]", lambda match: parts[match[1]], text)
 
 
 def embedded_json(value: Any) -> str:
@@ -77,10 +94,14 @@ def embedded_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def page_data(circuit: "Circuit", details: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+def page_data(circuit: "Circuit", details: Details | None = None, edge_share: float | None = None) -> dict[str, Any]:
     """Everything that the page knows: columns of nodes and edges, numbers to five digits, None where there is none."""
-    nodes, edges, settings = circuit.nodes, circuit.edges, circuit.settings
+    nodes, settings = circuit.nodes, circuit.settings
     index = {name: place for place, name in enumerate(nodes["node"])}
+    edges, cut = _kept_edges(circuit, edge_share)
+    found = checked_details(nodes, _with_effects(circuit, details))
+    forms: dict[str, int] = {}
+    unique = {name: forms.setdefault(json.dumps(form), len(forms)) for name, form in found.items()}
     return {
         "prompt": str(settings.get("prompt", "")),
         "facts": _facts(circuit),
@@ -88,30 +109,109 @@ def page_data(circuit: "Circuit", details: Mapping[str, Mapping[str, Any]] | Non
         "n_layers": int(settings.get("n_layers", 0)),
         "target_value": _number(circuit.target_value),
         "nodes": {name: _column(nodes[name]) for name in nodes.columns},
+        "n_edges": len(circuit.edges),
         "edges": {
             "source": [index[name] for name in edges["source"]],
             "target": [index[name] for name in edges["target"]],
             **{name: _column(edges[name]) for name in ("weight", "relative", "attribution")},
         },
-        "heads": _heads(circuit),
+        "cut": cut,
+        "heads": _heads(circuit, edges),
         "members": {str(group): list(members) for group, members in (settings.get("groups") or {}).items()},
-        "details": checked_details(nodes, details or {}),
+        "details": [json.loads(form) for form in forms],
+        "detail_of": unique,
         "group_colors": list(_GROUPS),
     }
 
 
-def _heads(circuit: "Circuit", most: int = 3) -> dict[int, list[tuple[int, int, int, float | None]]]:
+def _kept_edges(circuit: "Circuit", share: float | None) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The edges that go into the file, and what the others sum to.
+
+    An edge stays if its |attribution| is at least `share` of the target, or if it is the strongest into or out of a
+    node. Without `share` it is 0 for up to 10,000 edges, else that of the 10,000th, rounded up to two digits. Graphs of
+    other programs have no attributions; there it is the share of the node that the edge enters.
+    """
+    edges, value = circuit.edges, abs(circuit.target_value)
+    sizes = edges["attribution"].abs() / value if value else edges["attribution"].abs()
+    measure = "attribution" if value and np.isfinite(sizes).all() else "relative"
+    if measure == "relative":
+        sizes = edges["relative"].abs()
+    if share is None:
+        share = 0.0
+        if len(edges) > _MOST_EDGES:
+            limit = float(np.sort(sizes.to_numpy())[-_MOST_EDGES])
+            unit = 10.0 ** (np.floor(np.log10(limit)) - 1) if limit else 1.0
+            share = float(np.ceil(limit / unit) * unit)
+    if not share >= 0:
+        raise SettingsError(f"expected edge_share as a share of the target, 0 or more; got {share}.")
+    keep = (sizes >= share).to_numpy()
+    order = sizes.sort_values(ascending=False, kind="stable").index
+    for end in ("source", "target"):
+        keep = keep | edges.index.isin(edges.loc[order].drop_duplicates(end).index)
+    lost = edges[~keep]
+    index = {name: place for place, name in enumerate(circuit.nodes["node"])}
+    by_end = {
+        name: {
+            index[node]: (len(part), _number(part.sum())) for node, part in lost.groupby(end, sort=False)["attribution"]
+        }
+        for name, end in (("incoming", "target"), ("outgoing", "source"))
+    }
+    sums = {"sum": _number(lost["attribution"].sum()), "size": _number(lost["attribution"].abs().sum())}
+    cut = {"count": len(lost), "share": share, "measure": measure, **sums, **by_end}
+    return edges[keep], {**cut, "groups": _cut_between_groups(circuit.nodes, lost, index)}
+
+
+def _cut_between_groups(nodes: pd.DataFrame, lost: pd.DataFrame, index: Mapping[str, int]) -> list[tuple[Any, ...]]:
+    """Sums of lost edges from and to groups: (source, target, weight, attribution), the first group being -1.
+
+    A pair is there for every way in which its groups can be collapsed, so that each supernode has its whole score.
+    """
+    members = nodes[(nodes["group"] != "") & nodes["kind"].isin(("neuron", "feature", "component", "head", "skip"))]
+    group_of = members.set_index("node")["group"]
+    groups = {name: -1 - place for place, name in enumerate(dict.fromkeys(group_of))}
+    ends = {end: lost[end].map(index) for end in ("source", "target")}
+    grouped = {end: lost[end].map(group_of).map(groups) for end in ("source", "target")}
+    rows: list[tuple[Any, ...]] = []
+    for source, target in ((True, True), (True, False), (False, True)):
+        frame = lost.assign(
+            source=(grouped if source else ends)["source"], target=(grouped if target else ends)["target"]
+        ).dropna(subset=["source", "target"])
+        sums = frame.groupby(["source", "target"], sort=False)[["weight", "attribution"]].sum().reset_index()
+        rows += [(int(s), int(t), _number(w), _number(a)) for s, t, w, a in sums.itertuples(index=False)]
+    return rows
+
+
+def _with_effects(circuit: "Circuit", details: Details | None) -> Details:
+    """The details, and direct logit effects of the strongest neurons that have none, while the model still lives."""
+    given = details or {}
+    model = None if circuit.traced is None else circuit.traced.model()
+    nodes = circuit.nodes.loc[circuit.nodes["kind"] == "neuron", "node"].head(_MOST_EFFECTS)
+    neurons = {node: node.partition("@")[0] for node in nodes if not {node, node.partition("@")[0]} & set(given)}
+    if model is None or not neurons:
+        return given
+    try:
+        table = direct_logit_effects(model, list(dict.fromkeys(neurons.values())), k=8).to_dataframe()
+    except UnsupportedModelError:
+        return given
+    pairs = {name: list(zip(rows["token"], rows["effect"], strict=True)) for name, rows in table.groupby("label")}
+    return {node: {"direct_logit_effects": pairs[name]} for node, name in neurons.items()} | dict(given)
+
+
+def _heads(
+    circuit: "Circuit", edges: pd.DataFrame, most: int = 3
+) -> dict[int, list[tuple[int, int, int, float | None]]]:
     """By edge, where edges were split: layer, head, position and share of its strongest parts; layer -1 is direct."""
     if circuit.head_parts is None:
         return {}
     parts = (
         circuit.head_parts[circuit.head_parts["kind"] != "rest"].groupby(["source", "target"], sort=False).head(most)
     )
-    place = {pair: row for row, pair in enumerate(zip(circuit.edges["source"], circuit.edges["target"], strict=True))}
+    place = {pair: row for row, pair in enumerate(zip(edges["source"], edges["target"], strict=True))}
     heads: dict[int, list[tuple[int, int, int, float | None]]] = {}
     for part in parts.itertuples(index=False):
         row = (int(part.layer), int(part.head), int(part.from_position), _number(part.share))
-        heads.setdefault(place[part.source, part.target], []).append(row)
+        if (part.source, part.target) in place:
+            heads.setdefault(place[part.source, part.target], []).append(row)
     return heads
 
 
@@ -126,45 +226,49 @@ def _ascii(text: str) -> str:
 
 def _title(circuit: "Circuit") -> str:
     target = ", ".join(str(one).strip() for one in circuit.settings.get("target", []))
-    return f"Circuit for “{target}” on {circuit.settings.get('model', 'unknown')}"
+    return f"Circuit for “{target}” on {str(circuit.settings.get('model', 'unknown')).rpartition('/')[2]}"
 
 
-def _facts(circuit: "Circuit") -> list[tuple[str, str, str]]:
-    """What the head of the page says beside the prompt: names, texts, and what they mean."""
+def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
+    """Name, text and meaning of what the page says about the circuit; the fourth is "more" for what stands below."""
     settings = circuit.settings
-    target, prompts = (
-        ", ".join(str(one).strip() for one in settings.get("target", [])),
-        int(settings.get("n_prompts", 1)),
-    )
+    target = ", ".join(str(one).strip() for one in settings.get("target", []))
+    prompts = int(settings.get("n_prompts", 1))
     explained = 1 - circuit.unexplained if circuit.target_value else float("nan")
     made_with = {"tl-neuron-circuits": versions()["tl-neuron-circuits"]} | dict(settings.get("versions") or {})
     facts = [
-        ("target", f"{target} = {circuit.target_value:.4g}", "what the circuit explains: the sum of its logits"),
+        ("target", f"{target} = {circuit.target_value:.4g}", "what the circuit explains: the sum of its logits", ""),
+        ("the model says", _prediction(settings), "its likeliest next tokens", ""),
         (
             "explained",
             _percent(explained),
             "share of the target that ends at embeddings and biases, not at what was left out",
+            "loud" if explained < 0.5 else "",
         ),
+        ("model", str(circuit.settings.get("model", "")), "the model that was traced", "more"),
+        ("prompts", str(prompts) if prompts != 1 else "", "numbers are means over them", ""),
         (
             "replacement",
             _percent(circuit.graph_replacement),
             "influence of embeddings over that of embeddings and of what was left out",
+            "more",
         ),
         (
             "completeness",
             _percent(circuit.graph_completeness),
             "share of all nodes' inputs that does not come from what was left out",
+            "more",
         ),
-        ("the model says", _prediction(settings), "its likeliest next tokens"),
-        ("baseline", str(settings.get("baseline", "")), "scores are differences to this"),
-        ("prompts", str(prompts) if prompts != 1 else "", "numbers are means over them"),
-        *((name, str(version), "version the circuit was made with") for name, version in made_with.items()),
+        ("baseline", str(settings.get("baseline", "")), "scores are differences to this", "more"),
+        *((name, str(version), "version the circuit was made with", "more") for name, version in made_with.items()),
     ]
     return [fact for fact in facts if fact[1]]
 
 
 def _prediction(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{str(token).strip()} {_percent(p)}" for token, p in (settings.get("predicted") or [])[:3])
+    return ", ".join(
+        f"{str(token).strip() or repr(str(token))} {_percent(p)}" for token, p in (settings.get("predicted") or [])[:3]
+    )
 
 
 def _percent(value: float) -> str:
@@ -181,7 +285,7 @@ def _number(value: float) -> float | None:
     return float(f"{value:.5g}") if np.isfinite(value) else None
 
 
-def checked_details(nodes: pd.DataFrame, details: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def checked_details(nodes: pd.DataFrame, details: Details) -> dict[str, dict[str, Any]]:
     """Details by node: a list of (heading, text), logit effects and examples, as plain JSON.
 
     Raises:
@@ -230,7 +334,8 @@ def _example(name: str, example: Any) -> dict[str, Any]:
     if isinstance(example, str):
         return {"tokens": [example], "values": [0.0], "note": ""}
     if hasattr(example, "tokens") and hasattr(example, "activations"):  # of `max_activating_examples`
-        example = {"tokens": example.tokens, "values": example.activations}
+        peak = example.activations[example.position]
+        example = {"tokens": example.tokens, "values": example.activations, "peak": peak}
     if not isinstance(example, Mapping) or not {"tokens", "values"} <= set(example):
         raise SettingsError(f"expected an example as text, or with tokens and values; got {example!r} for {name!r}.")
     tokens, values = [str(token) for token in example["tokens"]], _finite(name, example["values"])
@@ -238,7 +343,8 @@ def _example(name: str, example: Any) -> dict[str, Any]:
         raise SettingsError(
             f"expected one value per token; got {len(tokens)} tokens and {len(values)} values for {name!r}."
         )
-    return {"tokens": tokens, "values": values, "note": str(example.get("note", ""))}
+    made = {"tokens": tokens, "values": values, "note": str(example.get("note", ""))}
+    return made if example.get("peak") is None else made | {"peak": _finite(name, [example["peak"]])[0]}
 
 
 def _finite(name: str, values: Iterable[Any]) -> list[float]:

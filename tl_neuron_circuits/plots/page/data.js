@@ -1,21 +1,24 @@
-// The circuit as objects, what is shown of it, and how texts and numbers are written.
+// The circuit as objects, the view with some groups collapsed, and how texts and numbers are written.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const CHOSEN = new Set(["neuron", "feature", "head", "skip", "group"]);
+const CHOSEN = new Set(["neuron", "feature", "component", "head", "skip", "group"]);
 const REST = new Set(["bias", "unselected", "linearization_error", "error"]);
 const KINDS = {
   neuron: "neuron", feature: "feature", group: "group", embedding: "embedding", logit: "logit", bias: "bias",
   unselected: "what was left out", linearization_error: "what is not linear", error: "error", head: "attention head",
-  skip: "skip path",
+  skip: "skip path", component: "component",
 };
 
 const NODES = data.nodes.node.map((name, index) => {
   const node = { key: name, index };
   for (const column in data.nodes) node[column] = data.nodes[column][index];
   if (data.members[name]) node.members = data.members[name];
+  node.cut = { incoming: data.cut.incoming[index] || [0, 0], outgoing: data.cut.outgoing[index] || [0, 0] };
   return node;
 });
+const detailsOf = (node) => data.details[data.detail_of[node.node]] || null;
+const TARGETS = NODES.filter((node) => node.kind === "logit");
 const EDGES = data.edges.source.map((source, index) => ({
   source: NODES[source], target: NODES[data.edges.target[index]],
   weight: data.edges.weight[index], relative: data.edges.relative[index], attribution: data.edges.attribution[index],
@@ -33,8 +36,8 @@ for (const node of NODES) {
 // Graphs of other programs have no scores; there influence says how large a node is.
 const SIZED_BY = NODES.some((node) => CHOSEN.has(node.kind) && node.share !== null) ? "share" : "influence";
 
-// What is shown: `nodes` and `edges` with chosen groups collapsed; every node knows its edges, strongest first.
-const view = { nodes: [], edges: [], collapsed: new Set(), byKey: new Map() };
+// `nodes` and `edges` with chosen groups collapsed; every node knows its edges, strongest first.
+const view = { nodes: [], edges: [], collapsed: new Set(GROUPS.keys()), byKey: new Map(), ranked: [] };
 
 function rebuildView() {
   const supers = new Map();
@@ -45,24 +48,36 @@ function rebuildView() {
   for (const node of view.nodes) { node.incoming = []; node.outgoing = []; }
   const joined = new Map();
   view.edges = [];
-  for (const edge of EDGES) {
-    const source = standsFor(edge.source), target = standsFor(edge.target);
-    if (source === edge.source && target === edge.target) { view.edges.push(edge); continue; }
+  const add = (source, target, weight, attribution) => {
     if (source === target) {  // inside a supernode: gone, and so is its part of the supernode's score
-      target.score -= edge.attribution;
-      target.change -= edge.weight;
-      continue;
+      target.score -= attribution;
+      target.change -= weight;
+      return;
     }
     const key = source.key + "\u0000" + target.key;
     let sum = joined.get(key);
     if (!sum) { sum = { source, target, weight: 0, attribution: 0 }; joined.set(key, sum); view.edges.push(sum); }
-    sum.weight += edge.weight;
-    sum.attribution += edge.attribution;
+    sum.weight += weight;
+    sum.attribution += attribution;
+  };
+  for (const edge of EDGES) {
+    const source = standsFor(edge.source), target = standsFor(edge.target);
+    if (source === edge.source && target === edge.target) view.edges.push(edge);
+    else add(source, target, edge.weight, edge.attribution);
+  }
+  // Edges that are too weak for the file are there as sums between groups and nodes: none is lost in a supernode.
+  const groups = [...GROUPS.keys()];
+  const end = (place) => (place >= 0 ? (standsFor(NODES[place]) === NODES[place] ? NODES[place] : null) : supers.get(groups[-1 - place]));
+  for (const [from, to, weight, attribution] of data.cut.groups) {
+    const source = end(from), target = end(to);
+    if (source && target) add(source, target, weight, attribution);
   }
   for (const node of supers.values()) node.share = data.target_value ? node.score / data.target_value : null;
   for (const edge of joined.values()) edge.relative = edge.target.score ? edge.attribution / edge.target.score : 0;
   view.edges.sort((a, b) => Math.abs(b.attribution) - Math.abs(a.attribution));
   for (const edge of view.edges) { edge.source.outgoing.push(edge); edge.target.incoming.push(edge); }
+  view.ranked = view.nodes.filter((node) => CHOSEN.has(node.kind)).sort((a, b) => sizeOf(b) - sizeOf(a));
+  view.ranked.forEach((node, rank) => { node.rank = rank; });
 }
 
 function supernode(group) {
@@ -76,7 +91,7 @@ function supernode(group) {
     layer: Math.round(group.members.reduce((all, node) => all + node.layer * size(node), 0) / total),
     position: one("position", -1), drawnAt: largest.position, token: one("token", "…"), gate_sign: 0, up_sign: 0,
     activation: sum("activation"), sign: Math.sign(sum("activation")), change: sum("change"), score: sum("score"),
-    influence: SIZED_BY === "influence" ? sum("influence") : null, flow: null, probability: null,
+    influence: SIZED_BY === "influence" ? sum("influence") : null, flow: null, probability: null, cut: null,
     members: group.members.map((node) => node.node),
   };
 }
@@ -94,7 +109,7 @@ function clean(text) {
     return code < 256 ? "\\x" + code.toString(16).padStart(2, "0") : "\\u" + code.toString(16).padStart(4, "0");
   });
 }
-const showToken = (token) => (token.trim() === "" ? token.replace(/ /g, "␣") : clean(token).trim());
+const showToken = (token) => (token.trim() === "" ? clean(token.replace(/ /g, "␣")) : clean(token).trim());
 function shorten(text, length) {
   const characters = [...text];
   return characters.length > length ? characters.slice(0, length - 1).join("") + "…" : text;
@@ -120,6 +135,21 @@ const nameOf = (node) => {
   if (node.kind === "logit") return node.label === node.node ? label : "logit “" + label + "”";
   return node.kind === "embedding" ? "embedding “" + label + "”" : label;
 };
+
+// The tokens that a neuron raises most by what it writes here: with a negative activation those at the other end.
+function promoted(node, most, form = /^/) {
+  const details = detailsOf(node), sign = node.activation === null ? 1 : Math.sign(node.activation) || 1;
+  if (!details) return [];
+  const effects = details.direct_logit_effects.filter(([token, value]) => value * sign > 0 && form.test(token));
+  return effects.sort((a, b) => (b[1] - a[1]) * sign).slice(0, most).map(([token]) => showToken(token));
+}
+// For captions: whole words, and only in the upper half of the layers; below, the direct effect is little of what a neuron does.
+const HAS_SPACES = data.details.some((details) => details.direct_logit_effects.some(([token]) => token.startsWith(" ")));
+function words(node, most) {
+  if (node.kind === "neuron" && 2 * node.layer < data.n_layers) return [];
+  return promoted(node, 12, HAS_SPACES ? /^ \p{L}{2,}$/u : /\p{L}{2,}/u).slice(0, most);
+}
+const hasLabel = (node) => node.label !== node.node;
 
 function element(tag, properties, ...children) {
   const made = document.createElement(tag);

@@ -1,59 +1,71 @@
-// Drawing: bands, nodes, edges, what is selected or pointed at, and moving along edges with the keyboard.
+// Drawing: bands, edges, nodes, what is selected or pointed at, and moving along edges with the keyboard. Edges are on a
+// canvas, which is fast with ten thousand of them; nodes and the edges of one node are SVG, for pointer and keyboard.
 
 const state = {
-  nodeLimit: 0, edgeLimit: 0, measure: "attribution", rest: true, search: "", selected: null, hovered: null, trail: null,
-  shown: [], shownKeys: new Set(), drawn: [], layout: null,
+  count: 0, edgeCount: 0, measure: "attribution", rest: false, unfolded: false, search: "", selected: null, hovered: null,
+  trail: null, edge: null, shown: [], shownKeys: new Set(), drawn: [], layout: null,
 };
-const MOST_EDGES = 6000;
+const marks = new Map();
 
-function isShown(node) {
-  if (CHOSEN.has(node.kind)) return sizeOf(node) >= state.nodeLimit;
-  return state.rest || !REST.has(node.kind);
+// Tokens and what was left out are held to the weakest node shown, and to the strongest few of a long prompt; a token
+// with nodes above it is always there.
+const MOST_TOKENS = 6;
+function setShown() {
+  const shown = view.ranked.slice(0, state.count), all = shown.length === view.ranked.length;
+  const tokens = view.nodes.filter((node) => node.kind === "embedding").map(sizeOf).sort((a, b) => b - a);
+  const least = all || !shown.length ? 0 : Math.max(sizeOf(shown[shown.length - 1]), tokens[MOST_TOKENS - 1] || 0);
+  const columns = new Set(shown.map(columnOf));
+  state.shown = view.nodes.filter((node) => {
+    if (CHOSEN.has(node.kind)) return node.rank < state.count;
+    if (node.kind === "logit") return true;
+    if (REST.has(node.kind)) return state.rest && sizeOf(node) >= least;
+    return sizeOf(node) >= least || columns.has(node.position);
+  });
+  state.shownKeys = new Set(state.shown.map((node) => node.key));
 }
 
 function render() {
   const focused = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.key : null;
-  state.shown = view.nodes.filter(isShown);
-  state.shownKeys = new Set(state.shown.map((node) => node.key));
+  setShown();
   if (state.selected && !state.shownKeys.has(state.selected)) select(null);
-  state.hovered = null;
-  const scroller = $("scroller");
-  state.layout = layout(state.shown, { width: scroller.clientWidth - AXIS_WIDTH - 2, height: scroller.clientHeight - 4 });
-  for (const [id, width] of [["graph", state.layout.width], ["axis", AXIS_WIDTH]]) {
-    $(id).setAttribute("width", width);
-    $(id).setAttribute("height", state.layout.height);
-  }
+  state.hovered = state.edge = null;
+  state.layout = layout(state.shown, roomFor());
+  state.colors = readColors();
   drawFrame();
   drawNodes();
-  drawEdges();
+  chooseEdges();
+  resetZoom();
   paint();
-  if (focused && state.shownKeys.has(focused)) nodeElement(focused).focus();
+  if (focused && marks.has(focused)) marks.get(focused).focus({ preventScroll: true });
 }
 
+const foldedRange = ({ folded }) => [folded[0], folded[folded.length - 1]].map((column) => column.position).join("–");
+
 function drawFrame() {
-  const { rows, columns, width, height } = state.layout;
-  const bands = [], names = [], labels = [];
+  const { rows, columns } = state.layout;
+  const bands = [], names = [], words = [];
   rows.forEach((row, index) => {
-    if (index % 2 === 0) {
-      for (const [into, w] of [[bands, width], [names, AXIS_WIDTH]]) {
-        into.push(svg("rect", { class: "band", x: 0, y: row.y, width: w, height: row.height }));
-      }
-    }
-    if (row.height > 9) {
-      names.push(svg("text", { class: "muted", x: AXIS_WIDTH - 8, y: row.y + row.height / 2 + 4, "text-anchor": "end" }, row.name));
-    }
+    if (row.isSkipped) bands.push(svg("rect", { class: "skipped", x: 0, y: row.y, width: 1, height: row.height }));
+    else if (index % 2 === 0) bands.push(svg("rect", { class: "band", x: 0, y: row.y, width: 1, height: row.height }));
+    const name = svg("text", { class: row.isSkipped ? "muted skip" : "muted", x: AXIS_WIDTH - 8, "text-anchor": "end" }, row.isSkipped ? "⋮" : row.name);
+    name.place = row.y + row.height / 2;
+    names.push(name);
   });
   for (const column of columns) {
-    const x = column.x + column.width / 2, y = height - LABELS_BELOW;
-    bands.push(svg("line", { class: "columns", x1: column.x, x2: column.x, y1: 0, y2: y }));
-    const caption = svg("text", { x, y: y + 16, "text-anchor": "middle" }, column.caption);
-    caption.append(svg("title", {}, clean(column.token)));
-    labels.push(caption);
-    if (column.position >= 0) labels.push(svg("text", { class: "muted", x, y: y + 31, "text-anchor": "middle" }, String(column.position)));
+    const hasNodes = column.lanes && column.lanes.slice(0, 2).some((lane) => lane.some((boxes) => boxes.length)), half = 3.6 * Math.min([...showToken(column.token)].length, column.width / 7.2);
+    const middle = Math.max(column.x + half + 2, Math.min(column.x + column.width - half - 2, column.axis));
+    bands.push(svg("line", { class: "columns", x1: column.x, x2: column.x, y1: 0, y2: 1 }));
+    const word = svg("g", { class: column.folded ? "token folded" : hasNodes ? "token" : "token muted", "data-position": column.position },
+      svg("text", { y: 16, "text-anchor": "middle" }), svg("text", { class: "muted", y: 31, "text-anchor": "middle" },
+        column.folded ? foldedRange(column) : column.position >= 0 ? String(column.position) : ""),
+      svg("title", {}, column.folded ? column.folded.map((one) => clean(one.token)).join("") + "\n(click to unfold)" : clean(column.token)));
+    Object.assign(word, { place: middle, room: column.width, column });
+    words.push(word);
   }
-  $("bands").replaceChildren(...bands);
+  $("rows").replaceChildren(...bands.filter((one) => one.tagName === "rect"));
+  $("columns").replaceChildren(...bands.filter((one) => one.tagName === "line"));
   $("axis").replaceChildren(...names);
-  $("labels").replaceChildren(...labels);
+  $("tokens").replaceChildren(...words);
 }
 
 function drawNodes() {
@@ -61,21 +73,36 @@ function drawNodes() {
     const p = state.layout.places.get(a.key), q = state.layout.places.get(b.key);
     return p.y - q.y || p.x - q.x;
   });
-  $("nodes").replaceChildren(...order.map(nodeMark));
+  marks.clear();
+  for (const node of order) marks.set(node.key, nodeMark(node));
+  $("nodes").replaceChildren(...marks.values());
 }
+
+// Colors are mixed here: programs that read an exported SVG know neither variables nor color-mix.
+function readColors() {
+  const style = getComputedStyle(document.documentElement), colors = {};
+  for (const name of ["bg", "fg", "muted", "positive", "negative"]) {
+    const hex = style.getPropertyValue("--" + name).trim();
+    colors[name] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  }
+  return colors;
+}
+const mix = (name, part) =>
+  "rgb(" + state.colors[name].map((value, index) => Math.round(part * value + (1 - part) * state.colors.bg[index])).join(",") + ")";
 
 function nodeMark(node) {
   const place = state.layout.places.get(node.key), { x, y, r } = place;
   const sign = signOf(node), group = GROUPS.get(node.group);
   const classes = ["node", sign < 0 ? "minus" : sign > 0 ? "plus" : "none", REST.has(node.kind) ? "end" : place.isPill ? "pill" : ""];
+  const described = promoted(node, 4);
   const made = svg("g", {
-    class: classes.join(" ").trim(), tabindex: 0, role: "button", "data-key": node.key, "aria-pressed": "false",
-    "aria-label": `${nameOf(node)}, ${KINDS[node.kind] || node.kind} ${where(node)}, score ${number(node.score)}, share ${percent(node.share)}`,
+    class: classes.join(" ").trim(), tabindex: -1, role: "button", "data-key": node.key, "aria-pressed": "false",
+    "aria-label": `${nameOf(node)}, ${KINDS[node.kind] || node.kind} ${where(node)}, score ${number(node.score)}, share ${percent(node.share)}`
+      + (described.length ? `, promotes ${described.join(", ")}` : ""),
   });
   const strength = Math.min(1, Math.sqrt(sizeOf(node) / LARGEST));
-  const color = sign < 0 ? "--negative" : sign > 0 ? "--positive" : "--muted";
-  const mix = place.isPill ? 10 + 14 * strength : 22 + 62 * strength;
-  const fill = `fill: color-mix(in srgb, var(${color}) ${mix.toFixed(0)}%, var(--bg))`;
+  const color = sign < 0 ? "negative" : sign > 0 ? "positive" : "muted";
+  const fill = "fill: " + mix(color, place.isPill ? 0.1 + 0.14 * strength : 0.22 + 0.62 * strength);
   const box = (grow, name, style) => {
     const half = place.isPill ? place.w / 2 : r, high = place.isPill ? 11 : r, round = place.isPill ? 11 : 2;
     if (place.isPill || !CHOSEN.has(node.kind)) {
@@ -84,66 +111,128 @@ function nodeMark(node) {
     }
     return svg("circle", { class: name, style, cx: x, cy: y, r: r + grow });
   };
-  made.append(box(3, "halo", ""), box(0, "shape", fill));
+  const wide = place.w + 4, left = place.isPill || !place.side ? x - (place.isPill ? wide / 2 : r + 2) : place.side < 0 ? x + r + 2 - wide : x - r - 2;
+  const hit = svg("rect", { class: "hit", x: left, y: y - place.h / 2, width: wide, height: place.h });
+  made.append(hit, box(3, "halo", ""), box(0, "shape", fill));
   if (group) made.append(box(-0.5, "group", `stroke: ${group.color}`));
-  if (place.caption) {
-    made.append(place.isPill ? svg("text", { x, y: y + 4, "text-anchor": "middle" }, place.caption)
-      : svg("text", { x: x + r + 4, y: y + 4 }, place.caption));
+  const [name, more] = place.caption;
+  if (name || more) {
+    const text = svg("text", place.isPill ? { x, y: y + 4, "text-anchor": "middle" }
+      : place.side < 0 ? { x: x - r - 4, y: y + 4, "text-anchor": "end" } : { x: x + r + 4, y: y + 4 }, svg("tspan", { class: hasLabel(node) || place.isPill ? "name" : "unit" }, name));
+    if (more) text.append(" ", svg("tspan", { class: "more" }, more));
+    made.append(text);
   }
   return made;
 }
 
 const isVisible = (edge) => state.shownKeys.has(edge.source.key) && state.shownKeys.has(edge.target.key);
 
-function drawEdges() {
-  let strong = view.edges.filter((edge) => strengthOf(edge, state.measure) >= state.edgeLimit && isVisible(edge));
-  if (state.measure !== "attribution") strong.sort((a, b) => strengthOf(b, state.measure) - strengthOf(a, state.measure));
-  state.drawn = strong.slice(0, MOST_EDGES);
+// The strongest edges, as many as the slider says, and of every node the strongest way on, so that none hangs in the air.
+function chooseEdges() {
+  const visible = view.edges.filter(isVisible);
+  if (state.measure !== "attribution") visible.sort((a, b) => strengthOf(b, state.measure) - strengthOf(a, state.measure));
+  state.visible = visible.length;
+  const strong = visible.slice(0, Math.min(state.edgeCount, visible.length)), drawn = new Set(strong);
+  for (const node of state.shown) {
+    const way = node.outgoing.find(isVisible);
+    if (way) drawn.add(way);
+  }
+  state.edgeLimit = strong.length ? strengthOf(strong[strong.length - 1], state.measure) : null;
+  state.drawn = [...drawn];
   state.strongest = Math.max(1e-12, ...view.edges.slice(0, 50).map((edge) => Math.min(1, strengthOf(edge, state.measure))));
-  $("edges").replaceChildren(...[...state.drawn].reverse().map((edge) => edgeMark(edge, 1)));
+  state.paths = state.drawn.map((edge) => {
+    const look = lookOf(edge, 1);
+    return { edge, look, path: new Path2D(look.d) };
+  }).reverse();
+}
+
+function lookOf(edge, emphasis) {
+  const from = state.layout.places.get(edge.source.key), to = state.layout.places.get(edge.target.key);
+  const y1 = from.y - (from.isPill ? 11 : from.r), y2 = to.y + (to.isPill ? 11 : to.r), isEnd = REST.has(edge.source.kind);
+  const high = Math.abs(y1 - y2), bend = Math.max(12, high * 0.45), strength = Math.sqrt(Math.min(1, strengthOf(edge, state.measure) / state.strongest));
+  // Within a column edges keep to the corridor between the lanes; from column to column they leave and arrive upright.
+  const same = columnOf(edge.source) === columnOf(edge.target), lean = same ? (to.x - from.x) * 0.55 : 0;
+  const bulge = same && Math.abs(to.x - from.x) < 3 ? -from.side * Math.min(34, 6 + 0.14 * high) : 0;
+  const f = (value) => value.toFixed(1), [c1, c2] = [from.x + lean + bulge, to.x + bulge];
+  return {
+    sign: edge.attribution < 0 ? "negative" : "positive", isEnd, ends: [from.x, y1, c1, y1 - bend, c2, y2 + bend, to.x, y2],
+    d: `M${f(from.x)} ${f(y1)}C${f(c1)} ${f(y1 - bend)} ${f(c2)} ${f(y2 + bend)} ${f(to.x)} ${f(y2)}`,
+    width: 0.7 + 3.6 * strength * emphasis, opacity: (emphasis > 1 ? 0.35 + 0.65 * strength : 0.14 + 0.6 * strength) * (isEnd ? 0.6 : 1),
+  };
 }
 
 function edgeMark(edge, emphasis) {
-  const from = state.layout.places.get(edge.source.key), to = state.layout.places.get(edge.target.key);
-  const y1 = from.y - (from.isPill ? 11 : from.r), y2 = to.y + (to.isPill ? 11 : to.r);
-  const bend = Math.max(12, Math.abs(y1 - y2) * 0.45), strength = Math.sqrt(Math.min(1, strengthOf(edge, state.measure) / state.strongest));
-  const f = (value) => value.toFixed(1);
-  const mark = svg("path", {
-    class: (edge.attribution < 0 ? "negative" : "positive") + (REST.has(edge.source.kind) ? " end" : ""),
-    d: `M${f(from.x)} ${f(y1)}C${f(from.x)} ${f(y1 - bend)} ${f(to.x)} ${f(y2 + bend)} ${f(to.x)} ${f(y2)}`,
-    "stroke-width": f(0.7 + 4 * strength * emphasis), "stroke-opacity": ((emphasis > 1 ? 0.35 + 0.65 * strength : 0.12 + 0.75 * strength) * (REST.has(edge.source.kind) ? 0.6 : 1)).toFixed(2),
+  const look = lookOf(edge, emphasis);
+  return svg("path", {
+    class: look.sign + (look.isEnd ? " end" : ""), d: look.d, "stroke-width": look.width.toFixed(1), "stroke-opacity": look.opacity.toFixed(2),
   });
-  mark.edge = edge;
-  return mark;
+}
+
+// The canvas has the edges for one transform; while a gesture goes on it is moved as it is, and drawn anew after it.
+function drawEdges() {
+  const canvas = $("edges"), ratio = devicePixelRatio || 1, { width, height } = roomFor();
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  const pen = canvas.getContext("2d"), { x, y, k } = state.transform;
+  pen.setTransform(k * ratio, 0, 0, k * ratio, x * ratio, y * ratio);
+  for (const { look, path } of state.paths) {
+    pen.strokeStyle = mix(look.sign, 1);
+    pen.globalAlpha = look.opacity;
+    pen.lineWidth = look.width;
+    pen.setLineDash(look.isEnd ? [3, 3] : []);
+    pen.stroke(path);
+  }
+  canvas.style.transform = "";
+  state.drawnAt = state.transform;
+}
+
+// The drawn edge next to a point of the view, within a few pixels.
+function edgeAt(px, py) {
+  const { x, y, k } = state.transform, [sx, sy] = [(px - x) / k, (py - y) / k];
+  let best = null, least = (5 / k) ** 2;
+  for (const { edge, look } of state.paths) {
+    const [x1, y1, p1, c1, p2, c2, x2, y2] = look.ends, near = 5 / k;
+    if (sx < Math.min(x1, x2, p1, p2) - near || sx > Math.max(x1, x2, p1, p2) + near || sy > Math.max(y1, y2) + near || sy < Math.min(y1, y2) - near) continue;
+    for (let step = 0; step <= 40; step++) {
+      const t = step / 40, u = 1 - t;
+      const dx = u ** 3 * x1 + 3 * u * u * t * p1 + 3 * u * t * t * p2 + t ** 3 * x2 - sx;
+      const dy = u ** 3 * y1 + 3 * u * u * t * c1 + 3 * u * t * t * c2 + t ** 3 * y2 - sy;
+      const distance = dx * dx + dy * dy;
+      if (distance <= least) { least = distance; best = edge; }
+    }
+  }
+  return best;
 }
 
 // What is selected, pointed at or found: its edges, also weak ones, and its neighbors stand out.
 function paint() {
   const key = state.hovered || state.selected, node = key ? view.byKey.get(key) : null;
-  const edges = node ? [...node.incoming, ...node.outgoing].filter(isVisible) : [];
+  const edges = node ? [...node.incoming, ...node.outgoing].filter(isVisible) : state.edge ? [state.edge] : [];
   const near = new Set(edges.flatMap((edge) => [edge.source.key, edge.target.key]));
   $("focus-edges").replaceChildren(...edges.reverse().map((edge) => edgeMark(edge, 1.15)));
-  $("graph").classList.toggle("focused", Boolean(node));
-  $("graph").classList.toggle("searched", state.search !== "");
-  for (const mark of $("nodes").children) {
-    const own = mark.dataset.key;
+  $("view").classList.toggle("focused", Boolean(node));
+  $("view").classList.toggle("searched", state.search !== "");
+  const stop = state.selected || (marks.has(paint.stop) ? paint.stop : firstStop());
+  for (const [own, mark] of marks) {
     mark.classList.toggle("selected", own === state.selected);
     mark.classList.toggle("near", near.has(own) || own === key);
     mark.classList.toggle("found", state.search !== "" && matches(view.byKey.get(own)));
     mark.setAttribute("aria-pressed", String(own === state.selected));
+    mark.setAttribute("tabindex", own === stop ? 0 : -1);
   }
 }
-
-const nodeElement = (key) => [...$("nodes").children].find((mark) => mark.dataset.key === key);
+// Tab enters the graph at one node, the one it was left at, else the target; arrows go on from there.
+const firstStop = () => (TARGETS.length ? TARGETS[0].key : state.shown.length ? state.shown[0].key : null);
 
 function select(key, focus) {
   state.selected = key;
   if (key && !state.shownKeys.has(key)) return reveal(key);
+  if (key) paint.stop = key;
   if (state.layout) paint();
   showPanel();
   if (key && focus) {
-    nodeElement(key).focus({ preventScroll: true });
-    nodeElement(key).scrollIntoView({ block: "nearest", inline: "nearest" });
+    marks.get(key).focus({ preventScroll: true });
+    bringIntoView(key);
   }
 }
 

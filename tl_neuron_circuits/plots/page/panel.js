@@ -10,7 +10,7 @@ function showPanel() {
 
 function aboutNode(node) {
   const parts = [element("h2", {}, nameOf(node)), element("p", { class: "where" }, `${KINDS[node.kind] || node.kind}${node.position < 0 ? "," : ""} ${where(node)}`)];
-  parts.push(numbers(node));
+  parts.push(...aboutTexts(node), numbers(node));
   const actions = element("div", { class: "actions" });
   const group = GROUPS.get(node.group);
   if (group) {
@@ -20,8 +20,8 @@ function aboutNode(node) {
   }
   actions.append(element("button", { type: "button", onclick: () => select(null) }, "Clear"));
   parts.push(actions, ...aboutDetails(node));
-  parts.push(...edgeList("Strongest incoming edges", node.incoming, "source"));
-  parts.push(...edgeList("Strongest outgoing edges", node.outgoing, "target"));
+  parts.push(...edgeList("Strongest incoming edges", node, node.incoming, "source"));
+  parts.push(...edgeList("Strongest outgoing edges", node, node.outgoing, "target"));
   if (node.members) {
     parts.push(element("h3", {}, `Members (${node.members.length})`), element("p", { class: "note" }, node.members.map(clean).join(", ")));
   }
@@ -56,32 +56,44 @@ function numbers(node) {
   return list;
 }
 
-function row(node, small, value, text, label) {
+// What a node is about in one line: what it promotes, or how many members it has.
+function lineOf(node) {
+  if (node.members) return node.members.length + " members";
+  const details = detailsOf(node), tokens = words(node, 4);
+  const described = details && details.texts.find(([heading]) => heading === "description");
+  if (described && !hasLabel(node)) return clean(described[1]);
+  return tokens.length ? "→ " + tokens.join(", ") : "";
+}
+
+const besideName = (node) => ((node.label.endsWith("@" + node.position) || (REST.has(node.kind) && node.position >= 0)) && node.token && node.token !== "…" ? `“${showToken(node.token)}”` : where(node));
+
+function row(node, small, value, text, label, line) {
   const most = row.most || 1;
   const bar = element("span", { class: "bar " + (value < 0 ? "negative" : "positive"), style: `width: ${Math.max(1, (100 * Math.abs(value)) / most)}%` });
   const made = element("button", { type: "button", class: "row", "aria-label": label, "data-target": node.key, onclick: () => { select(node.key, true); } },
-    element("span", { class: "name" }, nameOf(node), element("small", {}, small)), bar, element("span", { class: "number" }, text));
-  made.onmouseenter = () => { if (state.shownKeys.has(node.key)) nodeElement(node.key).classList.add("found"); };
+    element("span", { class: "name" }, element("span", {}, nameOf(node), element("small", {}, small)), line ? element("span", { class: "line" }, line) : null), bar, element("span", { class: "number" }, text));
+  made.onmouseenter = () => { if (state.shownKeys.has(node.key)) marks.get(node.key).classList.add("found"); };
   made.onmouseleave = () => paint();
   return element("li", {}, made);
 }
 
-function edgeList(title, edges, end) {
+function edgeList(title, node, edges, end) {
   const list = element("ol", { "data-edges": end });
   const strongest = [...edges].sort((a, b) => strengthOf(b, state.measure) - strengthOf(a, state.measure)).slice(0, MOST_ROWS);
   const valueOf = (edge) => (state.measure === "relative" ? edge.relative : edge.attribution);
   row.most = Math.max(1e-12, ...strongest.map((edge) => Math.abs(valueOf(edge))));
   for (const edge of strongest) {
     const text = state.measure === "relative" ? percent(edge.relative) : number(edge.attribution);
-    const made = row(edge[end], where(edge[end]), valueOf(edge), text, `${nameOf(edge[end])} ${where(edge[end])}, ${aboutEdge(edge)}`);
+    const made = row(edge[end], besideName(edge[end]), valueOf(edge), text, `${nameOf(edge[end])} ${where(edge[end])}, ${aboutEdge(edge)}`);
     made.firstChild.title = aboutEdge(edge);
     if (edge.heads) made.append(element("p", { class: "note heads" }, aboutHeads(edge)));
     list.append(made);
   }
-  if (!edges.length) return [];
-  const rest = edges.length - strongest.length;
+  const more = edges.length - strongest.length, [cut, sum] = (node.cut || {})[end === "source" ? "incoming" : "outgoing"] || [0, 0];
+  if (!edges.length && !cut) return [];
   const heading = state.measure === "relative" ? "share of the node they enter" : "attribution";
-  return [element("h3", {}, `${title} (${heading})`), list, rest > 0 ? element("p", { class: "note" }, `and ${count(rest)} more`) : ""];
+  const notes = [more > 0 ? `${count(more)} more` : "", cut ? `${count(cut)} not in this file, in all ${number(sum)}` : ""].filter(Boolean);
+  return [element("h3", {}, `${title} (${heading})`), list, notes.length ? element("p", { class: "note" }, "and " + notes.join("; ")) : ""];
 }
 
 // By which heads an edge comes, and from where the last of them looks: [layer, head, position, share].
@@ -93,21 +105,22 @@ const at = (position) => (data.tokens[position] === undefined ? `position ${posi
 const aboutEdge = (edge) =>
   `attribution ${number(edge.attribution)}, weight ${number(edge.weight)}, ${percent(edge.relative)} of the node it enters${edge.heads ? `; ${aboutHeads(edge)}` : ""}`;
 
+const aboutTexts = (node) => ((detailsOf(node) || { texts: [] }).texts).flatMap(([heading, text]) =>
+  [element("h3", {}, clean(heading)), element("p", { "data-detail": heading, style: "white-space: pre-wrap" }, text)]);
+
 function aboutDetails(node) {
-  const found = data.details[node.node], parts = [];
+  const found = detailsOf(node), parts = [];
   if (!found) return parts;
-  for (const [heading, text] of found.texts) {
-    parts.push(element("h3", {}, clean(heading)), element("p", { "data-detail": heading, style: "white-space: pre-wrap" }, text));
-  }
   if (found.direct_logit_effects.length) {
     const most = Math.max(1e-12, ...found.direct_logit_effects.map(([, value]) => Math.abs(value)));
     const grid = element("div", { class: "effects" });
-    for (const [token, value] of found.direct_logit_effects) {
+    const here = node.activation < 0 ? -1 : 1;  // what it promotes on this prompt comes first
+    for (const [token, value] of [...found.direct_logit_effects].sort((a, b) => here * (b[1] - a[1]))) {
       grid.append(element("code", {}, "“" + clean(token) + "”"),
         element("span", { class: "bar " + (value < 0 ? "negative" : "positive"), style: `width: ${(100 * Math.abs(value)) / most}%` }),
         element("span", { class: "number" }, number(value)));
     }
-    parts.push(element("h3", {}, "Effect on logits"), grid);
+    parts.push(element("h3", {}, node.activation < 0 ? "Direct effect on logits by a positive activation; here it is negative" : "Direct effect on logits"), grid);
   }
   if (found.examples.length) {
     parts.push(element("h3", {}, "Examples"), ...found.examples.map(anExample));
@@ -115,25 +128,96 @@ function aboutDetails(node) {
   return parts;
 }
 
+// Special tokens such as BOS take no part in the scale of colors: activations there are often far above all others.
+const isSpecial = (token) => /^(<\|.*\|>|<\/?[a-z_]+>|\[[A-Z]+\])$/.test(token.trim());
+
 function anExample(example) {
-  const most = Math.max(1e-12, ...example.values.map(Math.abs));
+  const sizes = example.values.map((value, index) => (isSpecial(example.tokens[index]) ? 0 : Math.abs(value)));
+  const most = example.peak ? Math.abs(example.peak) : Math.max(1e-12, ...sizes);
   const made = element("p", { class: "example" });
   example.tokens.forEach((token, index) => {
-    const value = example.values[index], color = value < 0 ? "--negative" : "--positive";
-    const style = value ? `background: color-mix(in srgb, var(${color}) ${((60 * Math.abs(value)) / most).toFixed(0)}%, transparent)` : "";
-    made.append(element("span", value ? { style, title: number(value) } : {}, clean(token)));
+    const value = example.values[index], color = value < 0 ? "--negative" : "--positive", part = Math.min(1, sizes[index] / most);
+    const style = part ? `background: color-mix(in srgb, var(${color}) ${(60 * part).toFixed(0)}%, transparent)` : "";
+    made.append(element("span", value ? { ...(style ? { style } : {}), title: number(value) } : {}, clean(token)));
   });
   return example.note ? element("div", {}, made, element("p", { class: "note" }, clean(example.note))) : made;
 }
 
-function aboutCircuit() {
-  const chosen = view.nodes.filter((node) => CHOSEN.has(node.kind)).sort((a, b) => sizeOf(b) - sizeOf(a));
-  const list = element("ol", { "data-edges": "strongest" });
-  row.most = Math.max(1e-12, ...chosen.map(sizeOf));
-  for (const node of chosen.slice(0, MOST_ROWS)) {
-    list.append(row(node, where(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)),
-      `${nameOf(node)} ${where(node)}, ${SIZED_BY} ${percent(node[SIZED_BY])}`));
+// Where the target comes from in the end: tokens and biases, or what was left out.
+function aboutEnds() {
+  const ends = NODES.filter((node) => (REST.has(node.kind) || node.kind === "embedding") && node.flow !== null);
+  if (!ends.length || !data.target_value) return [];
+  const left = ends.filter((node) => REST.has(node.kind) && node.kind !== "bias").reduce((sum, node) => sum + node.flow, 0) / data.target_value;
+  const part = (name, share) => element("span", { class: name, style: `width: ${Math.max(0, Math.min(100, 100 * share))}%` });
+  return [
+    element("h3", {}, "Where the target comes from"),
+    element("div", { class: "ends", "aria-hidden": "true" }, part("part-explained", 1 - left), part("part-left", left)),
+    element("p", { class: "note" }, `${percent(1 - left)} along edges of this circuit from tokens and biases; ${percent(left)} through what was left out.`),
+  ];
+}
+
+// The main groups: those of the circuit, or else what stands at one token in the lower, middle or upper third of the layers.
+function aboutGroups() {
+  const depth = Math.max(data.n_layers, 1), places = new Map();
+  for (const node of view.nodes) {
+    if (!CHOSEN.has(node.kind) || node.kind === "group") continue;
+    const third = Math.min(2, Math.floor((3 * Math.max(0, node.layer)) / depth)), key = columnOf(node) + "|" + third;
+    if (!places.has(key)) places.set(key, { third, position: columnOf(node), nodes: [] });
+    places.get(key).nodes.push(node);
   }
+  const most = Math.max(1e-12, ...[...places.values()].map(({ nodes }) => sum(nodes.map(sizeOf))));
+  return [...places.values()].sort((a, b) => sum(b.nodes.map(sizeOf)) - sum(a.nodes.map(sizeOf))).slice(0, MOST_PLACES).map((place) => placeRow(place, most));
+}
+const sum = (values) => values.reduce((all, value) => all + value, 0);
+const MOST_PLACES = 6;
+
+function placeRow({ position, nodes }, most) {
+  const layers = nodes.map((node) => node.layer), [low, high] = spread(layers);
+  const ranked = [...nodes].sort((a, b) => sizeOf(b) - sizeOf(a)), signs = [1, -1].map((sign) => nodes.filter((node) => signOf(node) === sign));
+  const token = data.tokens[position] || ranked[0].token;
+  const name = `${position < 0 ? "all positions" : token === "…" ? "position " + position : `“${showToken(token)}”`}, ${low === high ? "layer " + low : `layers ${low}–${high}`}`;
+  const said = [...new Set(ranked.filter(hasLabel).map((node) => clean(node.label)))].slice(0, 3).join(" · ");
+  const bar = (which, sign) => element("span", { class: "bar " + sign, style: `width: ${(100 * sum(signs[which].map(sizeOf))) / most}%` });
+  const shares = signs.map((some, which) => (some.length ? (which ? "−" : "+") + percent(Number(sum(some.map(sizeOf)).toPrecision(2))) : "")).filter(Boolean).join(" ");
+  const button = element("button", { type: "button", class: "row place", title: "Select its strongest node", "data-place": position, onclick: () => select(ranked[0].key, true) },
+    element("span", { class: "name" }, element("span", {}, name, element("small", {}, `${count(nodes.length)} ${nodes.length === 1 ? "node" : "nodes"}`)), said ? element("span", { class: "line" }, said) : null),
+    element("span", { class: "number" }, shares), element("span", { class: "bars" }, bar(0, "positive"), bar(1, "negative")));
+  const keys = new Set(nodes.map((node) => node.key));
+  button.onmouseenter = () => { for (const [key, mark] of marks) mark.classList.toggle("found", keys.has(key)); };
+  button.onmouseleave = () => paint();
+  return element("li", {}, button);
+}
+
+function aboutCircuit() {
+  const list = element("ol", { "data-edges": "strongest" });
+  row.most = Math.max(1e-12, ...view.ranked.slice(0, MOST_ROWS).map(sizeOf));
+  for (const node of view.ranked.slice(0, MOST_ROWS)) {
+    list.append(row(node, besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)),
+      `${nameOf(node)} ${where(node)}, ${SIZED_BY} ${percent(node[SIZED_BY])}`, lineOf(node)));
+  }
+  const groups = aboutGroups(), made = [element("h2", {}, "Main groups")];
+  if (GROUPS.size) made.push(element("ol", { "data-groups": "" }, ...groupRows()));
+  if (groups.length) made.push(element("h3", {}, `By token and layers: ${SIZED_BY}s for and against`), element("ol", { "data-places": "" }, ...groups));
+  made.push(element("h3", {}, "Strongest nodes"), list, ...aboutEnds());
+  return [...made, ...aboutFile(), howToRead(), aboutMaking()];
+}
+
+function aboutFile() {
+  if (!data.cut.count) return [];
+  return [element("p", { class: "note", id: "cut" }, `${count(data.cut.count)} of ${count(data.n_edges)} edges are not in this file: those below ${percent(data.cut.share)} of ${
+    data.cut.measure === "attribution" ? "the target" : "the node they enter"}, except the strongest into and out of each node. In all they carry ${number(data.cut.sum)} (sizes: ${number(data.cut.size)}).`)];
+}
+
+function groupRows() {
+  const all = [...GROUPS.values()].map((group) => ({ group, node: supernode(group), shares: sum(group.members.map((node) => node[SIZED_BY] || 0)) }));
+  row.most = Math.max(1e-12, ...all.map(({ shares }) => Math.abs(shares)));
+  return all.sort((a, b) => Math.abs(b.shares) - Math.abs(a.shares)).map(({ group, shares }) => {
+    const shown = view.collapsed.has(group.name) ? "group:" + group.name : group.members[0].key;
+    return row({ ...supernode(group), key: shown }, "", shares, percent(Number(shares.toPrecision(3))), group.name, group.members.length + " members");
+  });
+}
+
+function howToRead() {
   const picture = (...children) => svg("svg", { width: 42, height: 24, "aria-hidden": "true" }, ...children);
   const disc = (name, x, r) => svg("circle", { cx: x, cy: 12, r, style: `fill: color-mix(in srgb, var(${name}) 70%, var(--bg)); stroke: var(${name})` });
   const line = (name, y, width) => svg("path", { class: name, d: `M4 ${y}H38`, "stroke-width": width });
@@ -142,10 +226,21 @@ function aboutCircuit() {
     picture(disc("--positive", 10, 5), disc("--positive", 29, 10)), element("span", {}, "supports the target; area by |" + SIZED_BY + "|"),
     picture(disc("--negative", 10, 5), disc("--negative", 29, 10)), element("span", {}, "works against it"),
     picture(line("positive", 8, 4), line("negative", 17, 1.2)), element("span", {}, "direct effect of a node below on one above: width by size, color by support for the target"),
-    picture(square(3, "none"), square(25, "2.5 2")), element("span", {}, "embedding; biases and what was left out"));
-  return [
-    element("h2", {}, "Strongest nodes"), list, element("h3", {}, "How to read it"), legend,
-    element("p", { class: "note" }, "Click a node for its numbers and edges. With the keyboard: Tab to a node, Enter selects it, ↑ and ↓ follow its "
-      + "strongest edge, ← and → go through the others, Escape clears. The sliders only hide: every number stays that of the whole circuit."),
-  ];
+    picture(square(3, "none"), square(25, "2.5 2")), element("span", {}, "embedding of a token; biases and what was left out"),
+    element("span", { style: "text-align: center" }, "→"), element("span", {}, "tokens whose logits the neuron raises by what it writes here, directly"));
+  const keys = element("dl", { class: "keys" });
+  for (const [names, what] of [["Tab Enter", "enter the graph, select a node"], ["↑ ↓", "follow its strongest edge"], ["← →", "the next such edge, or node of the layer"],
+    ["[ ]", "fewer, more nodes"], ["+ − 0", "zoom, fit"], ["/ t Esc", "search, target, clear"]]) {
+    keys.append(element("dt", {}, ...names.split(" ").flatMap((name) => [element("kbd", {}, name), " "])), element("dd", {}, what));
+  }
+  return element("details", {}, element("summary", {}, "How to read it, and keys"), legend, keys, element("p", { class: "note" },
+    "Drag to move, wheel or pinch to zoom. Sliders and zoom only hide: every number stays that of the whole circuit."));
+}
+
+function aboutMaking() {
+  const list = element("dl", { class: "numbers" });
+  for (const [name, text, title, kind] of data.facts) {
+    if (kind === "more") list.append(element("dt", title ? { title } : {}, clean(name)), element("dd", { "data-fact": name }, clean(text)));
+  }
+  return element("details", { id: "making" }, element("summary", {}, "How it was made"), list);
 }
