@@ -4,9 +4,9 @@ The first pass reads the prompt, every later one a single token; keys and values
 computed them, steered. The first such pass is compared with a pass over the whole text. Where their logits differ, or
 the model cannot be run this way, every token gets a pass over the whole text instead: slower, and right.
 
-The comparison is needed. With transformers 5.24 a TransformerBridge of TransformerLens 3.9 or 4.3 reads its cache under
-a name that it no longer has on most architectures, and generated tokens then see nothing but themselves. Here a pre-hook
-on every attention module hands the cache over under both names.
+The comparison is needed. With transformers 5.24 a TransformerBridge of TransformerLens 3.9 or 4.3 looks for its cache
+under a name that most architectures no longer use, and generated tokens then see nothing but themselves. Here a
+pre-hook on every attention module hands the cache over under both names.
 """
 
 import inspect
