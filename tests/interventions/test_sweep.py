@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import tl_neuron_circuits as tnc
 from tests.families import ModelCase, all_models, random_tokens
@@ -59,7 +60,7 @@ def test_every_row_of_the_matrix_is_a_single_steer(case: ModelCase, untouched: A
 
 
 @for_each("change", [{"scale": 0}, {"value": 0.5}, {"add": -1.0}])
-def test_the_complement_of_nothing_is_everything_and_of_everything_nothing(change: dict[str, float]) -> None:
+def test_the_complement_of_nothing_is_everything_and_of_everything_nothing(change: dict[str, Any]) -> None:
     model = FAMILY[0].values[0].build(dtype=torch.float32)
     tokens = random_tokens(model, batch=2)
     every = [f"L{layer}/N{unit}" for layer in range(2) for unit in range(24)]
@@ -152,14 +153,15 @@ def test_controls_are_other_nodes_of_the_same_place_and_size() -> None:
 
 def test_groups_with_wrong_settings_are_refused() -> None:
     model = tnc.load_demo_model()
-    for arguments, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"nodes": ["L0/N1"], "controls": 3}, "groups by name"),
         ({"nodes": ["L0/N1"], "complement": True}, "groups by name"),
         ({"nodes": {}}, "at least one group"),
         ({"nodes": {"kl": ["L0/N1"]}}, "none of"),
         ({"nodes": {"a": ["L0/N1"]}, "watch": {"a": ["L0/N2"]}}, "every group's name once"),
         ({"nodes": {"a": []}}, "at least one node"),
-    ):
+    ]
+    for arguments, message in cases:
         with pytest.raises(SettingsError, match=message):
             sweep(model, TEXTS[0], **arguments)
     swept = sweep(model, TEXTS[0], {"a": ["L0/N1"]}, scales=(0, 2))
@@ -220,7 +222,7 @@ def test_steering_hooks_act_in_the_thread_that_made_them_and_in_backward_passes(
         expected = model(tokens)
         # Checkpointing runs the forward pass again, in autograd's thread.
         embedded = torch.zeros(1, requires_grad=True)
-        again = torch.utils.checkpoint.checkpoint(lambda x: model(tokens) + x, embedded, use_reentrant=False)
+        again = checkpoint(lambda x: model(tokens) + x, embedded, use_reentrant=False)
         in_a_thread(lambda: again.sum().backward())
         assert torch.equal(again, expected) and embedded.grad is not None
     other = copy.deepcopy(model)

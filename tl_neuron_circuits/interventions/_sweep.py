@@ -97,7 +97,7 @@ class SteeringSweep:
         rows = []
         for name, scale, result in self._rows():
             for read, values in readings(result).items():
-                low, high = _interval(values, result.settings.get("labels"))
+                low, high = bootstrap_interval(values, result.settings.get("labels"))
                 rows.append((name, scale, read, float(values.mean()), low, high))
         frame = pd.DataFrame(rows, columns=["steered", "scale", "read", "mean", "low", "high"])
         return frame if self.controls is None else _with_controls(frame, self.controls)
@@ -293,7 +293,7 @@ def readings(result: SteeringResult) -> dict[str, Float[Tensor, " prompt"]]:
     return out
 
 
-def _interval(values: Float[Tensor, " prompt"], labels: Sequence[str] | None) -> tuple[float, float]:
+def bootstrap_interval(values: Float[Tensor, " prompt"], labels: Sequence[str] | None) -> tuple[float, float]:
     """95 % of the means of bootstrap samples; prompts with one label are drawn together."""
     names = list(range(len(values))) if labels is None else list(labels)
     order = {name: place for place, name in enumerate(dict.fromkeys(names))}
