@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "docs" / "evidence" / "traces.json", ROOT / "docs" / "walk-through.md"
 MODELS = ("demo-gelu", "demo-swiglu", "smollm2")
 DRAWS = 19
+TRAIN, TEST = 8, 20
+"""Pairs of the walk."""
 PASSAGE = (
     "The history of the city begins in the early Middle Ages, when a small group of fishermen settled on the banks of "
     "the river. Over the following centuries the town grew into an important center of trade, and its merchants became "
@@ -125,27 +127,22 @@ def walk(model: Any) -> dict[str, Any]:
     """Agreement across a phrase: a circuit of half of the nouns, and every claim tested on the other half."""
     pairs = tnc.tasks.subject_verb_agreement("nounpp", n=96, seed=0, model=model)
     train, test = pairs.split(0.5, by="label")
-    circuit, seconds = timed(lambda: tnc.trace(model, train, nodes=300))
+    train, test = train[range(TRAIN)], test[range(TEST)]
+    circuit, seconds = timed(lambda: tnc.trace(model, train, nodes=150))
     groups = groups_of(model, circuit)
-    corrupt = read_prompts(model, list(test.corrupt or []))
-    donors = torch.stack(list(corrupt.tokens))
-    swept = tnc.sweep(model, test, {**groups, "whole circuit": circuit}, scales=(0,), controls=DRAWS, watch=None)
     everything = [node for nodes in groups.values() for node in nodes]
+    swept = tnc.sweep(model, test, {**groups, "whole circuit": everything}, scales=(0,), controls=DRAWS)
     rest = tnc.sweep(model, test, groups, scales=(0,), complement=everything)
-    frames = {name: find_nodes(model, nodes, features=True) for name, nodes in groups.items()}
-    frames["whole circuit"] = pd.concat(frames.values(), ignore_index=True)
-    drawn = draw_matched(model, read_prompts(model, test), frames, DRAWS, 1, 32)
     best = str(circuit.nodes[circuit.nodes["kind"] == "neuron"].sort_values("score").iloc[-1]["node"])
-    single = tnc.sweep(model, test, {best: [best]}, scales=(-4, -1, 0, 2, 4), controls=DRAWS)
+    single = tnc.sweep(model, test, {best: [best]}, scales=(-4, 0), controls=DRAWS)
     text = tnc.steer(model, test.clean[:2], groups["noun, early"] + groups["noun, late"], scale=-1, generate=8)
     return {
         "train": len(train), "test": len(test), "trace_s": seconds, "target": circuit.target_value,
         "example": list(pairs.clean[:2]), "answers": list(pairs.answer[:2]), "unexplained": circuit.unexplained,
         "groups": {name: _size(circuit, nodes) for name, nodes in groups.items()},
         "ablated": _records(swept.effects()), "complement": _records(rest.effects()),
-        "moved": {name: moved(model, test, donors, frame, drawn[name], groups) for name, frame in frames.items()},
+        "moved": moved(model, test, {**groups, "whole circuit": everything}, groups),
         "best": best, "single": _records(single.effects()),
-        "before": difference(tnc.steer(model, test, everything, scale=1)),
         "text": [list(texts) for texts in text.continuations or ()],
     }  # fmt: skip
 
@@ -163,22 +160,32 @@ def groups_of(model: Any, circuit: Circuit) -> dict[str, list[str]]:
 
 
 def moved(
-    model: Any, pairs: PromptPairs, donors: Tensor, frame: pd.DataFrame, draws: list[Any], groups: Mapping[str, Any]
+    model: Any, pairs: PromptPairs, moves: Mapping[str, list[str]], watch: Mapping[str, list[str]]
 ) -> dict[str, Any]:  # fmt: skip
     """What becomes of the verb, and of the groups, when nodes take their values from the noun's other number."""
+    columns = ["hook", "unit", "position"]
+    frames = {name: find_nodes(model, nodes, features=True) for name, nodes in moves.items()}
+    drawn = draw_matched(model, read_prompts(model, pairs), frames, DRAWS, 1, 32)
+    union = pd.concat([*frames.values(), *(draw.nodes for draws in drawn.values() for draw in draws)])
+    union = union[columns].drop_duplicates().reset_index(drop=True)
+    places = {tuple(row): place for place, row in enumerate(union.itertuples(index=False))}
+    values = tnc.node_values(model, list(pairs.corrupt or []), union)
 
-    def run(nodes: pd.DataFrame) -> tnc.SteeringResult:
-        places = nodes[["hook", "unit", "position"]]
-        return tnc.steer(model, pairs, places, value=tnc.node_values(model, donors, places), watch=groups)
+    def run(nodes: pd.DataFrame, watch: Mapping[str, list[str]] | None = None) -> tnc.SteeringResult:
+        own = [places[tuple(row)] for row in nodes[columns].itertuples(index=False)]
+        return tnc.steer(model, pairs, nodes[columns], value=values[:, own], watch=watch)
 
-    result, controls = run(frame), [difference(run(draw.nodes)) for draw in draws]
-    own = difference(result)
-    return own | {
-        "groups": {name: float(change.mean()) for name, change in result.watched.items()},
-        "control": sum(c["mean"] for c in controls) / len(controls),
-        "control_flips": sum(c["flips"] for c in controls) / len(controls),
-        "p": (1 + sum(c["flips"] >= own["flips"] for c in controls)) / (1 + len(controls)),
-    }
+    out = {}
+    for name, frame in frames.items():
+        result, controls = run(frame, watch), [difference(run(draw.nodes)) for draw in drawn[name]]
+        own = difference(result)
+        out[name] = own | {
+            "groups": {group: float(change.mean()) for group, change in result.watched.items()},
+            "control": sum(c["mean"] for c in controls) / len(controls),
+            "control_flips": sum(c["flips"] for c in controls) / len(controls),
+            "p": (1 + sum(c["mean"] <= own["mean"] for c in controls)) / (1 + len(controls)),
+        }
+    return out
 
 
 def difference(result: tnc.SteeringResult) -> dict[str, float]:
@@ -296,26 +303,31 @@ def fill(page: str, results: Mapping[str, Any]) -> str:
 def main() -> None:
     """Measure what is asked for, and write it into the file of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="whose prompts are traced")
     parser.add_argument("--walk", action="store_true", help="the walk as well")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    results["label"] = smollm2.LABEL
     for name in options.models:
-        model = load(name)
+        model, rows = load(name), {}
         tnc.check_model(model)  # the first trace on a model checks conservation, which is no part of its time
-        results[name] = {}
         for kind, pairs in prompts(model, name).items():
-            results[name][kind] = trace_and_steer(model, pairs)
-            print(name, kind, json.dumps(results[name][kind]), flush=True)
-        if options.walk and name == "smollm2":
-            results["walk"] = walk(model)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            rows[kind] = trace_and_steer(model, pairs)
+            print(name, kind, json.dumps(rows[kind]), flush=True)
+        save(name, rows)
+    if options.walk:
+        save("walk", walk(load("smollm2")))
     if options.write:
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
         PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+def save(name: str, part: Mapping[str, Any]) -> None:
+    """Put one part into the file of results."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results |= {"label": smollm2.LABEL, name: part}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -151,6 +151,19 @@ def test_controls_are_other_nodes_of_the_same_place_and_size() -> None:
         sweep(model, TEXTS, every, scales=(0,), controls=1)
 
 
+def test_a_group_that_is_silent_has_no_relative_change_and_no_p() -> None:
+    model = tnc.load_demo_model()
+    basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
+    labels = [f"L1/F{unit}@2" for unit in range(60)]
+    values = tnc.node_values(model, TEXTS[0], labels, basis=basis)[0]
+    silent = [label for label, value in zip(labels, values, strict=True) if value == 0][:3]
+    loud = [label for label, value in zip(labels, values, strict=True) if value > 0]
+    groups = {"silent": silent, "loud": loud or ["L0/F0@2"]}
+    table = sweep(model, TEXTS[0], groups, scales=(0,), controls=2, basis=basis).effects().set_index(["steered", "read"])
+    assert table.loc[("silent", "silent"), ["mean", "p"]].isna().all()
+    assert table.loc[("silent", "kl"), "mean"] == 0 and table.loc[("silent", "kl"), "p"] == 1
+
+
 def test_groups_with_wrong_settings_are_refused() -> None:
     model = tnc.load_demo_model()
     cases: list[tuple[dict[str, Any], str]] = [

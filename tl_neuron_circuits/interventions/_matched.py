@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .._errors import SettingsError
@@ -43,9 +43,9 @@ def draw_matched(
     """
     frame = pd.concat(groups.values())
     sizes = _mean_sizes(model, prompts, frame, batch_size)
-    taken = _taken(frame, sizes)
+    free = _free(frame, sizes)
     generator = torch.Generator().manual_seed(seed)
-    return {name: [_draw(group, sizes, taken, generator) for _ in range(count)] for name, group in groups.items()}
+    return {name: [_draw(group, sizes, free, generator) for _ in range(count)] for name, group in groups.items()}
 
 
 def _mean_sizes(
@@ -68,34 +68,36 @@ def _mean_sizes(
     return {place: total / counts[place] for place, total in sums.items()}
 
 
-def _taken(frame: pd.DataFrame, sizes: Mapping[Place, Tensor]) -> dict[Place, set[int]]:
-    """Units that no control may have: a node without a position is taken at every position, and the reverse."""
-    taken: dict[Place, set[int]] = {}
-    for key, position in sizes:
-        same = frame["key"] == key
-        if position >= 0:
-            same &= frame["position"].isin([position, -1])
-        taken[key, position] = set(frame.loc[same, "unit"].astype(int))
-    return taken
+def _free(frame: pd.DataFrame, sizes: Mapping[Place, Tensor]) -> dict[Place, Bool[Tensor, " unit"]]:
+    """Units in no group; a node without a position is taken at every position, and the reverse."""
+    free = {place: torch.ones(len(size), dtype=torch.bool) for place, size in sizes.items()}
+    for key, position, unit in frame[["key", "position", "unit"]].itertuples(index=False):
+        _take(free, (str(key), int(position)), int(unit))
+    return free
+
+
+def _take(free: Mapping[Place, Tensor], place: Place, unit: int) -> None:
+    for key, position in free:
+        if key == place[0] and (position == place[1] or -1 in (position, place[1])):
+            free[key, position][unit] = False
 
 
 def _draw(
-    group: pd.DataFrame, sizes: Mapping[Place, Tensor], taken: Mapping[Place, set[int]], generator: torch.Generator
+    group: pd.DataFrame, sizes: Mapping[Place, Tensor], free: Mapping[Place, Tensor], generator: torch.Generator
 ) -> Draw:  # fmt: skip
     units: list[int] = []
-    used: dict[Place, set[int]] = {}
+    free = {place: mask.clone() for place, mask in free.items()}
     own, drawn = 0.0, 0.0
     for key, position, unit in group[["key", "position", "unit"]].itertuples(index=False):
         place = (str(key), int(position))
-        size, gone = sizes[place], taken[place] | used.setdefault(place, set())
-        distance = (size - size[unit]).abs()
-        distance[list(gone)] = torch.inf
+        size = sizes[place]
+        distance = torch.where(free[place], (size - size[unit]).abs(), torch.inf)
         nearest = distance.topk(min(POOL, len(distance)), largest=False)
         near = nearest.indices[nearest.values < torch.inf]
         if not len(near):
             raise SettingsError(f"expected nodes outside the groups at {key}, for controls; all {len(size)} are taken.")
         chosen = int(near[int(torch.randint(len(near), (1,), generator=generator))])
-        used[place].add(chosen)
+        _take(free, place, chosen)
         units.append(chosen)
         own, drawn = own + float(size[unit]), drawn + float(size[chosen])
     labels = [f"control of {label}" for label in group["label"]]

@@ -304,7 +304,7 @@ def bootstrap_interval(values: Float[Tensor, " prompt"], labels: Sequence[str] |
     counts = torch.bincount(member, minlength=len(order)).double()
     drawn = torch.randint(len(order), (_DRAWS, len(order)), generator=torch.Generator().manual_seed(0))
     means = (sums[drawn].sum(1) / counts[drawn].sum(1)).numpy()
-    low, high = np.nanpercentile(means, [2.5, 97.5])
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -318,8 +318,9 @@ def _with_controls(frame: pd.DataFrame, controls: pd.DataFrame) -> pd.DataFrame:
             rows.append((float("nan"),) * 5)
             continue
         values = part["value"].to_numpy()
-        low, high = np.nanpercentile(values, [2.5, 97.5])
-        p = (1 + int((np.abs(values) >= abs(mean)).sum())) / (1 + len(values))
+        low, high = np.percentile(values, [2.5, 97.5])
+        known = not np.isnan(values).any() and not np.isnan(mean)  # nan where a group that was read is all at zero
+        p = (1 + int((np.abs(values) >= abs(mean)).sum())) / (1 + len(values)) if known else float("nan")
         rows.append((float(values.mean()), float(low), float(high), float(part["size"].mean()), p))
     columns = ["control", "control_low", "control_high", "control_size", "p"]
     return pd.concat([frame, pd.DataFrame(rows, columns=columns, index=frame.index)], axis=1)
