@@ -1,11 +1,11 @@
 """Five prompts on each of three models, traced and steered; and a circuit in which every claim was tested.
 
-    python -m tests.evidence.traces [--models demo-gelu demo-swiglu smollm2] [--walk] [--write]
+    python -m tests.evidence.traces [--models demo-gelu demo-swiglu smollm2] [--walk demo-gelu] [--write]
 
 Traces: a two-hop prompt with its contrast, an agreement, a fact, a passage of 50 tokens, and a chat turn (in the chat
 template where the model has one). Each circuit, of the default size, is then ablated, and so are nineteen groups of
-matched neurons. Walk: neurons of agreement across a phrase in SmolLM2, chosen on half of the nouns, every number on the
-other half. Figures go to docs/evidence/traces.json; `--write` puts the tables made of them into docs/walk-through.md.
+matched neurons. Walk: neurons of agreement across a phrase, chosen on some nouns, every number on others. Figures go to
+docs/evidence/traces.json; `--write` puts the tables made of them into docs/walk-through.md.
 Times are CPU seconds of one thread.
 """
 
@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "docs" / "evidence" / "traces.json", ROOT / "docs" / "walk-through.md"
 MODELS = ("demo-gelu", "demo-swiglu", "smollm2")
 DRAWS = 19
-TRAIN, TEST = 8, 20
-"""Pairs of the walk."""
+WALKED = {"demo-gelu": (40, 40), "demo-swiglu": (40, 40), "smollm2": (8, 20)}
+"""Pairs of the walk that neurons are chosen on, and that claims are tested on."""
 PASSAGE = (
     "The history of the city begins in the early Middle Ages, when a small group of fishermen settled on the banks of "
     "the river. Over the following centuries the town grew into an important center of trade, and its merchants became "
@@ -123,11 +123,12 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 # --- the walk ---
 
 
-def walk(model: Any) -> dict[str, Any]:
+def walk(name: str) -> dict[str, Any]:
     """Agreement across a phrase: a circuit of half of the nouns, and every claim tested on the other half."""
+    model = load(name)
     pairs = tnc.tasks.subject_verb_agreement("nounpp", n=96, seed=0, model=model)
     train, test = pairs.split(0.5, by="label")
-    train, test = train[range(TRAIN)], test[range(TEST)]
+    train, test = (part[range(n)] for part, n in zip((train, test), WALKED[name], strict=True))
     circuit, seconds = timed(lambda: tnc.trace(model, train, nodes=150))
     groups = groups_of(model, circuit)
     everything = [node for nodes in groups.values() for node in nodes]
@@ -137,7 +138,7 @@ def walk(model: Any) -> dict[str, Any]:
     single = tnc.sweep(model, test, {best: [best]}, scales=(-4, 0), controls=DRAWS)
     text = tnc.steer(model, test.clean[:2], groups["noun, early"] + groups["noun, late"], scale=-1, generate=8)
     return {
-        "train": len(train), "test": len(test), "trace_s": seconds, "target": circuit.target_value,
+        "model": name, "train": len(train), "test": len(test), "trace_s": seconds, "target": circuit.target_value,
         "example": list(pairs.clean[:2]), "answers": list(pairs.answer[:2]), "unexplained": circuit.unexplained,
         "groups": {name: _size(circuit, nodes) for name, nodes in groups.items()},
         "ablated": _records(swept.effects()), "complement": _records(rest.effects()),
@@ -304,7 +305,7 @@ def main() -> None:
     """Measure what is asked for, and write it into the file of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="whose prompts are traced")
-    parser.add_argument("--walk", action="store_true", help="the walk as well")
+    parser.add_argument("--walk", choices=MODELS, help="the model whose circuit is walked through")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -316,7 +317,7 @@ def main() -> None:
             print(name, kind, json.dumps(rows[kind]), flush=True)
         save(name, rows)
     if options.walk:
-        save("walk", walk(load("smollm2")))
+        save("walk", walk(options.walk))
     if options.write:
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
         PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
