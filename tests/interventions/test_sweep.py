@@ -159,7 +159,9 @@ def test_a_group_that_is_silent_has_no_relative_change_and_no_p() -> None:
     silent = [label for label, value in zip(labels, values, strict=True) if value == 0][:3]
     loud = [label for label, value in zip(labels, values, strict=True) if value > 0]
     groups = {"silent": silent, "loud": loud or ["L0/F0@2"]}
-    table = sweep(model, TEXTS[0], groups, scales=(0,), controls=2, basis=basis).effects().set_index(["steered", "read"])
+    table = (
+        sweep(model, TEXTS[0], groups, scales=(0,), controls=2, basis=basis).effects().set_index(["steered", "read"])
+    )
     assert table.loc[("silent", "silent"), ["mean", "p"]].isna().all()
     assert table.loc[("silent", "kl"), "mean"] == 0 and table.loc[("silent", "kl"), "p"] == 1
 
