@@ -79,8 +79,8 @@ from .interventions._steering import steering_hooks as steering_hooks
 from .interventions._steer import SteeringResult as SteeringResult
 from .interventions._steer import interchange as interchange
 from .interventions._steer import steer as steer
-from .interventions._steer import sweep as sweep
-from .interventions._steer import SteeringSweep as SteeringSweep
+from .interventions._sweep import sweep as sweep
+from .interventions._sweep import SteeringSweep as SteeringSweep
 from .interventions._steer import node_values as node_values
 from .explain._cluster import cluster as cluster
 from .explain._describe import describe as describe

@@ -7,6 +7,7 @@ by its basis; their hook point is the one the dictionary writes.
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +18,7 @@ from .._indices import Indices, as_indices
 from ..bases._activations import ACTIVATION_BASES, Neurons
 from ..bases._dictionary_basis import DictionarySite
 from ..bases._runs import Values
-from ..bases._site import Basis, basis_sites, refuse_cross_layer
+from ..bases._site import Basis, Site, basis_sites, refuse_cross_layer
 from ..models._protocol import TransformerLensModel, hook_point
 from ..models._sites import find_sites
 
@@ -29,6 +30,8 @@ _BASES = {basis.letter: basis for basis in ACTIVATION_BASES.values()}
 _UNIT_KINDS = ("node", "neuron", "feature")
 _FEATURE = "F"
 EVERYWHERE = -1
+EVERY_UNIT = -1
+EVERY_UNIT = -1
 _OF_CIRCUIT = {"kind", "layer", "unit", "position"}
 
 
@@ -47,6 +50,21 @@ Nodes = pd.DataFrame | pd.Series | str | Sequence[str] | HasNodes
 rows of `NodeScores.top` or of `Circuit.nodes`; or a circuit."""
 Dictionaries = Basis | Sequence[Basis] | None
 """The basis of features, as given to `attribute` or `trace`; a circuit knows its own unless it was loaded."""
+
+
+Complement = bool | Nodes
+"""Whether everything else is steered: in the model, or among these nodes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steered:
+    """The nodes that are steered; with a complement, those that are left alone while it is steered.
+
+    `complement` has the columns of `nodes`; its unit -1 is every unit of a hook point.
+    """
+
+    nodes: pd.DataFrame
+    complement: pd.DataFrame | None = None
 
 
 def basis_of(nodes: Nodes, basis: Dictionaries) -> Dictionaries:
@@ -93,6 +111,57 @@ def find_nodes(
     _check_rows(frame)
     frame = frame.reset_index(drop=True)
     return frame if features else frame.drop(columns=["site", "key"])
+
+
+def find_steered(
+    model: TransformerLensModel, nodes: Nodes, positions: Indices | None = None,
+    basis: Dictionaries = None, complement: Complement = False,
+) -> Steered:  # fmt: skip
+    """`find_nodes` with features; and their complement, where one is asked for.
+
+    Raises:
+        SettingsError: as `find_nodes`; or nodes at hook points of which no basis knows the others.
+    """
+    if complement is False:
+        return Steered(find_nodes(model, nodes, positions, basis, features=True))
+    basis = basis_of(nodes, basis)
+    none = isinstance(nodes, Sequence | pd.DataFrame | pd.Series) and not len(nodes)
+    if complement is not True:
+        among = find_nodes(model, complement, basis=basis_of(complement, basis), features=True)
+        basis = basis_of(complement, basis)
+        return Steered(among[:0] if none else find_nodes(model, nodes, positions, basis, features=True), among)
+    if none:
+        sites = basis_sites(model, Neurons() if basis is None else basis)
+    else:
+        kept = find_nodes(model, nodes, positions, basis, features=True)
+        sites = _sites_of(model, kept, basis)
+    rows = [
+        (f"all at {site.hook}", site.hook, EVERY_UNIT, EVERYWHERE, site if isinstance(site, DictionarySite) else None)
+        for site in sites
+    ]
+    every = _keyed(pd.DataFrame(rows, columns=["label", "hook", "unit", "position", "site"]))
+    return Steered(every[:0] if none else kept, every)
+
+
+def _sites_of(model: TransformerLensModel, frame: pd.DataFrame, basis: Dictionaries) -> list[Site]:
+    """Every site of the bases in which these nodes live."""
+    sites: list[Site] = []
+    if frame["site"].notna().any() and basis is not None:
+        found = [site for site in basis_sites(model, basis) if isinstance(site, DictionarySite)]
+        refuse_cross_layer(found, "steering")
+        sites += found
+    units = set(frame.loc[frame["site"].isna(), "hook"])
+    for kind in _BASES.values() if units else ():
+        hooks = {kind.hook.format(layer=layer) for layer in range(int(model.cfg.n_layers))}
+        if units & hooks:
+            sites += kind().sites(model)
+            units -= hooks
+    if units:
+        raise SettingsError(
+            f"expected nodes of {[kind.name for kind in _BASES.values()]} or features with complement=True; of "
+            f"{sorted(units)[0]} no others are known. Give complement= the nodes among which the others are steered."
+        )
+    return sites
 
 
 class _Features:

@@ -1,4 +1,4 @@
-"""`steer`, `interchange` and `sweep`: run a model with and without steering hooks, and compare next tokens.
+"""`steer` and `interchange`: run a model with and without steering hooks, and compare next tokens.
 
     KL = sum_v p_before(v) (log p_before(v) - log p_after(v))                    of the next token, in nats
     relative change of a watched group = sum_n sign(a_n) (a'_n - a_n) / sum_n |a_n|        a before, a' after steering
@@ -8,7 +8,7 @@ donor prompt. The run without steering is made once, however many changes it is 
 Source: METHODS 1.7.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,20 @@ from .._typing import checked
 from ..bases._runs import Values
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding
-from ._ablation import Hooks
-from ._find_nodes import Dictionaries, Nodes, basis_of, find_nodes, reads_of_nodes, values_by_key
+from ._continue import continue_greedily
+from ._find_nodes import (
+    Complement,
+    Dictionaries,
+    Nodes,
+    Steered,
+    basis_of,
+    find_nodes,
+    find_steered,
+    reads_of_nodes,
+    values_by_key,
+)
 from ._steering import Amount, How, hooks_for, the_change
-from ._steering_prompts import ReadPrompts, read_prompts, run, text_of, token_names
+from ._steering_prompts import Prompts, ReadPrompts, read_prompts, run, token_names
 
 Watch = Mapping[str, Nodes]
 
@@ -40,7 +50,8 @@ class SteeringResult:
     `before` and `after` are the logits at each prompt's last position, float32 on the CPU. `watched` holds, for every
     watched group and prompt, the relative change of its activations: sum_n sign(a_n) (a'_n - a_n) / sum_n |a_n| with a
     before and a' after steering, so that a group scaled by m has m - 1 (nan where the whole group was at zero).
-    `continuations` holds (before, after) for every prompt where text was generated. `nodes` are the steered ones.
+    `continuations` holds (before, after) for every prompt where text was generated. `nodes` are the steered ones; with
+    `complement=` those that were left alone.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -90,7 +101,7 @@ class SteeringResult:
         """
         frames = []
         targets = self.settings["targets"]
-        for index, tokens in enumerate(_shown_tokens([self.before, self.after], self.settings["top_k"], targets)):
+        for index, tokens in enumerate(shown_tokens([self.before, self.after], self.settings["top_k"], targets)):
             frame = pd.DataFrame({"prompt": index, "token": [self.token_names[t] for t in tokens], "token_id": tokens})
             for name, values in (
                 ("probability", _probabilities),
@@ -120,8 +131,9 @@ class SteeringResult:
         first = f"{self.prompts[0]!r}: {self.top_before[0]!r} → {self.top_after[0]!r}"
         amount = self.settings["amount"]
         amount = amount if isinstance(amount, int | float) else f"tensor {list(amount.shape)}"
+        on = f"all but {len(self.nodes)}" if self.settings.get("complement") else f"{len(self.nodes)}"
         return (
-            f"SteeringResult({self.settings['how']}={amount} on {len(self.nodes)} nodes, {len(self)} prompts, "
+            f"SteeringResult({self.settings['how']}={amount} on {on} nodes, {len(self)} prompts, "
             f"first {first}, mean KL {self.kl.mean():.4g} nats)"
         )
 
@@ -134,75 +146,11 @@ class SteeringResult:
         return _html.block(repr(self), tables[0], _html.note(f"next token of {self.prompts[0]!r}:"), tables[1])
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class SteeringSweep:
-    """One `SteeringResult` per multiplier, in the order given.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> model = tnc.load_demo_model()
-        >>> swept = tnc.sweep(model, "The dog near the cats", ["L2/N5"], scales=(0, 1, 2))
-        >>> [round(float(result.kl[0]), 6) for result in swept.results if result.settings["amount"] == 1]
-        [0.0]
-        >>> swept.to_dataframe()["scale"].unique().tolist()
-        [0.0, 1.0, 2.0]
-    """
-
-    scales: tuple[float, ...]
-    results: tuple[SteeringResult, ...]
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """The prompts, as text."""
-        return self.results[0].prompts
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """Tokens that are among the top at some multiplier, one row per scale, prompt and token.
-
-        Columns: scale, prompt (its number), token, token_id, probability, logit, kl (of the prompt, in nats).
-        """
-        first = self.results[0]
-        runs = [first.before, *(result.after for result in self.results)]
-        shown = _shown_tokens(runs, first.settings["top_k"], first.settings["targets"])
-        rows = []
-        for scale, result in zip(self.scales, self.results, strict=True):
-            kl, probabilities = result.kl, result.after.double().softmax(-1).float()
-            for prompt, tokens in enumerate(shown):
-                for token in tokens:
-                    values = (probabilities[prompt, token], result.after[prompt, token], kl[prompt])
-                    rows.append((scale, prompt, result.token_names[token], token, *(float(value) for value in values)))
-        return pd.DataFrame(rows, columns=["scale", "prompt", "token", "token_id", "probability", "logit", "kl"])
-
-    @checked
-    def plot(self, prompt: int = 0) -> Any:
-        """A plotly figure: probabilities against the multiplier, for one prompt.
-
-        It shows the targets of a steered circuit (otherwise the unsteered top token) and the five that move most.
-
-        Raises:
-            SettingsError: there is no prompt of that number.
-        """
-        from ..plots._steering import plot_sweep
-
-        if not 0 <= prompt < len(self.prompts):
-            raise SettingsError(f"expected a prompt between 0 and {len(self.prompts) - 1}; got {prompt}.")
-        return plot_sweep(self, prompt)
-
-    def __repr__(self) -> str:
-        nodes = len(self.results[0].nodes)
-        return f"SteeringSweep({nodes} nodes, {len(self.prompts)} prompts, scales {[f'{s:g}' for s in self.scales]})"
-
-    def _repr_html_(self) -> str:
-        columns = {f"{scale:g}": result.top_after for scale, result in zip(self.scales, self.results, strict=True)}
-        table = pd.DataFrame({"prompt": self.prompts, "unsteered": self.results[0].top_before, **columns})
-        return _html.block(repr(self), _html.table(table))
-
-
 @holding
 @checked
 def steer(
     model: TransformerLensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "batch pos"],
+    prompt: Prompts,
     nodes: Nodes,
     *,
     scale: Amount | None = None,
@@ -210,6 +158,7 @@ def steer(
     add: Amount | None = None,
     positions: Indices | None = None,
     basis: Dictionaries = None,
+    complement: Complement = False,
     watch: Watch | None = None,
     top_k: int = 10,
     generate: int = 0,
@@ -221,19 +170,21 @@ def steer(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        prompt: one prompt, several (their lengths may differ), or tokens.
+        prompt: one prompt, several (their lengths may differ), tokens, or the clean prompts of pairs.
         nodes: as in `steering_hooks`; a tensor [batch, node] has one row per prompt.
         scale: as in `steering_hooks`.
         value: as in `steering_hooks`.
         add: as in `steering_hooks`.
         positions: as in `steering_hooks`.
         basis: as in `steering_hooks`; also of watched features.
+        complement: as in `steering_hooks`: steer everything but `nodes`.
         watch: other groups of nodes by name, whose relative change of activation is reported. Features are read by
             their encoders, so steering a feature shows in later features but not in itself.
         top_k: tokens listed per prompt, before and after.
         generate: continue every prompt greedily by this many tokens (until the end-of-text token), with and without
-            steering. Nodes with positions are steered in the prompt only, the others at generated tokens too.
-            One forward pass of the whole text per token, without a cache: no setting of `generate` can matter.
+            steering. Nodes with positions are steered in the prompt only, the others at generated tokens too. One pass
+            per token with the model's key-value cache, once it was seen to give what a pass over the whole text gives;
+            without it where it does not.
         prepend_bos: None means the model's default.
         batch_size: prompts of one length in one pass. Cost: two forward passes per prompt.
         verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
@@ -257,17 +208,18 @@ def steer(
     """
     how, amount = the_change(scale, value, add)
     prompts = read_prompts(model, prompt, prepend_bos)
-    steered = find_nodes(model, nodes, positions, basis, features=True)
-    watched = _watched(model, watch, basis_of(nodes, basis))
-    targets = _targets_of(nodes)
-    return _compare(model, prompts, steered, [(how, amount)], watched, top_k, batch_size, generate, targets, verbose)[0]
+    change = Change(find_steered(model, nodes, positions, basis, complement), how, amount)
+    watched = find_watched(model, watch, basis_of(nodes, basis))
+    targets = targets_of(nodes)
+    runs = compare_runs(model, prompts, [change], watched, top_k, batch_size, generate, targets, verbose=verbose)
+    return next(runs)
 
 
 @holding
 @checked
 def interchange(
     model: TransformerLensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "batch pos"],
+    prompt: Prompts,
     donor: str | Sequence[str] | Int[Tensor, "donor donor_pos"],
     nodes: Nodes,
     *,
@@ -304,46 +256,6 @@ def interchange(
         model, prompt, nodes, value=values, positions=positions, basis=basis, watch=watch, top_k=top_k,
         generate=generate, prepend_bos=prepend_bos, batch_size=batch_size, verbose=verbose,
     )  # fmt: skip
-
-
-@holding
-@checked
-def sweep(
-    model: TransformerLensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "batch pos"],
-    nodes: Nodes,
-    *,
-    scales: Sequence[int | float] = (-4, -2, -1, 0, 1, 2, 4),
-    positions: Indices | None = None,
-    basis: Dictionaries = None,
-    watch: Watch | None = None,
-    top_k: int = 5,
-    prepend_bos: bool | None = None,
-    batch_size: int = 32,
-    verbose: bool | None = None,
-) -> SteeringSweep:
-    """Steer `nodes` by each of several multipliers, beside one unsteered run.
-
-    Arguments as in `steer`. Scale 1 is the unsteered model, 0 ablates.
-
-    Raises:
-        SettingsError: as `steer`; no scales, or one given twice.
-
-    Source: METHODS 1.7.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> swept = tnc.sweep(tnc.load_demo_model(), "The dog near the cats", ["L2/N5"], scales=(0, 1, 2))
-        >>> figure = swept.plot()
-    """
-    if not scales or len(set(scales)) < len(scales):
-        raise SettingsError(f"expected at least one scale, each once; got {list(scales)}.")
-    prompts = read_prompts(model, prompt, prepend_bos)
-    steered = find_nodes(model, nodes, positions, basis, features=True)
-    watched = _watched(model, watch, basis_of(nodes, basis))
-    changes: list[tuple[How, Amount]] = [("scale", scale) for scale in scales]
-    results = _compare(model, prompts, steered, changes, watched, top_k, batch_size, 0, _targets_of(nodes), verbose)
-    return SteeringSweep(tuple(float(scale) for scale in scales), tuple(results))
 
 
 @holding
@@ -401,77 +313,77 @@ def node_values(
     return torch.stack([out[row] for row in range(len(read))])
 
 
-def _watched(model: TransformerLensModel, watch: Watch | None, basis: Dictionaries) -> dict[str, pd.DataFrame]:
+def find_watched(
+    model: TransformerLensModel, watch: Watch | None, basis: Dictionaries
+) -> dict[str, pd.DataFrame]:  # fmt: skip
+    """The nodes of every watched group."""
     return {name: find_nodes(model, group, basis=basis, features=True) for name, group in (watch or {}).items()}
 
 
-def _compare(
-    model: TransformerLensModel, prompts: ReadPrompts, nodes: pd.DataFrame, changes: Sequence[tuple[How, Amount]],
-    watched: Mapping[str, pd.DataFrame], top_k: int, batch_size: int, generate: int, targets: Sequence[int],
-    verbose: bool | None,
-) -> list[SteeringResult]:  # fmt: skip
-    """One result per change; the run without steering is shared."""
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One way to steer a model."""
+
+    steered: Steered
+    how: How
+    amount: Amount
+
+
+def compare_runs(
+    model: TransformerLensModel, prompts: ReadPrompts, changes: Sequence[Change],
+    watched: Mapping[str, pd.DataFrame], top_k: int, batch_size: int, generate: int = 0, targets: Sequence[int] = (),
+    *, verbose: bool | None = False,
+) -> Iterator[SteeringResult]:  # fmt: skip
+    """One result per change, as it is asked for; the run without steering is shared, and what it read is kept."""
     if batch_size < 1 or generate < 0:
         raise SettingsError(
             f"expected batch_size of at least 1 and generate of at least 0; got {batch_size}, {generate}."
         )
     if top_k < 1:
         raise SettingsError(f"expected top_k of at least 1; got {top_k}.")
-    for _, amount in changes:
+    for change in changes:
+        amount = change.amount
         if isinstance(amount, Tensor) and amount.dim() == 2 and amount.shape[0] not in (1, len(prompts)):
             raise SettingsError(
                 f"expected a tensor [batch, node] for {len(prompts)} prompts (or one row for all); got "
                 f"{amount.shape[0]} rows."
             )
     reads = list(dict.fromkeys(hook for group in watched.values() for hook in reads_of_nodes(group)))
+    plain = []  # of every batch: its rows, tokens, groups' activations and continuations
     before: dict[int, Tensor] = {}
-    after: list[dict[int, Tensor]] = [{} for _ in changes]
-    moved = [{name: torch.empty(len(prompts)) for name in watched} for _ in changes]
-    texts: list[list[tuple[str, str]]] = [[("", "")] * len(prompts) for _ in changes]
     for rows, tokens in show_batches(prompts.batches(batch_size), len(prompts), desc="steer", verbose=verbose):
         logits, base = run(model, tokens, reads)
         before.update(zip(rows, logits[:, -1].float().cpu(), strict=True))
-        plain = _continue(model, tokens, generate, [])
-        for number, (how, amount) in enumerate(progress(changes, desc="changes", verbose=verbose)):
+        groups = {name: pick_group(values_by_key(base, group), group) for name, group in watched.items()}
+        plain.append((rows, tokens, groups, continue_greedily(model, tokens, generate, [])))
+    unsteered = torch.stack([before[row] for row in range(len(prompts))])
+    settings = {
+        "top_k": top_k, "generate": generate, "targets": list(targets), "answers": prompts.answers,
+        "wrong_answers": prompts.wrong_answers, "labels": prompts.labels,
+    }  # fmt: skip
+    for change in progress(changes, desc="changes", verbose=verbose):
+        after: dict[int, Tensor] = {}
+        moved = {name: torch.empty(len(prompts)) for name in watched}
+        texts = [("", "")] * len(prompts)
+        how, amount = change.how, change.amount
+        for rows, tokens, groups, continued in plain:
             by_prompt = isinstance(amount, Tensor) and amount.dim() == 2 and amount.shape[0] > 1
-            hooks = hooks_for(model, nodes, how, amount[rows] if by_prompt else amount)  # pyright: ignore[reportIndexIssue]
+            hooks = hooks_for(model, change.steered, how, amount[rows] if by_prompt else amount)  # pyright: ignore[reportIndexIssue]
             logits, values = run(model, tokens, reads, hooks)
-            after[number].update(zip(rows, logits[:, -1].float().cpu(), strict=True))
+            after.update(zip(rows, logits[:, -1].float().cpu(), strict=True))
             for name, group in watched.items():
-                old, new = values_by_key(base, group), values_by_key(values, group)
-                moved[number][name][rows] = _relative_change(old, new, group)
-            for row, *pair in zip(rows, plain, _continue(model, tokens, generate, hooks), strict=True):
-                texts[number][row] = (pair[0], pair[1])
-    stacked = [torch.stack([logits[row] for row in range(len(prompts))]) for logits in (before, *after)]
-    shown = [tokens for other in stacked[1:] for tokens in _shown_tokens([stacked[0], other], top_k, targets)]
-    ids = sorted({token for tokens in (*shown, *(part.argmax(-1).tolist() for part in stacked)) for token in tokens})
-    names = dict(zip(ids, token_names(model, ids), strict=True))
-    return [
-        SteeringResult(
-            prompts.texts, stacked[0], stacked[1 + number], nodes.drop(columns=["site", "key"]),
-            {"how": how, "amount": amount, "top_k": top_k, "generate": generate, "targets": list(targets)},
-            moved[number],
-            tuple(texts[number]) if generate else None, names,
-        )
-        for number, (how, amount) in enumerate(changes)
-    ]  # fmt: skip
-
-
-def _continue(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"], n: int, hooks: Hooks) -> list[str]:
-    """Greedy continuations of every row by `n` tokens, or up to the end-of-text token."""
-    end = getattr(getattr(model, "tokenizer", None), "eos_token_id", None)
-    text, ended = tokens, torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    for _ in range(n):
-        best = run(model, text, (), hooks)[0][:, -1].argmax(-1)
-        if end is not None:
-            best = torch.where(ended, torch.full_like(best, end), best)
-            ended = ended | (best == end)
-        text = torch.cat([text, best[:, None].to(text)], dim=1)
-    continued = []
-    for row in text[:, tokens.shape[1] :]:
-        ends = (row == end).nonzero() if end is not None else []
-        continued.append(text_of(model, row[: int(ends[0])] if len(ends) else row) if n else "")
-    return continued
+                moved[name][rows] = _relative_change(groups[name], pick_group(values_by_key(values, group), group))
+            for row, *pair in zip(rows, continued, continue_greedily(model, tokens, generate, hooks), strict=True):
+                texts[row] = (pair[0], pair[1])
+        steered = torch.stack([after[row] for row in range(len(prompts))])
+        shown = shown_tokens([unsteered, steered], top_k, targets)
+        tops = [part.argmax(-1).tolist() for part in (unsteered, steered)]
+        ids = sorted({token for tokens in (*shown, *tops) for token in tokens})
+        yield SteeringResult(
+            prompts.texts, unsteered, steered, change.steered.nodes.drop(columns=["site", "key"]),
+            {"how": how, "amount": amount, "complement": change.steered.complement is not None, **settings},
+            moved, tuple(texts) if generate else None, dict(zip(ids, token_names(model, ids), strict=True)),
+        )  # fmt: skip
 
 
 def _columns(nodes: pd.DataFrame) -> tuple[Int[Tensor, " node"], Int[Tensor, " node"]]:
@@ -480,25 +392,30 @@ def _columns(nodes: pd.DataFrame) -> tuple[Int[Tensor, " node"], Int[Tensor, " n
     return unit, position
 
 
-def _relative_change(before: Values, after: Values, group: pd.DataFrame) -> Float[Tensor, " batch"]:
-    """Of a group of nodes; those without a position count at every position."""
-    total, change = 0.0, 0.0
-    for hook, rows in group.groupby("key", sort=False):
-        old, new = (values[str(hook)].double().cpu() for values in (before, after))
+def pick_group(values: Values, group: pd.DataFrame) -> Float[Tensor, "batch place"]:
+    """The activations of a group of nodes; those without a position at every position.
+
+    Raises:
+        SettingsError: a position outside the prompt or a unit out of range.
+    """
+    parts = []
+    for key, rows in group.groupby("key", sort=False):
+        value = values[str(key)].double().cpu()
         units, positions = _columns(rows)
-        if int(units.max()) >= old.shape[2] or int(positions.max()) >= old.shape[1]:
+        if int(units.max()) >= value.shape[2] or int(positions.max()) >= value.shape[1]:
             raise SettingsError(
-                f"expected units below {old.shape[2]} and positions below {old.shape[1]} at {hook}; got up to unit "
+                f"expected units below {value.shape[2]} and positions below {value.shape[1]} at {key}; got up to unit "
                 f"{int(units.max())} and position {int(positions.max())} in a watched group."
             )
         free, units_at, at = units[positions < 0], units[positions >= 0], positions[positions >= 0]
-        for a, b in (
-            (old[:, :, free].flatten(1), new[:, :, free].flatten(1)),
-            (old[:, at, units_at], new[:, at, units_at]),
-        ):
-            total, change = total + a.abs().sum(-1), change + (a.sign() * (b - a)).sum(-1)
-    assert isinstance(total, Tensor) and isinstance(change, Tensor)
-    return (change / total).float()
+        parts += [value[:, :, free].flatten(1), value[:, at, units_at]]
+    return torch.cat(parts, dim=1)
+
+
+def _relative_change(
+    before: Float[Tensor, "batch place"], after: Float[Tensor, "batch place"]
+) -> Float[Tensor, " batch"]:  # fmt: skip
+    return ((before.sign() * (after - before)).sum(-1) / before.abs().sum(-1)).float()
 
 
 def _pick(values: Values, frame: pd.DataFrame) -> Float[Tensor, "batch node"]:
@@ -523,7 +440,7 @@ def _probabilities(logits: Tensor) -> Tensor:
     return logits.double().softmax(-1).float()
 
 
-def _targets_of(nodes: Nodes) -> list[int]:
+def targets_of(nodes: Nodes) -> list[int]:
     """The tokens that a circuit, or its table, explains."""
     table = nodes if isinstance(nodes, pd.DataFrame) else getattr(nodes, "nodes", None)
     if not isinstance(table, pd.DataFrame) or not {"kind", "unit"} <= set(table.columns):
@@ -531,7 +448,7 @@ def _targets_of(nodes: Nodes) -> list[int]:
     return [int(unit) for unit in table.loc[table["kind"] == "logit", "unit"].unique() if unit >= 0]
 
 
-def _shown_tokens(
+def shown_tokens(
     logits: Sequence[Float[Tensor, "prompt d_vocab"]], top_k: int, always: Sequence[int]
 ) -> list[list[int]]:
     """For every prompt the tokens among the `top_k` of any of these runs, by their logits in the last run.

@@ -11,16 +11,21 @@ A feature of a dictionary is read by its encoder and written by its decoder, and
 The old feature is what this run computes, so that steering upstream is seen. Where nothing changes the value stays, bit
 for bit.
 
+The complement of some nodes is everything else: all units of their hook points' basis, in every layer and at every
+position, or all of a given set (a circuit). It is changed first, and the nodes are then set back to what they were when
+their hook point was reached, which may not be what they are without steering: earlier layers were changed too.
+
 Positions count the tokens of the prompt from 0, BOS and padding included. In `generate` they belong to the prompt: a
 pass that continues a key-value cache is not touched by them (the cached keys and values keep what the prompt's pass
 computed), and without a cache every pass contains the prompt again, so both give the same text. Nodes without a
 position are steered at every position, generated ones included. The two kinds of passes are told apart by the shape
-[.., query, key] of an attention pattern. (A TransformerBridge whose cache stays empty, as with transformers 5.24, gives
-wrong text with or without steering; there positions raise, and `use_past_kv_cache=False` is right.)
+[.., query, key] of an attention pattern. (The `generate` of a TransformerBridge whose cache stays empty, as with
+transformers 5.24, gives wrong text with or without steering; there positions raise, and `use_past_kv_cache=False` is
+right. `steer(generate=...)` fills the cache, `_continue.py`.)
 Source: METHODS 1.7.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -34,8 +39,9 @@ from .._indices import Indices
 from .._typing import checked
 from ..bases._dictionary_basis import DictionarySite
 from ..models._protocol import TransformerLensModel, hook_points
+from ..models._threads import this_thread_only
 from ._ablation import Hooks
-from ._find_nodes import Dictionaries, Nodes, find_nodes
+from ._find_nodes import EVERY_UNIT, Complement, Dictionaries, Nodes, Steered, find_steered
 
 Amount = int | float | Float[Tensor, "..."]
 """One number for all nodes, or a tensor [node], or [batch, node]: nodes in the order given."""
@@ -44,6 +50,10 @@ How = Literal["scale", "value", "add"]
 _EMPTY_CACHE = (
     " If this is generate(...) on a TransformerBridge, its key-value cache is empty and generated tokens see only "
     "themselves (TransformerLens 3.9 and 4.3 with transformers 5.24): call generate(..., use_past_kv_cache=False)."
+)
+_THREAD = (
+    "steering hooks act in the thread that made them alone: call steering_hooks in the thread that runs the model (and "
+    "use one thread at a time, or a copy of the model, copy.deepcopy, for each)"
 )
 _CHANGES: dict[How, Callable[[Tensor, Any], Tensor]] = {
     "scale": lambda x, amount: x * amount,
@@ -62,6 +72,7 @@ def steering_hooks(
     add: Amount | None = None,
     positions: Indices | None = None,
     basis: Dictionaries = None,
+    complement: Complement = False,
 ) -> Hooks:
     """Forward hooks that steer `nodes`, for `model.hooks(fwd_hooks=...)` or `model.run_with_hooks`; also in `generate`.
 
@@ -78,14 +89,17 @@ def steering_hooks(
             generated tokens too.
         basis: the dictionaries of features ("L2/F5@3"), as given to `attribute` or `trace`; a circuit from `trace` has
             its own.
+        complement: steer everything but `nodes`: True means all other nodes of their basis in the model (`[]` has none
+            to spare; `basis`, by default neurons, then says which are steered), a circuit or other nodes all others
+            among those. Takes numbers only.
 
     Exactly one of `scale`, `value` and `add`: a number, or a tensor [node] or [batch, node] in the order of the nodes
-    (with `positions`: nodes outer, positions inner). The hooks are TransformerLens' as soon as you put them on a model:
-    they act in every thread that runs it.
+    (with `positions`: nodes outer, positions inner).
 
     Raises:
         SettingsError: not exactly one change, a node that cannot be read or stands twice, a tensor of another shape;
             while the model runs: a unit out of range, a position outside the prompt.
+        PropagationError: while the model runs: in another thread than the one that made the hooks.
         UnsupportedModelError: the model lacks a hook point; or, for positions, one that fires before the first
             attention pattern, where the prompt's pass cannot be told from a generated token's.
 
@@ -100,7 +114,8 @@ def steering_hooks(
         >>> hooks = tnc.steering_hooks(model, ["L1/F7"], scale=2, basis=transcoders)
     """
     how, amount = the_change(scale, value, add)
-    return hooks_for(model, find_nodes(model, nodes, positions, basis, features=True), how, amount)
+    hooks = hooks_for(model, find_steered(model, nodes, positions, basis, complement), how, amount)
+    return [(name, this_thread_only(hook, _THREAD)) for name, hook in hooks]
 
 
 def the_change(scale: Amount | None, value: Amount | None, add: Amount | None) -> tuple[How, Amount]:
@@ -113,8 +128,11 @@ def the_change(scale: Amount | None, value: Amount | None, add: Amount | None) -
     return cast(How, how), amount
 
 
-def hooks_for(model: TransformerLensModel, frame: pd.DataFrame, how: How, amount: Amount) -> Hooks:
-    """The hooks for nodes that `find_nodes` has checked."""
+def hooks_for(model: TransformerLensModel, steered: Steered, how: How, amount: Amount) -> Hooks:
+    """The hooks for nodes that `find_steered` has checked."""
+    frame = steered.nodes
+    if steered.complement is not None:
+        return _hooks_for_complement(model, steered, how, amount)
     if isinstance(amount, Tensor) and (amount.dim() > 2 or (amount.dim() and amount.shape[-1] != len(frame))):
         raise SettingsError(
             f"expected {how} to be a number or a tensor [node] or [batch, node] of {len(frame)} nodes (a node at "
@@ -126,6 +144,27 @@ def hooks_for(model: TransformerLensModel, frame: pd.DataFrame, how: How, amount
         site = rows["site"].iloc[0]
         edits.append(edit)
         hooks += [(edit.hook, edit)] if site is None else _FeatureEdit(site, edit, edit.units_steered).hooks()
+    return _with_passes(model, edits, hooks)
+
+
+def _hooks_for_complement(model: TransformerLensModel, steered: Steered, how: How, amount: Amount) -> Hooks:
+    assert steered.complement is not None
+    if isinstance(amount, Tensor) and amount.dim():
+        raise SettingsError(f"expected {how} to be a number with complement=; got a tensor {list(amount.shape)}.")
+    kept = {key: rows for key, rows in steered.nodes.groupby("key", sort=False)}
+    edits, hooks = [], []
+    for key, rows in steered.complement.groupby("key", sort=False):
+        hook, site = rows["hook"].iloc[0], rows["site"].iloc[0]
+        every = (rows["unit"] == EVERY_UNIT).any()
+        change = None if every else _edit(hook, rows, how, amount)
+        keep = _edit(hook, kept[key], "scale", 1) if key in kept else None
+        edits += [edit for edit in (change, keep) if edit is not None]
+        rest = _Rest(how, amount, change, keep)
+        hooks += [(str(hook), rest)] if site is None else _FeatureEdit(site, rest, None).hooks()
+    return _with_passes(model, edits, hooks)
+
+
+def _with_passes(model: TransformerLensModel, edits: "Sequence[_Edit]", hooks: Hooks) -> Hooks:
     with_positions = [edit for edit in edits if len(edit.positions)]
     return [(_pattern(model), _Passes(with_positions)), *hooks] if with_positions else hooks
 
@@ -144,18 +183,22 @@ class _Edit:
     continues: bool | None = None
 
     def __call__(self, value: Tensor, hook: Any) -> Tensor:
+        return self.edited(value, value)
+
+    def edited(self, value: Tensor, source: Tensor) -> Tensor:
+        """`value` where the chosen activations are those of `source`, changed."""
         if value.dim() < 3:
             raise SettingsError(f"expected {self.hook} to hold [batch, pos, unit]; got the shape {list(value.shape)}.")
-        out = value.flatten(2).clone()
+        out, source = value.flatten(2).clone(), source.flatten(2)
         self._check_units(out.shape[-1])
         change = _CHANGES[self.how]
         if len(self.everywhere):
             amount = _fit(self.amount_everywhere, out, 1)
-            out[:, :, self.everywhere] = change(out[:, :, self.everywhere], amount)
+            out[:, :, self.everywhere] = change(source[:, :, self.everywhere], amount)
         if len(self.units) and not self._continues():
             self._check_positions(out.shape[1])
             amount = _fit(self.amount_fixed, out, 0)
-            out[:, self.positions, self.units] = change(out[:, self.positions, self.units], amount)
+            out[:, self.positions, self.units] = change(source[:, self.positions, self.units], amount)
         return out.reshape(value.shape)
 
     @property
@@ -186,6 +229,20 @@ class _Edit:
 
 
 @dataclass(eq=False, repr=False)
+class _Rest:
+    """The hook that changes all of a hook point, or what `change` does, and sets back what `keep` names."""
+
+    how: How
+    amount: Any
+    change: _Edit | None
+    keep: _Edit | None
+
+    def __call__(self, value: Tensor, hook: Any) -> Tensor:
+        out = _CHANGES[self.how](value, self.amount) if self.change is None else self.change(value, hook)
+        return out if self.keep is None else self.keep.edited(out, value)
+
+
+@dataclass(eq=False, repr=False)
 class _Passes:
     """Tell the edits with positions whether this pass continues a key-value cache: more keys than queries."""
 
@@ -199,11 +256,14 @@ class _Passes:
 
 @dataclass(eq=False, repr=False)
 class _FeatureEdit:
-    """The hooks that steer features of one dictionary; `edit` changes features `[batch, pos, unit]`."""
+    """The hooks that steer features of one dictionary; `edit` changes features `[batch, pos, unit]`.
+
+    `units` are those that it may change, None for all.
+    """
 
     site: DictionarySite
     edit: Callable[..., Tensor]
-    units: Int[Tensor, " unit"]
+    units: Int[Tensor, " unit"] | None
     _seen: dict[str, Tensor] = field(default_factory=dict)
 
     def hooks(self) -> Hooks:
@@ -218,7 +278,7 @@ class _FeatureEdit:
         nodes = self.site.take_apart({**self._seen, self.site.hook: value}).nodes
         self._seen.clear()
         steered = self.edit(nodes, hook)
-        units = self.units.to(nodes.device)
+        units = slice(None) if self.units is None else self.units.to(nodes.device)
         change = steered[..., units] - nodes[..., units]
         written = (change @ self.site.dictionary.W_dec.to(change)[units]).reshape(value.shape)
         return torch.where(written == 0, value, (value + written).to(value.dtype))

@@ -12,18 +12,25 @@ from .._errors import PairsError
 from ..bases._runs import Values, capture, require_fired
 from ..models._protocol import TransformerLensModel
 from ..models._threads import hooked
+from ..tasks._pairs import PromptPairs
 from ..tasks._text_tokens import text_tokens
+from ..tasks._tokenize import tokenize
+from ..tasks._tokenized import TokenizedPairs
 from ._ablation import Hooks
 
-Prompts = str | Sequence[str] | Int[Tensor, "batch pos"]
+Prompts = str | Sequence[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenizedPairs
+"""Text, tokens, or pairs, whose clean prompts are run up to where their metric reads."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReadPrompts:
-    """Tokens and text of every prompt."""
+    """Tokens and text of every prompt; of pairs the answers too, and the wrong answers where they have any."""
 
     tokens: tuple[Int[Tensor, " _"], ...]
     texts: tuple[str, ...]
+    answers: tuple[int, ...] | None = None
+    wrong_answers: tuple[int, ...] | None = None
+    labels: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -43,8 +50,11 @@ def read_prompts(model: TransformerLensModel, prompts: Prompts, prepend_bos: boo
     """The prompts as `model(prompt)` would see them; those that begin with BOS get no other.
 
     Raises:
-        PairsError: no prompts, an empty one, text without a tokenizer, or tokens with `prepend_bos`.
+        PairsError: no prompts, an empty one, text without a tokenizer, tokens with `prepend_bos`, or pairs that do not
+            fit the model's tokenizer.
     """
+    if isinstance(prompts, PromptPairs | TokenizedPairs):
+        return _read_pairs(model, tokenize(model, prompts, prepend_bos=prepend_bos))
     if isinstance(prompts, Tensor):
         if prepend_bos is not None:
             raise PairsError("prepend_bos cannot be applied to tokens: put BOS into them.")
@@ -59,6 +69,14 @@ def read_prompts(model: TransformerLensModel, prompts: Prompts, prepend_bos: boo
     if not rows or not all(len(row) for row in rows):
         raise PairsError(f"expected prompts of at least one token; got {list(texts)!r}.")
     return ReadPrompts(rows, texts)
+
+
+def _read_pairs(model: TransformerLensModel, pairs: TokenizedPairs) -> ReadPrompts:
+    rows = [row[: int(end) + 1] for row, end in zip(pairs.clean, pairs.position, strict=True)]
+    rows = tuple(row.to(device_of(model)) for row in rows)
+    wrong = None if pairs.wrong_answer is None else tuple(pairs.wrong_answer.tolist())
+    labels = None if pairs.labels is None else tuple(pairs.labels)
+    return ReadPrompts(rows, tuple(text_of(model, row) for row in rows), tuple(pairs.answer.tolist()), wrong, labels)
 
 
 def run(

@@ -42,6 +42,7 @@ _HOLDS: "weakref.WeakKeyDictionary[Any, _Hold]" = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()  # held for a look-up only
 _LOCAL = threading.local()
 _NUMBERS = itertools.count()
+_REMEDY = "use one thread at a time, or a copy of the model (copy.deepcopy) for each"
 
 
 def _this_thread() -> int:
@@ -130,26 +131,25 @@ def holding(function: F) -> F:
 class _OneThread:
     """A hook, and the thread that may run it. An object and not a closure, so that a copied model has its own hook."""
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self.hook, self.thread = hook, _this_thread()
+    def __init__(self, hook: Callable[..., Any], remedy: str) -> None:
+        self.hook, self.thread, self.remedy = hook, _this_thread(), remedy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.thread != _this_thread() and not _in_backward():
             raise PropagationError(
-                f"the model was run in the thread {threading.current_thread().name!r} while another thread has hooks "
-                "of this package on it, which would act here too. Use one thread at a time, or a copy of the model "
-                "(copy.deepcopy) for each."
+                f"the model was run in the thread {threading.current_thread().name!r} with hooks on it that another "
+                f"thread made, which would act here too: {self.remedy}."
             )
         return self.hook(*args, **kwargs)
 
 
-def this_thread_only(hook: Callable[..., Any]) -> Callable[..., Any]:
+def this_thread_only(hook: Callable[..., Any], remedy: str = _REMEDY) -> Callable[..., Any]:
     """A forward hook that refuses to run in another thread than the one that made it.
 
     Raises:
         PropagationError: when it runs there, outside of a backward pass.
     """
-    return _OneThread(hook)
+    return _OneThread(hook, remedy)
 
 
 def _in_backward() -> bool:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from ._style import PALETTE, finish
 
 if TYPE_CHECKING:
-    from ..interventions._steer import SteeringSweep
+    from ..interventions._sweep import SteeringSweep
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
