@@ -1,7 +1,7 @@
 """The seed paper's numbers, in the conventions of its text and of its released code.
 
-The stored numbers come from `python -m tests.nodes.seed_paper ../shared/models/stories260K`: the paper's formulas in plain
-torch, which know nothing of this package. Each test names a convention, and fails where the other one is taken.
+The stored numbers come from `python -m tests.nodes.seed_paper ../shared/models/stories260K`: the paper's formulas in
+plain torch, which know nothing of this package. Each test names a convention, and fails where the other one is taken.
 """
 
 from collections.abc import Callable
@@ -18,22 +18,74 @@ from tl_neuron_circuits.nodes import NodeScores
 from tl_neuron_circuits.tasks import TokenizedPairs
 from tl_neuron_circuits.tasks._tokenized import Batch
 
-# fmt: off
 STORED: dict[str, Any] = {
     "goal": 74.23266,
-    "neurons": [(0, 13, 140), (4, 13, 163), (4, 13, 138), (0, 13, 66), (1, 13, 56), (3, 13, 84), (4, 13, 135), (4, 13, 80), (3, 13, 124), (2, 13, 52)],
+    "neurons": [
+        (0, 13, 140),
+        (4, 13, 163),
+        (4, 13, 138),
+        (0, 13, 66),
+        (1, 13, 56),
+        (3, 13, 84),
+        (4, 13, 135),
+        (4, 13, 80),
+        (3, 13, 124),
+        (2, 13, 52),
+    ],
     "conserved": [1.0, 1.199886],
     "paper": [23.95111, 7.742068, 7.165621, 5.752951, 5.297731, 4.417267, 3.541551, 2.822624, -2.624932, 2.481768],
     "released": [23.76864, 7.742068, 7.165621, 6.749171, 6.505861, 5.061542, 3.541551, 2.822624, -2.892406, 2.312343],
     "centered": [31.01005, 5.225484, 3.412534, 6.347038, 5.859662, 5.084292, 2.843832, 5.540686, -3.509337, 1.302966],
-    "unpaired": [-23.95111, -7.742068, -7.165621, -5.752951, -5.297731, -4.417267, -3.541551, -2.822624, 2.624932, -2.481768],
+    "unpaired": [
+        -23.95111,
+        -7.742068,
+        -7.165621,
+        -5.752951,
+        -5.297731,
+        -4.417267,
+        -3.541551,
+        -2.822624,
+        2.624932,
+        -2.481768,
+    ],
     "sum": [96.34817, 96.03633],
-    "gradient": [6.235393, 4.542579, 1.669765, 2.518706, 7.420924, 3.302738, 1.600365, -2.124144, -0.9737393, 0.3906993],
+    "gradient": [
+        6.235393,
+        4.542579,
+        1.669765,
+        2.518706,
+        7.420924,
+        3.302738,
+        1.600365,
+        -2.124144,
+        -0.9737393,
+        0.3906993,
+    ],
     "ig_inputs": [28.37216, 8.387883, 5.306833, 9.105122, 9.73755, 4.06548, 4.187828, -1.461091, -1.319165, 1.094683],
-    "conductance": [26.86508, 7.021823, 4.998367, 10.27613, 9.806449, 4.604428, 3.669503, 1.249528, -3.219488, -0.199565],
-    "edges": [(7.742068, (4, 13, 163), None), (7.165621, (4, 13, 138), None), (7.110481, (0, 13, 140), None), (-0.8866623, (0, 13, 140), (4, 13, 138)), (-0.8541675, (0, 13, 140), (4, 13, 163)), (0.6880117, (0, 13, 140), (4, 13, 135)), (0.1024422, (2, 12, 15), (3, 13, 84)), (-0.0992365, (2, 12, 15), (4, 13, 138)), (-0.04707819, (1, 12, 145), (4, 13, 163))],
+    "conductance": [
+        26.86508,
+        7.021823,
+        4.998367,
+        10.27613,
+        9.806449,
+        4.604428,
+        3.669503,
+        1.249528,
+        -3.219488,
+        -0.199565,
+    ],
+    "edges": [
+        (7.742068, (4, 13, 163), None),
+        (7.165621, (4, 13, 138), None),
+        (7.110481, (0, 13, 140), None),
+        (-0.8866623, (0, 13, 140), (4, 13, 138)),
+        (-0.8541675, (0, 13, 140), (4, 13, 163)),
+        (0.6880117, (0, 13, 140), (4, 13, 135)),
+        (0.1024422, (2, 12, 15), (3, 13, 84)),
+        (-0.0992365, (2, 12, 15), (4, 13, 138)),
+        (-0.04707819, (1, 12, 145), (4, 13, 163)),
+    ],
 }
-# fmt: on
 
 
 def pairs() -> TokenizedPairs:
@@ -53,7 +105,7 @@ def goal_of_tokens(model: Any) -> Callable[[Tensor, Batch], Tensor]:
 
 
 def read(scores: NodeScores) -> list[float]:
-    return [float(scores.values[f"blocks.{l}.mlp.hook_post"][pos, unit]) for l, pos, unit in STORED["neurons"]]
+    return [float(scores.values[f"blocks.{layer}.mlp.hook_post"][pos, unit]) for layer, pos, unit in STORED["neurons"]]
 
 
 def close(found: list[float], name: str) -> bool:
