@@ -111,7 +111,9 @@ def theirs(folder: Path, nodes: list[int], rounds: int) -> dict[str, Any]:
         made[layer] = SingleLayerTranscoder(width, features, torch.relu, layer)
         made[layer].load_state_dict(tensors)
     hooks = {"feature_input_hook": "ln2.hook_normalized", "feature_output_hook": "hook_mlp_out"}
-    model.tokenizer = SimpleNamespace(decode=str, all_special_ids=[int(tokens[0, 0])], padding_side="right")
+    model.tokenizer = SimpleNamespace(
+        decode=str, all_special_ids=[int(tokens[0, 0])], padding_side="right", vocab_size=D_VOCAB
+    )
     model._configure_replacement_model(TranscoderSet(made, **hooks))
     given: dict[str, Any] = {"max_n_logits": 5, "desired_logit_prob": 1.0}
     attribute(tokens[0], model, max_feature_nodes=20, **given)
