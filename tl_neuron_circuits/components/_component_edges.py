@@ -32,7 +32,7 @@ from ._acdc import ACDC
 from ._eap import EAP, EAPIGInputs, RelP
 from ._graph import AttentionUnit, component_graph
 from ._method import EdgeMethod, EdgeQuestion, Random
-from ._mib import write_mib
+from ._mib import read_mib, write_mib
 from ._patching import Patching, metric_with_edges
 from ._streams import paired_streams
 
@@ -152,6 +152,27 @@ class EdgeScores:
             >>> edges.to_mib("importances.json", n_edges=100)
         """
         write_mib(Path(path), self.names, self.scores, self.qkv, self.settings.get("d_model"), n_edges)
+
+    @classmethod
+    def from_mib(cls, path: str | Path) -> "EdgeScores":
+        """Read MIB's JSON, of `to_mib` or of EAP-IG's code: the scores, and the circuit as `kept` where there is one.
+
+        An edge into a head is kept where its q, k or v is. The file does not say method, metric, model or pairs.
+
+        Raises:
+            FileFormatError: missing, of another form, or its edges are not those of its layers and heads.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
+            >>> edges = tnc.components.component_edges(model, pairs, method="eap", split_qkv=True)
+            >>> edges.to_mib("importances.json")
+            >>> bool((tnc.components.EdgeScores.from_mib("importances.json").qkv == edges.qkv).all())
+            True
+        """
+        names, scores, qkv, kept, d_model = read_mib(Path(path))
+        unknown = {"method": "mib", "metric": "unknown", "model": Path(path).name, "n_pairs": 0}
+        return cls(names, scores, {**unknown, "attention": "heads", "d_model": d_model}, kept, qkv)
 
     def __repr__(self) -> str:
         s = self.settings
