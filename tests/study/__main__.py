@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 
-from tests.study.cases import MODELS
+from tests.study.cases import MODELS, TASKS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("study"), help="for the cells")
     parser.add_argument("--models", nargs="*", default=[*MODELS], choices=[*MODELS])
+    parser.add_argument("--tasks", nargs="*", default=[*TASKS], choices=[*TASKS])
     parser.add_argument("--known", nargs="*", default=["planted", "tracr"], choices=["planted", "tracr"])
     parser.add_argument("--minutes", type=float, default=120, help="of CPU time, after which no cell is begun")
     parser.add_argument("--page", action="store_true", help="only write the page")
@@ -46,7 +47,7 @@ def main() -> None:
     if options.known:
         for line in run_known(options.folder, tuple(options.known)):
             print(line, flush=True)
-    for cell in plan(options.models):
+    for cell in plan(options.models, options.tasks):
         if time.process_time() > 60 * options.minutes:
             break
         if run(cell, options.folder):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 import tl_neuron_circuits as tnc
-from tl_neuron_circuits import LearnedMask, NodeScores, RelP
+from tl_neuron_circuits import LearnedMask, NodeScores, PromptPairs, RelP
 
 STEPS = (50, 150, 500)
 """Checkpoints of one run."""
@@ -73,7 +73,8 @@ def score(entry: Entry, model: Any, pairs: Any, *, baseline: Any, resume: Path |
         scores = tnc.attribute(model, pairs, method=entry.method, baseline=baseline, resume=resume, **settings)
         return scores, float(scores.settings["learning"]["forward_equivalents_per_pair"])
     if isinstance(entry.method, RelP):
-        tnc.attribute(model, pairs[:2], method=entry.method, baseline=baseline, **settings)  # its check runs once
+        few = pairs[:2] if isinstance(pairs, PromptPairs) else pairs
+        tnc.attribute(model, few, method=entry.method, baseline=baseline, **settings)  # its check runs once
     with counted(model) as rows:
         scores = tnc.attribute(model, pairs, method=entry.method, baseline=baseline, **settings)
     return scores, rows[0] / n
