@@ -27,7 +27,7 @@ from tl_neuron_circuits._files import write_text
 
 CROSSED = {"RelP": ("abs", "signed"), "AtP": ("signed",), "IG over inputs": ("signed",), "mask gradient": ("signed",)}
 """Methods, and rankings, that are learned with one ablation and judged with the other."""
-KNOWN_METHODS = (*CHEAP, "IG", "AtP, second order", *FROM_ZERO, *FROM_RELP, "exact patching")
+KNOWN_METHODS = (*CHEAP, "IG", "AtP, second order", FROM_ZERO[1], FROM_RELP[1], "exact patching")
 
 
 @dataclass(frozen=True)
