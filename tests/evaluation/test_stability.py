@@ -11,7 +11,14 @@ from tests.model_state import unchanged
 from tests.nodes.plain import random_pairs
 from tests.propagation.readings import model_of
 from tl_neuron_circuits import PairsError, SettingsError, attribute, stability
-from tl_neuron_circuits.evaluation._stability import _count, _same_answer, draw_weights, flipped_counts, jaccard, statistic
+from tl_neuron_circuits.evaluation._stability import (
+    _count,
+    _same_answer,
+    draw_weights,
+    flipped_counts,
+    jaccard,
+    statistic,
+)
 from tl_neuron_circuits.evaluation._stability import standard_error as error_of
 from tl_neuron_circuits.tasks import TokenizedPairs
 
@@ -151,4 +158,6 @@ def test_signs_are_flipped_only_where_swapped_answers_flip_them_and_the_other_nu
     for clean, corrupt, answer in zip(null.clean, null.corrupt, null.answer.tolist(), strict=True):
         assert asked[tuple(corrupt.tolist())] == answer and clean.tolist() != corrupt.tolist()
     with pytest.raises(PairsError, match="no partner of other words"):
-        stability(model, tnc.tasks.subject_verb_agreement("simple", n=8, seed=3), sizes=[5], draws=5, null_pairs="same_answer")
+        stability(
+            model, tnc.tasks.subject_verb_agreement("simple", n=8, seed=3), sizes=[5], draws=5, null_pairs="same_answer"
+        )

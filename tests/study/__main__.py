@@ -1,4 +1,4 @@
-"""Which method finds the best circuits, at which price: `python -m tests.study [--folder study] [--models ...] [--page]`.
+"""Which method finds the best circuits, at which price: `python -m tests.study [--models ...] [--page]`.
 
 PRIMARY ENDPOINT, fixed before the first run:
     compactness of neuron circuits on SmolLM2, scored with interchange (baseline "corrupt") and judged with interchange

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 import tl_neuron_circuits as tnc
-from tests.study.cases import SIZES, TASKS, Known, load, parts_of, planted, tracr, words_of
+from tests.study.cases import SIZES, Known, load, parts_of, planted, tracr, words_of
 from tests.study.methods import (
-    ATTRIBUTIONS,
     CHEAP,
     ENTRIES,
     FROM_RELP,
@@ -79,6 +78,7 @@ def plan(models: list[str], tasks: list[str]) -> Iterator[Cell]:
         if model != "smollm2" and "nounpp" in tasks:
             yield from _equal(model, "nounpp", ("exact patching",))
 
+
 def _equal(model: str, task: str, names: tuple[str, ...]) -> Iterator[Cell]:
     for name in names:
         for ranking in ENTRIES[name].rankings:
@@ -92,6 +92,7 @@ def _crossed(model: str, task: str, learned: str, names: tuple[str, ...]) -> Ite
             if learned == "mean":
                 yield Cell(model, task, name, learned, ranking, "corrupt")
 
+
 def run(cell: Cell, folder: Path) -> bool:
     """Compute a cell unless it is there; whether it was computed."""
     path = folder / cell.path
@@ -102,7 +103,12 @@ def run(cell: Cell, folder: Path) -> bool:
     model = load(cell.model)
     scores, notes = scored(cell, folder)
     curve = tnc.evaluate(
-        model, pairs, scores, sizes=SIZES[cell.model], ablation=cell.judged, ranking=cell.ranking  # pyright: ignore[reportArgumentType]
+        model,
+        pairs,
+        scores,
+        sizes=SIZES[cell.model],
+        ablation=cell.judged,
+        ranking=cell.ranking,  # pyright: ignore[reportArgumentType]
     )
     rows = {name: [_rounded(row) for row in getattr(curve, name).tolist()] for name in ("kept", "removed")}
     found = {
@@ -192,4 +198,5 @@ def _rounded(values: list[float]) -> list[float]:
 
 def describe(cell: Cell, found: Any) -> str:
     """One line for the log."""
-    return f"{cell.model} {cell.task} {cell.method} [{cell.learned}, {cell.ranking}] judged {cell.judged} {cell.part}: {found}"
+    how = f"[{cell.learned}, {cell.ranking}] judged {cell.judged} {cell.part}"
+    return f"{cell.model} {cell.task} {cell.method} {how}: {found}"

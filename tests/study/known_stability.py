@@ -1,10 +1,10 @@
 """What stability says where the truth is known: frequencies of true and false nodes, and rates of false discoveries.
 
-Planted circuits: one chain's question at a time. Clean and corrupt differ in the token that the question asks about, and
-the metric is the difference of the two answers' logits; null pairs differ in the tokens that it does not ask about. True
-nodes are those of the chain's heads and MLPs, false ones those of all other heads and MLPs. Each pair is a cluster of
-its own. Compiled programs (tracr): random prompts; true nodes are neurons on a path to the output, false ones the other
-neurons that are no padding. There only frequencies are asked: false neurons have no effect at all.
+Planted circuits: one chain's question at a time. Clean and corrupt differ in the token that the question asks about,
+and the metric is the difference of the two answers' logits; null pairs differ in the tokens that it does not ask
+about. True nodes are those of the chain's heads and MLPs, false ones those of all other heads and MLPs. Each pair is
+a cluster of its own. Compiled programs (tracr): random prompts; true nodes are neurons on a path to the output, false
+ones the other neurons that are no padding. There only frequencies are asked: false neurons have no effect at all.
 """
 
 import json
@@ -87,19 +87,24 @@ def _frequencies(found: tnc.Stability, true: np.ndarray, inside: np.ndarray | No
     return {
         "true_share_of_draws": float(frequency[true].sum() / size),
         "false_share_of_draws": float(frequency[false].sum() / size),
-        "mean_true": float(frequency[true].mean()), "mean_false": float(frequency[false].mean()) if false.any() else None,
+        "mean_true": float(frequency[true].mean()),
+        "mean_false": float(frequency[false].mean()) if false.any() else None,
         "core": int(core.sum()), "core_true": int((core & true).sum()),
     }  # fmt: skip
 
 
 def _rates(found: tnc.Stability, true: np.ndarray) -> dict[str, dict[str, list[float]]]:
-    """By null and nominal rate: nodes that are named, the share of false ones among them, and their share of |score|."""
+    """By null and nominal rate: how many nodes are named, the share of false ones, and their share of |score|."""
     rates: dict[str, dict[str, list[float]]] = {}
     for null in ("signs", "pairs"):
         for rate in RATES:
             named = ~found.at_fdr(rate, null=null).flat().isnan().numpy()
             size = np.abs(found.scores.flat().numpy())
-            shares = [float(x[named & ~true].sum() / x[named].sum()) for x in (np.ones(len(true)), size)] if named.any() else []
+            shares = (
+                [float(x[named & ~true].sum() / x[named].sum()) for x in (np.ones(len(true)), size)]
+                if named.any()
+                else []
+            )
             rates.setdefault(null, {})[str(rate)] = [int(named.sum()), *shares]
     return rates
 

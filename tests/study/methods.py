@@ -60,7 +60,9 @@ FROM_RELP = tuple(name for name in ENTRIES if name.startswith("learned from RelP
 UNIFORM = tuple(name for name in ENTRIES if "uniform" in name)
 
 
-def score(entry: Entry, model: Any, pairs: Any, *, baseline: Any, resume: Path | None, **settings: Any) -> tuple[NodeScores, float]:
+def score(
+    entry: Entry, model: Any, pairs: Any, *, baseline: Any, resume: Path | None, **settings: Any
+) -> tuple[NodeScores, float]:
     """Scores, and their cost in forward passes per pair."""
     n = len(pairs)
     if entry.method == "second order":

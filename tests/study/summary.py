@@ -57,7 +57,10 @@ class Results:
         return json.loads(path.read_text()) if path.exists() else None
 
     def _stopped(self, cell: Cell) -> dict[str, Any] | None:
-        looks = [self.curve(Cell(cell.model, cell.task, name, "corrupt", "signed", "corrupt", "develop")) for name in FROM_ZERO]
+        looks = [
+            self.curve(Cell(cell.model, cell.task, name, "corrupt", "signed", "corrupt", "develop"))
+            for name in FROM_ZERO
+        ]
         if None in looks or cell.learned != "corrupt":
             return None
         best = int(np.argmax([compactness_of_pairs(look).mean() for look in looks if look is not None]))
@@ -151,7 +154,12 @@ def crossed_table(results: Results, model: str) -> list[dict[str, Any]]:
                     both = found is not None and base is not None and (name, ranking) != DEFAULT
                     row[f"{learned}/{judged}"] = None if found is None else interval(found)
                     row[f"{learned}/{judged} difference"] = interval(found - base) if both else None  # pyright: ignore[reportOptionalOperand]
-            if any(row[f"{a}/{b}"] for a in ("corrupt", "mean") for b in ("corrupt", "mean") if (a, b) != ("corrupt", "corrupt")):
+            if any(
+                row[f"{a}/{b}"]
+                for a in ("corrupt", "mean")
+                for b in ("corrupt", "mean")
+                if (a, b) != ("corrupt", "corrupt")
+            ):
                 rows.append(row)
     return rows
 
@@ -191,9 +199,14 @@ def known_table(folder: Path) -> dict[str, Any]:
         for name, areas in found["auroc"].items():
             for ranking, value in areas.items():
                 if isinstance(value, float) and np.isfinite(value):
-                    rows.setdefault(found["kind"], {}).setdefault(f"{name}|{ranking}", {}).setdefault("all", []).append(value)
+                    rows.setdefault(found["kind"], {}).setdefault(f"{name}|{ranking}", {}).setdefault("all", []).append(
+                        value
+                    )
     table = {
-        kind: {name: [float(np.mean(values["all"])), float(np.min(values["all"])), len(values["all"])] for name, values in found.items()}
+        kind: {
+            name: [float(np.mean(values["all"])), float(np.min(values["all"])), len(values["all"])]
+            for name, values in found.items()
+        }
         for kind, found in rows.items()
     }
     return {"auroc": table, "cases": parts}
@@ -212,11 +225,24 @@ def fdr_table(folder: Path) -> dict[str, Any] | None:
             named = [row for row in rows if row[0]]
             means = np.mean([row[1:] for row in named], 0)
             nodes = float(np.median([row[0] for row in rows]))
-            rates.append({"null": null, "nominal": float(rate), "nodes": nodes, "false": float(means[0]), "false_mass": float(means[1])})
+            rates.append(
+                {
+                    "null": null,
+                    "nominal": float(rate),
+                    "nodes": nodes,
+                    "false": float(means[0]),
+                    "false_mass": float(means[1]),
+                }
+            )
     mean = lambda rows, name: float(np.mean([row[name] for row in rows if row[name] is not None]))  # noqa: E731
     names = ("true_share_of_draws", "false_share_of_draws", "mean_true", "mean_false", "core", "core_true")
     frequencies = {kind: {name: mean(found[kind], name) for name in names} for kind in ("planted", "tracr")}
-    return {"rates": rates, "frequencies": frequencies, "chains": len(found["planted"]), "programs": len(found["tracr"])}
+    return {
+        "rates": rates,
+        "frequencies": frequencies,
+        "chains": len(found["planted"]),
+        "programs": len(found["tracr"]),
+    }
 
 
 def reliability_table(folder: Path) -> list[dict[str, float]] | None:
@@ -233,7 +259,7 @@ def reliability_table(folder: Path) -> list[dict[str, float]] | None:
         names = ("first_order", "corrected", "trapezoid")
         ratios = [row["ratio"] for row in some]
         rows.append({"low": min(ratios), "high": max(ratios), "groups": len(some),
-                     "exact": float(np.mean([abs(row["exact"]) for row in some])), **{n: error(n) for n in names}})  # fmt: skip
+                     "exact": float(np.mean([abs(r["exact"]) for r in some])), **{n: error(n) for n in names}})  # fmt: skip
     return rows
 
 
@@ -243,11 +269,23 @@ def summarize(folder: Path) -> dict[str, Any]:
     models = {}
     for model in MODELS:
         sets = [results.curve(Cell(model, task, *("RelP", "corrupt", "abs", "corrupt"))) for task in TASKS]
-        counts = {t: [len(s["full"]), len({w for row in s["words"] for w in row})] for t, s in zip(TASKS, sets, strict=True) if s}
-        models[model] = {"equal": equal_table(results, model), "crossed": crossed_table(results, model), "pairs": counts}
-    stopped = {task: (results.curve(Cell("smollm2", task, STOPPED, "corrupt", "signed", "corrupt")) or {}).get("chosen") for task in TASKS}
+        counts = {
+            t: [len(s["full"]), len({w for row in s["words"] for w in row})]
+            for t, s in zip(TASKS, sets, strict=True)
+            if s
+        }
+        models[model] = {
+            "equal": equal_table(results, model),
+            "crossed": crossed_table(results, model),
+            "pairs": counts,
+        }
+    stopped = {
+        task: (results.curve(Cell("smollm2", task, STOPPED, "corrupt", "signed", "corrupt")) or {}).get("chosen")
+        for task in TASKS
+    }
     return {
-        "models": models, "recommended": recommend(results), "known": known_table(folder), "stability": fdr_table(folder),
+        "models": models, "recommended": recommend(results), "known": known_table(folder),
+        "stability": fdr_table(folder),
         "reliability": reliability_table(folder), "stopped": stopped, "minutes": minutes(folder),
     }  # fmt: skip
 

@@ -187,9 +187,7 @@ def measure_references(
     return found if large else {key: tensor for key, tensor in found.items() if key in ("full", "empty")}
 
 
-def _run(
-    method: NestedMasks, scope: Scope, batch: Batch, hooks: Sequence[tuple[str, Any]]
-) -> tuple[Tensor, Batch]:
+def _run(method: NestedMasks, scope: Scope, batch: Batch, hooks: Sequence[tuple[str, Any]]) -> tuple[Tensor, Batch]:
     """Logits, and the batch that they are of: at the answers alone where that is all that is read."""
     narrow = logit_difference if method.loss == "kl" else scope.metric
     with answers_only(scope.model, batch, narrow) as narrowed, hooked(scope.model, hooks):
