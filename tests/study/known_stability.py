@@ -60,8 +60,10 @@ def planted_rows(seed: int, method: str = "relp") -> Iterator[dict[str, Any]]:
         yield {"case": planted.case.name, "chain": number, **_frequencies(found, true), "rates": _rates(found, true)}
 
 
-def tracr_row(program: str, method: str = "relp") -> dict[str, Any]:
-    """Frequencies among the neurons of a compiled program that are no padding."""
+def tracr_row(program: str, method: str = "gradient") -> dict[str, Any]:
+    """Frequencies among the neurons of a compiled program that are no padding, by plain gradients: much of what these
+    programs do goes through attention patterns, which RelP freezes.
+    """
     known = tracr(program)
     labels = [str(index) for index in range(len(known.pairs))]
     pairs = TokenizedPairs(known.pairs.clean, known.pairs.answer, known.pairs.position, known.pairs.corrupt,

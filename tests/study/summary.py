@@ -258,8 +258,9 @@ def reliability_table(folder: Path) -> list[dict[str, float]] | None:
         error = lambda name, some=some: float(np.mean([abs(row[name] - row["exact"]) for row in some]))  # noqa: E731
         names = ("first_order", "corrected", "trapezoid")
         ratios = [row["ratio"] for row in some]
-        rows.append({"low": min(ratios), "high": max(ratios), "groups": len(some),
-                     "exact": float(np.mean([abs(r["exact"]) for r in some])), **{n: error(n) for n in names}})  # fmt: skip
+        size = float(np.mean([abs(row["exact"]) for row in some]))
+        ends = {"low": min(ratios), "high": max(ratios), "groups": len(some), "exact": size}
+        rows.append(ends | {name: error(name) for name in names})
     return rows
 
 
