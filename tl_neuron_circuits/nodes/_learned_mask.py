@@ -224,13 +224,7 @@ class LearnedMask(NestedMasks):
         tau = find_threshold(state.scores, budget, temperature)
         mask = ((state.scores - tau) / temperature).sigmoid()
         loss, gradient = pairs.gradient(mask, chosen)
-        gradient = through_threshold(gradient, mask, temperature)
-        count = len(state.losses) + 1
-        state.first.lerp_(gradient, 1 - _BETAS[0])
-        state.second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-        size = (state.second / (1 - _BETAS[1] ** count)).sqrt_().add_(self.eps)
-        state.scores.addcdiv_(state.first, size, value=-self.lr / (1 - _BETAS[0] ** count))
-        state.losses.append(loss)
+        adam_step(state, loss, through_threshold(gradient, mask, temperature), self.lr, self.eps)
 
     def _draws(self, n_pairs: int, n_nodes: int) -> Iterator[tuple[list[int], float]]:
         """Pairs and budget of every step: each pair once per round, in random order; draws do not depend on `steps`."""
@@ -293,6 +287,16 @@ def through_threshold(gradient: Tensor, mask: Tensor, temperature: float) -> Ten
     total = weight.sum(dtype=torch.float64).clamp(min=torch.finfo(torch.float32).tiny)
     mean = ((weight * gradient).sum(dtype=torch.float64) / total).to(gradient)
     return weight * (gradient - mean) / temperature
+
+
+def adam_step(state: Learning, loss: float, gradient: Float[Tensor, " node"], lr: float, eps: float) -> None:
+    """One step of Adam down the gradient of this loss."""
+    count = len(state.losses) + 1
+    state.first.lerp_(gradient, 1 - _BETAS[0])
+    state.second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+    size = (state.second / (1 - _BETAS[1] ** count)).sqrt_().add_(eps)
+    state.scores.addcdiv_(state.first, size, value=-lr / (1 - _BETAS[0] ** count))
+    state.losses.append(loss)
 
 
 def softness(scores: Float[Tensor, " node"], temperature: float) -> list[list[float]]:
