@@ -8,7 +8,7 @@ ones the other neurons that are no padding. There only frequencies are asked: fa
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,17 @@ def chain_pairs(planted: Any, chain: int, seed: int = 0) -> tuple[TokenizedPairs
     return make(corrupt), make(null)
 
 
-def planted_rows(seed: int, method: str = "relp") -> Iterator[dict[str, Any]]:
-    """One row per chain of a planted circuit."""
+def planted_rows(seed: int, chains: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    """One row per chain of a planted circuit, or for some of them."""
     from tests.planted.load import load_planted
 
     planted = load_planted(seed)
     width = planted.model.cfg.d_head
-    for number, chain in enumerate(planted.case.chains):
+    for number in range(len(planted.case.chains)) if chains is None else chains:
+        chain = planted.case.chains[number]
         pairs, null = chain_pairs(planted, number, seed)
         found = tnc.stability(
-            planted.model, pairs, method=method, sizes=(SIZE,), draws=DRAWS, null_draws=NULL_DRAWS, null_pairs=null,
+            planted.model, pairs, sizes=(SIZE,), draws=DRAWS, null_draws=NULL_DRAWS, null_pairs=null,
             basis=[tnc.bases.HeadOutputs(), tnc.bases.Neurons()],
         )  # fmt: skip
 
@@ -60,7 +61,7 @@ def planted_rows(seed: int, method: str = "relp") -> Iterator[dict[str, Any]]:
         yield {"case": planted.case.name, "chain": number, **_frequencies(found, true), "rates": _rates(found, true)}
 
 
-def tracr_row(program: str, method: str = "gradient") -> dict[str, Any]:
+def tracr_row(program: str) -> dict[str, Any]:
     """Frequencies among the neurons of a compiled program that are no padding, by plain gradients: much of what these
     programs do goes through attention patterns, which RelP freezes.
     """
@@ -70,7 +71,14 @@ def tracr_row(program: str, method: str = "gradient") -> dict[str, Any]:
                            None, known.pairs.corrupt_position, labels)  # fmt: skip
     n = min(sum(known.truth.values()), SIZE)
     found = tnc.stability(
-        known.model, pairs, method=method, sizes=(n,), draws=DRAWS, null_draws=0, metric=known.metric, positions="sum"
+        known.model,
+        pairs,
+        method="gradient",
+        sizes=(n,),
+        draws=DRAWS,
+        null_draws=0,
+        metric=known.metric,
+        positions="sum",
     )
     table = found.scores.to_dataframe()
     inside = np.array([label in known.truth for label in table["label"]])

@@ -142,9 +142,15 @@ def _advice(found: dict[str, Any]) -> list[str]:
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
+    best = []
+    for task in TASKS:
+        rows = [row for row in found["models"]["smollm2"]["equal"] if row["tasks"][task]]
+        row = max(rows, key=lambda row: row["tasks"][task][0])
+        best.append(f"{_name((row['method'], row['ranking']))} on {NAMES[task]} ({row['tasks'][task][0]:.2f})")
     notes = [
+        f"The most compact on each task: {', '.join(best)}.",
         'CP-LRP (`rules="cp"`) has the same rules as RelP, so the same scores. Second order is the gradient\'s score '
-        "plus the node's share of its group's second order (`tnc.reliability`)."
+        "plus the node's share of its group's second order (`tnc.reliability`).",
     ]
     chosen = {task: name for task, name in found["stopped"].items() if name}
     if chosen:

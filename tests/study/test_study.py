@@ -79,7 +79,7 @@ def test_null_pairs_of_a_chain_keep_its_answer_and_pairs_change_nothing_else() -
 
 
 def test_true_nodes_of_a_planted_chain_are_selected_and_false_discoveries_are_told() -> None:
-    row = list(planted_rows(3))[2]
+    (row,) = planted_rows(3, chains=[2])
     assert row["true_share_of_draws"] > 0.95 and row["core_true"] == row["core"] >= 5
     named = {(null, rate): row["rates"][null][rate] for null in ("signs", "pairs") for rate in ("0.05", "0.2")}
     for null in ("signs", "pairs"):
