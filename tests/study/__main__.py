@@ -25,13 +25,16 @@ import torch
 
 from tests.study.cases import MODELS, TASKS
 
+KNOWN = ("planted", "tracr", "stability", "reliability")
+"""Parts beside the cells: known circuits, false discoveries on them, and group effects on SmolLM2."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("study"), help="for the cells")
     parser.add_argument("--models", nargs="*", default=[*MODELS], choices=[*MODELS])
     parser.add_argument("--tasks", nargs="*", default=[*TASKS], choices=[*TASKS])
-    parser.add_argument("--known", nargs="*", default=["planted", "tracr"], choices=["planted", "tracr"])
+    parser.add_argument("--known", nargs="*", default=[*KNOWN], choices=[*KNOWN])
     parser.add_argument("--minutes", type=float, default=120, help="of CPU time, after which no cell is begun")
     parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args()
@@ -42,16 +45,20 @@ def main() -> None:
 
         write_page(options.folder)
         return
-    from tests.study.cells import describe, plan, run, run_known
+    from tests.study import known_stability
+    from tests.study.cells import describe, plan, run, run_known, run_reliability
 
-    if options.known:
-        for line in run_known(options.folder, tuple(options.known)):
-            print(line, flush=True)
+    for line in run_known(options.folder, tuple(options.known)):
+        print(line, flush=True)
+    if "stability" in options.known:
+        known_stability.run(options.folder)
     for cell in plan(options.models, options.tasks):
         if time.process_time() > 60 * options.minutes:
             break
         if run(cell, options.folder):
             print(f"{time.process_time() / 60:.1f} min:", describe(cell, "done"), flush=True)
+    if "reliability" in options.known and "smollm2" in options.models:
+        run_reliability(options.folder)
 
 
 if __name__ == "__main__":

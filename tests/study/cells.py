@@ -167,6 +167,17 @@ def run_known(folder: Path, kinds: tuple[str, ...]) -> Iterator[str]:
         yield f"{kind} {which}: {areas}"
 
 
+def run_reliability(folder: Path, n_pairs: int = 8) -> None:
+    """First and second order, exact patching and the trapezoid of every (layer, position) group on nounpp."""
+    path = folder / "reliability_nounpp.json"
+    if path.exists():
+        return
+    pairs = parts_of("smollm2", "nounpp").learn[:n_pairs]
+    found = tnc.reliability(load("smollm2"), pairs, exact=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, found.to_dataframe().to_json(orient="records"))
+
+
 def judge_known(entry: Entry, known: Known) -> dict[str, float]:
     """By ranking: how often a part of the circuit ranks above another part, each as high as its best node."""
     settings = {"metric": known.metric, "basis": list(known.bases)}

@@ -246,10 +246,10 @@ def _fdr(found: dict[str, Any] | None) -> list[str]:
         "Both nulls keep their rates here."
         if kept
         else f"**Neither null bounds how many nodes lie outside a circuit**: up to {worst:.0f} times the nominal share "
-        "do. What they test is what they say: that a score has one sign over words, or exceeds what an "
-        "irrelevant change does. Nodes outside a planted chain have such effects, small and consistent; their share "
-        "of the scores is in the last column. Read `at_fdr` as \"this sign is no accident of the words\", "
-        "and leave membership to faithfulness and completeness."
+        "do. What they test is what they say: that a score has one sign over words, or exceeds what an irrelevant "
+        "change does. Nodes outside a planted chain have such scores too; the last column has their share of what all "
+        "named nodes score. Read `at_fdr` as \"this sign is no accident of the words\", and leave membership to "
+        "faithfulness and completeness."
     )  # fmt: skip
     return [_wrap(text), _table(head, rows), _wrap(after)]
 
