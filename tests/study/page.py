@@ -217,7 +217,8 @@ def _known(found: dict[str, Any]) -> list[str]:
         f"{judged.get('planted', 0)} of {len(found['cases'].get('planted', []))} cases have both kinds. Compiled "
         "programs (tracr): neurons on a path to the output against other neurons that are no padding; "
         f"{judged.get('tracr', 0)} of {len(found['cases'].get('tracr', []))} programs have both kinds, most of them "
-        "one false neuron. 48 pairs each."
+        "one false neuron. 48 pairs each. RelP freezes attention patterns, through which much of these programs runs: "
+        "on some it gives no neuron a score."
     )
     return [_wrap(text), _table(["method", "ranked", *kinds], table)]
 

@@ -202,13 +202,12 @@ def known_table(folder: Path) -> dict[str, Any]:
                     rows.setdefault(found["kind"], {}).setdefault(f"{name}|{ranking}", {}).setdefault("all", []).append(
                         value
                     )
-    table = {
-        kind: {
-            name: [float(np.mean(values["all"])), float(np.min(values["all"])), len(values["all"])]
-            for name, values in found.items()
-        }
-        for kind, found in rows.items()
-    }
+    table: dict[str, dict[str, list[float]]] = {}
+    for kind, found in rows.items():
+        most = max(len(values["all"]) for values in found.values())
+        for name, values in found.items():
+            if len(values["all"]) == most:  # of all cases
+                table.setdefault(kind, {})[name] = [float(np.mean(values["all"])), float(np.min(values["all"])), most]
     return {"auroc": table, "cases": parts}
 
 
