@@ -349,6 +349,11 @@ def _places(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
                 put[i], put[i + 1] = put[i] - gap, put[i + 1] + gap
         for index, new in zip(column, put, strict=True):
             ups[index] = new - values[index] * pixels
+    across = [math.log10(max(row["cost"], 1.0)) * 360 for row in rows]  # pixels
+    for index, here in enumerate(across):
+        near = [k for k, there in enumerate(across) if 20 < there - here < 140]
+        if any(abs((values[k] - values[index]) * pixels - ups[index]) < 10 for k in near):
+            ups[index] += 20  # or the label would cross the next point
     return [(30.0, up) for up in ups]
 
 

@@ -72,7 +72,7 @@ class LearnedMask(EdgeMethod):
         groups = list(question.tokens.batches(n_pairs))  # one per length
         references = [self._references(question, group) for group in groups]
         place = {i: (g, row) for g, group in enumerate(groups) for row, i in enumerate(group.index.tolist())}
-        state = Learning(*(torch.zeros(n) for _ in range(3)), [], torch.zeros(n), [])
+        state = Learning(torch.zeros(n), torch.zeros(n), torch.zeros(n), [], torch.zeros(n), [])
         with tqdm(total=self.steps, desc=self.label, disable=not question.verbose, unit="step") as bar:
             for chosen, budget in itertools.islice(self._draws(n_pairs, n), self.steps):
                 tau = find_threshold(state.scores, budget, self.temperature)

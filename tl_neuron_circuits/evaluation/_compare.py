@@ -203,8 +203,10 @@ def _ranked(
         raise SettingsError("expected rankings out of 'abs' and 'signed'; got none. Leave rankings= out.")
     found: dict[str, tuple[Method, Ranking | None]] = {}
     for label, method in by_label.items():
-        wanted = [method.ranking] if rankings is None or method.ranking == "signed" else rankings
-        found |= {label if one == method.ranking else f"{label}, by sign": (method, one) for one in wanted}
+        own: Sequence[Ranking] = [method.ranking]
+        wanted = own if rankings is None or method.ranking == "signed" else rankings
+        for one in wanted:
+            found[label if one == method.ranking else f"{label}, by sign"] = method, one
     return found
 
 

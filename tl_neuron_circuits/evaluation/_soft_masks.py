@@ -9,6 +9,7 @@ Source: METHODS 5.8.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -75,12 +76,12 @@ def compare_soft_masks(
         >>> table.columns.tolist()
         ['size', 'outside', 'soft', 'hard', 'difference']
     """
-    options = dict(scores.settings["method_options"])
+    options: dict[str, Any] = dict(scores.settings["method_options"])
     if METHODS.get(options.pop("name")) is not LearnedMask or scores.basis is None:
         raise SettingsError(
             f"expected scores of a learned mask with their basis; got {scores!r}. Attribute with LearnedMask()."
         )
-    learned = LearnedMask(**options | {"development": None})
+    learned = LearnedMask(**{**options, "development": None})
     baseline, positions = scores.settings["baseline"], scores.positions
     scope = Scope(model, basis_sites(model, scores.basis), metric, baseline, "noising", positions, "keep")
     tokens = tokenize(model, pairs)
