@@ -125,7 +125,7 @@ def scored(cell: Cell, folder: Path) -> tuple[NodeScores, dict[str, float]]:
     """The scores of a cell, and what they cost."""
     entry = ENTRIES[cell.method]
     place = folder / "scores" / cell.model / cell.task / f"{entry.key}.{cell.learned}"
-    notes = place.with_suffix(".json")
+    notes = place.with_name(place.name + ".json")
     if notes.exists():
         return NodeScores.load(place), json.loads(notes.read_text())
     started = time.process_time()
