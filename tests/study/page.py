@@ -12,6 +12,7 @@ import numpy as np
 from tests.benchmarks.__main__ import machine
 from tests.smollm2 import LABEL
 from tests.study.cases import MODELS, SIZES, TASKS
+from tests.study.methods import ENTRIES
 from tests.study.summary import DEFAULT, STOPPED, summarize
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def page(found: dict[str, Any]) -> str:
         "## Demo models",
         _wrap(
             "The same methods on the two demo models and their own tasks, with intervals over their words; sizes 1 to "
-            "3,000. Exact patching of every neuron was run on nounpp alone."
+            "3,000. Exact patching of every neuron is for nounpp alone."
         ),
         *[text for name in demos for text in (f"### {name}", equal(found["models"][name]["equal"]))],
         "## Known circuits",
@@ -97,7 +98,7 @@ def page(found: dict[str, Any]) -> str:
         *_reliability(found["reliability"]),
         "## What this does not say",
         _wrap(
-            f"One small model, three tasks, one draw of pairs, neurons alone. {_left_out(main['equal'])}All SmolLM2 "
+            f"One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, {_left_out(main['equal'])}All SmolLM2 "
             f"and demo cells together took {found['minutes']:.0f} CPU minutes of one thread "
             f"({versions}). Run it again, or go on from where it stopped: `python -m tests.study`."
         ),
@@ -164,7 +165,9 @@ def _left_out(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         tasks = ", ".join(NAMES[task] for task in TASKS if not row["tasks"][task])
         missing += [f"{_name((row['method'], row['ranking']))} ({tasks})"] if tasks else []
-    return f"Not computed on all tasks within the time: {'; '.join(missing)}. " if missing else ""
+    there = {row["method"] for row in rows}
+    missing += [f"{name} (every task)" for name in [*ENTRIES, STOPPED] if name not in there]
+    return f"not computed on all tasks within the time: {'; '.join(missing)}. " if missing else ""
 
 
 def equal(rows: list[dict[str, Any]]) -> str:
