@@ -98,7 +98,8 @@ def page(found: dict[str, Any]) -> str:
         *_reliability(found["reliability"]),
         "## What this does not say",
         _wrap(
-            f"One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, {_left_out(main['equal'])}All SmolLM2 "
+            "One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, "
+            f"{_left_out(main['equal'])}All SmolLM2 "
             f"and demo cells together took {found['minutes']:.0f} CPU minutes of one thread "
             f"({versions}). Run it again, or go on from where it stopped: `python -m tests.study`."
         ),
