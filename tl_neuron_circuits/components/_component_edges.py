@@ -31,6 +31,7 @@ from ..tasks._tokenized import TokenizedPairs
 from ._acdc import ACDC
 from ._eap import EAP, EAPIGInputs, RelP
 from ._graph import AttentionUnit, component_graph
+from ._learned_mask import LearnedMask
 from ._method import EdgeMethod, EdgeQuestion, Random
 from ._mib import read_mib, write_mib
 from ._patching import Patching, metric_with_edges
@@ -183,7 +184,7 @@ class EdgeScores:
 
 
 METHODS: dict[str, type[EdgeMethod]] = {
-    method.name: method for method in (EAP, EAPIGInputs, RelP, Patching, ACDC, Random)
+    method.name: method for method in (EAP, EAPIGInputs, RelP, Patching, ACDC, LearnedMask, Random)
 }
 
 
@@ -206,8 +207,8 @@ def component_edges(
         model: a HookedTransformer or TransformerBridge.
         pairs: prompts with corrupt prompts of the same length.
         method: "eap", "eap_ig_inputs", "relp" (gradients); "patching" (exact, one edge at a time); "acdc" (greedy; its
-            scores are divergences and `kept` its circuit); "random". Or one of these with options, as an object or as
-            its label: `ACDC(threshold=0.1)`, "eap_ig_inputs(steps=10)".
+            scores are divergences and `kept` its circuit); "learned_mask" (its scores are an order); "random". Or one
+            of these with options, as an object or as its label: `ACDC(threshold=0.1)`, "eap_ig_inputs(steps=10)".
         metric: from logits and batch to one number per prompt.
         attention: heads as single components, or attention layers.
         split_qkv: also score what reaches a head through its q, k and v alone (gradient methods, with heads).
