@@ -204,7 +204,12 @@ _Piece = tuple[int, int, np.ndarray]  # side, place of the first token, tokens
 
 
 def _blocks(
-    model: TransformerLensModel, stream: _Stream, context: int, prepend_bos: bool | None, size: int, verbose: bool
+    model: TransformerLensModel,
+    stream: _Stream,
+    context: int,
+    prepend_bos: bool | None,
+    size: int,
+    verbose: bool | None,
 ) -> Iterator[list[_Piece]]:
     """Pieces of whole texts, at least `size` of them at a time."""
     block: list[_Piece] = []
