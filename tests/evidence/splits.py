@@ -17,8 +17,8 @@ other two parts do not have (`NEW_VERBS`); `new_verbs` says which. Both directio
 Cities. The pairs ask for the capital of the state that a city is in, after two solved examples whose city is not the
 capital. Cities (never a capital, of any state) lie in one part; states are those whose capital is one token.
 `evaluation` has other cities of the states of `learning`; `new_states` has states that are in no other part. Only
-cities after which the model ranks the state's own capital first among all those capitals are used: `known` lists them, `asked`
-all that were tried. Labels are the clean prompt's state, so states are the clusters of a bootstrap.
+cities after which the model ranks the state's own capital first among all those capitals are used: `known` lists
+them, `asked` all that were tried. Labels are the clean prompt's state, so states are the clusters of a bootstrap.
 
 Pairs are made for the model's tokenizer with `prepend_bos=False` unless asked otherwise: SmolLM2's own tokenizer adds
 no BOS, and the model is better without it. Every function is deterministic in its arguments.
