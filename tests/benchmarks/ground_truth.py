@@ -177,7 +177,7 @@ def measure(kind: str, cases: list[Case], nodes: str, seed: int, options: argpar
     for case in cases:
         for name, found in rankings_of(case, nodes, seed, kind, options):
             scores.setdefault(name, []).append(found)
-        print(kind, nodes, seed, case.name, round(time.process_time(), 1), flush=True)
+        print(kind, nodes, seed, case.name, flush=True)
     rows = []
     for truth in ("program", "effect"):
         given = {"kind": kind, "nodes": nodes, "truth": truth, "seed": seed}

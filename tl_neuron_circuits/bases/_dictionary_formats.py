@@ -106,9 +106,9 @@ def _hub_file(name: str) -> Path:
     repository, _, inside = address.path.lstrip("/").partition("/")
     if not address.netloc or not repository or not inside:
         raise FileFormatError(f"expected hf://owner/repository/path of a file; got {name!r}.")
-    given = {"repo_id": f"{address.netloc}/{repository}", "filename": inside}
+    revision = (parse_qs(address.query).get("revision") or [None])[0]
     try:
-        return Path(hf_hub_download(**given, revision=(parse_qs(address.query).get("revision") or [None])[0]))
+        return Path(hf_hub_download(repo_id=f"{address.netloc}/{repository}", filename=inside, revision=revision))
     except (OSError, ValueError) as error:  # no network, no such file, or HF_HUB_OFFLINE
         raise FileFormatError(
             f"cannot get {name} from the Hugging Face hub ({short(str(error))}). Download it where there is a network, "
