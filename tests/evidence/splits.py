@@ -16,12 +16,12 @@ other two parts do not have (`NEW_VERBS`); `new_verbs` says which. Both directio
 
 Cities. The pairs ask for the capital of the state that a city is in, after two solved examples whose city is not the
 capital. Cities (never a capital, of any state) lie in one part; states are those whose capital is one token.
-`evaluation` has other cities of the states of `learning`; `new_states` has states that are in no other part. Only cities
-after which the model ranks the state's own capital first among all those capitals are used: `known` lists them, `asked`
-all that were tried. Labels are the clean prompt's state, so states are the clusters of a bootstrap.
+`evaluation` has other cities of the states of `learning`; `new_states` has states that are in no other part. Only
+cities after which the model ranks the state's own capital first among all those capitals are used: `known` lists them,
+`asked` all that were tried. Labels are the clean prompt's state, so states are the clusters of a bootstrap.
 
-Pairs are made for the model's tokenizer with `prepend_bos=False` unless asked otherwise: SmolLM2's own tokenizer adds no
-BOS, and the model is better without it. Every function is deterministic in its arguments.
+Pairs are made for the model's tokenizer with `prepend_bos=False` unless asked otherwise: SmolLM2's own tokenizer adds
+no BOS, and the model is better without it. Every function is deterministic in its arguments.
 """
 
 from collections.abc import Mapping, Sequence
@@ -236,6 +236,23 @@ def cities(model: Any, *, prepend_bos: bool = False, n_new_states: int = 2) -> C
     learning and the second to evaluation; states with one known city, at most `n_new_states`, are the new ones.
     """
     known, lengths = known_cities(model, prepend_bos=prepend_bos)
+    parts = divide_cities(known, lengths, n_new_states)
+    pairs = {
+        part: tnc.tasks.keep_fitting(model, cities_pairs(found), prepend_bos=prepend_bos) if len(found) > 1 else None
+        for part, found in parts.items()
+    }
+    if pairs["learning"] is None or pairs["evaluation"] is None:
+        raise ValueError(f"too few states with two cities that the model knows: {known}")
+    everywhere = tuple(city for names in known.values() for city in names)
+    return CitiesSplit(
+        pairs["learning"], pairs["evaluation"], pairs["new_states"], parts, everywhere, tuple(_all_cities())
+    )
+
+
+def divide_cities(
+    known: Mapping[str, Sequence[str]], lengths: Mapping[str, int], n_new_states: int
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Part, then state: its cities, all of one token length."""
     by_length = {
         length: {
             state: fitting
@@ -247,21 +264,11 @@ def cities(model: Any, *, prepend_bos: bool = False, n_new_states: int = 2) -> C
     best = max(by_length.values(), key=lambda states: sum(len(names) > 1 for names in states.values()))
     two = {state: names for state, names in best.items() if len(names) > 1}
     one = {state: tuple(names) for state, names in best.items() if len(names) == 1}
-    parts: dict[str, dict[str, tuple[str, ...]]] = {
+    return {
         "learning": {state: (names[0],) for state, names in two.items()},
         "evaluation": {state: (names[1],) for state, names in two.items()},
         "new_states": dict(list(one.items())[:n_new_states]),
     }
-    pairs = {
-        part: tnc.tasks.keep_fitting(model, cities_pairs(found), prepend_bos=prepend_bos) if len(found) > 1 else None
-        for part, found in parts.items()
-    }
-    if pairs["learning"] is None or pairs["evaluation"] is None:
-        raise ValueError(f"too few states with two cities that the model knows: {best}")
-    everywhere = tuple(city for names in known.values() for city in names)
-    return CitiesSplit(
-        pairs["learning"], pairs["evaluation"], pairs["new_states"], parts, everywhere, tuple(_all_cities())
-    )
 
 
 def _all_cities() -> list[str]:
