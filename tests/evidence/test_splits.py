@@ -31,8 +31,10 @@ def test_pairs_drawn_for_smollm2_share_no_noun_across_parts(smollm2: Any) -> Non
 
 def test_cities_are_in_one_part_and_new_states_in_no_other() -> None:
     known = {"Texas": ["Houston", "Waco", "El Paso"], "Ohio": ["Dayton", "Akron"], "Maine": ["Bangor"]}
-    parts = splits.divide_cities(known, dict.fromkeys(sum(known.values(), []), 1), n_new_states=2)
+    parts = splits.divide_cities(known, {city: 1 for names in known.values() for city in names}, n_new_states=2)
     for one, other in combinations(parts.values(), 2):
-        assert not set(sum(one.values(), ())) & set(sum(other.values(), ()))
+        assert not {city for names in one.values() for city in names} & {
+            city for names in other.values() for city in names
+        }
     assert list(parts["learning"]) == list(parts["evaluation"]) == ["Texas", "Ohio"]
     assert parts["new_states"] == {"Maine": ("Bangor",)}
