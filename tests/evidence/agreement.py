@@ -44,6 +44,7 @@ ORDER: tuple[tuple[str, str, str, bool], ...] = (
     ("pca", "relp", "abs", False),
     ("neurons", "ig", "abs", False), ("neurons", "relp_few", "abs", False),
 )  # fmt: skip
+ERROR_NODES: dict[str, Any] = {"mean_difference": "ablate", "rotated": "keep", "pca": "keep"}
 EXTRA = ("corrupt", "all", "bos")
 """For neurons and MLP outputs by RelP: interchange instead of means, all pairs, and with BOS."""
 
@@ -91,7 +92,7 @@ class Structure:
             return tnc.evaluate(
                 self.model, pairs, scores, sizes=sizes, ranking=ranking, completeness=complete,
                 ablation="corrupt" if kind == "corrupt" else "mean",
-                error_nodes="ablate" if basis == "mean_difference" else "keep" if basis in ("rotated", "pca") else "rank",
+                error_nodes=ERROR_NODES.get(basis, "rank"),
             )  # fmt: skip
 
         return self.kept.curve("_".join(filter(None, (self.name, basis, method, ranking, kind))), make)
@@ -122,7 +123,7 @@ def run(model: Any, kept: cells.Cells, names: Sequence[splits.Structure]) -> Non
 
 def live_nodes(kept: cells.Cells, name: str, basis: str = "neurons") -> dict[str, Any]:
     """How many nodes have a score at all, and how many neurons the best nodes are."""
-    scores = kept.scores(f"scores-{name}-{basis}-relp", lambda: (_ for _ in ()).throw(KeyError(name)))
+    scores = kept.scores(f"scores-{name}-{basis}-relp")
     live = int((scores.flat() != 0).sum())
     unique = {k: len(scores.top(k)[["layer", "unit"]].drop_duplicates()) for k in (30, 100, 300, 1000)}
     layers = scores.top(100)["layer"].value_counts().sort_index()
@@ -136,11 +137,11 @@ def live_nodes(kept: cells.Cells, name: str, basis: str = "neurons") -> dict[str
 
 def couples(kept: cells.Cells) -> dict[str, str]:
     """Each evaluation noun's couple, the same in all structures."""
-    curve = kept.curve("nounpp_neurons_relp_abs", lambda: (_ for _ in ()).throw(KeyError("nounpp")))
+    curve = kept.curve("nounpp_neurons_relp_abs")
     assert curve is not None and curve.groups is not None
     found = {word: label for label in curve.groups for word in label.split(" and ")}
     for name in ("rc", "within_rc"):
-        other = kept.curve(f"{name}_neurons_relp_abs", lambda: (_ for _ in ()).throw(KeyError(name)))
+        other = kept.curve(f"{name}_neurons_relp_abs")
         if other is not None and other.groups is not None:
             found |= {word: label for label in other.groups for word in label.split(" and ")}
     return found
@@ -152,7 +153,7 @@ def contrast(kept: cells.Cells, one: str, other: str, n: int = 2000) -> dict[str
     names = sorted(set(couple.values()))
     per, drawn = {}, []
     for structure in splits.STRUCTURES:
-        pair = [kept.curve(f"{structure}_{which}", lambda: (_ for _ in ()).throw(KeyError(which)))
+        pair = [kept.curve(f"{structure}_{which}")
                 for which in (one, other)]  # fmt: skip
         if any(curve is None for curve in pair):
             return None
@@ -180,11 +181,12 @@ def collect(kept: cells.Cells) -> dict[str, Any]:
     for structure in splits.STRUCTURES:
         for parts in wanted:
             name = "_".join(filter(None, (structure, *parts)))
-            curve = never.curve(name, lambda: (_ for _ in ()).throw(KeyError(name)))
+            curve = never.curve(name)
             if curve is not None:
                 curves[name] = cells.summary(curve)
+    settings = {"learning pairs": N_LEARNING, "evaluation pairs": N_EVALUATION, "ig pairs": N_IG, "ig steps": STEPS}
     return {
-        "settings": {"learning pairs": N_LEARNING, "evaluation pairs": N_EVALUATION, "ig pairs": N_IG, "ig steps": STEPS},
+        "settings": settings,
         "curves": curves,
         "live": {name: live_nodes(never, name) for name in splits.STRUCTURES},
         "contrasts": {

@@ -53,29 +53,33 @@ class Cells:
         self.folder, self.run = folder, run
         folder.mkdir(parents=True, exist_ok=True)
 
-    def curve(self, name: str, make: Callable[[], tnc.SparsityCurve]) -> tnc.SparsityCurve | None:
+    def curve(self, name: str, make: Callable[[], tnc.SparsityCurve] | None = None) -> tnc.SparsityCurve | None:
         """The curve of that name, made now if it is not there; None if it may not be made."""
         path = self.folder / name
         if not path.exists():
-            if not self.run:
+            if not self.run or make is None:
                 return None
             start = time.process_time()
             make().save(path)
             print(f"{time.strftime('%H:%M:%S')} {name} {time.process_time() - start:.0f} CPU s", flush=True)
         return tnc.SparsityCurve.load(path)
 
-    def scores(self, name: str, make: Callable[[], tnc.NodeScores]) -> tnc.NodeScores:
-        """The scores of that name; of the model's own activations only, as dictionaries are not saved with them."""
+    def scores(self, name: str, make: Callable[[], tnc.NodeScores] | None = None) -> tnc.NodeScores:
+        """The scores of that name; of the model's own activations only, as dictionaries are not saved with them.
+
+        Raises:
+            FileFormatError: they are not there, and there is nothing to make them.
+        """
         path = self.folder / name
-        if not path.exists():
+        if not path.exists() and make is not None:
             make().save(path)
         return tnc.NodeScores.load(path)
 
-    def values(self, name: str, make: Callable[[], Any]) -> Any:
+    def values(self, name: str, make: Callable[[], Any] | None = None) -> Any:
         """JSON values of that name; None if they may not be made."""
         path = self.folder / f"{name}.json"
         if not path.exists():
-            if not self.run:
+            if not self.run or make is None:
                 return None
             start = time.process_time()
             found = make()
@@ -122,7 +126,7 @@ def error(sizes: Sequence[int], faithfulness: Array) -> float:
 
 
 def stays_within(sizes: Sequence[int], faithfulness: Array, tolerance: float = 0.2) -> float:
-    """The size from which |1 - faithfulness| stays within `tolerance`, among those measured; inf where it never does."""
+    """The size from which |1 - faithfulness| stays within `tolerance`, as far as measured; inf where it never does."""
     outside = np.flatnonzero(~(np.abs(1 - faithfulness) <= tolerance))
     if len(outside) == 0:
         return float(sizes[0])
