@@ -27,7 +27,8 @@ NEUTRAL = (
     "The weather in the north of the country", "She opened the door and", "In the second half of the century,",
     "Water freezes at a temperature of", "He wrote a long letter to", "It is not easy to",
     "For more information, please", "The number of people who live in", "My favorite part of the book was",
-    "After the war ended,", "To make the soup, first", "Light travels much faster than", "They decided to go", "One of the most important",
+    "After the war ended,", "To make the soup, first",
+    "Light travels much faster than", "They decided to go", "One of the most important",
     "On the other side of the river there", "Learning to play the piano takes",
 )  # fmt: skip
 FORMS = {
