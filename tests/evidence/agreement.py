@@ -6,8 +6,9 @@ ablation, without BOS, on evaluation pairs that the model gets right in both dir
 is claimed only if the whole 95 % interval, paired, over couples of nouns, lies below 0. Secondary, the same way: RelP
 minus AtP on neurons, by |score| and by score; neurons minus randomly rotated neurons. All else is description.
 
-Means come from the learning pairs. All pairs and BOS are repeated for neurons and MLP outputs. Integrated gradients one
-site at a time cost 30 x 5 backward passes, so they see 16 learning pairs, beside RelP on the same 16.
+Means come from the learning pairs. All pairs and interchange are repeated for neurons, BOS for MLP outputs too.
+Integrated gradients one site at a time cost 30 x 5 backward passes, so they see 16 learning pairs, beside RelP on the
+same 16.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,16 +38,35 @@ ORDER: tuple[tuple[str, str, str, bool], ...] = (
     ("neurons", "relp", "abs", True), ("mlp_outputs", "relp", "abs", True),
     ("neurons", "atp", "abs", True), ("neurons", "relp", "signed", True),
     ("rotated", "relp", "abs", True), ("neurons", "atp", "signed", False),
-    ("neurons", "relp3", "abs", False), ("neurons", "ig_inputs", "abs", False),
-    ("neurons", "difference", "abs", False), ("neurons", "random", "abs", False),
-    ("mean_difference", "relp", "abs", False), ("heads", "relp", "abs", False),
-    ("residual", "relp", "abs", False), ("mlp_outputs", "relp", "signed", False),
-    ("pca", "relp", "abs", False),
+    ("neurons", "random", "abs", False), ("neurons", "difference", "abs", False),
+    ("heads", "relp", "abs", False), ("mean_difference", "relp", "abs", False),
+    ("residual", "relp", "abs", False), ("neurons", "relp3", "abs", False),
+    ("neurons", "ig_inputs", "abs", False), ("pca", "relp", "abs", False),
+    ("mlp_outputs", "relp", "signed", False),
     ("neurons", "ig", "abs", False), ("neurons", "relp_few", "abs", False),
 )  # fmt: skip
 ERROR_NODES: dict[str, Any] = {"mean_difference": "ablate", "rotated": "keep", "pca": "keep"}
 EXTRA = ("corrupt", "all", "bos")
-"""For neurons and MLP outputs by RelP: interchange instead of means, all pairs, and with BOS."""
+"""For neurons by RelP: interchange instead of means, all pairs, and with BOS (there for MLP outputs too)."""
+
+
+def pairs_of(model: Any, name: splits.Structure, kept: cells.Cells, *, bos: bool = False) -> dict[str, tnc.PromptPairs]:
+    """Learning and evaluation pairs that the model gets right, and "all" evaluation pairs."""
+    sizes: Any = {"learning": N_LEARNING, "evaluation": N_EVALUATION, "development": 8}
+    drawn: dict[str, splits.AgreementSplit] = {}
+
+    def draw() -> splits.AgreementSplit:
+        if not drawn:
+            drawn[name] = splits.agreement(model, name, prepend_bos=bos, sizes=sizes)
+        return drawn[name]
+
+    made: dict[str, Callable[[], tnc.PromptPairs]] = {
+        "learning": lambda: draw().right["learning"], "evaluation": lambda: draw().right["evaluation"],
+        "all": lambda: draw().evaluation,
+    }  # fmt: skip
+    if bos:
+        return {part: make() for part, make in made.items()}
+    return {part: kept.pairs(f"pairs-{name}-{part}", make) for part, make in made.items()}
 
 
 class Structure:
@@ -54,10 +74,8 @@ class Structure:
 
     def __init__(self, model: Any, name: splits.Structure, kept: cells.Cells, *, bos: bool = False) -> None:
         self.model, self.name, self.kept = model, name, kept
-        self.split = splits.agreement(
-            model, name, prepend_bos=bos, sizes={"learning": N_LEARNING, "evaluation": N_EVALUATION, "development": 8}
-        )
-        self.learning = self.split.right["learning"]
+        self.parts = pairs_of(model, name, kept, bos=bos)
+        self.learning = self.parts["learning"]
         self.suffix = "-bos" if bos else ""
         self._scored: dict[tuple[str, str], tnc.NodeScores] = {}
 
@@ -83,7 +101,7 @@ class Structure:
 
     def curve(self, basis: str, method: str, ranking: Any, complete: bool, kind: str = "") -> Any:
         """One curve; `kind` is one of `EXTRA` or empty."""
-        evaluation = self.split.evaluation if kind == "all" else self.split.right["evaluation"]
+        evaluation = self.parts["all" if kind == "all" else "evaluation"]
         pairs = evaluation if kind == "corrupt" else cells.with_donors(evaluation, self.learning)
 
         def make() -> tnc.SparsityCurve:
@@ -107,11 +125,9 @@ def run(model: Any, kept: cells.Cells, names: Sequence[splits.Structure]) -> Non
                 structure.curve(basis, method, ranking, complete)
         if start == 0:
             for structure in structures:
-                for basis in ("neurons", "mlp_outputs"):
-                    structure.curve(basis, "relp", "abs", True, "corrupt")
+                structure.curve("neurons", "relp", "abs", True, "corrupt")
     for structure in structures:
         structure.curve("neurons", "relp", "abs", True, "all")
-        structure.curve("mlp_outputs", "relp", "abs", False, "all")
     for name in names:
         with_bos = Structure(model, name, kept, bos=True)
         for basis in ("neurons", "mlp_outputs"):
@@ -148,26 +164,27 @@ def couples(kept: cells.Cells) -> dict[str, str]:
 
 
 def contrast(kept: cells.Cells, one: str, other: str, n: int = 2000) -> dict[str, Any] | None:
-    """The endpoint of one curve minus another's: per structure and over the four, with intervals over couples."""
+    """The endpoint of one curve minus another's: per structure and over them, with intervals over couples.
+
+    Structures that lack a curve are left out; the four share the draws of couples.
+    """
     couple = couples(kept)
-    names = sorted(set(couple.values()))
-    per, drawn = {}, []
+    per: dict[str, Any] = {}
+    drawn = []
     for structure in splits.STRUCTURES:
-        pair = [kept.curve(f"{structure}_{which}")
-                for which in (one, other)]  # fmt: skip
-        if any(curve is None for curve in pair):
-            return None
-        first, second = pair
-        assert first is not None and second is not None and first.groups is not None
-        clusters = [couple.get(group, couple.get(group.split(" and ")[0], names[0])) for group in first.groups]
-        values = lambda weights, first=first, second=second: (  # noqa: E731
-            cells.error(first.sizes, cells.normalized(first, weights)[0])
-            - cells.error(second.sizes, cells.normalized(second, weights)[0])
+        first, second = (kept.curve(f"{structure}_{which}") for which in (one, other))
+        if first is None or second is None or first.groups is None:
+            continue
+        words = [group.split(" and ")[0] for group in first.groups]
+        names = sorted({*couple.values(), *(word for word in words if word not in couple)})
+        counts = cells.draws([couple.get(word, word) for word in words], names, n)
+        values = lambda weights, pair=(first, second): np.subtract(  # noqa: E731
+            *(cells.error(curve.sizes, cells.normalized(curve, weights)[0]) for curve in pair)
         )
-        all_draws = np.array([values(weights) if weights.sum() else np.nan
-                              for weights in cells.draws(clusters, names, n)])  # fmt: skip
-        per[structure] = {"difference": values(np.ones(len(first.full))), "interval": cells.interval(all_draws)}
-        drawn.append(all_draws)
+        drawn.append(values(counts))
+        per[structure] = {"difference": float(values(None)), "interval": cells.interval(drawn[-1])}
+    if not per:
+        return None
     mean = float(np.mean([row["difference"] for row in per.values()]))
     return {"structures": per, "mean": mean, "interval": cells.interval(np.mean(drawn, axis=0))}
 
@@ -188,7 +205,7 @@ def collect(kept: cells.Cells) -> dict[str, Any]:
     return {
         "settings": settings,
         "curves": curves,
-        "live": {name: live_nodes(never, name) for name in splits.STRUCTURES},
+        "live": {name: live_nodes(never, name) for name in splits.STRUCTURES if f"{name}_neurons_relp_abs" in curves},
         "contrasts": {
             f"{one} minus {other}": contrast(never, one, other)
             for one, other in (
@@ -213,9 +230,9 @@ def main() -> None:
         run(model, kept, [name for name in splits.STRUCTURES if not given.only or name in given.only])
     if given.update_docs:
         cells.write_results("agreement", collect(kept))
-        from tests.evidence.tables import agreement_tables
+        from tests.evidence.tables import agreement_tables, in_short
 
-        cells.update_page(agreement_tables())
+        cells.update_page(agreement_tables() | in_short())
 
 
 if __name__ == "__main__":

@@ -40,10 +40,12 @@ def options(description: str | None) -> argparse.Namespace:
 
 
 def load_model() -> Any:
-    """SmolLM2 as a TransformerBridge; `python -m tests.smollm2` makes its folder."""
+    """SmolLM2 as a TransformerBridge, without BOS unless asked; `python -m tests.smollm2` makes its folder."""
     from tests.real_models import boot_folder
 
-    return boot_folder(smollm2.prepare())
+    model = boot_folder(smollm2.prepare())
+    model.cfg.default_prepend_bos = False  # for pairs that were read from a file, which does not say it
+    return model
 
 
 class Cells:
@@ -75,6 +77,13 @@ class Cells:
             make().save(path)
         return tnc.NodeScores.load(path)
 
+    def pairs(self, name: str, make: Callable[[], tnc.PromptPairs]) -> tnc.PromptPairs:
+        """The pairs of that name: drawing them and asking the model which are right takes a while."""
+        path = self.folder / f"{name}.jsonl"
+        if not path.exists():
+            make().to_jsonl(path)
+        return tnc.PromptPairs.from_jsonl(path)
+
     def values(self, name: str, make: Callable[[], Any] | None = None) -> Any:
         """JSON values of that name; None if they may not be made."""
         path = self.folder / f"{name}.json"
@@ -102,11 +111,12 @@ def with_donors(evaluation: tnc.PromptPairs, learning: tnc.PromptPairs) -> tnc.P
 
 
 def normalized(curve: tnc.SparsityCurve, weights: Array | None = None) -> tuple[Array, Array]:
-    """Faithfulness and completeness with each pair counted `weights` times."""
-    each = np.ones(len(curve.full)) if weights is None else weights
-    mean = lambda values: values.double().numpy() @ each / each.sum()  # noqa: E731
+    """Faithfulness and completeness `[size]`; `[draw, size]` with each pair counted `weights` times, `[draw, pair]`."""
+    each = np.ones((1, len(curve.full))) if weights is None else weights
+    mean = lambda values: each @ values.double().numpy().reshape(-1, each.shape[1]).T / each.sum(1, keepdims=True)  # noqa: E731
     low, high = mean(curve.empty), mean(curve.full)
-    return (mean(curve.kept) - low) / (high - low), (mean(curve.removed) - low) / (high - low)
+    both = tuple((mean(values) - low) / (high - low) for values in (curve.kept, curve.removed))
+    return (both[0][0], both[1][0]) if weights is None else (both[0], both[1])
 
 
 def log_mean(sizes: Sequence[int], values: Array, empty: float) -> float:
@@ -120,9 +130,14 @@ def log_mean(sizes: Sequence[int], values: Array, empty: float) -> float:
     return float((np.diff(grid) * (at[1:] + at[:-1]) / 2).sum() / end)
 
 
-def error(sizes: Sequence[int], faithfulness: Array) -> float:
-    """Mean over log size of min(1, |1 - faithfulness|): 0 is a circuit that does what the model does from 1 node on."""
-    return log_mean(sizes, np.minimum(1.0, np.abs(1 - faithfulness)), 1.0)
+def error(sizes: Sequence[int], faithfulness: Array) -> Array:
+    """Mean over log size of min(1, |1 - faithfulness|): 0 is a circuit that does what the model does from 1 node on.
+
+    `[..., size]` to `[...]`: a mean of interpolated values is linear in them, so it is one product.
+    """
+    one_each = np.eye(len(sizes))
+    weights = np.array([log_mean(sizes, unit, 0.0) for unit in one_each])
+    return np.minimum(1.0, np.abs(1 - faithfulness)) @ weights + log_mean(sizes, np.zeros(len(sizes)), 1.0)
 
 
 def stays_within(sizes: Sequence[int], faithfulness: Array, tolerance: float = 0.2) -> float:
@@ -148,7 +163,7 @@ def summary(curve: tnc.SparsityCurve) -> dict[str, Any]:
         "F(M)": curve.metric_full, "F(0)": curve.metric_empty,
         "faithfulness": rounded(faithful), "completeness": rounded(complete),
         "accuracy": rounded(curve.accuracy), "flips": rounded(curve.flips),
-        "error": error(curve.sizes, faithful), "within .2 from": stays_within(curve.sizes, faithful),
+        "error": float(error(curve.sizes, faithful)), "within .2 from": stays_within(curve.sizes, faithful),
         "overshoot area": log_mean(curve.sizes, above, 0.0),
         "accuracy area": log_mean(curve.sizes, curve.accuracy, float((curve.empty[right] > 0).float().mean())),
         "accuracy empty": float((curve.empty[right] > 0).float().mean()),

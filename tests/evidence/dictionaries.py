@@ -25,7 +25,7 @@ N_LEARNING, N_EVALUATION = 32, 24
 STRUCTURES: tuple[splits.Structure, ...] = ("nounpp", "rc")
 SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000)
 N_LAYERS, WIDTH, ACTIVE = 2, 4, 32
-N_TOKENS, ROW, N_HELD_OUT = 32_768, 64, 16
+N_TOKENS, ROW, N_HELD_OUT = 16_384, 64, 16
 BATCH = 128
 SHARES = {"quarter": 4, "half": 2, "all": 1}
 KINDS = ("sae", "transcoder")
@@ -151,9 +151,9 @@ def main() -> None:
         run(cells.load_model(), kept)
     if given.update_docs:
         cells.write_results("dictionaries", collect(kept))
-        from tests.evidence.tables import dictionary_tables
+        from tests.evidence.tables import dictionary_tables, in_short
 
-        cells.update_page(dictionary_tables())
+        cells.update_page(dictionary_tables() | in_short())
 
 
 if __name__ == "__main__":

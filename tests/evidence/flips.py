@@ -19,10 +19,10 @@ from torch import Tensor
 
 import tl_neuron_circuits as tnc
 from tests.evidence import cells, splits
-from tests.evidence.agreement import N_EVALUATION, N_LEARNING
+from tests.evidence.agreement import pairs_of
 from tests.evidence.matching import matched_nodes
 
-KEPT = (10, 30, 100, 300)
+KEPT = (100, 10, 30, 300)
 NEUTRAL = (
     "The weather in the north of the country", "She opened the door and", "In the second half of the century,",
     "Water freezes at a temperature of", "He wrote a long letter to", "It is not easy to",
@@ -86,31 +86,29 @@ def flips(model: Any, pairs: tnc.PromptPairs, nodes: pd.DataFrame) -> dict[str, 
 
 def run(model: Any, kept: cells.Cells, scored: cells.Cells) -> None:
     """Every cell."""
-    sizes: Any = {"learning": N_LEARNING, "evaluation": N_EVALUATION, "development": 8}
-    pairs = {}
     scores = {name: scored.scores(f"scores-{name}-neurons-relp") for name in splits.STRUCTURES}
-    for name in splits.STRUCTURES:
-        split = splits.agreement(model, name, sizes=sizes)
-        pairs[name] = split.right["evaluation"]
-        changes = kept.scores(f"changes-{name}", lambda split=split: tnc.attribute(
-            model, split.right["learning"][:32], method="activation_difference"))  # fmt: skip
-        for k in KEPT:
-            nodes = scores[name].top(k)
-            kept.values(f"{name}-{k}", lambda nodes=nodes, name=name: flips(model, pairs[name], nodes))
-            kept.values(f"{name}-{k}-matched", lambda nodes=nodes, name=name, changes=changes: flips(
-                model, pairs[name], matched_nodes(nodes, changes)))  # fmt: skip
-        signed = scores[name].top(100, by="signed")
-        kept.values(f"{name}-100-signed", lambda signed=signed, name=name: flips(model, pairs[name], signed))
+    parts = {name: pairs_of(model, name, scored) for name in splits.STRUCTURES}
+    pairs = {name: part["evaluation"] for name, part in parts.items()}
+    changes = {
+        name: kept.scores(f"changes-{name}", lambda part=part: tnc.attribute(
+            model, part["learning"][:32], method="activation_difference"))
+        for name, part in parts.items()
+    }  # fmt: skip
+    for k in KEPT[:1]:
+        for name in splits.STRUCTURES:
+            one_size(model, kept, name, k, pairs[name], scores[name], changes[name])
     for source in splits.STRUCTURES:
         nodes = everywhere(scores[source], 100)
         for target in splits.STRUCTURES:
-            length = tnc.tasks.tokenize(model, pairs[target]).lengths[0]
-            kept.values(f"transfer-{source}-{target}", lambda nodes=nodes, target=target, length=length: flips(
-                model, pairs[target], at_every(nodes, length)))  # fmt: skip
-        changes = kept.scores(f"changes-{source}")
+            judged = pairs[target][::2]  # both directions of a contrast follow each other: one of each
+            length = tnc.tasks.tokenize(model, judged).lengths[0]
+            kept.values(f"transfer-{source}-{target}", lambda nodes=nodes, judged=judged, length=length: flips(
+                model, judged, at_every(nodes, length)))  # fmt: skip
+    for source in splits.STRUCTURES:
+        nodes, found = everywhere(scores[source], 100), changes[source]
         summed = tnc.NodeScores(
-            {hook: values.sum(0) for hook, values in changes.values.items()}, {}, {}, changes.sites,
-            {**changes.settings, "positions": "sum"}, changes.basis,
+            {hook: values.sum(0) for hook, values in found.values.items()}, {}, {}, found.sites,
+            {**found.settings, "positions": "sum"}, found.basis,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         units = torch.randperm(model.cfg.d_mlp, generator=generator)[: len(nodes)].tolist()
@@ -123,6 +121,23 @@ def run(model: Any, kept: cells.Cells, scored: cells.Cells) -> None:
             })  # fmt: skip
     best = {name: set(everywhere(scores[name], 100)["label"]) for name in splits.STRUCTURES}
     kept.values("shared", lambda: {one: {other: len(best[one] & best[other]) for other in best} for one in best})
+
+
+    for k in KEPT[1:]:
+        for name in splits.STRUCTURES:
+            one_size(model, kept, name, k, pairs[name], scores[name], changes[name])
+
+
+def one_size(
+    model: Any, kept: cells.Cells, name: str, k: int, pairs: tnc.PromptPairs, scores: tnc.NodeScores,
+    changes: tnc.NodeScores,
+) -> None:  # fmt: skip
+    """Flips by the best k neurons; for a hundred also by matched ones, and by those with the best scores."""
+    nodes = scores.top(k)
+    kept.values(f"{name}-{k}", lambda: flips(model, pairs, nodes))
+    if k == 100:
+        kept.values(f"{name}-{k}-matched", lambda: flips(model, pairs, matched_nodes(nodes, changes)))
+        kept.values(f"{name}-{k}-signed", lambda: flips(model, pairs, scores.top(k, by="signed")))
 
 
 def collect(kept: cells.Cells) -> dict[str, Any]:
@@ -144,9 +159,9 @@ def main() -> None:
         run(cells.load_model(), kept, cells.Cells(given.work / "agreement"))
     if given.update_docs:
         cells.write_results("flips", collect(kept))
-        from tests.evidence.tables import flips_tables
+        from tests.evidence.tables import flips_tables, in_short
 
-        cells.update_page(flips_tables())
+        cells.update_page(flips_tables() | in_short())
 
 
 if __name__ == "__main__":

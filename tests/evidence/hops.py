@@ -23,24 +23,27 @@ import tl_neuron_circuits as tnc
 from tests.evidence import cells, splits
 from tests.evidence.matching import matched_nodes
 
-N_EVALUATION = 20
-SIZES = (1, 10, 30, 100, 300, 1000, 3000)
-KEPT = (30, 100, 300, 1000)
+N_LEARNING, N_EVALUATION = 16, 12
+SIZES = (30, 100, 300, 1000, 3000, 10_000)
+KEPT = (100, 300, 1000)
 RULES: dict[str, Any] = {
     "relp": "relp", "atp": "gradient",
     "without attention": tnc.RelP(rules=("ln", "identity", "half")),
     "without ln": tnc.RelP(rules=("identity", "half", "attention")),
     "without half": tnc.RelP(rules=("ln", "identity", "attention")),
-    "without identity": tnc.RelP(rules=("ln", "half", "attention")),
     "attention alone": tnc.RelP(rules=("attention",)),
 }  # fmt: skip
 OTHER = splits.QUESTION.replace("capital", "governor")
 
 
 def spread(pairs: tnc.PromptPairs, n: int) -> tnc.PromptPairs:
-    """`n` of the pairs, evenly spread over the states."""
-    places = torch.linspace(0, len(pairs) - 1, min(n, len(pairs))).round().long().unique().tolist()
-    return pairs[places]
+    """`n` of the pairs: both directions of contrasts that are evenly spread over the states."""
+    contrasts: dict[frozenset[str | None], list[int]] = {}
+    for place, pair in enumerate(pairs):
+        contrasts.setdefault(frozenset((pair.clean, pair.corrupt)), []).append(place)
+    both = list(contrasts.values())
+    chosen = torch.linspace(0, len(both) - 1, min(n // 2, len(both))).round().long().unique().tolist()
+    return pairs[[place for number in chosen for place in both[number]]]
 
 
 def city_positions(model: Any, pairs: tnc.PromptPairs) -> list[int]:
@@ -50,11 +53,14 @@ def city_positions(model: Any, pairs: tnc.PromptPairs) -> list[int]:
     return differ.any(0).nonzero().flatten().tolist()
 
 
-def curves(model: Any, kept: cells.Cells, learning: tnc.PromptPairs, evaluation: tnc.PromptPairs) -> None:
+def curves(
+    model: Any, kept: cells.Cells, learning: tnc.PromptPairs, evaluation: tnc.PromptPairs, rules_by_name: dict[str, Any]
+) -> None:
     """Neurons by every rule set, and MLP outputs by RelP and AtP."""
     judged = cells.with_donors(evaluation, learning)
-    wanted = [("neurons", name, "abs") for name in RULES] + [("neurons", name, "signed") for name in ("relp", "atp")]
-    wanted += [("mlp_outputs", name, "abs") for name in ("relp", "atp")]
+    wanted = [("neurons", name, "abs") for name in rules_by_name]
+    if len(rules_by_name) == len(RULES):
+        wanted += [("mlp_outputs", "relp", "abs"), ("neurons", "relp", "signed"), ("neurons", "atp", "signed")]
     bases: dict[str, Any] = {"neurons": tnc.bases.Neurons(), "mlp_outputs": tnc.bases.MLPOutputs()}
     for basis, rules, ranking in wanted:
         scores = kept.scores(
@@ -63,9 +69,8 @@ def curves(model: Any, kept: cells.Cells, learning: tnc.PromptPairs, evaluation:
                 model, learning, method=RULES[rules], basis=bases[basis], batch_size=10
             ),
         )
-        kept.curve(f"{basis}_{rules}_{ranking}", lambda scores=scores, ranking=ranking, rules=rules: tnc.evaluate(
-            model, judged, scores, sizes=SIZES, ranking=ranking, batch_size=10,
-            completeness=rules in ("relp", "atp") and ranking == "abs",
+        kept.curve(f"{basis}_{rules}_{ranking}", lambda scores=scores, ranking=ranking: tnc.evaluate(
+            model, judged, scores, sizes=SIZES, ranking=ranking, batch_size=12, completeness=False,
         ))  # fmt: skip
 
 
@@ -116,7 +121,7 @@ def interchanges(model: Any, kept: cells.Cells, split: dict[str, Any], evaluatio
     ranked = found.top(20_000)
     at_city = ranked[ranked["position"].isin(places)]
     sizes = kept.scores("scores-difference", lambda: tnc.attribute(
-        model, spread(evaluation, 10), method="activation_difference", batch_size=10))  # fmt: skip
+        model, spread(evaluation, 8), method="activation_difference", batch_size=10))  # fmt: skip
     by_donor = donors(model, split, evaluation)
     for k in KEPT:
         nodes = at_city.head(k)
@@ -150,12 +155,15 @@ def run(model: Any, kept: cells.Cells) -> None:
     found = kept.values("cities", lambda: _cities(model))
     split = found["parts"]
     pairs = {part: cells_pairs(model, split[part]) for part in ("learning", "evaluation")}
-    evaluation = spread(pairs["evaluation"].where_model_is_right(model, batch_size=10), N_EVALUATION)
-    learning = pairs["learning"].where_model_is_right(model, batch_size=10)
-    counts = {"learning": len(learning), "of": len(pairs["learning"]), "evaluation": len(evaluation)}
-    kept.values("right", lambda: counts)
-    curves(model, kept, learning, evaluation)
+    right = kept.values("right", lambda: {
+        part: len(some.where_model_is_right(model, batch_size=10)) / len(some) for part, some in pairs.items()
+    })  # fmt: skip
+    assert min(right.values()) == 1.0, "the cities were chosen so that all pairs are right"
+    learning, evaluation = spread(pairs["learning"], N_LEARNING), spread(pairs["evaluation"], N_EVALUATION)
+    first = {name: RULES[name] for name in ("relp", "atp", "without attention")}
+    curves(model, kept, learning, evaluation, first)
     interchanges(model, kept, split, evaluation)
+    curves(model, kept, learning, evaluation, RULES)
 
 
 def cells_pairs(model: Any, cities: dict[str, list[str]]) -> tnc.PromptPairs:
@@ -189,9 +197,9 @@ def main() -> None:
         run(cells.load_model(), kept)
     if given.update_docs:
         cells.write_results("hops", collect(kept))
-        from tests.evidence.tables import hops_tables
+        from tests.evidence.tables import hops_tables, in_short
 
-        cells.update_page(hops_tables())
+        cells.update_page(hops_tables() | in_short())
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def main() -> None:
         run(cells.load_model(), kept, given.only or ["ioi", "greater_than"])
     if given.update_docs:
         cells.write_results("other_tasks", collect(cells.Cells(kept.folder, run=False)))
-        from tests.evidence.tables import other_tables
+        from tests.evidence.tables import in_short, other_tables
 
-        cells.update_page(other_tables())
+        cells.update_page(other_tables() | in_short())
 
 
 if __name__ == "__main__":

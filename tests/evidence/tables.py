@@ -63,7 +63,8 @@ def agreement_tables() -> dict[str, str]:
     for key, title in CONTRASTS.items():
         row = found["contrasts"].get(key)
         if row is not None:
-            each = [f"{row['structures'][structure]['difference']:+.2f}" for structure in STRUCTURES]
+            by_name = row["structures"]
+            each = [f"{by_name[name]['difference']:+.2f}" if name in by_name else None for name in STRUCTURES]
             contrasts.append([title, *each, f"{row['mean']:+.2f}", within(row["interval"])])
     bases = [(name, title) for name, title in BASES.items() if any(per(f"{name}_relp_abs", "nodes"))]
     methods = [(f"neurons_{method}_{ranking}", title) for (method, ranking), title in METHODS.items()]
@@ -326,11 +327,63 @@ def draw_curves(curves: Json, path: Path = IMAGE) -> None:
     write_png(figure, path, 1200, 460)
 
 
+def decided(low_high: list[float]) -> str:
+    """What an interval of a difference of errors says of what is named first."""
+    return "yes" if low_high[1] < 0 else "no: the other way around" if low_high[0] > 0 else "undecided"
+
+
+def in_short() -> dict[str, str]:
+    """The questions of the page, their answers, and the figures that they rest on."""
+    rows: list[list[Any]] = []
+    agreement = cells.read_results("agreement")
+    curves = agreement["curves"]
+
+    def hundred(name: str) -> str:
+        each = [at(curves.get(f"{structure}_{name}"), "faithfulness", 100) for structure in STRUCTURES]
+        return ", ".join(cells.show(value) for value in each)
+
+    for key, question, one, other in (
+        ("neurons_relp_abs minus mlp_outputs_relp_abs", "Are neurons sparser than MLP outputs?", "neurons", "MLP outputs"),
+        ("neurons_relp_abs minus rotated_relp_abs", "Is it the neurons' own axes?", "neurons", "rotated"),
+        ("neurons_relp_abs minus neurons_atp_abs", "Does RelP rank neurons better than AtP?", "RelP", "AtP"),
+        ("neurons_relp_abs minus neurons_ig_inputs_abs", "... better than IG over inputs?", "RelP", "IG over inputs"),
+    ):
+        row = agreement["contrasts"].get(key)
+        if row is not None:
+            first, second = key.split(" minus ")
+            missing = len(STRUCTURES) - len(row["structures"])
+            rows.append([question, decided(row["interval"]) + (f" ({missing} structures missing)" if missing else ""),
+                         f"100 nodes: {one} {hundred(first)}; {other} {hundred(second)}. "
+                         f"Difference of E {row['mean']:+.2f} ({within(row['interval'])})"])  # fmt: skip
+    flips = cells.read_results("flips") if (cells.RESULTS / "flips.json").exists() else {}
+    if flips.get("reproduced"):
+        yes = [name for name, value in flips["reproduced"].items() if value]
+        no = [name for name, value in flips["reproduced"].items() if not value]
+        figures = "; ".join(
+            f"{name} {cells.show(flips[f'{name}-100']['flips, known verbs'])} / "
+            f"{cells.show(flips[f'{name}-100']['flips, new verbs'])}, matched "
+            f"{cells.show(flips[f'{name}-100-matched']['flips'])}" for name in flips["reproduced"]
+        )  # fmt: skip
+        rows.append(["Do about 100 neurons control agreement?",
+                     f"in {len(yes)} of {len(yes) + len(no)}" + (f": not in {', '.join(no)}" if no else ""),
+                     f"flips of known / new verbs: {figures}"])  # fmt: skip
+    hops = cells.read_results("hops") if (cells.RESULTS / "hops.json").exists() else {}
+    if {"neurons_relp_abs", "neurons_atp_abs"} <= set(hops.get("curves", {})):
+        relp, atp = (hops["curves"][f"neurons_{name}_abs"] for name in ("relp", "atp"))
+        values = [f"{size:,} nodes {cells.show(at(relp, 'faithfulness', size))} and "
+                  f"{cells.show(at(atp, 'faithfulness', size))}" for size in (100, 1000)]  # fmt: skip
+        ahead = "yes" if relp["error"] < atp["error"] else "no"
+        rows.append(["Two hops: is RelP ahead of AtP there too?", ahead, f"RelP and AtP: {'; '.join(values)}"])
+    return {"in-short": cells.table(["question", "answer", "figures (order: simple, nounpp, rc, within_rc)"], rows)
+            .replace("---: |", "--- |")}  # fmt: skip
+
+
 def main() -> None:
     for make, name in ((agreement_tables, "agreement"), (flips_tables, "flips"), (dictionary_tables, "dictionaries"),
                        (hops_tables, "hops"), (other_tables, "other_tasks")):  # fmt: skip
         if (cells.RESULTS / f"{name}.json").exists():
             cells.update_page(make())
+    cells.update_page(in_short())
 
 
 if __name__ == "__main__":
