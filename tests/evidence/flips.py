@@ -122,7 +122,6 @@ def run(model: Any, kept: cells.Cells, scored: cells.Cells) -> None:
     best = {name: set(everywhere(scores[name], 100)["label"]) for name in splits.STRUCTURES}
     kept.values("shared", lambda: {one: {other: len(best[one] & best[other]) for other in best} for one in best})
 
-
     for k in KEPT[1:]:
         for name in splits.STRUCTURES:
             one_size(model, kept, name, k, pairs[name], scores[name], changes[name])

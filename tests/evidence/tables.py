@@ -343,7 +343,7 @@ def in_short() -> dict[str, str]:
         return ", ".join(cells.show(value) for value in each)
 
     for key, question, one, other in (
-        ("neurons_relp_abs minus mlp_outputs_relp_abs", "Are neurons sparser than MLP outputs?", "neurons", "MLP outputs"),
+        ("neurons_relp_abs minus mlp_outputs_relp_abs", "Are neurons sparser than MLP outputs?", "neurons", "MLPs"),
         ("neurons_relp_abs minus rotated_relp_abs", "Is it the neurons' own axes?", "neurons", "rotated"),
         ("neurons_relp_abs minus neurons_atp_abs", "Does RelP rank neurons better than AtP?", "RelP", "AtP"),
         ("neurons_relp_abs minus neurons_ig_inputs_abs", "... better than IG over inputs?", "RelP", "IG over inputs"),
