@@ -204,7 +204,9 @@ def read_results(name: str) -> dict[str, Any]:
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table in Markdown, numbers right-aligned."""
     body = [[show(cell) for cell in row] for row in rows]
-    line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
+    line = lambda row: "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"  # noqa: E731
+    if not body:
+        return "Not run."
     return "\n".join([line(head), "| --- |" + " ---: |" * (len(head) - 1), *map(line, body)])
 
 
@@ -220,7 +222,8 @@ def show(value: Any) -> str:
         return "never"
     if np.isnan(value):
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.0f}" if abs(value) >= 20 else f"{value:.2f}"
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.0f}" if abs(value) >= 20 else f"{value:.2f}"
+    return text.removeprefix("-") if text == "-0.00" else text
 
 
 def update_page(tables: Mapping[str, str]) -> None:

@@ -264,6 +264,7 @@ def hops_tables() -> dict[str, str]:
     placed = [[{"relp": "RelP, four rules", "atp": "AtP"}.get(method, "RelP without the attention rule"),
                *values.values()] for method, values in found.get("placed", {}).items()]  # fmt: skip
     heads = list(next(iter(found["placed"].values()))) if found.get("placed") else []
+    placed = placed if heads else []
     chosen = found.get("chosen-100", {}).get("layers", {})
     return {
         "hops-rules": cells.table(
@@ -274,7 +275,7 @@ def hops_tables() -> dict[str, str]:
         "hops-placed": cells.table(["share of |score|", *heads], placed),
         "hops-interchange": cells.table(["best neurons at the city", *conditions], rows),
         "hops-layers": cells.table(
-            ["layer", *chosen], [["neurons of the best 100 at the city", *chosen.values()]],
+            ["layer", *chosen], [["neurons of the best 100 at the city", *chosen.values()]] if chosen else [],
         ),
     }  # fmt: skip
 
