@@ -5,8 +5,8 @@ SAEs and transcoders are trained by the package on these layers, from zero, on r
 language reference that comes with Python, 64 tokens a row, each token once; a quarter, a half and all of it. The last
 rows are held out for fidelity. The layers' neurons and MLP outputs stand beside them, on the same pairs.
 
-Only these layers are ablated, the rest of the model is intact. Where the effect that curves divide by is below a tenth of
-clean minus corrupt no ratio may be given; the page has F(C) - F(0) in logits anyway.
+Only these layers are ablated, the rest of the model is intact. Where the effect that curves divide by is below a tenth
+of clean minus corrupt no ratio may be given; the page has F(C) - F(0) in logits anyway.
 """
 
 import time
