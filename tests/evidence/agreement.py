@@ -106,7 +106,8 @@ class Structure:
 
         def make() -> tnc.SparsityCurve:
             scores = self.scores(basis, method)
-            sizes = [size for size in SIZES if size <= len(scores)]
+            scalar = sum(values.numel() for values in scores.values.values())  # errors are kept or ablated here
+            sizes = [size for size in SIZES if size <= scalar]
             return tnc.evaluate(
                 self.model, pairs, scores, sizes=sizes, ranking=ranking, completeness=complete,
                 ablation="corrupt" if kind == "corrupt" else "mean",

@@ -119,6 +119,10 @@ def run(model: Any, kept: cells.Cells, scored: cells.Cells) -> None:
                 "kl": (kl := tnc.steer(model, list(NEUTRAL), chosen, scale=0, prepend_bos=False).kl.tolist()),
                 "mean kl": sum(kl) / len(kl),
             })  # fmt: skip
+        length = tnc.tasks.tokenize(model, pairs[source]).lengths[0]
+        controls = at_every(matched_nodes(nodes, summed), length)
+        kept.values(f"transfer-{source}-matched", lambda source=source, controls=controls: flips(
+            model, pairs[source][::2], controls))  # fmt: skip
     best = {name: set(everywhere(scores[name], 100)["label"]) for name in splits.STRUCTURES}
     kept.values("shared", lambda: {one: {other: len(best[one] & best[other]) for other in best} for one in best})
 

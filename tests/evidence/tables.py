@@ -158,7 +158,8 @@ def flips_tables() -> dict[str, str]:
         ),
         "flips-transfer": cells.table(
             ["flips: 100 neurons found on", *(f"on {name}" for name in STRUCTURES)],
-            [[one, *(get(f"transfer-{one}-{other}", "flips") for other in STRUCTURES)] for one in STRUCTURES],
+            [*([one, *(get(f"transfer-{one}-{other}", "flips") for other in STRUCTURES)] for one in STRUCTURES),
+             ["matched to the structure's own", *(get(f"transfer-{name}-matched", "flips") for name in STRUCTURES)]],
         ),
         "flips-shared": cells.table(
             ["neurons shared by the best 100", *STRUCTURES],
