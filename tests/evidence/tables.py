@@ -354,7 +354,7 @@ def in_short() -> dict[str, str]:
         if row is not None:
             first, second = key.split(" minus ")
             missing = len(STRUCTURES) - len(row["structures"])
-            rows.append([question, decided(row["interval"]) + (f" ({missing} structures missing)" if missing else ""),
+            rows.append([question, decided(row["interval"]) + (f" (structures missing: {missing})" if missing else ""),
                          f"100 nodes: {one} {hundred(first)}; {other} {hundred(second)}. "
                          f"Difference of E {row['mean']:+.2f} ({within(row['interval'])})"])  # fmt: skip
     flips = cells.read_results("flips") if (cells.RESULTS / "flips.json").exists() else {}
