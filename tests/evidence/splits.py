@@ -236,6 +236,23 @@ def cities(model: Any, *, prepend_bos: bool = False, n_new_states: int = 2) -> C
     learning and the second to evaluation; states with one known city, at most `n_new_states`, are the new ones.
     """
     known, lengths = known_cities(model, prepend_bos=prepend_bos)
+    parts = divide_cities(known, lengths, n_new_states)
+    pairs = {
+        part: tnc.tasks.keep_fitting(model, cities_pairs(found), prepend_bos=prepend_bos) if len(found) > 1 else None
+        for part, found in parts.items()
+    }
+    if pairs["learning"] is None or pairs["evaluation"] is None:
+        raise ValueError(f"too few states with two cities that the model knows: {known}")
+    everywhere = tuple(city for names in known.values() for city in names)
+    return CitiesSplit(
+        pairs["learning"], pairs["evaluation"], pairs["new_states"], parts, everywhere, tuple(_all_cities())
+    )
+
+
+def divide_cities(
+    known: Mapping[str, Sequence[str]], lengths: Mapping[str, int], n_new_states: int
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Part, then state: its cities, all of one token length."""
     by_length = {
         length: {
             state: fitting
@@ -247,21 +264,11 @@ def cities(model: Any, *, prepend_bos: bool = False, n_new_states: int = 2) -> C
     best = max(by_length.values(), key=lambda states: sum(len(names) > 1 for names in states.values()))
     two = {state: names for state, names in best.items() if len(names) > 1}
     one = {state: tuple(names) for state, names in best.items() if len(names) == 1}
-    parts: dict[str, dict[str, tuple[str, ...]]] = {
+    return {
         "learning": {state: (names[0],) for state, names in two.items()},
         "evaluation": {state: (names[1],) for state, names in two.items()},
         "new_states": dict(list(one.items())[:n_new_states]),
     }
-    pairs = {
-        part: tnc.tasks.keep_fitting(model, cities_pairs(found), prepend_bos=prepend_bos) if len(found) > 1 else None
-        for part, found in parts.items()
-    }
-    if pairs["learning"] is None or pairs["evaluation"] is None:
-        raise ValueError(f"too few states with two cities that the model knows: {best}")
-    everywhere = tuple(city for names in known.values() for city in names)
-    return CitiesSplit(
-        pairs["learning"], pairs["evaluation"], pairs["new_states"], parts, everywhere, tuple(_all_cities())
-    )
 
 
 def _all_cities() -> list[str]:
