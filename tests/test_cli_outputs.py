@@ -1,6 +1,7 @@
 """`--json`: every command prints what its schema says, no key more and none less."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_command_but_schema_has_one() -> None:
     assert [command.__name__ for command in COMMANDS] == [*OUTPUTS, "schema"]
+
+
+def test_the_page_lists_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "command-line.md").read_text(encoding="utf-8")
+    _, table = page.split("| command | keys beside `command` and `schema` |")
+    listed = {cells[0]: set(cells[1:]) for cells in (re.findall(r"`(\w+)`", row) for row in table.split("\n")[2:10])}
+    described = {name: set(json_schema(name)["$defs"][kind.__name__]["properties"]) for name, kind in OUTPUTS.items()}
+    assert listed == {name: keys - {"command", "schema"} for name, keys in described.items()}
 
 
 def test_scores_and_curves_conform(pairs: Path, tmp_path: Path) -> None:
