@@ -43,7 +43,7 @@ from .nodes._integrated_gradients import IntegratedGradients as IntegratedGradie
 from .nodes._integrated_gradients import IntegratedGradientsInputs as IntegratedGradientsInputs
 from .nodes._patching import Patching as Patching
 from .nodes._learned_mask import LearnedMask as LearnedMask
-from .nodes._learned_mask import MaskGradient as MaskGradient
+from .nodes._mask_gradient import MaskGradient as MaskGradient
 from .nodes._controls import ActivationDifference as ActivationDifference
 from .nodes._controls import Random as Random
 from .nodes._methods import parse_method as parse_method

@@ -71,6 +71,32 @@ def test_a_folder_of_circuit_tracer_is_one_transcoder_per_layer(tmp_path: Path, 
     assert_comes_back(read[3], tmp_path / "back")
 
 
+def test_files_on_the_hub_are_taken_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hf://owner/repository/path?revision=x`, as circuit-tracer's configurations name them; offline it says so."""
+    write_circuit_tracer(tmp_path / "set", threshold=True, skip=False)
+    config = yaml.safe_load((tmp_path / "set" / "config.yaml").read_text())
+    expected = load_dictionaries(tmp_path / "set")
+    names = [f"hf://me/mine/deep/layer_{layer}.safetensors?revision=v2" for layer in range(len(expected))]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.yaml").write_text(yaml.safe_dump(config | {"transcoders": names}))
+    with pytest.raises(FileFormatError, match=r"cannot get hf://me/mine/deep/layer_0"):
+        load_dictionaries(tmp_path / "hub")
+    asked = []
+
+    def from_cache(repo_id: str, filename: str, revision: str | None) -> str:
+        asked.append((repo_id, revision))
+        return str(tmp_path / "set" / Path(filename).name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", from_cache)
+    found = load_dictionaries(tmp_path / "hub")
+    assert asked == [("me/mine", "v2")] * len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.W_enc, other.W_enc) and one.hook_in == other.hook_in
+    (tmp_path / "hub" / "config.yaml").write_text(yaml.safe_dump(config | {"transcoders": ["hf://mine"]}))
+    with pytest.raises(FileFormatError, match="owner/repository/path"):
+        load_dictionaries(tmp_path / "hub")
+
+
 def assert_comes_back(dictionary: Dictionary, path: Path) -> None:
     """Written as SAELens writes, and read again: the same in every tensor, hook and kind."""
     back = load_dictionary(save_dictionary(dictionary, path))

@@ -171,6 +171,24 @@ def test_circuits_are_evaluated_and_graph_scores_are_between_zero_and_one() -> N
     assert all(0 < score < 1 for score in single.graph_scores())
 
 
+def test_edges_from_features_of_several_layers_are_not_split_by_head() -> None:
+    """Those from embeddings, errors and the last layer are, and their parts sum to them."""
+    model = four_layers()
+    circuit = trace(model, random_tokens(model, 1, 4), (3, 4), basis=demo_basis(model), nodes=16)
+    nodes = circuit.nodes.set_index("node")
+    kind, layer = nodes.loc[circuit.edges["source"], "kind"], nodes.loc[circuit.edges["source"], "layer"]
+    several = ((kind == "feature") & (layer < 3)).to_numpy()
+    ends = nodes.loc[circuit.edges["target"], "kind"].isin(("feature", "logit")).to_numpy()
+    single = circuit.edges[~several & ends & kind.isin(("embedding", "error", "feature")).to_numpy()]
+    parts = circuit.heads(single.head(30))
+    sums = parts.groupby(["source", "target"])["part"].sum()
+    for edge in single.head(30).itertuples():
+        assert float(sums[edge.source, edge.target]) == pytest.approx(edge.weight, rel=1e-6, abs=1e-9)
+    assert {"embedding", "error"} <= set(nodes.loc[single.head(30)["source"], "kind"])
+    with pytest.raises(SettingsError, match="write into 3 later layers"):
+        circuit.heads(circuit.edges[several & (layer == 0).to_numpy()].head(1))
+
+
 def test_fidelity_replaces_each_layer_by_what_all_earlier_ones_write() -> None:
     model = four_layers()
     basis, tokens = demo_basis(model), random_tokens(model, 4, 8)

@@ -10,7 +10,7 @@ import torch
 from tests.components.test_component_edges import some_pairs
 from tests.families import ModelCase, all_models, typical_models
 from tests.loops import for_each
-from tl_neuron_circuits._errors import SettingsError
+from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.components import EdgeScores, component_edges
 from tl_neuron_circuits.components._mib import _connected
 from tl_neuron_circuits.evaluation import SparsityCurve
@@ -95,6 +95,30 @@ def test_the_file_is_a_graph_of_mibs(case: ModelCase, tmp_path: Path) -> None:
     assert all(abs(graph["edges"][name]["score"]) >= largest for name in kept)
     first = edges.top(1).iloc[0]
     assert first["score"] == pytest.approx(first["q"] + first["k"] + first["v"]) or "/H" not in first["target"]
+
+
+@pytest.mark.parametrize("case", all_models("gpt2", "pythia"))
+def test_files_read_and_written_back_are_equal(case: ModelCase, tmp_path: Path) -> None:
+    model = case.build()
+    edges = component_edges(model, some_pairs(model), method="eap", split_qkv=True)
+    assert edges.qkv is not None
+    edges.to_mib(tmp_path / "circuit.json", n_edges=40)
+    found = EdgeScores.from_mib(tmp_path / "circuit.json")
+    assert found.names == edges.names and found.qkv is not None and found.kept is not None
+    assert torch.equal(found.qkv, edges.qkv.float())
+    assert torch.allclose(found.scores, edges.scores.float(), equal_nan=True, atol=1e-6)
+    found.to_mib(tmp_path / "again.json", n_edges=40)
+    first, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("circuit", "again"))
+    assert [key for key in first if key != "edges"] == [key for key in again if key != "edges"]
+    for name, edge in first["edges"].items():
+        assert again["edges"][name]["in_graph"] == edge["in_graph"]
+        assert again["edges"][name]["score"] == pytest.approx(edge["score"], rel=1e-6, abs=1e-12)
+    kept = {name.split("<")[0] for name, edge in first["edges"].items() if edge["in_graph"]}
+    assert int(found.kept.sum()) == len(kept)
+    del first["edges"]["input->m0"]
+    (tmp_path / "again.json").write_text(json.dumps(first))
+    with pytest.raises(FileFormatError, match="input->m0"):
+        EdgeScores.from_mib(tmp_path / "again.json")
 
 
 def test_circuits_lose_what_lies_on_no_path() -> None:

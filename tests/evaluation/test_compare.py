@@ -13,7 +13,7 @@ import torch
 from tests.bases.site_dictionaries import dictionaries, pairs
 from tests.evaluation.curves import comparison, curve
 from tests.families import ModelCase, all_models
-from tl_neuron_circuits import Comparison, Patching, attribute, compare, evaluate
+from tl_neuron_circuits import Comparison, Patching, RelP, attribute, compare, evaluate
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.bases import Dictionaries, MLPOutputs, Neurons
 from tl_neuron_circuits.evaluation import _compare as module
@@ -80,6 +80,22 @@ def test_a_table_has_bands_around_its_values(whole: Comparison) -> None:
 
 class Stopped(Exception):
     """Stands for a killed process."""
+
+
+def test_rule_sets_and_both_rankings_are_curves_of_their_own(model: Any, monkeypatch: Any) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(module, "attribute", lambda *a, **k: (calls.append(k["method"].label), attribute(*a, **k))[1])
+    methods = ["relp", RelP(rules="attnlrp"), "relp(rules=gim)", "mask_gradient(steps=2)"]
+    found = run(model, bases=[Neurons()], methods=methods, rankings=["abs", "signed"], sizes=[20], mib=False)
+    names = ["relp", "relp(rules=attnlrp)", "relp(rules=gim)"]
+    both = [name + how for name in names for how in ("", ", by sign")]
+    assert [key.method for key in found.curves if key.task == "one"] == [*both, "mask_gradient(steps=2)"]
+    assert len(calls) == 2 * 4  # both rankings are of the same scores
+    plain, signed = (found.curves[CurveKey("one", "neurons", names[1] + how)] for how in ("", ", by sign"))
+    scores = attribute(model, pairs(model, seed=0), method=RelP(rules="attnlrp"))
+    expected = evaluate(model, pairs(model, seed=10), scores, sizes=[20], ranking="signed")
+    assert torch.equal(signed.kept, expected.kept) and not torch.equal(signed.kept, plain.kept)
+    assert found.plot("one").data and found.summary()["method"].nunique() == 7
 
 
 @quiet

@@ -12,7 +12,14 @@ from tests.model_state import unchanged
 from tests.nodes.plain import random_pairs
 from tests.propagation.readings import model_of
 from tl_neuron_circuits import PairsError, SettingsError, attribute, stability
-from tl_neuron_circuits.evaluation._stability import _count, draw_weights, flipped_counts, jaccard, statistic
+from tl_neuron_circuits.evaluation._stability import (
+    _count,
+    _same_answer,
+    draw_weights,
+    flipped_counts,
+    jaccard,
+    statistic,
+)
 from tl_neuron_circuits.evaluation._stability import standard_error as error_of
 from tl_neuron_circuits.tasks import TokenizedPairs
 
@@ -130,3 +137,28 @@ def test_methods_agree_with_themselves_and_counts_are_those_of_sets() -> None:
 def test_what_cannot_be_drawn_is_refused(error: type[Exception], message: str, settings: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         stability(model_of(MODEL), labelled(*[4] * 8), **{"sizes": [3], **settings})
+
+
+def test_signs_are_flipped_only_where_swapped_answers_flip_them_and_the_other_null_is_made_of_the_pairs() -> None:
+    model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=16, verbs=["is"])
+    call = lambda **more: stability(model, pairs, sizes=[5], draws=5, null_draws=9, null_pairs="same_answer", **more)  # noqa: E731
+    assert len(call().null_counts) == 9
+    for more, message in (
+        ({"metric": tnc.tasks.answer_log_probability}, "metric answer_log_probability is not minus itself"),
+        ({"method": "mask_gradient(steps=2, loss=kl)"}, "mask_gradient.* no sign of the metric"),
+        ({"method": "activation_difference"}, "no sign of the metric"),
+    ):
+        found = call(**more)
+        with pytest.raises(SettingsError, match=message):
+            found.at_fdr(0.1)
+        found.at_fdr(0.1, null="pairs")
+    tokens = tnc.tasks.tokenize(model, pairs)
+    null = _same_answer(tokens, [list(tokens.labels or ())])
+    assert torch.equal(null.answer, tokens.answer) and null.corrupt is not None
+    asked = {tuple(prompt.tolist()): int(answer) for prompt, answer in zip(tokens.clean, tokens.answer, strict=True)}
+    for clean, corrupt, answer in zip(null.clean, null.corrupt, null.answer.tolist(), strict=True):
+        assert asked[tuple(corrupt.tolist())] == answer and clean.tolist() != corrupt.tolist()
+    with pytest.raises(PairsError, match="no partner of other words"):
+        stability(
+            model, tnc.tasks.subject_verb_agreement("simple", n=8, seed=3), sizes=[5], draws=5, null_pairs="same_answer"
+        )

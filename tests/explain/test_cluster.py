@@ -58,3 +58,13 @@ def test_profiles_of_a_real_model_cluster(stories260K: Any) -> None:
     found = profiles(stories260K, ["Lily saw a big ball.", "Tom was sad."], nodes)
     clusters = cluster(found, 4)
     assert sum(len(members) for members in clusters.groups().values()) == 30 and len(clusters) == 4
+
+
+def test_names_come_from_tokens_that_say_something() -> None:
+    """The first token drives most neurons most."""
+    given = planted()
+    sources = ("<|im_start|>", *given.sources[1:])
+    attribution = given.attribution.clone()
+    attribution[:, 0] = 2 * attribution.abs().max()
+    found = cluster(Profiles(given.nodes, attribution, given.contribution, sources, given.targets), 3, labels={})
+    assert not any("im_start" in name for name in found.names)

@@ -18,7 +18,7 @@ from tests.nodes.plain import POSTS, random_pairs
 from tests.nodes.plain_masks import PlainLearning, plain_mask
 from tests.nodes.toys import Toy, ToyNodes, toy_pairs
 from tests.propagation.readings import model_of
-from tl_neuron_circuits import LearnedMask, SettingsError
+from tl_neuron_circuits import LearnedMask, PairsError, SettingsError
 from tl_neuron_circuits._errors import FileFormatError
 from tl_neuron_circuits.nodes import MaskGradient, attribute
 from tl_neuron_circuits.nodes._learned_mask import find_threshold, through_threshold
@@ -219,3 +219,25 @@ def test_features_errors_and_skips_are_nodes_of_the_mask(kind: Any) -> None:
     table = tnc.evaluation.compare_soft_masks(model, pairs, scores, sizes=[5, 40])
     curve = tnc.evaluate(model, pairs, scores, sizes=[5, 40], ablation="corrupt")
     assert table["hard"].to_numpy() == pytest.approx(curve.faithfulness, abs=1e-4)
+
+
+def test_learning_stops_where_circuits_get_no_better_on_other_pairs(tmp_path: Path) -> None:
+    model, pairs, others = model_of(CASE), random_pairs(4, 4, 4, 4), random_pairs(4, 4, 4, seed=5)
+    method = LearnedMask(300, lr=0.5, development=others, patience=2)
+    stopped = attribute(model, pairs, method=method)
+    looks, losses = (stopped.settings["learning"][name] for name in ("development", "losses"))
+    best = min(range(len(looks)), key=looks.__getitem__)
+    assert len(looks) == best + 3 < 12 and len(losses) == 25 * len(looks)  # two looks in vain, long before 300 steps
+    there = attribute(model, pairs, method=LearnedMask(25 * (best + 1), lr=0.5))
+    assert torch.equal(stopped.flat(), there.flat())
+    sizes = method._sizes(len(there))
+    curve = tnc.evaluate(model, others, there, sizes=sizes, ablation="corrupt")
+    span = torch.maximum((curve.full - curve.empty).abs(), 0.1 * curve.full.abs())
+    assert looks[best] == pytest.approx(float(((curve.kept - curve.full).abs() / span).mean()), rel=1e-3)
+    for steps in (30, 60, 300):  # also in three calls
+        few = replace(method, steps=steps)
+        kept = attribute(model, pairs, method=few, resume=tmp_path / "run")
+    assert torch.equal(kept.flat(), stopped.flat()) and kept.settings["learning"]["development"] == looks
+    assert few.label == "learned_mask(steps=300, lr=0.5, patience=2, development=3 pairs)"
+    with pytest.raises(PairsError, match="4 of 4 prompts are learned on too"):
+        attribute(model, pairs, method=LearnedMask(5, development=pairs))

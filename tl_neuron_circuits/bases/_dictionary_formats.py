@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlparse
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .._errors import DictionaryError, FileFormatError
+from .._files import short
 from ._dictionary import Dictionary, build_dictionary
 
 _TRACER_CONFIG, _SPARSIFY_WEIGHTS = "config.yaml", "sae.safetensors"
@@ -81,13 +83,7 @@ def _read_transcoder_set(folder: Path, config: Mapping[str, Any]) -> list[Dictio
     named = config.get("transcoders")
     files = [folder / f"layer_{layer}.safetensors" for layer in range(len(list(folder.glob("layer_*.safetensors"))))]
     if named is not None:
-        remote = [str(name) for name in named if str(name).startswith("hf://")]
-        if remote:
-            raise FileFormatError(
-                f"{folder / _TRACER_CONFIG} names files on the Hugging Face hub, such as {remote[0]}. Download them, "
-                "and name their paths instead, or load them by their release: load_dictionaries('gemma-scope-...')."
-            )
-        files = [folder / str(name) for name in named]
+        files = [_hub_file(str(name)) if str(name).startswith("hf://") else folder / str(name) for name in named]
     if not files:
         raise FileFormatError(
             f"expected layer_0.safetensors, layer_1.safetensors, ... beside {folder / _TRACER_CONFIG}."
@@ -100,6 +96,24 @@ def _read_transcoder_set(folder: Path, config: Mapping[str, Any]) -> list[Dictio
         hooks = (f"blocks.{layer}.{hook_in}", f"blocks.{layer}.{hook_out}")
         dictionaries.append(read(file, hooks, f"{config.get('scan') or folder.name} {layer}", _metadata(config)))
     return dictionaries
+
+
+def _hub_file(name: str) -> Path:
+    """The local copy of `hf://owner/repository/path?revision=main`, from the hub's cache or downloaded."""
+    from huggingface_hub import hf_hub_download  # a second to import, and files named so are rare
+
+    address = urlparse(name)
+    repository, _, inside = address.path.lstrip("/").partition("/")
+    if not address.netloc or not repository or not inside:
+        raise FileFormatError(f"expected hf://owner/repository/path of a file; got {name!r}.")
+    given = {"repo_id": f"{address.netloc}/{repository}", "filename": inside}
+    try:
+        return Path(hf_hub_download(**given, revision=(parse_qs(address.query).get("revision") or [None])[0]))
+    except (OSError, ValueError) as error:  # no network, no such file, or HF_HUB_OFFLINE
+        raise FileFormatError(
+            f"cannot get {name} from the Hugging Face hub ({short(str(error))}). Download it where there is a network, "
+            "and name its path in config.yaml instead."
+        ) from error
 
 
 def _read_transcoder(

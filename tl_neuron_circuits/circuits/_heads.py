@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .._errors import UnsupportedModelError
+from .._errors import SettingsError, UnsupportedModelError
 from ..models._protocol import TransformerLensModel, hook_points
 from ._direct_effects import OpenPrompt
 from ._prompt_graph import PromptRun
@@ -117,7 +117,9 @@ def split_by_head(
 
     Raises:
         UnsupportedModelError: heads are not where their hook points say, or the layers do not add to one stream.
+        SettingsError: edges begin at features that write into several layers.
     """
+    _refuse_later_writes(prompt, sources)
     layers = attention_layers(prompt.run)
     n_heads, n_positions = layers[0].pattern.shape[:2]
     gradients = _receivers(prompt, layers, receivers)
@@ -146,6 +148,19 @@ def split_by_head(
             reading = gradients.at_stream(layer)[receiver[own]]
             direct[own] = (reading * written[source[own], sources.position[source[own]]]).sum(-1)
     return HeadParts(direct, parts)
+
+
+def _refuse_later_writes(prompt: OpenPrompt, sources: Sources) -> None:
+    """A feature of a cross-layer transcoder enters the residual stream at many layers; the walk up knows one."""
+    for number in sources.slot[(sources.slot >= 0) & (sources.unit >= 0)].unique().tolist():
+        slot = prompt.slots[number]
+        dictionary = getattr(getattr(slot, "site", None), "dictionary", None)
+        if dictionary is not None and dictionary.n_later:
+            raise SettingsError(
+                f"edges from features of a cross-layer transcoder cannot be split by head: those of layer {slot.layer} "
+                f"write into {dictionary.n_later} later layers too. Choose edges that begin at embeddings, errors or "
+                "the last layer's features."
+            )
 
 
 def attention_layers(run: PromptRun) -> list[AttentionLayer]:

@@ -172,12 +172,10 @@ def restrict(
     errors.
     """
     stays = kept_nodes | ~nodes["kind"].isin((*CHOSEN, "error")).to_numpy()
-    table = nodes.assign(stays=stays).set_index("node")
-    sources = table.loc[edges["source"]]
-    into = table.loc[edges["target"], "stays"].to_numpy()
-    fixed = sources["kind"].isin(FIXED_SOURCES).to_numpy()
-    along = (kept_edges & sources["stays"].to_numpy()) | fixed
-    place = sources["position"].astype(object).to_numpy()  # plain integers
+    source, into = rows_of(nodes, edges["source"]), stays[rows_of(nodes, edges["target"])]
+    fixed = nodes["kind"].isin(FIXED_SOURCES).to_numpy()[source]
+    along = (kept_edges & stays[source]) | fixed
+    place = nodes["position"].astype(object).to_numpy()[source]  # plain integers
     live, lost = edges[into & along], edges[into & ~along]
     lost = lost.assign(source=[unselected_name(position) for position in place[into & ~along]])
     edges = pd.concat([live, lost]).groupby(["source", "target"], sort=False, as_index=False).sum()

@@ -122,6 +122,9 @@ def compare(
     method: Annotated[list[str] | None, typer.Option(help="As in attribute, with options in parentheses.")] = None,
     size: Annotated[list[int] | None, typer.Option(help="Number of nodes; 20 log-spaced ones by default.")] = None,
     ablation: Annotated[str, typer.Option(help="mean, zero, resample or corrupt.")] = "mean",
+    ranking: Annotated[
+        list[str] | None, typer.Option(help="abs, signed, or both; each method's own by default.")
+    ] = None,
     error_nodes: Annotated[str, typer.Option(help="Errors of dictionaries: rank, keep or ablate.")] = "rank",
     mib: Annotated[bool, typer.Option("--mib", help="Also CPR and CMD on MIB's grid.")] = False,
     chat: Chat = False,
@@ -156,6 +159,7 @@ def compare(
         methods=method or DEFAULT_METHODS,
         sizes=size,
         ablation=ablation,  # pyright: ignore[reportArgumentType]
+        rankings=ranking or None,  # pyright: ignore[reportArgumentType]
         error_nodes=error_nodes,  # pyright: ignore[reportArgumentType]
         mib=mib,
         batch_size=batch_size,

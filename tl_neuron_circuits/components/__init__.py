@@ -13,5 +13,6 @@ from ._ground_truth import GroundTruth as GroundTruth
 from ._ground_truth import judge_edges as judge_edges
 from ._ground_truth_readers import interpbench_ground_truth as interpbench_ground_truth
 from ._ground_truth_readers import tracr_ground_truth as tracr_ground_truth
+from ._learned_mask import LearnedMask as LearnedMask
 from ._method import Random as Random
 from ._patching import Patching as Patching

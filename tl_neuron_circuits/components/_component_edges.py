@@ -31,8 +31,9 @@ from ..tasks._tokenized import TokenizedPairs
 from ._acdc import ACDC
 from ._eap import EAP, EAPIGInputs, RelP
 from ._graph import AttentionUnit, component_graph
+from ._learned_mask import LearnedMask
 from ._method import EdgeMethod, EdgeQuestion, Random
-from ._mib import write_mib
+from ._mib import read_mib, write_mib
 from ._patching import Patching, metric_with_edges
 from ._streams import paired_streams
 
@@ -153,6 +154,27 @@ class EdgeScores:
         """
         write_mib(Path(path), self.names, self.scores, self.qkv, self.settings.get("d_model"), n_edges)
 
+    @classmethod
+    def from_mib(cls, path: str | Path) -> "EdgeScores":
+        """Read MIB's JSON, of `to_mib` or of EAP-IG's code: the scores, and the circuit as `kept` where there is one.
+
+        An edge into a head is kept where its q, k or v is. The file does not say method, metric, model or pairs.
+
+        Raises:
+            FileFormatError: missing, of another form, or its edges are not those of its layers and heads.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
+            >>> edges = tnc.components.component_edges(model, pairs, method="eap", split_qkv=True)
+            >>> edges.to_mib("importances.json")
+            >>> bool((tnc.components.EdgeScores.from_mib("importances.json").qkv == edges.qkv).all())
+            True
+        """
+        names, scores, qkv, kept, d_model = read_mib(Path(path))
+        unknown = {"method": "mib", "metric": "unknown", "model": Path(path).name, "n_pairs": 0}
+        return cls(names, scores, {**unknown, "attention": "heads", "d_model": d_model}, kept, qkv)
+
     def __repr__(self) -> str:
         s = self.settings
         return f"EdgeScores({s['method']} of {s['metric']} on {s['model']}, {len(self)} edges, {s['n_pairs']} pairs)"
@@ -162,7 +184,7 @@ class EdgeScores:
 
 
 METHODS: dict[str, type[EdgeMethod]] = {
-    method.name: method for method in (EAP, EAPIGInputs, RelP, Patching, ACDC, Random)
+    method.name: method for method in (EAP, EAPIGInputs, RelP, Patching, ACDC, LearnedMask, Random)
 }
 
 
@@ -185,8 +207,8 @@ def component_edges(
         model: a HookedTransformer or TransformerBridge.
         pairs: prompts with corrupt prompts of the same length.
         method: "eap", "eap_ig_inputs", "relp" (gradients); "patching" (exact, one edge at a time); "acdc" (greedy; its
-            scores are divergences and `kept` its circuit); "random". Or one of these with options, as an object or as
-            its label: `ACDC(threshold=0.1)`, "eap_ig_inputs(steps=10)".
+            scores are divergences and `kept` its circuit); "learned_mask" (its scores are an order); "random". Or one
+            of these with options, as an object or as its label: `ACDC(threshold=0.1)`, "eap_ig_inputs(steps=10)".
         metric: from logits and batch to one number per prompt.
         attention: heads as single components, or attention layers.
         split_qkv: also score what reaches a head through its q, k and v alone (gradient methods, with heads).

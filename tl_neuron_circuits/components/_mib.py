@@ -16,11 +16,15 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .._errors import SettingsError
+from .._errors import FileFormatError, SettingsError
+from .._files import read_json
 
 Split = Float[Tensor, "3 source target"]
 
@@ -62,6 +66,61 @@ def write_mib(
         "counts": {"edges": len(edges), "requested": n_edges, "kept": len(kept)},
     }  # fmt: skip
     path.write_text(json.dumps(graph, allow_nan=False), encoding="utf-8")
+
+
+class _Config(msgspec.Struct):
+    n_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    n_heads: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    d_model: int
+    parallel_attn_mlp: bool
+
+
+class _Edge(msgspec.Struct):
+    score: float
+    in_graph: bool
+
+
+class _Graph(msgspec.Struct):
+    cfg: _Config
+    edges: dict[str, _Edge]
+
+
+def read_mib(path: Path) -> tuple[tuple[str, ...], Tensor, Tensor, Tensor | None, int]:
+    """Names, scores, their q, k and v, the circuit (None where no edge is in one) and d_model of a file.
+
+    Raises:
+        FileFormatError: missing, of another form, or not the edges of its own `cfg`.
+    """
+    graph = read_json(path, _Graph)
+    cfg = graph.cfg
+    names, stage = ["embedding"], [0]
+    for layer in range(cfg.n_layers):
+        names += [*(f"L{layer}/H{head}" for head in range(cfg.n_heads)), f"L{layer}/MLP"]
+        stage += [2 * layer + 1] * cfg.n_heads + [2 * layer + (1 if cfg.parallel_attn_mlp else 2)]
+    names, stage = [*names, "logits"], torch.tensor([*stage, 2 * cfg.n_layers + 1])
+    is_head = torch.tensor(["/H" in name for name in names])
+    scores = torch.where(stage[:, None] < stage, 0.0, torch.nan)
+    places = {
+        f"{_name(names[source])}->{end}": (part, source, target)
+        for target, name in enumerate(names)
+        for part, end in enumerate([f"{_name(name)}<{letter}>" for letter in "qkv"] if "/H" in name else [_name(name)])
+        for source in (~scores[:, target].isnan()).nonzero()[:, 0].tolist()
+    }
+    if strange := sorted(places.keys() ^ graph.edges.keys()):
+        raise FileFormatError(
+            f"{path}: expected the {len(places):,} edges of {cfg.n_layers} layers of {cfg.n_heads} heads; "
+            f"{strange[:3]} are missing or not among them."
+        )
+    parts, kept = torch.zeros(3, *scores.shape), torch.zeros_like(scores, dtype=torch.bool)
+    for name, edge in graph.edges.items():
+        part, source, target = places[name]
+        parts[part, source, target] = edge.score
+        kept[source, target] |= edge.in_graph
+    if not bool(parts.isfinite().all()):
+        raise FileFormatError(f"{path}: expected finite scores of edges; got NaN or inf.")
+    scores = scores + parts.sum(0)
+    parts[:, :, ~is_head] = 0.0
+    return tuple(names), scores, parts, kept if kept.any() else None, cfg.d_model
 
 
 def _name(name: str) -> str:

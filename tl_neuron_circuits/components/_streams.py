@@ -7,7 +7,7 @@ Rows: readers of one hook point (the heads of a layer) are run as copies of the 
 which only the reader's own output is used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +33,11 @@ class Streams:
     writes: Float[Tensor, "source batch pos d_model"]
     rest: Mapping[str, Float[Tensor, "batch pos d_model"]]
     output_weights: OutputWeights
+
+    def of_rows(self, rows: Sequence[int]) -> "Streams":
+        """Those of some prompts."""
+        index = torch.tensor(list(rows), device=self.writes.device)
+        return Streams(self.writes[:, index], {n: t[index] for n, t in self.rest.items()}, self.output_weights)
 
 
 def _output_weights(model: TransformerLensModel, graph: ComponentGraph) -> OutputWeights:
@@ -96,21 +101,22 @@ def run_with_edges(
     model: TransformerLensModel,
     graph: ComponentGraph,
     batch: Batch,
-    kept: Bool[Tensor, "mask source target"],
+    kept: Bool[Tensor, "mask source target"] | Float[Tensor, "mask source target"],
     clean: Streams,
     corrupt: Streams,
 ) -> Float[Tensor, "mask batch pos d_vocab"]:
     """Logits of the clean prompts with only the edges in `kept` live, once for every mask.
 
-    `kept` covers all components on both sides; entries that are not edges are ignored. Rows of one forward pass:
-    masks x batch x (readers of the busiest hook point).
+    `kept` covers all components on both sides; entries that are not edges are ignored. Numbers between 0 and 1 mix an
+    edge's two writes, and get gradients if they ask for them. Rows of one forward pass: masks x batch x (readers of the
+    busiest hook point).
     """
     mixed = _MixedStreams(graph, kept.to(clean.writes.device), clean, corrupt)
     # not by hook.name: TransformerBridge may give a hook another of the point's names than the one it was added under
     hooks = [(name, partial(mixed.read, name)) for name in mixed.readers]
     hooks += [(name, partial(mixed.write, name)) for name in mixed.writers]
     rows = batch.clean.repeat(len(kept) * mixed.copies, 1)
-    with torch.no_grad(), hooked(model, hooks):
+    with torch.set_grad_enabled(kept.requires_grad), hooked(model, hooks):
         logits = run_logits(model, rows)
     return logits.unflatten(0, (len(kept), mixed.copies, len(batch)))[:, 0]
 
@@ -120,7 +126,7 @@ class _MixedStreams:
 
     def __init__(self, graph: ComponentGraph, kept: Tensor, clean: Streams, corrupt: Streams) -> None:
         self._graph, self._kept, self._clean, self._corrupt = graph, kept, clean, corrupt.writes
-        self._live = clean.writes[None].repeat(len(kept), 1, 1, 1, 1)
+        self._live = list(clean.writes[:, None].expand(-1, len(kept), -1, -1, -1))  # [mask batch pos d_model] each
         self.readers: dict[str, list[int]] = {}
         self.writers: dict[str, list[int]] = {}
         for index, component in enumerate(graph.components):
@@ -143,13 +149,13 @@ class _MixedStreams:
             component = self._graph.components[index]
             copy = self.readers[component.reads].index(index)
             written = _write(component, value, self._clean.output_weights, self._graph.n_heads)
-            self._live[:, index] = written.unflatten(0, (len(self._kept), self.copies, -1))[:, copy]
+            self._live[index] = written.unflatten(0, (len(self._kept), self.copies, -1))[:, copy]
         return value
 
     def _view(self, index: int) -> Tensor:
         component = self._graph.components[index]
         before = [k for k, sender in enumerate(self._graph.components[:-1]) if sender.stage < component.stage]
-        kept = self._kept[:, before, index].to(self._live.dtype)
-        live = torch.einsum("ks,ksbtd->kbtd", kept, self._live[:, before])
+        kept = self._kept[:, before, index].to(self._corrupt.dtype)
+        live = torch.einsum("ks,ksbtd->kbtd", kept, torch.stack([self._live[k] for k in before], 1))
         cut = torch.einsum("ks,sbtd->kbtd", 1 - kept, self._corrupt[before])
         return live + cut + self._clean.rest[component.reads]

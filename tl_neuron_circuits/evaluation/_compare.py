@@ -28,6 +28,7 @@ from ..tasks._tokenized import TokenizedPairs
 from ._comparison import Comparison, CurveKey
 from ._curve import MIB_FRACTIONS
 from ._evaluate import ErrorNodes, evaluate
+from ._node_sets import Ranking
 from ._resume import resume
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def compare(
     methods: Sequence[str | Method] = DEFAULT_METHODS,
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
+    rankings: Sequence[Ranking] | None = None,
     error_nodes: ErrorNodes = "rank",
     metric: Metric = logit_difference,
     mib: bool = False,
@@ -71,10 +73,12 @@ def compare(
         evaluation_pairs: pairs to judge circuits on, with the same names of tasks.
         bases: neurons and MLP outputs unless given; every basis must cover the same layers, or ablating all of it would
             mean different things.
-        methods: as in `attribute`, by name or with options; the last two of the default are controls, drawn on every
-            plot.
+        methods: as in `attribute`, by name or with options, such as `RelP(rules="attnlrp")`; the last two of the
+            default are controls, drawn on every plot.
         sizes: numbers of nodes, those above a basis' own number left out; 20 log-spaced ones unless given.
         ablation: as in `evaluate`.
+        rankings: by |score| ("abs"), by score ("signed"), or both, each a curve of its own: "relp" and "relp, by sign".
+            Each method's own unless given; a learned order has no other.
         error_nodes: as in `evaluate`.
         metric: as in `evaluate`.
         batch_size: prompts in one pass, for scores and for curves; "auto" as in `attribute` and `evaluate`.
@@ -114,9 +118,12 @@ def compare(
         "sizes": None if sizes is None else list(sizes),
         "ablation": ablation,
     }
+    if rankings is not None:
+        plain["rankings"] = list(rankings)
     plain |= {"error_nodes": error_nodes, "metric": metric_name(metric), "mib": mib, "bootstrap": bootstrap}
     settings = _provenance(model, chosen, train, test) | plain | {"seed": seed}
-    keys = [CurveKey(task, basis.name, method) for task in train for basis in chosen for method in by_label]
+    ranked = _ranked(by_label, rankings)
+    keys = [CurveKey(task, basis.name, name) for task in train for basis in chosen for name in ranked]
     by_name = {basis.name: basis for basis in chosen}
     processes = current_processes()
     shown = verbose if processes.first else False
@@ -129,13 +136,17 @@ def compare(
             {task: tokenize(model, pairs) for task, pairs in sets.items()} for sets in (train, test)
         )
         curves, grid, unexplained = dict(done.curves), dict(done.mib), dict(done.unexplained)
+        known: tuple[Any, NodeScores] | None = None  # of the curve before, which may be of the same scores
         for key in progress(keys, desc="compare", verbose=shown, unit="curve"):
             if key in curves:
                 continue
-            method, basis = by_label[key.method], by_name[key.basis]
-            scores = attribute(model, train[key.task], method=method, basis=basis, **common)
+            (method, ranking), basis = ranked[key.method], by_name[key.basis]
+            same = (key.task, key.basis, method.label)
+            if known is None or known[0] != same:
+                known = same, attribute(model, train[key.task], method=method, basis=basis, **common)
+            scores = known[1]
             fitting = None if sizes is None else [size for size in sizes if size <= len(scores)]
-            curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, **judge)
+            curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, ranking=ranking, **judge)
             if mib:
                 grid[key] = _mib(model, test[key.task], scores, judge)
             fractions = list(scores.settings["variance_unexplained"].values())
@@ -183,6 +194,21 @@ def _by_label(methods: Sequence[str | Method]) -> dict[str, Method]:
                 "could not be told apart. Compare them in two calls."
             )
     return by_label
+
+
+def _ranked(
+    by_label: Mapping[str, Method], rankings: Sequence[Ranking] | None
+) -> dict[str, tuple[Method, Ranking | None]]:
+    """Methods and their rankings by the names of their curves: a ranking that is not the method's own is named."""
+    if rankings is not None and not rankings:
+        raise SettingsError("expected rankings out of 'abs' and 'signed'; got none. Leave rankings= out.")
+    found: dict[str, tuple[Method, Ranking | None]] = {}
+    for label, method in by_label.items():
+        own: Sequence[Ranking] = [method.ranking]
+        wanted = own if rankings is None or method.ranking == "signed" else rankings
+        for one in wanted:
+            found[label if one == method.ranking else f"{label}, by sign"] = method, one
+    return found
 
 
 def _by_task(pairs: Pairs) -> dict[str, TaskPairs]:

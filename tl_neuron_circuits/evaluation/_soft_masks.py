@@ -9,6 +9,7 @@ Source: METHODS 5.8.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,14 +24,8 @@ from ..bases._site import basis_sites
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding
 from ..nodes._attribute import check_pairs
-from ..nodes._learned_mask import (
-    LearnedMask,
-    find_threshold,
-    masked_run,
-    measure_references,
-    node_shapes,
-    split_blocks,
-)
+from ..nodes._learned_mask import LearnedMask, find_threshold
+from ..nodes._masked_runs import masked_run, measure_references, node_shapes, split_blocks
 from ..nodes._methods import METHODS
 from ..nodes._scope import Scope
 from ..nodes._scores import NodeScores
@@ -84,19 +79,19 @@ def compare_soft_masks(
         >>> table.columns.tolist()
         ['size', 'outside', 'soft', 'hard', 'difference']
     """
-    options = dict(scores.settings["method_options"])
+    options: dict[str, Any] = dict(scores.settings["method_options"])
     if METHODS.get(options.pop("name")) is not LearnedMask or scores.basis is None:
         raise SettingsError(
             f"expected scores of a learned mask with their basis; got {scores!r}. Attribute with LearnedMask()."
         )
-    learned = LearnedMask(**options)
+    learned = LearnedMask(**{**options, "development": None})
     baseline, positions = scores.settings["baseline"], scores.positions
     scope = Scope(model, basis_sites(model, scores.basis), metric, baseline, "noising", positions, "keep")
     tokens = tokenize(model, pairs)
     check_pairs(tokens, scope)
     flat = scores.flat()
     chosen = [size for size in chosen_sizes(sizes, len(flat)) if 0 < size < len(flat)]
-    temperature = learned.temperature * learned.cooling ** (learned.steps - 1)
+    temperature = learned.temperature * learned.cooling ** (scores.settings["learning"]["steps"] - 1)
     pairs_of_masks = [_masks(flat, size, temperature) for size in chosen]
     judge = LearnedMask(loss="matching", direction=learned.direction)
     run = LearnedMask(loss="metric", direction=learned.direction)

@@ -18,8 +18,9 @@ False discoveries, over live nodes (a score that is not 0 somewhere), with clust
 
 Null "signs": every cluster's scores change sign by a coin. Swapping the answers does just this to a logit difference:
 what it controls is that the sign is consistent over words, not that a node belongs to the circuit: *consistent-sign*
-FDR. Null "pairs": the t of other pairs, whose corrupt prompts change the word and not the answer; a member must also
-exceed its own score there.
+FDR. Where swapping the answers does something else (a metric that does not change its sign, such as a KL divergence; a
+mask's loss; activation differences), this null is refused by name. Null "pairs": the t of other pairs, whose corrupt
+prompts change the word and not the answer, computed anew for any metric; a member must also exceed its own score there.
 
 Source: METHODS 5.10; arXiv 2606.16920 and 2603.00523 on circuits under resampling.
 """
@@ -40,19 +41,20 @@ from .._processes import current_processes
 from .._progress import progress
 from .._typing import checked
 from ..bases._activations import Neurons
-from ..bases._runs import mean_parts
+from ..bases._runs import mean_parts, run_logits
 from ..bases._site import Basis, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding
 from ..nodes._attribute import check_pairs, check_scope
-from ..nodes._controls import Random
-from ..nodes._learned_mask import LearnedMask, select
+from ..nodes._controls import ActivationDifference, Random
+from ..nodes._learned_mask import LearnedMask
+from ..nodes._masked_runs import select
 from ..nodes._method import Method
 from ..nodes._methods import as_method
 from ..nodes._scope import Baseline, Means, Scope
 from ..nodes._scores import NodeScores, require_finite, site_labels
 from ..nodes._sums import ROWS
-from ..tasks._metrics import Metric, logit_difference, metric_name
+from ..tasks._metrics import Metric, logit_difference, measure, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance
 from ..tasks._tokenize import tokenize
@@ -139,6 +141,10 @@ class Stability:
         elif null == "pairs" and self.other_counts is not None:
             false = self.other_counts
         else:
+            if null == "signs" and (reason := self.settings.get("no_sign_flips")):
+                raise SettingsError(
+                    f"null='signs' flips signs as swapped answers would, and {reason}. Use null='pairs'."
+                )
             need = "null_draws= above 0" if null == "signs" else "null_pairs="
             raise SettingsError(f"these results have no null of {null!r}: call stability with {need}.")
         return (false / torch.arange(1, len(false) + 1)).clamp(max=1.0)
@@ -214,7 +220,7 @@ def stability(
     ranking: Literal["abs", "signed"] | None = None,
     draws: int = 1000,
     null_draws: int = 200,
-    null_pairs: PromptPairs | TokenizedPairs | None = None,
+    null_pairs: PromptPairs | TokenizedPairs | Literal["same_answer"] | None = None,
     basis: Basis | Sequence[Basis] | None = None,
     metric: Metric = logit_difference,
     positions: Literal["keep", "sum"] = "keep",
@@ -236,7 +242,8 @@ def stability(
         ranking: as in `evaluate`.
         draws: of words.
         null_draws: of signs, for `at_fdr`; 0 leaves it out.
-        null_pairs: pairs whose corrupt prompts change the word but not the answer, for the second null.
+        null_pairs: pairs whose corrupt prompts change the word but not the answer, for the second null; "same_answer"
+            makes them: each prompt beside another of the pairs' own, of other words and the same answer.
         basis: as in `attribute`, and so are `metric`, `positions` and `baseline`.
         batch_size: prompts in one pass.
         seed: of the draws; two calls with the same seed draw the same words.
@@ -302,10 +309,12 @@ def stability(
         best = _draw(cells, flat, ranked[-1], rank, draws, seed)
         t, live = statistic(flat, deviation)
         observed = t.abs()[live].sort(descending=True).values[:_TESTED]
-        flips = flipped_counts(cells.by_cluster[:, live], cells.counts, observed, null_draws, seed + 1)
+        refused = _no_sign_flips(scope, method, tokens)
+        signs = 0 if refused else null_draws
+        flips = flipped_counts(cells.by_cluster[:, live], cells.counts, observed, signs, seed + 1)
         other = counted = None
         if null_pairs is not None:
-            theirs = tokenize(model, null_pairs)
+            theirs = _same_answer(tokens, words) if isinstance(null_pairs, str) else tokenize(model, null_pairs)
             check_pairs(theirs, scope)
             null = Cells(scope, method, theirs, _words(theirs, None)[:1], batch_size, verbose)
             other = null.total / len(theirs)
@@ -319,6 +328,7 @@ def stability(
         "ranking": rank,
         "draws": draws,
         "seed": seed,
+        **({"no_sign_flips": refused} if refused else {}),
     }
     return Stability(scores, tuple(ranked), best, t, flips, counted, other, settings | more)
 
@@ -449,6 +459,45 @@ def flipped_counts(
         null, _ = statistic(flipped.sum(0) / counts.sum().float(), standard_error(flipped, counts))
         rows.append(_count(null.abs(), observed))
     return torch.stack(rows) if rows else torch.zeros(0, len(observed))
+
+
+def _no_sign_flips(scope: Scope, method: Method, tokens: TokenizedPairs) -> str | None:
+    """Why swapped answers would not change the sign of every score; None where they do, as measured on a few pairs."""
+    if isinstance(method, ActivationDifference) or getattr(method, "loss", "metric") != "metric":
+        return f"scores of {method.label} have no sign of the metric"
+    batch = next(tokens.batches(8))
+    if batch.wrong_answer is None:
+        return "these pairs have no wrong answers to swap"
+    swapped = replace(batch, answer=batch.wrong_answer, wrong_answer=batch.answer)
+    with torch.no_grad():
+        logits = run_logits(scope.model, batch.clean, batch.attention_mask)
+        one, other = (measure(scope.metric, logits, which) for which in (batch, swapped))
+    if not torch.allclose(one, -other, rtol=1e-4, atol=1e-4 * float(one.abs().max())):
+        return f"the metric {metric_name(scope.metric)} is not minus itself when answer and wrong answer are swapped"
+    return None
+
+
+def _same_answer(tokens: TokenizedPairs, words: Sequence[Sequence[str]]) -> TokenizedPairs:
+    """Each clean prompt beside the next one with other words of the first kind, the same answers and the same length.
+
+    Raises:
+        PairsError: a prompt has no such partner.
+    """
+    n, wrong = len(tokens), tokens.wrong_answer
+    keys = list(zip(tokens.lengths, tokens.answer.tolist(), [0] * n if wrong is None else wrong.tolist(), strict=True))
+    partners = []
+    for index in range(n):
+        others = [(index + step) % n for step in range(1, n)]
+        fitting = [other for other in others if keys[other] == keys[index] and words[0][other] != words[0][index]]
+        if not fitting:
+            raise PairsError(
+                f"pair {index} has no partner of other words with its answers and length, so null_pairs='same_answer' "
+                "cannot be made. Use more pairs, or give null pairs."
+            )
+        partners.append(fitting[0])
+    return replace(
+        tokens, corrupt=[tokens.clean[partner] for partner in partners], corrupt_position=tokens.position[partners]
+    )
 
 
 def _count(null: Tensor, observed: Tensor) -> Float[Tensor, " tested"]:

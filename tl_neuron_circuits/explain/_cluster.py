@@ -10,6 +10,7 @@ of them (by |attribution|) and the target that they support or oppose most (by |
 Source: METHODS 1.7 (multi-view spectral clustering, combined harmonically).
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .._typing import checked
 from ._profiles import Profiles
 
 _FLOOR = 1e-6  # keeps the graph connected, as spectral clustering expects
+_SPECIAL = re.compile(r"<\|.*\|>|</?s>|<[a-z_]+>|\[[A-Z]+\]")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -136,7 +138,10 @@ def _same_label(nodes: Sequence[str], labels: Mapping[str, str]) -> Float[Tensor
 
 def _shared_names(profiles: Profiles, numbers: Sequence[int], labels: Mapping[str, str]) -> tuple[str, ...]:
     """A name for every cluster, each once."""
-    driver = [profiles.sources[column] for column in profiles.attribution.abs().argmax(1).tolist()]
+    # The first token takes the largest part in most neurons, and says nothing about any.
+    special = torch.tensor([bool(_SPECIAL.fullmatch(token.strip())) for token in profiles.sources])
+    told = profiles.attribution.abs().masked_fill(special, -1.0)
+    driver = [profiles.sources[column] for column in told.argmax(1).tolist()]
     most = profiles.contribution.abs().argmax(1).tolist()
     signs = profiles.contribution[torch.arange(len(most)), torch.tensor(most)] >= 0
     drives = [

@@ -22,10 +22,10 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .._errors import FileFormatError, PairsError, SettingsError, UnsupportedModelError
 from .._files import fingerprint, read_directory, require_shapes, write_directory
+from .._progress import progress
 from .._typing import checked
 from ..bases._runs import Values, require_fired, run_logits
 from ..interventions._direct_logit_effects import direct_logit_effects
@@ -68,7 +68,7 @@ def describe(
     batch_size: int = 16,
     cache: str | Path | None = None,
     prepend_bos: bool | None = None,
-    verbose: bool = False,
+    verbose: bool | None = None,
 ) -> Descriptions:
     """Say what nodes are active on, and how well that says it: examples, quantiles, labels, scores of the labels.
 
@@ -97,7 +97,7 @@ def describe(
             stopped, takes everything from there once it was finished, also for fewer nodes, and reads on where texts
             were added.
         prepend_bos: None means the model's default.
-        verbose: show progress.
+        verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
         SettingsError: numbers below 1, a unit out of range, a single text, no position in one of the halves, or a
@@ -204,11 +204,16 @@ _Piece = tuple[int, int, np.ndarray]  # side, place of the first token, tokens
 
 
 def _blocks(
-    model: TransformerLensModel, stream: _Stream, context: int, prepend_bos: bool | None, size: int, verbose: bool
+    model: TransformerLensModel,
+    stream: _Stream,
+    context: int,
+    prepend_bos: bool | None,
+    size: int,
+    verbose: bool | None,
 ) -> Iterator[list[_Piece]]:
     """Pieces of whole texts, at least `size` of them at a time."""
     block: list[_Piece] = []
-    with tqdm(total=stream.total, desc="described texts", disable=not verbose, unit="text") as bar:
+    with progress(total=stream.total, desc="described texts", verbose=verbose, unit="text") as bar:
         for number, side, text in stream:
             block += [(side, (number << 32) + start, piece) for start, piece in _cut(model, text, context, prepend_bos)]
             if len(block) >= size:

@@ -19,7 +19,7 @@ from ..bases._activations import ACTIVATION_BASES, Neurons
 from ..bases._dictionary_basis import DictionarySite
 from ..bases._runs import Values
 from ..bases._site import Basis, Site, basis_sites, refuse_cross_layer
-from ..models._protocol import TransformerLensModel, hook_point
+from ..models._protocol import TransformerLensModel, hook_point, hook_points
 from ..models._sites import find_sites
 
 logger = logging.getLogger(__name__)
@@ -187,21 +187,28 @@ class _Features:
 
 
 def _from_labels(model: TransformerLensModel, labels: Sequence[str], features: _Features) -> pd.DataFrame:
-    rows = []
-    hooks: dict[tuple[str, str], str] = {}
-    for label in labels:
-        read = _LABEL.fullmatch(label) if isinstance(label, str) else None
-        if read is None or read[2] not in (*_BASES, _FEATURE):
+    read = [_LABEL.fullmatch(label) if isinstance(label, str) else None for label in labels]
+    for label, parts in zip(labels, read, strict=True):
+        if parts is None or parts[2] not in (*_BASES, _FEATURE):
             raise SettingsError(
                 f"expected labels such as 'L12/N345@7' or 'L12/N345' with one of the letters "
                 f"{sorted([*_BASES, _FEATURE])}; got {label!r}. Error nodes cannot be steered."
             )
-        layer, letter = read[1], read[2]
-        site = features.site(label, layer=int(layer)) if letter == _FEATURE else None
-        if site is None and (layer, letter) not in hooks:
-            hooks[layer, letter] = _BASES[letter](layers=[int(layer)]).sites(model)[0].hook
+    wanted: dict[str, set[int]] = {}  # layers by letter: TransformerBridge lists its hook points anew at every look
+    for parts in filter(None, read):
+        wanted.setdefault(parts[2], set()).add(int(parts[1]))
+    hooks = {
+        (site.layer, letter): site.hook
+        for letter, layers in wanted.items()
+        if letter != _FEATURE
+        for site in _BASES[letter](layers=sorted(layers)).sites(model)
+    }
+    rows = []
+    for label, parts in zip(labels, filter(None, read), strict=True):
+        layer, letter, unit = int(parts[1]), parts[2], int(parts[3])
+        site = features.site(label, layer=layer) if letter == _FEATURE else None
         hook = hooks[layer, letter] if site is None else site.hook
-        rows.append((label, hook, int(read[3]), EVERYWHERE if read[4] is None else int(read[4]), site))
+        rows.append((label, hook, unit, EVERYWHERE if parts[4] is None else int(parts[4]), site))
     return _keyed(pd.DataFrame(rows, columns=["label", "hook", "unit", "position", "site"]))
 
 
@@ -322,7 +329,7 @@ def _name(hook: str, site: DictionarySite | None, unit: int, position: int) -> s
 
 
 def _check_hooks(model: TransformerLensModel, frame: pd.DataFrame) -> None:
-    known = None
+    known, points = None, hook_points(model)
     for hook in frame["hook"].unique():
         neurons = _NEURONS.fullmatch(hook)
         if neurons:
@@ -330,7 +337,8 @@ def _check_hooks(model: TransformerLensModel, frame: pd.DataFrame) -> None:
             problems = [p.message for p in known.problems if f"blocks.{neurons[1]}.mlp" in p.message]
             if problems and int(neurons[1]) not in {mlp.layer for mlp in known.mlps}:
                 raise UnsupportedModelError("\n".join(problems))
-        hook_point(model, hook)
+        if hook not in points:
+            hook_point(model, hook)  # raises, and says what is near it
 
 
 def _place(frame: pd.DataFrame, positions: Indices) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from ._integrated_gradients import Conductance as Conductance
 from ._integrated_gradients import IntegratedGradients as IntegratedGradients
 from ._integrated_gradients import IntegratedGradientsInputs as IntegratedGradientsInputs
 from ._learned_mask import LearnedMask as LearnedMask
-from ._learned_mask import MaskGradient as MaskGradient
+from ._mask_gradient import MaskGradient as MaskGradient
 from ._memory import MemoryEstimate as MemoryEstimate
 from ._methods import parse_method as parse_method
 from ._patching import Patching as Patching

@@ -23,7 +23,7 @@ from ..bases._runs import mean_parts
 from ..models._protocol import TransformerLensModel
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._integrated_gradients import IntegratedGradients, IntegratedGradientsInputs
-from ._learned_mask import MaskGradient
+from ._mask_gradient import MaskGradient
 from ._method import Method
 from ._patching import Patching
 from ._scope import Scope

@@ -5,7 +5,8 @@ from typing import Literal
 from .._options import parse_options
 from ._controls import ActivationDifference, Random
 from ._integrated_gradients import Conductance, IntegratedGradients, IntegratedGradientsInputs
-from ._learned_mask import LearnedMask, MaskGradient
+from ._learned_mask import LearnedMask
+from ._mask_gradient import MaskGradient
 from ._method import Method
 from ._patching import Patching
 from ._relp import Gradient, RelP
@@ -51,4 +52,4 @@ def parse_method(text: str) -> Method:
         >>> tnc.parse_method("integrated_gradients(steps=20)")
         IntegratedGradients(steps=20, rules=())
     """
-    return parse_options(text, METHODS, what="a method", unwritten=("nodes",))
+    return parse_options(text, METHODS, what="a method", unwritten=("nodes", "development"))
