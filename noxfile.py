@@ -42,6 +42,8 @@ def smollm2(session: nox.Session, transformer_lens: str) -> None:
     session.run("python", "-m", "tests.smollm2", env=OFFLINE)
     required = {**OFFLINE, "TNC_REQUIRE_SMOLLM2": "1"}
     session.run("python", "-m", "pytest", "tests/test_smollm2.py", *session.posargs, env=required)
+    switched = {**required, "TNC_NOTEBOOK_MODEL": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    session.run("python", "-m", "pytest", "-m", "notebooks", "tests/test_notebooks.py", env=switched)
 
 
 @nox.session

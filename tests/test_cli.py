@@ -81,7 +81,7 @@ def test_a_method_takes_options_in_parentheses(agreement_file: Path, tmp_path: P
 
 def test_attribute_prints_json_alone(agreement_file: Path) -> None:
     code, out, _ = run("attribute", "demo-gelu", "--pairs", agreement_file, "--json", "--top", "3")
-    assert code == 0 and len(json.loads(out)) == 3
+    assert code == 0 and len(json.loads(out)["nodes"]) == 3
 
 
 @pytest.mark.parametrize(

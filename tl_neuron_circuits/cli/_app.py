@@ -10,10 +10,11 @@ import typer
 from .._version import versions
 from ._circuits import export, lasso, steer, trace
 from ._demo import demo
+from ._schema import schema
 from ._scores import attribute, check, compare
 from ._terminal import errors, guarded
 
-COMMANDS: tuple[Callable[..., None], ...] = (demo, check, attribute, compare, trace, steer, lasso, export)
+COMMANDS: tuple[Callable[..., None], ...] = (demo, check, attribute, compare, trace, steer, lasso, export, schema)
 
 app = typer.Typer(
     help="Neuron circuits with RelP on any TransformerLens model.",

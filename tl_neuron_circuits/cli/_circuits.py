@@ -30,29 +30,38 @@ FORMATS = {".html": "html", ".json": "neuronpedia", ".csv": "csv"}
 
 def trace(
     model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the circuit, its page and its JSON.")],
     prompts: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="The text whose next token is explained, or several; {city:Dallas} marks what differs in length.",
             metavar="PROMPT...",
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the circuit, its page and its JSON.")],
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Instead of prompts: pairs as in attribute, answer against wrong answer.")
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="A token as it follows the prompt; repeat it for several prompts. Else the likeliest."),
     ] = None,
     nodes: Annotated[
-        str,
-        typer.Option(help="How many neurons, 'share(0.005)' of the target each, or 'mass(0.8)' of all |scores|."),
-    ] = "share(0.005)",
+        str | None,
+        typer.Option(help="How many, 'share(0.005)' of the target each (the default), or 'mass(0.8)' of all |scores|."),
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Short for --nodes 'share(...)'.")] = None,
+    mass: Annotated[float | None, typer.Option(help="Short for --nodes 'mass(...)'.")] = None,
+    dictionaries: Annotated[
+        list[str] | None,
+        typer.Option(help="Features of these instead of neurons: a folder, or a SAELens release; repeat for more."),
+    ] = None,
     explained: Annotated[
         float | None,
         typer.Option(help="Instead of --nodes: as many as give this share of the target when run alone, such as 0.5."),
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(help="For --explained: texts, one per line, whose means other neurons have."),
+        typer.Option(help="For --explained of prompts: texts, one per line, whose means other neurons have."),
     ] = None,
     positions: Annotated[str, typer.Option(help="keep, or sum: one node per neuron, prompts of any length.")] = "keep",
     selection: Annotated[str, typer.Option(help="Of several prompts: by their mean score, or the union.")] = "mean",
@@ -67,39 +76,50 @@ def trace(
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Trace one prompt, or several, to a circuit; write it, an interactive page and Neuronpedia's attribution graph."""
+    """Trace prompts, or pairs, to a circuit; write it, an interactive page and Neuronpedia's attribution graph."""
     from pandas import DataFrame
 
     from .._files import write_text
-    from ..circuits._choose import parse_choice
-    from ..circuits._explained import ByExplained
+    from ..bases._activations import Neurons
+    from ..bases._dictionary_basis import Dictionaries
+    from ..bases._load_dictionaries import load_dictionaries
     from ..circuits._trace import trace as run
     from ..explain._node_details import node_details
+    from ..tasks._pairs import PromptPairs
 
-    if explained is not None and nodes != "share(0.005)":
-        raise SettingsError(f"expected either --nodes or --explained; got --nodes {nodes} and --explained {explained}.")
-    if (reference is None) != (explained is None):
+    if bool(prompts) == (pairs is not None):
+        raise SettingsError(f"expected either PROMPT or --pairs; got {'both' if prompts else 'neither'}.")
+    if pairs is not None and target:
+        raise SettingsError("expected no --target beside --pairs: pairs have answers of their own. Leave it out.")
+    choice = _choice(nodes, share, mass, explained)
+    if (reference is not None) != (explained is not None and pairs is None):
         raise SettingsError(
             "expected --explained and --reference together: circuits are run with every other neuron at its mean over "
-            "the reference texts, one per line."
+            "the reference texts, one per line (with --pairs, over the pairs: no --reference)."
         )
     for name, value, known in (("positions", positions, ("keep", "sum")), ("selection", selection, ("mean", "union"))):
         if value not in known:
             raise SettingsError(f"expected --{name} {' or '.join(known)}; got {value!r}.")
-    choice = parse_choice(nodes) if explained is None else ByExplained(explained)
     texts = None if reference is None else read_inputs(None, reference)
+    basis = Dictionaries(load_dictionaries(dictionaries)) if dictionaries else Neurons()
+    questions: Any = prompts if pairs is None else PromptPairs.from_jsonl(pairs)
     loaded = load_model(model, backend, device, dtype)
-    asked = [in_chat(loaded, prompt, chat, answer_start) for prompt in prompts]
+    if pairs is not None:
+        asked: Any = in_chat(loaded, questions, chat, answer_start)
+    else:
+        each = [in_chat(loaded, prompt, chat, answer_start) for prompt in questions]
+        asked = each if len(each) > 1 else each[0]
     targets: Any = target[0] if target and len(target) == 1 else target or None
     circuit = run(
-        loaded, asked if len(asked) > 1 else asked[0], targets, nodes=choice, reference=texts,
+        loaded, asked, targets, basis=basis, nodes=choice, reference=texts,
         positions=positions,  # pyright: ignore[reportArgumentType]
         selection=selection,  # pyright: ignore[reportArgumentType]
         profiles=profiles, skip_special=skip_special,
     )  # fmt: skip
     files = [out / "circuit", out / "circuit.html"]
     circuit.save(files[0])
-    circuit.to_html(files[1], details=node_details(loaded, circuit))
+    has_neurons = bool((circuit.nodes["kind"] == "neuron").any())
+    circuit.to_html(files[1], details=node_details(loaded, circuit) if has_neurons else None)
     if circuit.settings["tokens"]:  # Neuronpedia's format has one position per node
         circuit.to_neuronpedia(out / "neuronpedia.json")
         files.append(out / "neuronpedia.json")
@@ -110,12 +130,29 @@ def trace(
     by_prompt = circuit.settings["prompts"] or []
     if as_json:
         content = {"circuit": repr(circuit), "notes": circuit.notes, "files": files, "prompts": by_prompt}
-        print_json(content | {"spans": circuit.spans(), "explained": circuit.settings["explained"], "nodes": best})
+        content |= {"spans": circuit.spans(), "explained": circuit.settings["explained"], "nodes": best}
+        print_json("trace", content)
         return
     if by_prompt:
         show(DataFrame(by_prompt), "what the model says on each prompt")
     show(best[["node", "kind", "token", "activation", "score", "share"]], repr(circuit))
     show_written(files)
+
+
+def _choice(nodes: str | None, share: float | None, mass: float | None, explained: float | None) -> Any:
+    """The one way to choose nodes that was given."""
+    from ..circuits._choose import ByMass, ByShare, parse_choice
+    from ..circuits._explained import ByExplained
+
+    options = {"nodes": nodes, "share": share, "mass": mass, "explained": explained}
+    given = [f"--{name} {value}" for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise SettingsError(f"expected either --nodes or one of --share, --mass, --explained; got {', '.join(given)}.")
+    if explained is not None:
+        return ByExplained(explained)
+    if mass is not None:
+        return ByMass(mass)
+    return ByShare(share) if share is not None else parse_choice(nodes or "share")
 
 
 def steer(
@@ -163,7 +200,7 @@ def steer(
     if as_json:
         content = {"kl": kl, "top_before": result.top_before[0], "top_after": result.top_after[0], "tokens": tokens}
         content |= {"nodes": result.nodes["label"].tolist(), "table": result.to_dataframe().drop(columns="prompt")}
-        print_json(content | {"continuations": continuations})
+        print_json("steer", content | {"continuations": continuations})
         return
     console.print("  ".join(f"{place}:{token!r}" for place, token in enumerate(tokens)), markup=False, highlight=False)
     title = f"{result.top_before[0]!r} -> {result.top_after[0]!r}, KL {kl:.4g} nats, {len(result.nodes)} nodes steered"
@@ -254,7 +291,7 @@ def lasso(
     circuit.to_html(files[2])
     write_text(files[0], found.edges.to_csv(index=False))
     if as_json:
-        print_json({"circuit": repr(found), "files": files, "edges": found.edges})
+        print_json("lasso", {"circuit": repr(found), "files": files, "edges": found.edges})
         return
     show(found.edges.head(20).dropna(axis="columns", how="all"), repr(found))
     show_written(files)
@@ -287,7 +324,7 @@ def export(
     else:
         files = _scores(result, out, chosen, top)
     if as_json:
-        print_json({"saved": repr(result), "format": chosen, "files": files})
+        print_json("export", {"saved": repr(result), "format": chosen, "files": files})
         return
     show_written(files)
 

@@ -21,7 +21,7 @@ def demo(
 
     result = run_demo(out, name=model, backend=backend, seed=seed, say=say)
     if as_json:
-        print_json({"conservation": result.report.conservation, "table": result.table(), "files": result.files})
+        print_json("demo", {"conservation": result.report.conservation, "table": result.table(), "files": result.files})
         return
     console.print(f"\n{result.report!r}\n", markup=False)
     columns = ["label", "layer", "unit", "position", "score"]

@@ -59,7 +59,9 @@ def load_model(name: str, backend: str = "auto", device: str | None = None, dtyp
     if dtype not in DTYPES:
         raise SettingsError(f"expected --dtype out of {', '.join(DTYPES)}; got {dtype!r}.")
     _check_device(device)
-    say(f"loading {name}")
+    from ..models._protocol import without_folders
+
+    say(f"loading {without_folders(name)}")
     options = {"device": device or ("cuda" if torch.cuda.is_available() else "cpu"), "dtype": getattr(torch, dtype)}
     if name.startswith("demo-"):
         from ..demo._models import load_demo_model

@@ -43,7 +43,8 @@ def check(
     report = check_model(loaded)
     if as_json:
         content = {"ok": report.ok, "conservation": report.conservation, "problems": list(report.problems)}
-        print_json({**content, "model": report.model_line, "prompts": report.input_line, "sites": list(report.sites)})
+        content |= {"model": report.model_line, "prompts": report.input_line, "sites": list(report.sites)}
+        print_json("check", content)
     else:
         for line in [f"{report.model_name} ({report.model_class})", *report.summary().splitlines()]:
             console.print(line, soft_wrap=True, markup=False, style="red" if line.startswith("problem") else None)
@@ -102,7 +103,8 @@ def attribute(
     if out is not None:
         scores.save(out)
     if as_json:
-        print_json(scores.top(top))
+        files = [] if out is None else [out]
+        print_json("attribute", {"scores": repr(scores), "files": files, "nodes": scores.top(top)})
         return
     show(scores.top(top).drop(columns="hook"), repr(scores))
     if out is not None:
@@ -166,7 +168,7 @@ def compare(
     )
     files = _write(result, out)
     if as_json:
-        print_json({"headline": result.headline(), "files": files, "summary": result.summary()})
+        print_json("compare", {"headline": result.headline(), "files": files, "summary": result.summary()})
         return
     show(_readable(result.summary()), repr(result))
     console.print(result.headline(), soft_wrap=True, markup=False, highlight=False)

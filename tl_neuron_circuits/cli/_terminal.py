@@ -92,9 +92,11 @@ def show_written(files: Sequence[Path]) -> None:
     console.print("written: " + ", ".join(map(str, files)), soft_wrap=True, markup=False, highlight=False)
 
 
-def print_json(content: Any) -> None:
-    """Print JSON and nothing else; NaN and infinity become null."""
-    typer.echo(json.dumps(plain(content), allow_nan=False))
+def print_json(command: str, content: Mapping[str, Any]) -> None:
+    """Print what `_outputs.py` describes and nothing else; NaN and infinity become null."""
+    from ._outputs import SCHEMA
+
+    typer.echo(json.dumps({"command": command, "schema": SCHEMA} | plain(content), allow_nan=False))
 
 
 def plain(content: Any) -> Any:

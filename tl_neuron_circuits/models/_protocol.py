@@ -47,7 +47,11 @@ def model_name(model: TransformerLensModel) -> str:
 
     Where a model lies on a disk says nothing to others, and may say more than its owner wants.
     """
-    name = str(getattr(model.cfg, "model_name", None) or "unknown")
+    return without_folders(str(getattr(model.cfg, "model_name", None) or "unknown"))
+
+
+def without_folders(name: str) -> str:
+    """Of a local path the last part, or the repository's name in a hub cache; any other name as it is."""
     is_path = name.startswith((".", "~")) or PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
     if not is_path and not Path(name).is_dir():  # "openai-community/gpt2" is a name, unless it is a folder here
         return name
