@@ -12,7 +12,7 @@ function showPanel() {
 // Of long lists as many rows as the panel has room for; a button brings the others.
 function foldRows() {
   const panel = $("panel");
-  for (const [name, least] of [["edges=strongest", 5], ["places", 3], ["edges=strongest", 3]]) {
+  for (const [name, least] of [["edges=strongest", 5], ["places", 3], ["edges=strongest", 3], ["places", 2]]) {
     const list = panel.querySelector(`[data-${name}]`), rows = list ? [...list.children] : [];
     let over = panel.scrollHeight - panel.clientHeight, kept = rows.filter((one) => !one.hidden).length;
     if (over <= 0 || kept <= least) continue;
@@ -77,7 +77,7 @@ function numbers(node) {
 
 // What a node is about in one line: what it promotes, or how many members it has.
 function lineOf(node) {
-  if (node.members) return node.members.length + " members";
+  if (node.members) return `${node.members.length} members, ${where(node)}`;
   const details = detailsOf(node), tokens = words(node, 4);
   const described = details && details.texts.find(([heading]) => heading === "description");
   if (described && !hasLabel(node)) return clean(described[1]);
@@ -162,18 +162,21 @@ function anExample(example) {
   return example.note ? element("div", {}, made, element("p", { class: "note" }, clean(example.note))) : made;
 }
 
-// Where the target comes from in the end, tokens and biases or what was left out, and how the shares of nodes go with that.
-function aboutShares() {
-  if (SIZED_BY !== "share" || !data.target_value) return [];
-  const part = (name, share) => element("span", { class: name, style: `width: ${Math.max(0, Math.min(100, 100 * share))}%` });
+// Where the target comes from in the end: tokens and biases, or what was left out.
+function aboutEnds() {
   const ends = NODES.filter((node) => (REST.has(node.kind) || node.kind === "embedding") && node.flow !== null);
+  if (!ends.length || !data.target_value) return [];
   const left = sum(ends.filter((node) => REST.has(node.kind) && node.kind !== "bias").map((node) => node.flow)) / data.target_value;
-  const explained = !ends.length ? [] : [
+  const part = (name, share) => element("span", { class: name, style: `width: ${Math.max(0, Math.min(100, 100 * share))}%` });
+  const text = (share) => `${(100 * share).toFixed(1)} %`;
+  return [
+    element("h3", {}, "Where the target comes from"),
     element("div", { class: "ends", "aria-hidden": "true" }, part("part-explained", 1 - left), part("part-left", left)),
-    element("p", { class: "note" }, `${percent(1 - left)} explained: edges of this circuit trace it back to tokens and biases. What was left out holds the other ${percent(left)}.`)];
-  return [...explained, element("p", { class: "note", id: "shares" },
-    "Shares of nodes and groups sum support (+) and opposition (−) along all paths. The two cancel in part, and every layer counts them again, so they do not add up to what is explained.")];
+    element("p", { class: "note" }, `${text(1 - left)} is explained: traced back to tokens and biases. What was left out holds the other ${text(left)}.`),
+  ];
 }
+const aboutShares = () => (SIZED_BY !== "share" ? [] : [element("p", { class: "note", id: "shares" },
+  "Shares of nodes and groups sum support (+) and opposition (−) along all paths, again in every layer: they do not add up to what is explained.")]);
 
 // The main groups: those of the circuit, or else what stands at one token in the lower, middle or upper third of the layers.
 function aboutGroups() {
@@ -220,14 +223,14 @@ function aboutCircuit() {
   const list = element("ol", { "data-edges": "strongest" });
   row.most = Math.max(1e-12, ...view.ranked.slice(0, MOST_ROWS).map(sizeOf));
   for (const node of view.ranked.slice(0, MOST_ROWS)) {
-    list.append(row(node, besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)).replace("-", "−"),
+    list.append(row(node, node.members ? "" : besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)).replace("-", "−"),
       `${nameOf(node)} ${where(node)}, ${SIZED_BY} ${percent(node[SIZED_BY])}`, lineOf(node)));
   }
-  const groups = aboutGroups(), made = [element("h2", {}, "Main groups"), ...aboutShares()];
+  const groups = aboutGroups(), made = [...aboutEnds(), element("h2", {}, "Main groups"), ...aboutShares()];
   if (GROUPS.size) made.push(element("ol", { "data-groups": "" }, ...groupRows()));
   if (groups.length) made.push(element("h3", {}, "By token and layers"), element("ol", { "data-places": "" }, ...groups));
   made.push(element("h3", {}, `Strongest nodes, by ${SIZED_BY}`), list);
-  return [...made, ...aboutFile(), howToRead(), aboutMaking()];
+  return [...made, howToRead(), aboutMaking()];
 }
 
 function aboutFile() {
@@ -271,5 +274,5 @@ function aboutMaking() {
   for (const [name, text, title, kind] of data.facts) {
     if (kind === "more") list.append(element("dt", title ? { title } : {}, clean(name)), element("dd", { "data-fact": name }, clean(text)));
   }
-  return element("details", { id: "making" }, element("summary", {}, "How it was made"), list);
+  return element("details", { id: "making" }, element("summary", {}, "How it was made"), list, ...aboutFile());
 }
