@@ -110,7 +110,8 @@ def test_the_head_says_what_the_circuit_is(dallas: Circuit, open_page: Opener) -
     assert float(fact("explained").removesuffix(" %")) == pytest.approx(100 * (1 - dallas.unexplained), abs=0.051)
     page.locator("#making summary").click()
     assert fact("torch") == dallas.settings["versions"]["torch"]
-    assert float(fact("target").split(" = ")[1]) == pytest.approx(dallas.target_value, rel=1e-3)
+    assert fact("target").startswith("Austin: logit ")
+    assert float(fact("target").split()[-1]) == pytest.approx(dallas.target_value, rel=1e-3)
 
 
 @pytest.mark.parametrize("measure", ["attribution", "relative"])

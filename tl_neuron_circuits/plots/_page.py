@@ -233,20 +233,23 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
     """Name, text and meaning of what the page says about the circuit; the fourth is "more" for what stands below."""
     settings = circuit.settings
     target = ", ".join(str(one).strip() for one in settings.get("target", []))
+    unit, meaning = _unit(circuit)
     prompts = int(settings.get("n_prompts", 1))
     explained = 1 - circuit.unexplained if circuit.target_value else float("nan")
     made_with = {"tl-neuron-circuits": versions()["tl-neuron-circuits"]} | dict(settings.get("versions") or {})
     facts = [
-        ("target", f"{target} = {circuit.target_value:.4g}", "what the circuit explains: the sum of its logits", ""),
-        ("the model says", _prediction(settings), "its likeliest next tokens", ""),
+        ("target", f"{target}: {unit} {circuit.target_value:.4g}", f"What the circuit explains. {meaning}", ""),
+        ("the model says", _prediction(settings), "The model's likeliest next tokens", ""),
         (
             "explained",
             _percent(explained),
-            "share of the target that ends at embeddings and biases, not at what was left out",
+            "Share of the target that edges of this circuit trace back to tokens and biases; the rest"
+            f"{f', {_percent(circuit.unexplained)},' if np.isfinite(explained) else ''} runs through what was left out. "
+            "Shares of single nodes and groups are no parts of it: they sum support and opposition along all paths.",
             "loud" if explained < 0.5 else "",
         ),
         ("model", str(circuit.settings.get("model", "")), "the model that was traced", "more"),
-        ("prompts", str(prompts) if prompts != 1 else "", "numbers are means over them", ""),
+        ("prompts", str(prompts) if prompts != 1 else "", "Numbers are means over them", ""),
         (
             "replacement",
             _percent(circuit.graph_replacement),
@@ -263,6 +266,18 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
         *((name, str(version), "version the circuit was made with", "more") for name, version in made_with.items()),
     ]
     return [fact for fact in facts if fact[1]]
+
+
+def _unit(circuit: "Circuit") -> tuple[str, str]:
+    """What the target's number is, and what that means."""
+    names = circuit.nodes.loc[circuit.nodes["kind"] == "logit", "node"]
+    of = "sum of " * (len(names) > 1), "s" * (len(names) > 1)
+    if len(names) and names.str.fullmatch(r"logit/\d+-\d+(@\d+)?|logit_difference").all():
+        return "{}logit difference{}".format(*of), "The logit of one token minus that of another."
+    if len(names) and names.str.fullmatch(r"logit/\d+(@\d+)?|answer_logit").all():
+        centered = bool(circuit.settings.get("center"))
+        return "{}logit{}".format(*of), "Its logit minus the mean over all tokens." if centered else "Its logit."
+    return "value", "A number that the model computes."
 
 
 def _prediction(settings: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@
 const countAt = (place, least, most) => (place >= 100 ? most : Math.round(least * (Math.max(most, least) / least) ** (place / 100)));
 const placeOf = (value, least, most) => (value >= most ? 100 : Math.max(0, Math.min(99, Math.ceil((100 * Math.log(value / least)) / Math.log(most / least)))));
 const spread = (values) => [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
-const LEAST = 5, FIRST_NODES = [15, 40], FIRST_EDGES = 2.5;
+const GOOD_CAPTION = 18, LEAST = 5, FIRST_NODES = [15, 40], FIRST_EDGES = 2.5;
 
 // At first the strongest nodes that make up half of all sizes, 15 to 40 of them, fewer where the window is low.
 function setFirstNodes() {
@@ -13,6 +13,14 @@ function setFirstNodes() {
   let sum = 0, first = 0;
   while (first < sizes.length && sum < 0.5 * total) sum += sizes[first++];
   first = Math.min(sizes.length, Math.max(FIRST_NODES[0], Math.min(most, first)));
+  // Fewer where their captions would have to shrink, or be cut.
+  while (first > FIRST_NODES[0]) {
+    state.count = first;
+    setShown();
+    const made = layout(state.shown, roomFor());
+    if (made.fit > 0.9 && made.grid.letters >= GOOD_CAPTION) break;
+    first = Math.max(FIRST_NODES[0], Math.floor(0.85 * first));
+  }
   setNodes(first);
 }
 const least = () => Math.min(LEAST, view.ranked.length);
@@ -251,8 +259,10 @@ for (const [name, text, title, kind] of data.facts) {
 if (SIZED_BY === "influence") $("edge-measure").value = state.measure = "relative";
 nameTheme();
 rebuildView();
-setFirstNodes();
 showGroups();
+state.colors = readColors();
+drawLegend();
+setFirstNodes();
 update();
 showPanel();
 listen();

@@ -151,6 +151,13 @@ function words(node, most) {
 }
 const hasLabel = (node) => node.label !== node.node;
 
+// Pixels that a text takes, as it will be drawn.
+const PEN = document.createElement("canvas").getContext("2d"), FAMILY = getComputedStyle(document.body).fontFamily;
+function textWidth(text, size) {
+  PEN.font = `${size}px ${FAMILY}`;
+  return PEN.measureText(text).width;
+}
+
 function element(tag, properties, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties || {})) {

@@ -1,7 +1,7 @@
 // The graph as it is now in a picture of its own, SVG or PNG, with its title, prompt, layers and tokens.
 
 function pictureOf() {
-  const { layout } = state, top = 52, width = layout.width + AXIS_WIDTH + 12, height = layout.height + TOKENS_HEIGHT + top;
+  const { layout } = state, legend = legendMark(layout.width + AXIS_WIDTH - 12), top = 56 + legend.height, width = layout.width + AXIS_WIDTH + 12, height = layout.height + TOKENS_HEIGHT + top;
   const style = getComputedStyle(document.documentElement);
   const value = (name) => style.getPropertyValue(name).trim();
   const rules = [...document.styleSheets[0].cssRules].filter((rule) => /^(svg|path|\.(node|band|skipped|columns|positive|negative|end|focused|token))/.test(rule.selectorText || ""));
@@ -18,14 +18,15 @@ function pictureOf() {
   for (const word of $("tokens").children) {
     const copy = word.cloneNode(true);
     copy.setAttribute("transform", `translate(${word.place} 0)`);
-    if (!word.column.folded) copy.firstChild.textContent = shorten(showToken(word.column.token), Math.max(2, Math.floor((word.room - 4) / 7)));
+    copy.firstChild.textContent = wordOf(word, 1);
     tokens.append(copy);
   }
   const fits = Math.floor((width - 24) / 6.6);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, "font-family": "system-ui, 'DejaVu Sans', sans-serif" },
     svg("style", {}, css), svg("rect", { width, height, fill: value("--bg") }),
     svg("text", { x: 12, y: 20, style: "font-size: 15px; font-weight: 600" }, shorten(document.title, Math.floor(fits * 0.8))),
-    svg("text", { x: 12, y: 40, class: "muted" }, shorten(clean(data.prompt), fits)), scene, axis, tokens);
+    svg("text", { x: 12, y: 40, class: "muted" }, shorten(clean(data.prompt), fits)),
+    svg("g", { transform: "translate(12 48)" }, legend.made), scene, axis, tokens);
   for (const hit of root.querySelectorAll(".hit")) hit.remove();
   for (const mark of root.querySelectorAll("[tabindex]")) for (const name of ["tabindex", "role", "aria-pressed", "aria-label", "data-key"]) mark.removeAttribute(name);
   return { text: new XMLSerializer().serializeToString(root), width, height };

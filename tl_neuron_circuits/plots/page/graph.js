@@ -29,8 +29,9 @@ function render() {
   setShown();
   if (state.selected && !state.shownKeys.has(state.selected)) select(null);
   state.hovered = state.edge = null;
-  state.layout = layout(state.shown, roomFor());
   state.colors = readColors();
+  drawLegend();
+  state.layout = layout(state.shown, roomFor());
   drawFrame();
   drawNodes();
   chooseEdges();
@@ -52,20 +53,48 @@ function drawFrame() {
     names.push(name);
   });
   for (const column of columns) {
-    const hasNodes = column.lanes && column.lanes.slice(0, 2).some((lane) => lane.some((boxes) => boxes.length)), half = 3.6 * Math.min([...showToken(column.token)].length, column.width / 7.2);
+    const hasNodes = column.lanes && column.lanes.slice(0, 2).some((lane) => lane.some((boxes) => boxes.length)), full = textWidth(showToken(column.token), 12.5), half = Math.min(full, column.width - 4) / 2;
     const middle = Math.max(column.x + half + 2, Math.min(column.x + column.width - half - 2, column.axis));
     bands.push(svg("line", { class: "columns", x1: column.x, x2: column.x, y1: 0, y2: 1 }));
     const word = svg("g", { class: column.folded ? "token folded" : hasNodes ? "token" : "token muted", "data-position": column.position },
       svg("text", { y: 16, "text-anchor": "middle" }), svg("text", { class: "muted", y: 31, "text-anchor": "middle" },
         column.folded ? foldedRange(column) : column.position >= 0 ? String(column.position) : ""),
       svg("title", {}, column.folded ? column.folded.map((one) => clean(one.token)).join("") + "\n(click to unfold)" : clean(column.token)));
-    Object.assign(word, { place: middle, room: column.width, column });
+    Object.assign(word, { place: middle, room: column.width, column, full, numberWidth: textWidth(word.children[1].textContent, 10.5) });
     words.push(word);
   }
   $("rows").replaceChildren(...bands.filter((one) => one.tagName === "rect"));
   $("columns").replaceChildren(...bands.filter((one) => one.tagName === "line"));
   $("axis").replaceChildren(...names);
   $("tokens").replaceChildren(...words);
+}
+
+// What colors, sizes and marks mean, in as many lines as the width needs.
+const LEGEND_LINE = 19;
+function legendMark(width) {
+  const disc = (name, r) => (x) => svg("circle", { cx: x + 8, cy: 0, r, style: `fill: ${mix(name, 0.7)}; stroke: ${mix(name, 1)}` });
+  const square = (x) => svg("rect", { x: x + 3, y: -5, width: 10, height: 10, rx: 2, style: `fill: none; stroke: ${mix("muted", 1)}` });
+  const line = (x) => svg("path", { d: `M${x} 3L${x + 14} -3`, style: `fill: none; stroke: ${mix("muted", 1)}; stroke-width: 2.5` });
+  const items = [
+    [disc("positive", 5), "supports the target"], [disc("negative", 5), "opposes it"], [disc("muted", 3), `area: ${SIZED_BY}`],
+    [square, "token"], [line, "direct effect"], [null, "→ tokens it promotes"],
+    ...(GROUPS.size ? [[(x) => svg("circle", { cx: x + 8, cy: 0, r: 5, style: `fill: none; stroke: ${[...GROUPS.values()][0].color}; stroke-width: 2.5` }), "ring: group"]] : []),
+    ...(data.tokens.length ? [[null, "underlined token: has neurons here"]] : []),
+  ];
+  const made = svg("g", {});
+  let x = 0, y = LEGEND_LINE / 2;
+  for (const [picture, text] of items) {
+    const wide = (picture ? 20 : 0) + textWidth(text, 11);
+    if (x && x + wide > width) { x = 0; y += LEGEND_LINE; }
+    made.append(svg("g", { transform: `translate(0 ${y})` }, ...(picture ? [picture(x)] : []), svg("text", { class: "muted", x: x + (picture ? 20 : 0), y: 4 }, text)));
+    x += wide + 15;
+  }
+  return { made, height: y + LEGEND_LINE / 2 };
+}
+function drawLegend() {
+  const { made, height } = legendMark($("view").clientWidth - 12);
+  $("legend").style.height = height + 2 + "px";
+  $("legend").replaceChildren(made);
 }
 
 function drawNodes() {
@@ -117,6 +146,8 @@ function nodeMark(node) {
   if (group) made.append(box(-0.5, "group", `stroke: ${group.color}`));
   const [name, more] = place.caption;
   if (name || more) {
+    const width = place.isPill ? 0 : textWidth([name, more].filter(Boolean).join(" "), LETTER_SIZE) + 4;
+    if (width) made.append(svg("rect", { class: "back", x: place.side < 0 ? x - r - 6 - width + 4 : x + r + 2, y: y - 8, width, height: 16, rx: 3 }));
     const text = svg("text", place.isPill ? { x, y: y + 4, "text-anchor": "middle" }
       : place.side < 0 ? { x: x - r - 4, y: y + 4, "text-anchor": "end" } : { x: x + r + 4, y: y + 4 }, svg("tspan", { class: hasLabel(node) || place.isPill ? "name" : "unit" }, name));
     if (more) text.append(" ", svg("tspan", { class: "more" }, more));
@@ -140,23 +171,51 @@ function chooseEdges() {
   state.edgeLimit = strong.length ? strengthOf(strong[strong.length - 1], state.measure) : null;
   state.drawn = [...drawn];
   state.strongest = Math.max(1e-12, ...view.edges.slice(0, 50).map((edge) => Math.min(1, strengthOf(edge, state.measure))));
+  spreadArrivals();
   state.paths = state.drawn.map((edge) => {
     const look = lookOf(edge, 1);
     return { edge, look, path: new Path2D(look.d) };
   }).reverse();
 }
 
+// Edges arrive at a target or a group side by side, in the order in which none has to cross another on its way: from
+// the left those of its highest neighbors first, from the right those of its lowest.
+function spreadArrivals() {
+  const into = new Map();
+  state.arrivals = new Map();
+  for (const edge of state.drawn) {
+    if (!state.layout.places.get(edge.target.key).isPill) continue;
+    if (!into.has(edge.target.key)) into.set(edge.target.key, []);
+    into.get(edge.target.key).push(edge);
+  }
+  for (const [key, edges] of into) {
+    const to = state.layout.places.get(key), step = Math.min(7, (0.84 * to.w) / edges.length);
+    const rank = (edge) => {
+      const from = state.layout.places.get(edge.source.key), side = Math.abs(from.x - to.x) < 3 ? 0 : Math.sign(from.x - to.x);
+      return [side, side * -from.y];
+    };
+    const ranked = edges.map((edge) => [edge, rank(edge)]).sort(([, a], [, b]) => a[0] - b[0] || a[1] - b[1]);
+    ranked.forEach(([edge], index) => state.arrivals.set(edge, (index - (edges.length - 1) / 2) * step));
+  }
+}
+function arrivalOf(edge, from, to) {
+  if (!to.isPill) return to.x;
+  const kept = state.arrivals.get(edge);
+  return to.x + (kept === undefined ? Math.max(-0.42 * to.w, Math.min(0.42 * to.w, (from.x - to.x) / 2)) : kept);
+}
+
 function lookOf(edge, emphasis) {
   const from = state.layout.places.get(edge.source.key), to = state.layout.places.get(edge.target.key);
-  const y1 = from.y - (from.isPill ? 11 : from.r), y2 = to.y + (to.isPill ? 11 : to.r), isEnd = REST.has(edge.source.kind);
+  const x2 = arrivalOf(edge, from, to), isBeside = to.isPill && from.side !== 0 && from.isInner && !from.isPill && columnOf(edge.source) === columnOf(edge.target);
+  const [x1, y1] = isBeside ? [from.x - from.side * from.r, from.y] : [from.x, from.y - (from.isPill ? 11 : from.r)], y2 = to.y + (to.isPill ? 11 : to.r), isEnd = REST.has(edge.source.kind);
   const high = Math.abs(y1 - y2), bend = Math.max(12, high * 0.45), strength = Math.sqrt(Math.min(1, strengthOf(edge, state.measure) / state.strongest));
   // Within a column edges keep to the corridor between the lanes; from column to column they leave and arrive upright.
-  const same = columnOf(edge.source) === columnOf(edge.target), lean = same ? (to.x - from.x) * 0.55 : 0;
+  const same = !to.isPill && columnOf(edge.source) === columnOf(edge.target), lean = same ? (to.x - from.x) * 0.55 : 0;
   const bulge = same && Math.abs(to.x - from.x) < 3 ? -from.side * Math.min(34, 6 + 0.14 * high) : 0;
-  const f = (value) => value.toFixed(1), [c1, c2] = [from.x + lean + bulge, to.x + bulge];
+  const f = (value) => value.toFixed(1), [c1, c2] = [isBeside ? x2 : from.x + lean + bulge, x2 + bulge], b1 = isBeside ? 0 : bend;
   return {
-    sign: edge.attribution < 0 ? "negative" : "positive", isEnd, ends: [from.x, y1, c1, y1 - bend, c2, y2 + bend, to.x, y2],
-    d: `M${f(from.x)} ${f(y1)}C${f(c1)} ${f(y1 - bend)} ${f(c2)} ${f(y2 + bend)} ${f(to.x)} ${f(y2)}`,
+    sign: edge.attribution < 0 ? "negative" : "positive", isEnd, ends: [x1, y1, c1, y1 - b1, c2, y2 + bend, x2, y2],
+    d: `M${f(x1)} ${f(y1)}C${f(c1)} ${f(y1 - b1)} ${f(c2)} ${f(y2 + bend)} ${f(x2)} ${f(y2)}`,
     width: 0.7 + 3.6 * strength * emphasis, opacity: (emphasis > 1 ? 0.35 + 0.65 * strength : 0.14 + 0.6 * strength) * (isEnd ? 0.6 : 1),
   };
 }

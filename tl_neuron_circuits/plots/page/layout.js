@@ -3,7 +3,7 @@
 // between them a corridor for the edges. The strongest nodes have captions, away from the corridor, as many and as long
 // as the room allows. No node covers another.
 
-const TEXT = 6.4, GAP = 4, AXIS_WIDTH = 54, TOKENS_HEIGHT = 40, FOLD_WIDTH = 24, SKIPPED = 7;
+const LETTER_SIZE = 12, GAP = 4, AXIS_WIDTH = 54, TOKENS_HEIGHT = 40, FOLD_WIDTH = 24, SKIPPED = 7;
 const LETTERS = { neuron: "N", feature: "F", head: "H" };
 const LARGEST = Math.max(1e-12, ...NODES.filter((node) => CHOSEN.has(node.kind)).map(sizeOf));
 
@@ -32,10 +32,9 @@ function captionOf(node, letters) {
 function boxOf(node, isCaptioned, letters) {
   const isPill = node.kind === "logit" || node.kind === "group";
   const caption = isCaptioned || !CHOSEN.has(node.kind) || isPill ? captionOf(node, letters) : ["", ""];
-  const length = [...caption[0]].length + (caption[1] ? [...caption[1]].length + 1 : 0);
-  const text = length ? length * TEXT : 0, r = radiusOf(node);
+  const text = textWidth(caption.filter(Boolean).join(" "), LETTER_SIZE), r = radiusOf(node);
   if (isPill) return { node, caption, isPill, r: 11, w: text + 22, h: 24 };
-  return { node, caption, isPill, r, text: text ? text + 8 : 0, center: r + 1, w: 2 * r + 2 + (text ? text + 8 : 0), h: Math.max(2 * r + 2, text ? 18 : 0) };
+  return { node, caption, isPill, r, text: text ? text + 9 : 0, center: r + 1, w: 2 * r + 2 + (text ? text + 9 : 0), h: Math.max(2 * r + 2, text ? 18 : 0) };
 }
 
 function rowOf(node) {
@@ -71,16 +70,17 @@ function layout(nodes, room) {
   let best = null;
   for (const [part, letters] of CAPTIONS) {
     const captioned = new Set(chosen.slice(0, Math.ceil(Math.min(chosen.length, MOST_CAPTIONS) * part)));
-    const grid = gridOf(nodes, captioned, letters, room);
+    const grid = { ...gridOf(nodes, captioned, letters, room), letters: part === 1 ? letters : 0 };
     for (const aspect of ASPECTS) {
       const made = arrange(grid, room, aspect);
       made.fit = Math.min(1, room.width / made.width, room.height / made.height);
       if (!best || made.fit > best.fit + 0.001) best = made;
     }
-    // Captions are worth a little shrinking.
-    if (best.fit > (part === 1 ? 0.82 : 0.9)) break;
+    // Captions are worth a little shrinking, but must stay readable.
+    if (best.fit > 0.93) break;
   }
-  if (best.fit < 1) {  // what one side of the room has to spare
+  if (best.fit < 1) {  // what one side of the room has to spare, with the tokens' words, which do not shrink
+    for (const column of best.grid.columns) column.least /= best.fit;
     const made = arrange(best.grid, { width: room.width / best.fit, height: room.height / best.fit }, best.aspect);
     best = { ...made, fit: Math.min(1, room.width / made.width, room.height / made.height) };
   }
@@ -100,6 +100,10 @@ function gridOf(nodes, captioned, letters, room) {
   const columns = columnsOf(used, nodes, room);
   for (const column of columns) {
     column.lanes = [0, 1, 2].map((lane) => rows.map((row) => cells.get([row.key, column.position, lane].join("|")) || []));
+    const edges = column.lanes.slice(0, 2).flat(2).length, targets = column.lanes[2].flat().filter((box) => box.node.kind === "logit");
+    column.corridor = targets.length ? Math.min(MOST_CORRIDOR, CORRIDOR + 3 * edges) : CORRIDOR;
+    column.isTarget = targets.length > 0;
+    if (targets.length === 1) targets[0].w = Math.max(targets[0].w, column.corridor);  // its edges arrive side by side
     for (const boxes of column.lanes.slice(0, 2)) {  // the middles of a lane's discs are on one line
       const largest = boxes.flat().reduce((most, box) => (box.isPill ? most : Math.max(most, box.r)), 0);
       for (const box of boxes.flat()) if (!box.isPill) Object.assign(box, { center: largest + 1, w: largest + box.r + 2 + box.text });
@@ -123,17 +127,17 @@ function columnsOf(used, nodes, room) {
     else if (last && last.folded) last.folded.push(column);
     else columns.push({ position: column.position, folded: [column], least: FOLD_WIDTH, token: "" });
   }
-  for (const column of columns) if (column.folded) column.least = Math.max(FOLD_WIDTH, 6.2 * foldedRange(column).length + 10);
+  for (const column of columns) if (column.folded) column.least = Math.max(FOLD_WIDTH, textWidth(foldedRange(column), 10.5) + 12);
   return columns.map((column) => (column.folded && column.folded.length === 1 ? column.folded[0] : column));
 }
 
 function columnAt(position, nodes) {
   const own = nodes.find((node) => node.position === position && node.token && node.kind !== "logit");
   const token = position < 0 ? "everywhere" : position < data.tokens.length ? data.tokens[position] : own ? own.token : "";
-  return { position, token, least: Math.max(22, Math.min(13, [...showToken(token)].length) * 7.2 + 10) };
+  return { position, token, least: Math.max(22, Math.min(130, textWidth(showToken(token), 12.5) + 12)) };
 }
 
-const EDGE = 8, CORRIDOR = 44;
+const EDGE = 8, CORRIDOR = 44, MOST_CORRIDOR = 124;
 
 function arrange(grid, room, aspect) {
   const rows = grid.rows.map((row) => ({ ...row })), columns = grid.columns.map((column) => ({ ...column }));
@@ -150,7 +154,7 @@ function arrange(grid, room, aspect) {
       return width;
     });
     const [left, right, middle] = column.widths;
-    column.width = Math.max(column.least, left + right + 2 * EDGE + (left && right ? CORRIDOR : 0), middle + EDGE);
+    column.width = Math.max(column.least, left + right + 2 * EDGE + (left && right || column.isTarget ? column.corridor : 0), middle + EDGE);
   }
   const needed = columns.reduce((sum, column) => sum + column.width, 0);
   const open = columns.filter((column) => !column.folded), spare = Math.max(0, room.width - needed);
@@ -159,7 +163,7 @@ function arrange(grid, room, aspect) {
     if (!column.folded) column.width += spare / open.length;
     column.x = x;
     const [left, right] = column.widths || [0, 0];
-    column.between = left && right ? CORRIDOR / 2 : 0;
+    column.between = left && right || column.isTarget && (left || right) ? column.corridor / 2 : 0;
     column.axis = left || right ? x + column.width / 2 + (left - right) / 2 : x + column.width / 2;
     x += column.width;
   }
@@ -200,7 +204,7 @@ function placed(rows, columns) {
         for (const line of filled.lines) {
           line.boxes.forEach((box, at) => {
             const x = from + side * (at * filled.step + (box.isPill ? box.w / 2 : box.center));
-            places.set(box.node.key, { ...box, x, y: top + line.h / 2, side: which === 2 ? 0 : side });
+            places.set(box.node.key, { ...box, x, y: top + line.h / 2, side: which === 2 ? 0 : side, isInner: at === 0 });
           });
           top += line.h;
         }

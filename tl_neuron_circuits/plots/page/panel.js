@@ -6,6 +6,25 @@ function showPanel() {
   const node = state.selected ? view.byKey.get(state.selected) : null;
   $("panel").replaceChildren(...(node ? aboutNode(node) : aboutCircuit()));
   $("panel").scrollTop = 0;
+  if (!node) foldRows();
+}
+
+// Of long lists as many rows as the panel has room for; a button brings the others.
+function foldRows() {
+  const panel = $("panel");
+  for (const [name, least] of [["edges=strongest", 5], ["places", 3], ["edges=strongest", 3], ["places", 2]]) {
+    const list = panel.querySelector(`[data-${name}]`), rows = list ? [...list.children] : [];
+    let over = panel.scrollHeight - panel.clientHeight, kept = rows.filter((one) => !one.hidden).length;
+    if (over <= 0 || kept <= least) continue;
+    const heights = rows.map((one) => one.offsetHeight);
+    if (kept === rows.length) over += 26;
+    while (kept > least && over > 0) over -= heights[--kept];
+    rows.forEach((one, index) => { one.hidden = index >= kept; });
+    const known = list.nextElementSibling, button = known && known.className === "more-rows" ? known : element("button", { type: "button", class: "more-rows" });
+    button.textContent = `Show ${rows.length - kept} more`;
+    button.onclick = () => { rows.forEach((one) => { one.hidden = false; }); button.remove(); };
+    list.after(button);
+  }
 }
 
 function aboutNode(node) {
@@ -58,11 +77,11 @@ function numbers(node) {
 
 // What a node is about in one line: what it promotes, or how many members it has.
 function lineOf(node) {
-  if (node.members) return node.members.length + " members";
+  if (node.members) return `${node.members.length} members, ${where(node)}`;
   const details = detailsOf(node), tokens = words(node, 4);
   const described = details && details.texts.find(([heading]) => heading === "description");
   if (described && !hasLabel(node)) return clean(described[1]);
-  return tokens.length ? "→ " + tokens.join(", ") : "";
+  return tokens.length ? "promotes " + tokens.join(", ") : "";
 }
 
 const besideName = (node) => ((node.label.endsWith("@" + node.position) || (REST.has(node.kind) && node.position >= 0)) && node.token && node.token !== "…" ? `“${showToken(node.token)}”` : where(node));
@@ -71,7 +90,7 @@ function row(node, small, value, text, label, line) {
   const most = row.most || 1;
   const bar = element("span", { class: "bar " + (value < 0 ? "negative" : "positive"), style: `width: ${Math.max(1, (100 * Math.abs(value)) / most)}%` });
   const made = element("button", { type: "button", class: "row", "aria-label": label, "data-target": node.key, onclick: () => { select(node.key, true); } },
-    element("span", { class: "name" }, element("span", {}, nameOf(node), element("small", {}, small)), line ? element("span", { class: "line" }, line) : null), bar, element("span", { class: "number" }, text));
+    element("span", { class: "name" }, element("span", {}, nameOf(node), element("small", {}, small))), bar, element("span", { class: "number" }, text), line ? element("span", { class: "line" }, line) : "");
   made.onmouseenter = () => { if (state.shownKeys.has(node.key)) marks.get(node.key).classList.add("found"); };
   made.onmouseleave = () => paint();
   return element("li", {}, made);
@@ -147,14 +166,17 @@ function anExample(example) {
 function aboutEnds() {
   const ends = NODES.filter((node) => (REST.has(node.kind) || node.kind === "embedding") && node.flow !== null);
   if (!ends.length || !data.target_value) return [];
-  const left = ends.filter((node) => REST.has(node.kind) && node.kind !== "bias").reduce((sum, node) => sum + node.flow, 0) / data.target_value;
+  const left = sum(ends.filter((node) => REST.has(node.kind) && node.kind !== "bias").map((node) => node.flow)) / data.target_value;
   const part = (name, share) => element("span", { class: name, style: `width: ${Math.max(0, Math.min(100, 100 * share))}%` });
+  const text = (share) => `${(100 * share).toFixed(1)} %`;
   return [
     element("h3", {}, "Where the target comes from"),
     element("div", { class: "ends", "aria-hidden": "true" }, part("part-explained", 1 - left), part("part-left", left)),
-    element("p", { class: "note" }, `${percent(1 - left)} along edges of this circuit from tokens and biases; ${percent(left)} through what was left out.`),
+    element("p", { class: "note" }, `${text(1 - left)} is explained: traced back to tokens and biases. What was left out holds the other ${text(left)}.`),
   ];
 }
+const aboutShares = () => (SIZED_BY !== "share" ? [] : [element("p", { class: "note", id: "shares" },
+  "Shares of nodes and groups sum support (+) and opposition (−) along all paths, again in every layer: they do not add up to what is explained.")]);
 
 // The main groups: those of the circuit, or else what stands at one token in the lower, middle or upper third of the layers.
 function aboutGroups() {
@@ -175,31 +197,40 @@ function placeRow({ position, nodes }, most) {
   const layers = nodes.map((node) => node.layer), [low, high] = spread(layers);
   const ranked = [...nodes].sort((a, b) => sizeOf(b) - sizeOf(a)), signs = [1, -1].map((sign) => nodes.filter((node) => signOf(node) === sign));
   const token = data.tokens[position] || ranked[0].token;
-  const name = `${position < 0 ? "all positions" : token === "…" ? "position " + position : `“${showToken(token)}”`}, ${low === high ? "layer " + low : `layers ${low}–${high}`}`;
-  const said = [...new Set(ranked.filter(hasLabel).map((node) => clean(node.label)))].slice(0, 3).join(" · ");
+  const place = `${position < 0 ? "all positions" : token === "…" ? "position " + position : `“${showToken(token)}”`}, ${low === high ? "layer " + low : `layers ${low}–${high}`}`;
+  const said = functionOf(ranked);
   const bar = (which, sign) => element("span", { class: "bar " + sign, style: `width: ${(100 * sum(signs[which].map(sizeOf))) / most}%` });
   const shares = signs.map((some, which) => (some.length ? (which ? "−" : "+") + percent(Number(sum(some.map(sizeOf)).toPrecision(2))) : "")).filter(Boolean).join(" ");
   const button = element("button", { type: "button", class: "row place", title: "Select its strongest node", "data-place": position, onclick: () => select(ranked[0].key, true) },
-    element("span", { class: "name" }, element("span", {}, name, element("small", {}, `${count(nodes.length)} ${nodes.length === 1 ? "node" : "nodes"}`)), said ? element("span", { class: "line" }, said) : null),
-    element("span", { class: "number" }, shares), element("span", { class: "bars" }, bar(0, "positive"), bar(1, "negative")));
+    element("span", { class: "name" }, place), element("span", { class: "number" }, shares),
+    element("span", { class: "bars" }, bar(0, "positive"), bar(1, "negative")),
+    element("span", { class: "line" }, `${count(nodes.length)} ${nodes.length === 1 ? "node" : "nodes"}${said ? "; " + said : ""}`));
   const keys = new Set(nodes.map((node) => node.key));
   button.onmouseenter = () => { for (const [key, mark] of marks) mark.classList.toggle("found", keys.has(key)); };
   button.onmouseleave = () => paint();
   return element("li", {}, button);
 }
 
+// What nodes do, in a line: the labels they have, or else which of them is the strongest and what it promotes.
+function functionOf(ranked) {
+  const labels = [...new Set(ranked.filter(hasLabel).map((node) => clean(node.label)))].slice(0, 3);
+  if (labels.length) return labels.join(" · ");
+  const [first] = ranked, tokens = words(first, 3), name = CHOSEN.has(first.kind) && LETTERS[first.kind] ? `L${first.layer}/${LETTERS[first.kind]}${first.unit}` : clean(first.node);
+  return `strongest ${name}${tokens.length ? ` promotes ${tokens.join(", ")}` : ""}`;
+}
+
 function aboutCircuit() {
   const list = element("ol", { "data-edges": "strongest" });
   row.most = Math.max(1e-12, ...view.ranked.slice(0, MOST_ROWS).map(sizeOf));
   for (const node of view.ranked.slice(0, MOST_ROWS)) {
-    list.append(row(node, besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)),
+    list.append(row(node, node.members ? "" : besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)).replace("-", "−"),
       `${nameOf(node)} ${where(node)}, ${SIZED_BY} ${percent(node[SIZED_BY])}`, lineOf(node)));
   }
-  const groups = aboutGroups(), made = [element("h2", {}, "Main groups")];
+  const groups = aboutGroups(), made = [...aboutEnds(), element("h2", {}, "Main groups"), ...aboutShares()];
   if (GROUPS.size) made.push(element("ol", { "data-groups": "" }, ...groupRows()));
-  if (groups.length) made.push(element("h3", {}, `By token and layers: ${SIZED_BY}s for and against`), element("ol", { "data-places": "" }, ...groups));
-  made.push(element("h3", {}, "Strongest nodes"), list, ...aboutEnds());
-  return [...made, ...aboutFile(), howToRead(), aboutMaking()];
+  if (groups.length) made.push(element("h3", {}, "By token and layers"), element("ol", { "data-places": "" }, ...groups));
+  made.push(element("h3", {}, `Strongest nodes, by ${SIZED_BY}`), list);
+  return [...made, howToRead(), aboutMaking()];
 }
 
 function aboutFile() {
@@ -213,7 +244,8 @@ function groupRows() {
   row.most = Math.max(1e-12, ...all.map(({ shares }) => Math.abs(shares)));
   return all.sort((a, b) => Math.abs(b.shares) - Math.abs(a.shares)).map(({ group, shares }) => {
     const shown = view.collapsed.has(group.name) ? "group:" + group.name : group.members[0].key;
-    return row({ ...supernode(group), key: shown }, "", shares, percent(Number(shares.toPrecision(3))), group.name, group.members.length + " members");
+    const ranked = [...group.members].sort((a, b) => sizeOf(b) - sizeOf(a));
+    return row({ ...supernode(group), key: shown }, "", shares, percent(Number(shares.toPrecision(3))), group.name, `${group.members.length} members; ${functionOf(ranked)}`);
   });
 }
 
@@ -223,11 +255,11 @@ function howToRead() {
   const line = (name, y, width) => svg("path", { class: name, d: `M4 ${y}H38`, "stroke-width": width });
   const square = (x, dashes) => svg("rect", { x, y: 6, width: 12, height: 12, rx: 2, style: `fill: none; stroke: var(--muted); stroke-dasharray: ${dashes}` });
   const legend = element("div", { class: "legend" },
-    picture(disc("--positive", 10, 5), disc("--positive", 29, 10)), element("span", {}, "supports the target; area by |" + SIZED_BY + "|"),
-    picture(disc("--negative", 10, 5), disc("--negative", 29, 10)), element("span", {}, "works against it"),
+    picture(disc("--positive", 10, 5), disc("--positive", 29, 10)), element("span", {}, `supports the target; area by the size of its ${SIZED_BY}${SIZED_BY === "share" ? ", its score over the target" : ""}`),
+    picture(disc("--negative", 10, 5), disc("--negative", 29, 10)), element("span", {}, "opposes it"),
     picture(line("positive", 8, 4), line("negative", 17, 1.2)), element("span", {}, "direct effect of a node below on one above: width by size, color by support for the target"),
     picture(square(3, "none"), square(25, "2.5 2")), element("span", {}, "embedding of a token; biases and what was left out"),
-    element("span", { style: "text-align: center" }, "→"), element("span", {}, "tokens whose logits the neuron raises by what it writes here, directly"));
+    element("span", { style: "text-align: center" }, "→"), element("span", {}, "promotes: tokens whose logits the neuron raises by what it writes here, directly"));
   const keys = element("dl", { class: "keys" });
   for (const [names, what] of [["Tab Enter", "enter the graph, select a node"], ["↑ ↓", "follow its strongest edge"], ["← →", "the next such edge, or node of the layer"],
     ["[ ]", "fewer, more nodes"], ["+ − 0", "zoom, fit"], ["/ t Esc", "search, target, clear"]]) {
@@ -242,5 +274,5 @@ function aboutMaking() {
   for (const [name, text, title, kind] of data.facts) {
     if (kind === "more") list.append(element("dt", title ? { title } : {}, clean(name)), element("dd", { "data-fact": name }, clean(text)));
   }
-  return element("details", { id: "making" }, element("summary", {}, "How it was made"), list);
+  return element("details", { id: "making" }, element("summary", {}, "How it was made"), list, ...aboutFile());
 }

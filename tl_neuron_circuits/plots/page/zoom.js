@@ -37,9 +37,9 @@ function showTransform(transform) {
   for (const name of $("axis").children) name.setAttribute("y", y + k * name.place + 4);
   for (const word of $("tokens").children) {
     word.setAttribute("transform", `translate(${x + k * word.place} 0)`);
-    const { column } = word, letters = Math.max(2, Math.floor((k * word.room - 4) / 7));
-    word.firstChild.textContent = column.folded ? "⋯" : shorten(showToken(column.token), letters);
+    word.firstChild.textContent = wordOf(word, k);
   }
+  hideColliding(k);
   if (state.drawnAt && state.drawn.length > MANY_EDGES) {
     const from = state.drawnAt, by = k / from.k;
     $("edges").style.transform = `translate(${x - from.x * by}px, ${y - from.y * by}px) scale(${by})`;
@@ -47,6 +47,22 @@ function showTransform(transform) {
     showTransform.later = setTimeout(drawEdges, 120);
   } else if (state.paths && state.drawnAt) drawEdges();
   showMapFrame();
+}
+
+// A word of the token row, cut to its column.
+function wordOf({ column, full, room }, k) {
+  if (column.folded) return "⋯";
+  const text = showToken(column.token), letters = [...text].length;
+  return full <= k * room - 4 ? text : shorten(text, Math.max(2, Math.floor((letters * (k * room - 4)) / full)));
+}
+// Numbers of positions that would touch the one before are left out.
+function hideColliding(k) {
+  let end = -Infinity;
+  for (const word of [...$("tokens").children]) {
+    const half = word.numberWidth / 2, left = k * word.place - half;
+    word.children[1].style.display = left < end + 4 ? "none" : "";
+    if (left >= end + 4) end = left + 2 * half;
+  }
 }
 
 const zoomBy = (factor) => d3.select($("graph")).call(gestures.scaleBy, factor);
