@@ -429,6 +429,45 @@ def test_a_hidden_node_comes_back_when_an_edge_leads_to_it(dallas: Circuit, open
     assert shown(page)[0] > kept
 
 
+TOUCHING = """(what) => {
+    const boxes = [...document.querySelectorAll(what)].map((one) => one.getBoundingClientRect());
+    const shown = boxes.filter((one) => one.width).sort((a, b) => a.left - b.left);
+    return shown.slice(1).filter((one, index) => one.left < shown[index].right).length;
+}"""
+
+
+def test_a_reader_new_to_the_circuit_finds_what_its_marks_and_numbers_mean(dallas: Circuit, open_page: Opener) -> None:
+    first, second = neurons(dallas)["node"].iloc[:2]
+    effects = {second: {"direct_logit_effects": [("Nevada", 0.5), ("Ohio", -0.5)]}}
+    page = open_page(dallas.label({first: "the State"}), details=effects)
+    legend = page.locator("#legend").text_content()
+    assert all(
+        part in legend for part in ("supports the target", "opposes it", "area: share", "promotes", "underlined")
+    )
+    panel = page.locator("#panel").inner_text()
+    assert f"What was left out holds the other {100 * dallas.unexplained:.1f} %" in panel
+    assert "do not add up to what is explained" in panel
+    title = page.locator("#facts div", has_text="explained").get_attribute("title")
+    assert f"{100 * dallas.unexplained:.1f} %" in title and "support and opposition" in title
+    assert "the State" in page.locator("[data-places]").inner_text()  # labels say what a group does
+    node(page, second).hover()
+    assert "promotes Nevada" in page.locator("#tip").inner_text()
+
+
+def test_nothing_of_the_opening_view_is_cut_or_collides(open_page: Opener) -> None:
+    page = open_page(large_circuit(300, 12_000, layers=30, positions=60))
+    assert page.evaluate(TOUCHING, "#tokens text.muted") == 0
+    assert page.evaluate(
+        "document.getElementById('panel').scrollHeight <= document.getElementById('panel').clientHeight"
+    )
+    scale = float(re.search(r"scale\((\S+)\)", page.locator("#scene").get_attribute("transform"))[1])
+    assert scale > 0.8  # captions are drawn at 12 pixels
+    assert page.locator(".node:not(.pill) text").count() == page.locator(".node .back").count() > 0
+    before = page.locator('[data-edges="strongest"] > li:visible').count()
+    page.locator(".more-rows").last.click()
+    assert before < page.locator('[data-edges="strongest"] > li:visible').count() == 12
+
+
 def test_the_panel_says_which_heads_bring_an_edge(dallas: Circuit, open_page: Opener) -> None:
     split = dallas.with_heads(edges=50, model=load_demo_model())
     best = split.heads().query("kind == 'head' and target.str.startswith('L')", engine="python").iloc[0]

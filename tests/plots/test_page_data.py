@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -163,6 +164,19 @@ def test_a_file_has_about_ten_thousand_edges_at_most(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").stat().st_size < 1_500_000
     with pytest.raises(SettingsError, match="edge_share"):
         circuit.to_html(tmp_path / "page.html", edge_share=-0.1)
+
+
+def test_the_target_has_a_unit(dallas: Circuit) -> None:
+    def fact(**nodes: str) -> tuple[str, str]:
+        names = dallas.nodes.replace({"node": nodes})
+        made = replace(dallas, nodes=names, edges=dallas.edges.replace({"target": nodes}), traced=None)
+        return next((text, meaning) for name, text, meaning, _ in page_data(made)["facts"] if name == "target")
+
+    value = f"{dallas.target_value:.4g}"
+    text, meaning = fact()
+    assert text == f"Austin: logit {value}" and "minus the mean" in meaning
+    assert fact(**{"logit/539": "logit/539-12@9"})[0] == f"Austin: logit difference {value}"
+    assert fact(**{"logit/539": "direction"})[0] == f"Austin: value {value}"
 
 
 @for_each(

@@ -243,8 +243,8 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
         (
             "explained",
             _percent(explained),
-            "Share of the target that edges of this circuit trace back to tokens and biases; the rest"
-            f"{f', {_percent(circuit.unexplained)},' if np.isfinite(explained) else ''} runs through what was left out. "
+            "Share of the target that edges of this circuit trace back to tokens and biases; what was left out holds "
+            f"the other {_percent(1 - explained)}. "
             "Shares of single nodes and groups are no parts of it: they sum support and opposition along all paths.",
             "loud" if explained < 0.5 else "",
         ),

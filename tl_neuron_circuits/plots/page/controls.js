@@ -4,7 +4,7 @@
 const countAt = (place, least, most) => (place >= 100 ? most : Math.round(least * (Math.max(most, least) / least) ** (place / 100)));
 const placeOf = (value, least, most) => (value >= most ? 100 : Math.max(0, Math.min(99, Math.ceil((100 * Math.log(value / least)) / Math.log(most / least)))));
 const spread = (values) => [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
-const GOOD_CAPTION = 18, LEAST = 5, FIRST_NODES = [15, 40], FIRST_EDGES = 2.5;
+const LEAST = 5, FIRST_NODES = [15, 40], FIRST_EDGES = 2.5;
 
 // At first the strongest nodes that make up half of all sizes, 15 to 40 of them, fewer where the window is low.
 function setFirstNodes() {

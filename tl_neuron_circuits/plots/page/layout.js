@@ -63,7 +63,7 @@ function lines(boxes, width) {
 // The first arrangement that fits the room as it is, from many long captions to none; or the one that shrinks least.
 const CAPTIONS = [[1, 30], [1, 24], [1, 18], [1, 12], [1, 7], [0.5, 18], [0.5, 12], [0.25, 18], [0.1, 12], [0, 12]];
 const ASPECTS = [14, 8, 4.5, 2.6, 1.6, 1, 0.6];
-const MOST_CAPTIONS = 60;
+const MOST_CAPTIONS = 60, GOOD_CAPTION = 18;
 
 function layout(nodes, room) {
   const chosen = nodes.filter((node) => CHOSEN.has(node.kind)).sort((a, b) => sizeOf(b) - sizeOf(a));
@@ -77,12 +77,15 @@ function layout(nodes, room) {
       if (!best || made.fit > best.fit + 0.001) best = made;
     }
     // Captions are worth a little shrinking, but must stay readable.
-    if (best.fit > 0.93) break;
+    if (best.fit > (part < 1 ? 0.88 : letters < GOOD_CAPTION ? 0.84 : 0.93)) break;
   }
-  if (best.fit < 1) {  // what one side of the room has to spare, with the tokens' words, which do not shrink
-    for (const column of best.grid.columns) column.least /= best.fit;
-    const made = arrange(best.grid, { width: room.width / best.fit, height: room.height / best.fit }, best.aspect);
-    best = { ...made, fit: Math.min(1, room.width / made.width, room.height / made.height) };
+  if (best.fit < 1) {  // what one side of the room has to spare; at its best for the tokens' words too, which do not shrink
+    const wider = { ...best.grid, columns: best.grid.columns.map((column) => ({ ...column, least: column.least / best.fit })) };
+    for (const grid of [wider, best.grid]) {
+      const made = arrange(grid, { width: room.width / best.fit, height: room.height / best.fit }, best.aspect);
+      made.fit = Math.min(1, room.width / made.width, room.height / made.height);
+      if (made.fit > 0.98 * best.fit) return made;
+    }
   }
   return best;
 }

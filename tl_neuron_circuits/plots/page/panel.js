@@ -12,7 +12,7 @@ function showPanel() {
 // Of long lists as many rows as the panel has room for; a button brings the others.
 function foldRows() {
   const panel = $("panel");
-  for (const [name, least] of [["edges=strongest", 5], ["places", 3], ["edges=strongest", 3], ["places", 2]]) {
+  for (const [name, least] of [["edges=strongest", 5], ["places", 3], ["edges=strongest", 3], ["places", 2], ["places", 1]]) {
     const list = panel.querySelector(`[data-${name}]`), rows = list ? [...list.children] : [];
     let over = panel.scrollHeight - panel.clientHeight, kept = rows.filter((one) => !one.hidden).length;
     if (over <= 0 || kept <= least) continue;
