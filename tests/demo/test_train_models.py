@@ -112,7 +112,7 @@ def test_documents_are_packed_whole_and_apart() -> None:
 def test_training_is_seeded_and_leaves_the_random_state_alone(name: str) -> None:
     before = torch.get_rng_state()
     first, second, other = (
-        train(name, Recipe(steps=3, rows=2, seed=seed), progress=False).state_dict() for seed in (0, 0, 1)
+        train(name, Recipe(steps=3, rows=2, seed=seed), verbose=False).state_dict() for seed in (0, 0, 1)
     )
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -121,7 +121,7 @@ def test_training_is_seeded_and_leaves_the_random_state_alone(name: str) -> None
 
 @pytest.mark.parametrize("name", DEMO_MODELS)
 def test_what_is_saved_is_what_was_trained(name: str, tmp_path: Path) -> None:
-    model = train(name, Recipe(steps=2, rows=2), progress=False)
+    model = train(name, Recipe(steps=2, rows=2), verbose=False)
     round_to_half(model)
     save(model, TOKENIZER, tmp_path)
     loaded, _ = load(tmp_path)

@@ -184,7 +184,7 @@ def test_the_buffer_bounds_what_is_held(one_tiny: Any, tokens: Tensor) -> None:
 
 
 def test_progress_shows_what_is_measured(one_tiny: Any, tokens: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
-    train(one_tiny, tokens, SMALL.replace(steps=10))
+    train(one_tiny, tokens, SMALL.replace(steps=10), verbose=True)
     shown = capsys.readouterr().err
     assert all(f"{measure}=" in shown for measure in MEASURES)
 

@@ -102,7 +102,7 @@ def test_chunks_of_features_and_prompts_change_nothing(demo: tuple[Any, Any], mo
     tokens = torch.randint(5, 500, (5, 7), generator=torch.Generator().manual_seed(0))
     whole = deembed(model, dictionaries, labels), pull_back(model, dictionaries, labels)
     run = probe_run(model, dictionaries)
-    means = feature_means(model, run, tokens, (), 32)
+    means = feature_means(model, run, tokens, (), 32, None)
     rooms = "tl_neuron_circuits.transcoders."
     monkeypatch.setattr(f"{rooms}_deembed._PRODUCTS_AT_ONCE", 1000)
     monkeypatch.setattr(f"{rooms}_pull_back._WEIGHTS_AT_ONCE", 5000)
@@ -111,7 +111,7 @@ def test_chunks_of_features_and_prompts_change_nothing(demo: tuple[Any, Any], mo
     for before, after in zip(whole, (deembed(*demo, labels), pull_back(*demo, labels)), strict=True):
         assert after[["label", "direction", "rank"]].equals(before[["label", "direction", "rank"]])
         assert (after["value"] - before["value"]).abs().max() < 1e-6
-    chunked = feature_means(model, run, tokens, (), 2)
+    chunked = feature_means(model, run, tokens, (), 2, None)
     assert all(torch.allclose(chunked[layer], means[layer], atol=1e-6) for layer in means)
 
 

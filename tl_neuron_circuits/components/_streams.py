@@ -149,7 +149,7 @@ class _MixedStreams:
             component = self._graph.components[index]
             copy = self.readers[component.reads].index(index)
             written = _write(component, value, self._clean.output_weights, self._graph.n_heads)
-            self._live[index] = written.unflatten(0, (len(self._kept), self.copies, -1))[:, copy]
+            self._live[index] = written.unflatten(0, (len(self._kept), self.copies, -1))[:, copy].to(self._corrupt)
         return value
 
     def _view(self, index: int) -> Tensor:
