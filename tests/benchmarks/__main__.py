@@ -165,7 +165,8 @@ def page(results: dict[str, Any]) -> str:
         "blocks: else page faults fall on either side by chance, up to a tenth. Memory is resident memory above "
         "the model's, each side in a process of its own. Random models of GPT-2's shape, 12 x 768 with 8 prompts of 32 "
         "tokens for RelP and `attribute`, 6 x 256 for integrated gradients, 12 x 256 for edges; demo-gelu for "
-        "the rest. What bounds each path, and how to go further: [Save memory](how-to/large-models.md#what-each-call-costs).",
+        "the rest. What bounds each path, and how to go further: "
+        "[Save memory](how-to/large-models.md#what-each-call-costs).",
     ]
     wrapped = [textwrap.fill(text, 160, break_long_words=False, break_on_hyphens=False) for text in paragraphs]
     table = "\n".join([HEAD, *(line(row) for row in results["rows"].values())])
