@@ -454,7 +454,9 @@ def test_a_reader_new_to_the_circuit_finds_what_its_marks_and_numbers_mean(dalla
     assert "promotes Nevada" in page.locator("#tip").inner_text()
 
 
-def test_nothing_of_the_opening_view_is_cut_or_collides(open_page: Opener) -> None:
+def test_nothing_of_the_opening_view_is_cut_or_collides(dallas: Circuit, open_page: Opener) -> None:
+    page = open_page(dallas)
+    assert page.locator(".node:not(.pill) text").count() == page.locator(".node .back").count() > 0
     page = open_page(large_circuit(300, 12_000, layers=30, positions=60))
     assert page.evaluate(TOUCHING, "#tokens text.muted") == 0
     assert page.evaluate(
@@ -462,7 +464,6 @@ def test_nothing_of_the_opening_view_is_cut_or_collides(open_page: Opener) -> No
     )
     scale = float(re.search(r"scale\((\S+)\)", page.locator("#scene").get_attribute("transform"))[1])
     assert scale > 0.8  # captions are drawn at 12 pixels
-    assert page.locator(".node:not(.pill) text").count() == page.locator(".node .back").count() > 0
     before = page.locator('[data-edges="strongest"] > li:visible').count()
     page.locator(".more-rows").last.click()
     assert before < page.locator('[data-edges="strongest"] > li:visible').count() == 12

@@ -48,6 +48,15 @@ class _SiteSettings(msgspec.Struct):
     errors: bool
 
 
+class _PromptSettings(msgspec.Struct):
+    """What the model says on one of several prompts."""
+
+    prompt: str
+    predicted: str
+    target: str | None
+    rank: Count | None
+
+
 class CircuitSettings(msgspec.Struct):
     """What a circuit needs of its settings; there may be more."""
 
@@ -61,6 +70,16 @@ class CircuitSettings(msgspec.Struct):
     prompt: str = ""
     n_layers: Count = 0
     n_grouped: Count = 0
+    groups: dict[str, list[str]] | None = None
+    token_ids: list[int] | None = None
+    spans: dict[str, tuple[Count, Count]] | None = None
+    places: list[list[int]] | None = None
+    prompts: list[_PromptSettings] | None = None
+    predicted: list[tuple[str, float]] = []
+    predicted_at: dict[str, list[tuple[str, float]]] | None = None
+    target_ranks: dict[str, Count] | None = None
+    twins: dict[str, tuple[str, float]] | None = None
+    layer_scores: list[tuple[Count, float, float]] | None = None
 
 
 def to_file(
@@ -103,6 +122,9 @@ def from_file(
     formed(notes.settings, CircuitSettings, path)
     for told in notes.details.values():
         formed(told, _Details, path)
+    named = {*(notes.settings.get("target_ranks") or {}), *(notes.settings.get("twins") or {})}
+    if not named <= set(notes.texts.get("node", ())):
+        raise FileFormatError(f"{path} has ranks of targets that are not there. It is damaged: save it again.")
     texts = [name for name, kind in NODE_COLUMNS.items() if kind == "str"]
     n, m = len(notes.texts.get("node", ())), tensors["edges/weight"].numel() if "edges/weight" in tensors else 0
     if set(notes.texts) != set(texts) or {len(column) for column in notes.texts.values()} != {n}:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ SCHEMA = 3
 class SiteLabels:
     """What a saved score knows of its site."""
 
-    layer: int
+    layer: Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]
     letter: str
 
 
