@@ -369,6 +369,21 @@ def in_short() -> dict[str, str]:
         rows.append(["Do about 100 neurons control agreement?",
                      f"in {len(yes)} of {len(yes) + len(no)}" + (f": not in {', '.join(no)}" if no else ""),
                      f"flips of known / new verbs: {figures}"])  # fmt: skip
+    both = [(curves[f"{name}_neurons_relp_abs"], curves[f"{name}_heads_relp_abs"], name) for name in STRUCTURES
+            if f"{name}_heads_relp_abs" in curves]  # fmt: skip
+    if both:
+        lower = sum(neurons["error"] < heads["error"] for neurons, heads, _ in both)
+        values = [f"{name}: neurons {cells.show(at(neurons, 'faithfulness', 10))} and "
+                  f"{cells.show(at(neurons, 'faithfulness', 100))}, heads {cells.show(at(heads, 'faithfulness', 10))} "
+                  f"and {cells.show(at(heads, 'faithfulness', 100))}" for neurons, heads, name in both]  # fmt: skip
+        rows.append(["Are neurons sparser than head outputs?", f"in {lower} of {len(both)} structures run",
+                     f"10 and 100 nodes: {'; '.join(values)}"])  # fmt: skip
+    other = cells.read_results("other_tasks")["curves"] if (cells.RESULTS / "other_tasks.json").exists() else {}
+    if {"ioi_neurons_relp", "ioi_heads_relp"} <= set(other):
+        neurons, heads = other["ioi_neurons_relp"], other["ioi_heads_relp"]
+        rows.append(["... on IOI?", "yes" if neurons["error"] < heads["error"] else "no",
+                     f"100 nodes: neurons {cells.show(at(neurons, 'faithfulness', 100))}, heads "
+                     f"{cells.show(at(heads, 'faithfulness', 100))}"])  # fmt: skip
     hops = cells.read_results("hops") if (cells.RESULTS / "hops.json").exists() else {}
     if {"neurons_relp_abs", "neurons_atp_abs"} <= set(hops.get("curves", {})):
         relp, atp = (hops["curves"][f"neurons_{name}_abs"] for name in ("relp", "atp"))
