@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.benchmarks.ground_truth import PAGE, RESULTS, marked, written
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.components import (
     GroundTruth,
@@ -139,6 +140,13 @@ def test_neurons_of_a_compiled_model(shared_models: Path) -> None:
     assert not any("L0/N11" in edge for edge in truth.edges)  # reads a constant alone
     whole = tracr_ground_truth(shared_models / "tracr_hist")
     assert ("L0/H0", "L0/MLP") in whole.edges and ("L0/H0", "logits") not in whole.edges
+
+
+def test_the_tables_in_the_results_are_made_from_the_measurements() -> None:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    page = PAGE.read_text(encoding="utf-8")
+    assert marked(page, written(results)) == page
+    assert results["settings"]["cases"] == {"compiled": 10, "planted": 12} and results["settings"]["draws"] == 3
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
