@@ -20,7 +20,8 @@ from tests.families import all_models, random_tokens
 from tl_neuron_circuits import Circuit, trace
 from tl_neuron_circuits._errors import FileFormatError
 from tl_neuron_circuits.circuits._neuronpedia import cumulative_influence
-from tl_neuron_circuits.circuits._table import influence, node_table
+from tl_neuron_circuits.circuits._flow import Links, influence
+from tl_neuron_circuits.circuits._table import node_table
 
 CASES = [case for case in all_models("gpt2") if case.values[0].backend == "HookedTransformer"]
 pytestmark = pytest.mark.skipif(not CASES, reason="the numbers are of a HookedTransformer")
@@ -88,7 +89,7 @@ def test_a_node_of_score_zero_still_hands_its_influence_down() -> None:
     edges = pd.DataFrame(
         [("embed@0", "f", 2.0, 0.0), ("f", "logit", 1.0, 1.0)], columns=["source", "target", "weight", "attribution"]
     )
-    assert influence(nodes, edges).tolist() == [1.0, 1.0, 0.0]
+    assert influence(nodes, Links.read(nodes, edges)).tolist() == [1.0, 1.0, 0.0]
 
 
 def test_scores_of_a_circuit_without_influence_are_nan() -> None:

@@ -32,10 +32,11 @@ from ._circuit import Circuit
 from ._direct_effects import DirectEffects, Targets, Totals, can_share, direct_effects, each_totals, mean_totals
 from ._edge_heads import Traced
 from ._explained import ByExplained, count_explained
+from ._flow import complete
 from ._prediction import predicted_by_prompt, prediction
 from ._rollout import Rollout
 from ._slots import Slot, find_slots
-from ._table import complete, edge_table, node_table, relative_weights
+from ._table import node_table
 from ._targets import Target, TargetLike, find_targets, target_label
 from ._trace_prompts import Prompt, TracedPrompts, find_places, is_paired, read_question
 from ._trace_tables import edge_rows, source_rows, target_rows
@@ -218,8 +219,7 @@ def _to_circuit(
     used = set(edges["source"])
     always = ("neuron", "feature", "embedding")
     table = node_table([row for row in sources if row["kind"] in always or row["node"] in used] + outputs)
-    edges["relative"] = relative_weights(table, edges)
-    table = complete(table, edges, effects.totals.target)
+    table, edges = complete(table, edges, effects.totals.target)
     settings = settings | {
         "n_prompts": len(pairs), "pairs_hash": pairs.hash,
         "sites": [
@@ -234,7 +234,7 @@ def _to_circuit(
         "largest_residual": effects.largest_residual, "chunk": effects.chunk,
     }  # fmt: skip
     traced = Traced(weakref.ref(model), pairs)
-    return Circuit(table, edge_table(edges), settings, basis=basis, traced=traced, by_prompt=by_prompt)
+    return Circuit(table, edges, settings, basis=basis, traced=traced, by_prompt=by_prompt)
 
 
 def _prompt_settings(
