@@ -13,9 +13,9 @@ import pandas as pd
 from .._errors import SettingsError
 from ..bases._activations import Neurons
 from ._by_prompt import concatenate_prompts, restrict_prompts
+from ._flow import complete, restrict
 from ._groups import common_value
 from ._scores import node_sites
-from ._flow import complete, restrict
 from ._table import CHOSEN, node_table
 
 if TYPE_CHECKING:

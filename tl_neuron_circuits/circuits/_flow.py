@@ -33,13 +33,24 @@ class Links:
 
     @classmethod
     def read(cls, nodes: pd.DataFrame, edges: pd.DataFrame) -> "Links":
-        """Of a table of edges; relative weights follow from attributions where it has none."""
+        """Of a table of edges; relative weights follow from attributions where it has none.
+
+        Into a node of score zero all attributions are zero, so there the edges' shares of its change are taken, which
+        on a single prompt is the same number, or of the sum of their sizes where that is zero too.
+        """
         source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
         weight, attribution = (edges[name].to_numpy(dtype=float) for name in ("weight", "attribution"))
         if "relative" in edges:
             return cls(source, target, weight, edges["relative"].to_numpy(dtype=float), attribution)
         score = nodes["score"].to_numpy()[target]
         relative = np.divide(attribution, score, out=np.zeros_like(attribution), where=score != 0)
+        dead = score == 0
+        if dead.any():
+            size = np.bincount(target[dead], np.abs(weight[dead]), len(nodes))
+            change = np.nan_to_num(nodes["change"].to_numpy())
+            part = np.where(change[target] != 0, weight, np.abs(weight))
+            whole = np.where(change != 0, change, size)[target]
+            np.divide(part, whole, out=relative, where=dead & (whole != 0))
         return cls(source, target, weight, relative, attribution)
 
     def __len__(self) -> int:

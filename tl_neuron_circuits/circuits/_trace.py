@@ -170,7 +170,7 @@ def trace(
 
     def choose(totals: Totals) -> Int[Tensor, "node 3"]:
         assert not isinstance(nodes, ByExplained)
-        return choose_nodes(totals.score, totals.target, layers, nodes, **rank)
+        return choose_nodes(totals.score, totals.change, totals.target, layers, nodes, **rank)
 
     chosen, explained = choose, {}
     if selection == "union" and not callable(targets):
@@ -179,7 +179,8 @@ def trace(
         chosen = torch.cat([choose(own) for own in each_totals(model, batches, targets, **run)]).unique(dim=0)
     elif isinstance(nodes, ByExplained):
         targets = _known_targets(model, batches, targets)
-        ranking = rank_nodes(mean_totals(model, batches, targets, **run).score, layers, **rank)
+        mean = mean_totals(model, batches, targets, **run)
+        ranking = rank_nodes(mean.score, mean.change, layers, **rank)
         texts = None if paired else _reference_tokens(model, reference, prepend_bos)
         one_by_one = list(asked.pairs.batches(1))
         count, sizes = count_explained(
