@@ -92,7 +92,8 @@ def parse_choice(text: str) -> Choice:
 
 def choose_nodes(
     scores: Sequence[Float[Tensor, "pos _"]], changes: Sequence[Float[Tensor, "pos _"]], target: float,
-    layers: Sequence[int], choice: Choice, *, skipped_positions: Collection[int] = (), excluded: Collection[tuple[int, int]] = (),
+    layers: Sequence[int], choice: Choice, *,
+    skipped_positions: Collection[int] = (), excluded: Collection[tuple[int, int]] = (),
 ) -> Int[Tensor, "node 3"]:  # fmt: skip
     """Slot, position and unit of the chosen nodes, in that order.
 
