@@ -4,6 +4,7 @@ Dictionaries of other programs are written back as SAELens' folders, which hold 
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,14 +140,17 @@ def mib(n_edges: int | None) -> Format:
 def descriptions(write: str) -> Format:
     def check(folder: Path) -> tuple[Any, Any]:
         model = tnc.load_demo_model()
-        found = tnc.describe(model, ["L3/N7", "L2/N100"], tnc.demo.capitals(n=64).clean, k=2)
+        nodes = tnc.trace(model, PROMPT, " Austin", nodes=6).nodes.query("kind == 'neuron'")
+        neurons = sorted({f"L{n.layer}/N{n.unit}" for n in nodes.itertuples()})
+        found = tnc.describe(model, neurons, tnc.demo.capitals(n=64).clean, k=2)
         getattr(found, write)(folder / "first")
         read = Descriptions.from_file(folder / "first")
         getattr(read, write)(folder / "again")
         again = Descriptions.from_file(folder / "again")
-        nodes = [f"{node}{sign}" for node in ("L3/N7", "L2/N100") for sign in "+-"]
-        assert [read.text(name) for name in nodes] == [found.text(name) for name in nodes]
-        return (again.table, [again.text(n) for n in nodes]), (read.table, [read.text(n) for n in nodes])
+        names = [f"{neuron}{sign}" for neuron in neurons for sign in "+-"]
+        texts = [[labels.text(name) for name in names] for labels in (found, read, again)]
+        assert texts[0] == texts[1] and any(texts[0])
+        return (again.table, texts[2]), (read.table, texts[1])
 
     return check
 
@@ -202,14 +206,13 @@ def test_twelve_graphs_with_collisions_load(tmp_path: Path) -> None:
         ids = [node["node_id"] for node in graph["nodes"]]
         assert len(ids) > len(set(ids))
         (tmp_path / "graph.json").write_text(json.dumps(graph))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.warn", lambda *_, **__: None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
             circuit = tnc.Circuit.from_neuronpedia(tmp_path / "graph.json")
         assert len(circuit.nodes) == len(ids) and circuit.nodes["node"].is_unique
         found = {(s, t): w for s, t, w in circuit.edges[["source", "target", "weight"]].itertuples(index=False)}
         assert sum(found.values()) == pytest.approx(sum(truth.values()))
         wrong = [edge for edge in found.keys() | truth.keys() if found.get(edge, 0.0) != truth.get(edge, 0.0)]
-        assert all(abs(abs(found.get(e, 0.0)) - abs(truth.get(e, 0.0))) > 0 for e in wrong)
         assert len(wrong) <= 0.1 * len(truth)
         halved += len(wrong)
         assert_same(tables(back_again(circuit, tmp_path)), tables(circuit))
