@@ -137,19 +137,17 @@ def mib(n_edges: int | None) -> Format:
     return check
 
 
-def descriptions(write: str) -> Format:
+def labels(write: str) -> Format:
     def check(folder: Path) -> tuple[Any, Any]:
-        model = tnc.load_demo_model()
-        nodes = tnc.trace(model, PROMPT, " Austin", nodes=6).nodes.query("kind == 'neuron'")
-        neurons = sorted({f"L{n.layer}/N{n.unit}" for n in nodes.itertuples()})
-        found = tnc.describe(model, neurons, tnc.demo.capitals(n=64).clean, k=2)
-        getattr(found, write)(folder / "first")
+        rows = '2,5,-1,"a ""quoted"", label"\n2,5,1,=x\u2028y\n3,1,1,cities\n'
+        (folder / "theirs.csv").write_text(f"layer,unit,sign,label\n{rows}", encoding="utf-8")
+        theirs = Descriptions.from_file(folder / "theirs.csv")
+        getattr(theirs, write)(folder / "first")
         read = Descriptions.from_file(folder / "first")
         getattr(read, write)(folder / "again")
         again = Descriptions.from_file(folder / "again")
-        names = [f"{neuron}{sign}" for neuron in neurons for sign in "+-"]
-        texts = [[labels.text(name) for name in names] for labels in (found, read, again)]
-        assert texts[0] == texts[1] and any(texts[0])
+        texts = [[one.text(name) for name in ("L2/N5-", "L2/N5+", "L3/N1+")] for one in (theirs, read, again)]
+        assert texts[0] == texts[1] == ['a "quoted", label', "=x\u2028y", "cities"]
         return (again.table, texts[2]), (read.table, texts[1])
 
     return check
@@ -169,9 +167,9 @@ FORMATS: dict[str, Format] = {
     "MIB's scores": mib(None),
     "MIB's circuits": mib(300),
     "MIB's circuit of no edges": mib(0),
-    "labels as CSV": descriptions("to_csv"),
-    "labels as JSON": descriptions("to_json"),
-    "Neuronpedia's explanations": descriptions("to_neuronpedia"),
+    "labels as CSV": labels("to_csv"),
+    "labels as JSON": labels("to_json"),
+    "Neuronpedia's explanations": labels("to_neuronpedia"),
 }
 
 
