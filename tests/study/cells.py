@@ -49,69 +49,68 @@ class Cell:
 
 
 def plan(models: list[str], tasks: list[str]) -> Iterator[Cell]:
-    """All cells. A stop at any time leaves whole comparisons: a stage is done for all tasks and models before the next,
-    and SmolLM2, which the primary endpoint is of, comes first in each.
+    """All cells. A stop at any time leaves whole comparisons: a method is done for all tasks before the next, a stage
+    for all models, and SmolLM2, which the primary endpoint is of, comes first in each.
     """
-    for stage in (_cheap, _learned_short, _crossed_cheap, _layer_by_layer, _learned_long, _crossed_learned, _rest):
+    for stage in (_cheap, _learned_short, _crossed_short, _dear, _learned_long, _crossed_long, _rest):
         for model in models:
             yield from stage(model, tasks)
 
 
 def _cheap(model: str, tasks: list[str]) -> Iterator[Cell]:
-    for task in tasks:
-        yield from _equal(model, task, CHEAP)
+    for name in CHEAP:
+        yield from _equal(model, tasks, name)
 
 
 def _learned_short(model: str, tasks: list[str]) -> Iterator[Cell]:
-    for names in (FROM_ZERO[:2], FROM_RELP[:2], SCREENED):
-        for task in tasks:
-            yield from _equal(model, task, names)
+    for name in FROM_ZERO[:2]:
+        yield from _equal(model, tasks, name)
 
 
-def _crossed_cheap(model: str, tasks: list[str]) -> Iterator[Cell]:
-    for task in tasks:
-        yield from _crossed(model, task, "corrupt", (*CROSSED, FROM_ZERO[1], "random"))
-    for task in tasks:
-        yield from _crossed(model, task, "mean", tuple(CROSSED))
+def _crossed_short(model: str, tasks: list[str]) -> Iterator[Cell]:
+    for name in ("RelP", "IG over inputs", FROM_ZERO[1], "random"):
+        yield from _crossed(model, tasks, "corrupt", name)
+    for name in ("RelP", "IG over inputs"):
+        yield from _crossed(model, tasks, "mean", name)
 
 
-def _layer_by_layer(model: str, tasks: list[str]) -> Iterator[Cell]:
-    for task in tasks:
-        yield from _equal(model, task, ("IG",))
+def _dear(model: str, tasks: list[str]) -> Iterator[Cell]:
+    for name in (SCREENED, FROM_RELP[0], FROM_RELP[1], "IG"):
+        yield from _equal(model, tasks, name)
 
 
 def _learned_long(model: str, tasks: list[str]) -> Iterator[Cell]:
+    yield from _equal(model, tasks, FROM_ZERO[2])
     for task in tasks:
-        yield from _equal(model, task, FROM_ZERO[2:])
         for name in FROM_ZERO:
             yield Cell(model, task, name, "corrupt", "signed", "corrupt", "develop")
 
 
-def _crossed_learned(model: str, tasks: list[str]) -> Iterator[Cell]:
-    for task in tasks:
-        yield from _crossed(model, task, "mean", FROM_ZERO[1:2])
+def _crossed_long(model: str, tasks: list[str]) -> Iterator[Cell]:
+    yield from _crossed(model, tasks, "mean", FROM_ZERO[1])
+    for learned in ("corrupt", "mean"):
+        for name in ("AtP", "mask gradient"):
+            yield from _crossed(model, tasks, learned, name)
 
 
 def _rest(model: str, tasks: list[str]) -> Iterator[Cell]:
-    for names in (UNIFORM[:2], ("AtP, second order",), FROM_RELP[2:], UNIFORM[2:]):
-        for task in tasks:
-            yield from _equal(model, task, names)
+    for name in (*UNIFORM[:2], "AtP, second order", FROM_RELP[2], UNIFORM[2]):
+        yield from _equal(model, tasks, name)
     if model != "smollm2" and "nounpp" in tasks:  # every neuron at every position: days on SmolLM2
-        yield from _equal(model, "nounpp", ("exact patching",))
+        yield from _equal(model, ["nounpp"], "exact patching")
 
 
-def _equal(model: str, task: str, names: tuple[str, ...]) -> Iterator[Cell]:
-    for name in names:
-        for ranking in ENTRIES[name].rankings:
+def _equal(model: str, tasks: list[str], name: str) -> Iterator[Cell]:
+    for ranking in ENTRIES[name].rankings:
+        for task in tasks:
             yield Cell(model, task, name, "corrupt", ranking, "corrupt")
 
 
-def _crossed(model: str, task: str, learned: str, names: tuple[str, ...]) -> Iterator[Cell]:
-    for name in names:
-        for ranking in CROSSED.get(name, ENTRIES[name].rankings):
-            yield Cell(model, task, name, learned, ranking, "mean")
-            if learned == "mean":
-                yield Cell(model, task, name, learned, ranking, "corrupt")
+def _crossed(model: str, tasks: list[str], learned: str, name: str) -> Iterator[Cell]:
+    for ranking in CROSSED.get(name, ENTRIES[name].rankings):
+        for judged in ("mean", "corrupt") if learned == "mean" else ("mean",):
+            for task in tasks:
+                yield Cell(model, task, name, learned, ranking, judged)
 
 
 def run(cell: Cell, folder: Path) -> bool:

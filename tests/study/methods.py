@@ -58,7 +58,7 @@ ATTRIBUTIONS = ("RelP", "AttnLRP", "GIM", "AtP", "IG over inputs")
 CHEAP = (*ATTRIBUTIONS, "mask gradient", "activation difference", "random")
 FROM_ZERO = tuple(name for name in ENTRIES if name.startswith("learned, ") and "uniform" not in name)
 FROM_RELP = tuple(name for name in ENTRIES if name.startswith("learned from RelP"))
-SCREENED = ("RelP, best 100 patched",)
+SCREENED = "RelP, best 100 patched"
 UNIFORM = tuple(name for name in ENTRIES if "uniform" in name)
 
 
