@@ -70,7 +70,7 @@ def _learned_short(model: str, tasks: list[str]) -> Iterator[Cell]:
 def _crossed_short(model: str, tasks: list[str]) -> Iterator[Cell]:
     for name in ("RelP", "IG over inputs", FROM_ZERO[1], "random"):
         yield from _crossed(model, tasks, "corrupt", name)
-    for name in ("RelP", "IG over inputs"):
+    for name in ("RelP", "AtP"):  # IG over inputs has no mean to begin from: a mean is of nodes, not of prompts
         yield from _crossed(model, tasks, "mean", name)
 
 
@@ -88,9 +88,9 @@ def _learned_long(model: str, tasks: list[str]) -> Iterator[Cell]:
 
 def _crossed_long(model: str, tasks: list[str]) -> Iterator[Cell]:
     yield from _crossed(model, tasks, "mean", FROM_ZERO[1])
+    yield from _crossed(model, tasks, "corrupt", "AtP")
     for learned in ("corrupt", "mean"):
-        for name in ("AtP", "mask gradient"):
-            yield from _crossed(model, tasks, learned, name)
+        yield from _crossed(model, tasks, learned, "mask gradient")
 
 
 def _rest(model: str, tasks: list[str]) -> Iterator[Cell]:
