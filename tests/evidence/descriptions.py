@@ -46,7 +46,7 @@ from tl_neuron_circuits.interventions._steering_prompts import token_names
 
 ROOT = Path(__file__).parents[2]
 JSON, PAGE = ROOT / "docs" / "evidence" / "descriptions.json", ROOT / "docs" / "how-to" / "descriptions.md"
-TOKENS, TIMED_TOKENS = 100_000, 20_000
+TOKENS = 100_000
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 N_RANDOM, N_CIRCUIT, PER_PACKAGE = 100, 300, 40
 
@@ -157,7 +157,7 @@ def measure() -> dict[str, Any]:
 def measure_time() -> dict[str, Any]:
     """CPU time of describing the circuit's neurons, against bare forward passes."""
     model = load()
-    discovery, held_out, about = halves(model, TIMED_TOKENS)
+    discovery, held_out, about = halves(model, TOKENS)
     of_circuit = circuit_neurons(model)
     with timed() as seconds:
         started = time.process_time()
