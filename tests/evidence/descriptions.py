@@ -260,8 +260,8 @@ def groups(
             threshold = np.maximum(np.quantile(sign * here, _describe.ACTIVE_ABOVE, axis=0), 0.0)
             active = sign * here > threshold
             chosen = choose_labels(active, tokens, vocabulary, least_f1=least)
-            alive = live & active.any(0)
-            labels[key] += [(one, (sign * there > threshold)[:, i]) for i, one in enumerate(chosen) if alive[i]]
+            alive, other_active = live & active.any(0), sign * there > threshold
+            labels[key] += [(one, other_active[:, i]) for i, one in enumerate(chosen) if alive[i]]
     has = [(condition, active) for condition, active in labels["labels"] if condition.kind]
     order = generator.permutation(len(has))
     shift = np.roll(order, 1)
