@@ -305,38 +305,37 @@ def by_layer(table: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
 
 def tables(found: dict[str, Any]) -> str:
     """The page's tables, from the JSON."""
-    about, random, circuit, nodes = (found[key] for key in ("about", "random", "circuit", "nodes"))
-    columns = "with a label | precision | recall | base rate | precision above 5 x base rate |"
+    about, nodes = found["about"], found["nodes"]
+    sets = (("random", f"{nodes['random']} random"), ("circuit", f"{nodes['neurons of the circuit']} of a circuit"))
     lines = [
-        f"{found['model']}, on {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs: "
-        f"{about['texts']}. The packages of one half are not those of the other.",
+        f"{found['model']}, {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs of English "
+        "prose out of the documentation of Python packages; other packages in the other half.",
         "",
-        f"| {nodes['random']} random neurons ({random['live']} live), {random['signs']} signs | {columns}",
-        "|---|---|---|---|---|---|",
-        *(table_row(key, random[key]) for key in random if isinstance(random[key], dict)),
-        "",
-        f"| {nodes['neurons of the circuit']} neurons of a circuit of {nodes['circuit']} nodes | {columns}",
-        "|---|---|---|---|---|---|",
-        *(table_row(key, circuit[key]) for key in circuit if isinstance(circuit[key], dict)),
-        "",
-        "| random neurons of layers | signs | with a label | precision | recall |",
-        "|---|---|---|---|---|",
+        "| neurons | | signs with a label | precision | recall | base rate | above 5 x base rate |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {r['layers']} | {r['signs']} | {r['labelled']} | {number(r['precision'])} | {number(r['recall'])} |"
-            for r in found["layers"]
+            f"| {name} | {CASES[key]} | {table_row(found[which], key)} |"
+            for which, name in sets for key in CASES if key in found[which]
         ),
         "",
-        "The first twelve random neurons, as they were drawn:",
+        "The first of the random neurons, as they were drawn: " + "; ".join(map(said, found["examples"][:6])) + ".",
         "",
-        "| neuron | label | precision | recall | base rate |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row['node']}{'+' if row['sign'] > 0 else '-'} | {cell(row['label'])} | {number(row['precision'])} | "
-            f"{number(row['recall'])} | {number(row['base_rate'], 3)} |"
-            for row in found["examples"]
-        ),
-    ]
-    return "\n".join([*lines, "", timing_line(found["timing"])])
+        timing_line(found["timing"]),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+CASES = {
+    "labels": "their labels", "labels of other neurons": "labels of other neurons",
+    "shuffled activations, best condition however weak": "shuffled activations",
+}  # fmt: skip
+
+
+def said(row: dict[str, Any]) -> str:
+    name = f"{row['node']}{'+' if row['sign'] > 0 else '-'}"
+    if not row["label"]:
+        return f"{name} none"
+    return f"{name} `{row['label']}` ({number(row['precision'])}, {number(row['recall'])})"
 
 
 def timing_line(timing: dict[str, Any]) -> str:
@@ -347,20 +346,18 @@ def timing_line(timing: dict[str, Any]) -> str:
     )
 
 
-def table_row(key: str, group: dict[str, Any]) -> str:
+def table_row(found: dict[str, Any], key: str) -> str:
+    group = found[key]
     share = group["above 5 x base rate"]
-    return (
-        f"| {key} | {group['labelled']} | {number(group['precision'])} | {number(group['recall'])} | "
-        f"{number(group['base_rate'], 3)} | {'' if share is None else f'{share:.0%}'} |"
-    )
+    cells = (
+        f"{group['labelled']} of {found['signs']}", number(group["precision"]), number(group["recall"]),
+        number(group["base_rate"], 3), "" if share is None else f"{share:.0%}",
+    )  # fmt: skip
+    return " | ".join(cells)
 
 
 def number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def cell(label: str) -> str:
-    return f"`{label}`".replace("|", "\\|") if label else "none"
 
 
 def write_tables() -> None:
