@@ -26,6 +26,7 @@ from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._prompt_graph import PromptRun
 
+ANSWER = "answer_logit"
 Token = str | int
 Tokens = Token | list[str] | list[int] | tuple[Token, Token]
 TargetLike = (
@@ -89,7 +90,7 @@ def answer_target(*, against_wrong: bool, center: bool = True) -> Target:
             return answer - logits[int(wrong[0])]
         return answer - logits.mean() if center else answer
 
-    return Target("logit_difference" if against_wrong else "answer_logit", value)
+    return Target("logit_difference" if against_wrong else ANSWER, value)
 
 
 def rollout_targets(continued: Sequence[Sequence[int]], *, center: bool = True) -> list[Target]:
@@ -187,10 +188,11 @@ def _token_targets(
     return [token_target(token, position, center=center) for token in ids]
 
 
-def target_label(model: Any, target: Target) -> str:
-    """Its tokens as text, or its name."""
-    if target.by_prompt:
-        texts = list(dict.fromkeys(repr(token_text(model, token))[1:-1] for token in target.by_prompt))
+def target_label(model: Any, target: Target, answers: Sequence[int] = ()) -> str:
+    """Its tokens as text, of several prompts the first three of `answers`; or its name."""
+    each = answers if target.name == ANSWER else target.by_prompt
+    if each:
+        texts = list(dict.fromkeys(repr(token_text(model, token))[1:-1] for token in each))
         return " | ".join(texts[:3]) + (" | …" if len(texts) > 3 else "")
     return " - ".join(repr(token_text(model, token))[1:-1] for token in target.tokens) or target.name
 

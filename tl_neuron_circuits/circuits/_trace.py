@@ -213,7 +213,8 @@ def _to_circuit(
     pairs, end = asked.pairs, int(asked.pairs.position[0])
     if asked.single:  # its answer is the likeliest token, which is known now
         pairs = TokenizedPairs.from_tokens(pairs.clean, effects.totals.probabilities[-1:].topk(1).indices[0])
-    labels = [target_label(model, target) for target in effects.targets]
+    answers = pairs.answer.tolist() if asked.listed and pairs.wrong_answer is None else ()
+    labels = [target_label(model, target, answers) for target in effects.targets]
     sources = source_rows(effects, slots, places, paired=paired)
     outputs = target_rows(effects, labels, int(model.cfg.n_layers), places, end)
     edges = edge_rows(effects.edges, sources, [*sources[: len(effects.nodes)], *outputs])
