@@ -9,7 +9,7 @@ does not grow when others use the machine. First paints and clicks are the bette
 end the run.
 
 Writes `docs/evidence/pages.json` and the table of `docs/how-to/circuits.md`; `--tables` makes the table alone;
-`--pictures FOLDER` also keeps a screenshot of every page.
+`--pictures FOLDER` also keeps screenshots of every page, as it opens, with its strongest node selected, and with all drawn.
 """
 
 import json
@@ -156,6 +156,10 @@ def view(browser: Browser, path: Path, size: tuple[int, int], scheme: Any, pictu
     }
     if picture is not None:
         page.screenshot(path=picture)
+        page.keyboard.press("t")
+        page.keyboard.press("ArrowDown")
+        page.screenshot(path=picture.with_stem(picture.stem + "_node"))
+        page.keyboard.press("Escape")
     page.evaluate(WATCH)
     thread = context.new_cdp_session(page)
     thread.send("Performance.enable", {"timeDomain": "threadTicks"})
