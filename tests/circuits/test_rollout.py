@@ -87,10 +87,13 @@ def test_rollouts_of_several_prompts_are_the_mean_of_single_ones() -> None:
         assert_sums_hold(together, 1e-4)
         alone = [trace(model, prompt, rollout=2, nodes=40) for prompt in prompts]
         tokens = [[token for _, token in one.settings["rollout"]] for one in alone]
-        assert [token for _, token in together.settings["rollout"]] == [list(pair) for pair in zip(*tokens, strict=True)]
+        assert [token for _, token in together.settings["rollout"]] == [
+            list(pair) for pair in zip(*tokens, strict=True)
+        ]
         goals = together.nodes.query("kind == 'logit'")
         single = [one.nodes.query("kind == 'logit'") for one in alone]
         np.testing.assert_allclose(goals["activation"], np.mean([one["activation"] for one in single], 0), rtol=1e-5)
+        assert together.by_prompt is not None
         rows = together.by_prompt.query("kind == 'node'")
         for number, one in enumerate(single):
             own = rows[(rows["prompt"] == number) & rows["source"].isin(goals["node"])]

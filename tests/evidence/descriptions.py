@@ -308,8 +308,8 @@ def tables(found: dict[str, Any]) -> str:
     about, nodes = found["about"], found["nodes"]
     sets = (("random", f"{nodes['random']} random"), ("circuit", f"{nodes['neurons of the circuit']} of a circuit"))
     lines = [
-        f"{found['model']}, {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs of English "
-        "prose out of the documentation of Python packages; other packages in the other half.",
+        f"{found['model']}, {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs of "
+        "English prose out of the documentation of Python packages; other packages in the other half.",
         "",
         "| neurons | | signs with a label | precision | recall | base rate | above 5 x base rate |",
         "|---|---|---|---|---|---|---|",
@@ -342,7 +342,7 @@ def timing_line(timing: dict[str, Any]) -> str:
     return (
         f"Time for all {timing['neurons']} neurons on {timing['tokens']:,} tokens, in CPU seconds of one thread: "
         f"{timing['seconds']['describe']:.0f} in all, {timing['ratio']:.2f} times the bare forward passes "
-        f"({timing['passes']:.0f} s, from every fourth batch). {timing['rest']:.0f} s of them do not grow with the texts."
+        f"({timing['passes']:.0f} s, from every fourth batch). {timing['rest']:.0f} s do not grow with the texts."
     )
 
 

@@ -9,7 +9,7 @@ does not grow when others use the machine. First paints and clicks are the bette
 end the run.
 
 Writes `docs/evidence/pages.json` and the table of `docs/how-to/circuits.md`; `--tables` makes the table alone;
-`--pictures FOLDER` also keeps screenshots of every page, as it opens, with its strongest node selected, and with all drawn.
+`--pictures FOLDER` also keeps screenshots of every page: as it opens, with its strongest node selected, with all drawn.
 """
 
 import json

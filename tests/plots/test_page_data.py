@@ -121,7 +121,10 @@ def test_strongest_examples_can_be_given_as_they_are(dallas: Circuit) -> None:
 
 def test_pieces_of_words_are_known_from_the_vocabulary() -> None:
     order = "the enthus great Great strugg enthusi Thailand struggle enthusiasm greater Thai Paris Parish horse horses"
-    numbers = {f"Ġ{word}": 100 + place for place, word in enumerate(order.split())} | {"Paris": 5, "Ġenthusiastically": 400}
+    numbers = {f"Ġ{word}": 100 + place for place, word in enumerate(order.split())} | {
+        "Paris": 5,
+        "Ġenthusiastically": 400,
+    }
     model = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: numbers))
     asked = [f" {word}" for word in order.split()] + ["strugg", " x1", " "]
     assert word_ends(model, asked) == {" strugg": "le", " enthus": "iasm", " enthusi": "asm"}

@@ -53,8 +53,8 @@ def roll_out(
     lengths = sorted({len(own) for own in found})
     if len(lengths) > 1 and not isinstance(rollout, int):
         raise SettingsError(
-            f"expected as many tokens after every prompt, which the i-th targets are; the continuations have {lengths}. "
-            "Cut them to one length, or trace each prompt alone."
+            f"expected as many tokens after every prompt, since targets are their i-th tokens; the continuations have "
+            f"{lengths}. Cut them to one length, or trace each prompt alone."
         )
     return [own[: lengths[0]] for own in found]
 

@@ -231,7 +231,8 @@ def _to_circuit(
             for s, score in zip(slots, effects.totals.score, strict=True)
         ],
         **_prompt_settings(model, asked, places, effects, pairs),
-        "target": labels, "target_value": effects.totals.target, "position": places.position(int(places.alignments[0].place[end])),
+        "target": labels, "target_value": effects.totals.target,
+        "position": places.position(int(places.alignments[0].place[end])),
         "rollout": _rollout_settings(asked, places),
         **prediction(model, effects, end, single=asked.single),
         "layer_scores": _layer_scores(effects, slots),

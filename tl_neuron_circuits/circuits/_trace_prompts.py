@@ -64,11 +64,11 @@ def read_question(
         return asked
     if not (asked.single or asked.listed) or target is not None:
         raise SettingsError("rollout= takes prompts, and is their target: leave target= out, and pairs.")
-    prompts = list(asked.pairs.clean)
-    continued = roll_out(model, prompts, asked.texts, rollout)
-    longer = [torch.cat([own, own.new_tensor(more[:-1])]) for own, more in zip(prompts, continued, strict=True)]
-    pairs = TokenizedPairs.from_tokens(longer, torch.tensor([more[-1] for more in continued]).to(prompts[0]))
-    first = len(prompts[0]) - 1  # one prompt's targets are its tokens, by position; of several, each one's own
+    rows = list(asked.pairs.clean)
+    continued = roll_out(model, rows, asked.texts, rollout)
+    longer = [torch.cat([own, own.new_tensor(more[:-1])]) for own, more in zip(rows, continued, strict=True)]
+    pairs = TokenizedPairs.from_tokens(longer, torch.tensor([more[-1] for more in continued]).to(rows[0]))
+    first = len(rows[0]) - 1  # one prompt's targets are its tokens, by position; of several, each one's own
     goals = {first + place: token for place, token in enumerate(continued[0])} if asked.single else None
     return replace(asked, pairs=pairs, texts=None, target=goals, continued=continued)
 

@@ -42,9 +42,10 @@ Column = Literal["mean", "low", "high", "control", "control_low", "control_high"
 class SteeringSweep:
     """One `SteeringResult` per multiplier, in the order given; with groups, one row of them after the other.
 
-    With a donor prompt the last of `scales` is "donor": nodes have their values there. `steered` names the groups, and "all but NAME" their complements; without groups it is one empty name. `controls`
-    has a row for every group, scale, draw and thing that was read: the mean over prompts while matched nodes were
-    changed in the group's place, and their size against the group's.
+    With a donor prompt the last of `scales` is "donor": nodes have their values there. `steered` names the groups, and
+    "all but NAME" their complements; without groups it is one empty name. `controls` has a row for every group, scale,
+    draw and thing that was read: the mean over prompts while matched nodes were changed in the group's place, and their
+    size against the group's.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -165,10 +166,12 @@ class SteeringSweep:
 
     def _repr_html_(self) -> str:
         if self.steered != ("",):
-            scale = min(self.scales, key=lambda scale: (isinstance(scale, str), abs(0 if scale == _DONOR else scale)))
+            scale = min((one for one in self.scales if not isinstance(one, str)), key=abs, default=_DONOR)
             note = _html.note(f"scale {_scale_text(scale)}; rows: what was changed, columns: what was read")
             return _html.block(repr(self), note, _html.table(self.matrix(scale).reset_index()))
-        columns = {_scale_text(scale): result.top_after for scale, result in zip(self.scales, self.results, strict=True)}
+        columns = {
+            _scale_text(scale): result.top_after for scale, result in zip(self.scales, self.results, strict=True)
+        }
         table = pd.DataFrame({"prompt": self.prompts, "unsteered": self.results[0].top_before, **columns})
         return _html.block(repr(self), _html.table(table))
 

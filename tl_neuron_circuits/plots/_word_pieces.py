@@ -15,7 +15,7 @@ _MARKS = ("Ġ", "▁")
 def word_ends(model: Any, tokens: Iterable[str]) -> dict[str, str]:
     """Of those tokens that are pieces of words, the letters that follow most often; none without such a vocabulary."""
     tokenizer = getattr(model, "tokenizer", None)
-    vocabulary: Mapping[str, int] = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    vocabulary: Mapping[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
     mark = next((mark for mark in _MARKS if f"{mark}the" in vocabulary), None)
     if mark is None:
         return {}
