@@ -212,8 +212,8 @@ def _traces_table(rows: Mapping[str, Any]) -> str:
         low, high = row["control_low"], row["control_high"]
         table.append(
             {
-                "prompt": f"{kind} ({row['tokens']} tokens)",
-                "target": f"{answer}, not {wrong}" if wrong else answer, "its probability": f"{row['probability']:.2f}",
+                "prompt": kind if "tokens" in kind else f"{kind} ({row['tokens']} tokens)",
+                "target (its probability)": f"{answer}{wrong and f', not {wrong}'} ({row['probability']:.2f})",
                 "neurons": f"{row['nodes']:,}", "edges": f"{row['edges']:,}", "explained": f"{row['explained']:.0%}",
                 "ablated": f"{row['effect']:+.1f} {unit}",
                 "matched (size)": f"{low:+.1f} to {high:+.1f} ({row['control_size']:.2f})",
