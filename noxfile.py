@@ -55,8 +55,9 @@ def architectures(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff: style, docstrings, imports, formatting."""
-    session.install("-c", "constraints.txt", "ruff")
+    """Ruff: style, docstrings, imports, formatting. codespell: spelling, American. (Idioms: tests/test_prose.py.)"""
+    session.install("-c", "constraints.txt", "ruff", "codespell[toml]")
+    session.run("codespell")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 

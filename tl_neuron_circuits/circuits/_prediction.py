@@ -45,7 +45,7 @@ def predicted_by_prompt(
 ) -> list[dict[str, Any]]:
     """Of each prompt: its text, its target token and that one's value, probability and rank, and the likeliest token.
 
-    Rank and probability are None where the target is no token.
+    Rank and probability are None where the target is not a token.
     """
     found, (first, *others) = [], effects.targets
     by_answer = first.name in ("answer_logit", "logit_difference") and not others

@@ -22,7 +22,7 @@ from ._table import (
 
 @dataclass(frozen=True)
 class Rule:
-    """Criteria of `Circuit.prune`; None is no criterion."""
+    """Criteria of `Circuit.prune`; None means no criterion."""
 
     share: float | None
     count: int | None

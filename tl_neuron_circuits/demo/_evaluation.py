@@ -375,7 +375,7 @@ library_name: transformers
 
 A small language model ({metrics["parameters"]:,} parameters) for trying out neuron circuits. It knows only the
 synthetic English of `tl_neuron_circuits.demo`: number agreement, facts about the 50 US states in one and two hops
-(towns are invented, but for Dallas), who gives what to whom, and years. Of no use as a language model.
+(towns other than Dallas are invented), who gives what to whom, and years. Of no use as a language model.
 
     tnc.load_demo_model("{name}")
 

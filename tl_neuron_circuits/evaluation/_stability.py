@@ -254,7 +254,7 @@ def stability(
         scored twice: for means and standard errors, and for the candidates of all draws.
 
     Raises:
-        SettingsError: the method's scores are no means over pairs, or sizes, draws or clusters do not fit.
+        SettingsError: the method's scores are not means over pairs, or sizes, draws or clusters do not fit.
         PairsError: no labels, or fewer than three of the first kind; and as `attribute`.
 
     Source: METHODS 5.10.
