@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from textwrap import shorten
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
