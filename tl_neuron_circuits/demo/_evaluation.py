@@ -412,8 +412,8 @@ def documentation(all_metrics: dict[str, dict[str, Any]]) -> str:
         "(Llama-like).\nThis page is written by\n\n"
         "    python -m tl_neuron_circuits.demo.train_models --evaluate-only --documentation docs/demo_models.md",
         "## Accuracy\n\n" + _table(["task", "prompts", *names], rows),
-        "## The hidden step\n\nShare of pairs whose answer turns when neurons take another state's values: those at the "
-        "second piece of the\ntown's name, in layer 0 and in all layers, or the best few anywhere but at the last "
+        "## The hidden step\n\nShare of pairs whose answer turns when neurons take another state's values: those at "
+        "the second piece of the\ntown's name, in layer 0 and in all layers, or the best few anywhere but at the last "
         "position. Every layer and place\nis in the model's `metrics.json` and card.",
         _hidden_steps(all_metrics),
     ]
