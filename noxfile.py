@@ -71,9 +71,11 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation, where a broken link or reference is an error."""
-    session.install("-c", "constraints.txt", "-e", ".[docs]")
-    session.run("mkdocs", "build", "--strict")
+    """The documentation, where a broken link or reference is an error; its search and widths in a browser."""
+    session.install("-c", "constraints.txt", "-e", ".[docs,dev]")
+    site = session.create_tmp()
+    session.run("mkdocs", "build", "--strict", "--site-dir", site)
+    session.run("python", "-m", "pytest", "tests/test_site.py", env={**OFFLINE, "TNC_SITE": site})
 
 
 @nox.session

@@ -119,7 +119,7 @@ def machine(threads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-COLUMNS = ("work", "beside", "ratio", "range", "limit", "CPU s", "memory, MB", "memory ratio")
+COLUMNS = ("work", "compared with", "ratio", "range", "limit", "CPU s", "memory, MB", "memory ratio")
 HEAD = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS)
 
 
@@ -153,7 +153,7 @@ def page(results: dict[str, Any]) -> str:
     """docs/benchmarks.md, from the JSON alone."""
     m, over = results["machine"], exceeded(results)
     threads = f"{m['threads']} thread{'s' if m['threads'] > 1 else ''} used"
-    verdict = "Every limit is met." if not over else "Beyond their limit or failed: " + ", ".join(over) + "."
+    verdict = "Every limit is met." if not over else "Over their limit, or failed: " + ", ".join(over) + "."
     paragraphs = [
         "# Benchmarks",
         "Written by `python -m tests.benchmarks --update-docs` (or `nox -s benchmarks`) from "
