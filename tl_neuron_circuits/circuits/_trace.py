@@ -90,7 +90,7 @@ def trace(
         prompt_or_pairs: one prompt (text or tokens), several, or pairs; over several everything is averaged. Prompts
             need one token length, or marks around what differs, "The capital of the state containing {city:Dallas} is",
             in every prompt: a marked span that has several lengths is one place, over whose tokens numbers are added
-            up. Or give `positions="sum"`. Double braces, "{{a:1}}", are no mark.
+            up. Or give `positions="sum"`. Double braces, "{{a:1}}", are plain text.
         target: a token (text as it follows the prompt, or its number), a list of tokens, a tuple of two tokens (the
             difference of their logits), a direction over the logits or over what the unembedding reads, or a metric.
             By default the `top_k` likeliest next tokens; for pairs the answer against the wrong answer. For several
