@@ -155,7 +155,7 @@ def write_directory(
 
 
 def present(folder: Path) -> set[str]:
-    """What is in a folder, but for what is being written to it.
+    """What is in a folder, except what is being written to it.
 
     Raises:
         FileFormatError: it cannot be listed.

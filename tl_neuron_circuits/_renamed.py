@@ -29,9 +29,9 @@ RENAMED: dict[str, str] = {
     "explain.logit_effects": "tnc.interventions.direct_logit_effects",
     "explain.strongest_examples": "tnc.explain.max_activating_examples",
     "interventions.transplant": "tnc.interventions.interchange",
-    "lasso.Generalisation": "Generalization, which tnc.lasso.generalize returns",
+    "lasso.Generalisation": "Generalization, which tnc.lasso.generalize returns",  # codespell:ignore
     "lasso.LabelledTexts": "tnc.lasso.LabeledTexts",
-    "lasso.generalise": "tnc.lasso.generalize",
+    "lasso.generalise": "tnc.lasso.generalize",  # codespell:ignore
     "models.load_demo_model": "tnc.load_demo_model",
     "plots.plot_circuit": "the method tnc.Circuit.plot",
     "plots.plot_comparison": "the method tnc.Comparison.plot",

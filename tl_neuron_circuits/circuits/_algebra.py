@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -66,7 +66,13 @@ def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
 def without(circuit: Circuit, other: Circuit) -> Circuit:
     """The circuit without the other's nodes."""
     _check([circuit, other])
-    kept = circuit.nodes["kind"].isin((*CHOSEN, "error")) & ~circuit.nodes["node"].isin(other.members)
+    return keep(circuit, circuit.members - other.members)
+
+
+def keep(circuit: Circuit, members: Collection[str]) -> Circuit:
+    """The circuit with these of its chosen nodes alone; errors stay."""
+    kept = circuit.nodes["kind"].isin(CHOSEN) & circuit.nodes["node"].isin(list(members))
+    kept |= circuit.nodes["kind"] == "error"
     nodes, edges = restrict(circuit.nodes, circuit.edges, kept.to_numpy(), circuit.target_value)
     by_prompt = restrict_prompts(circuit.by_prompt, circuit.nodes, nodes, edges)
     return replace(circuit, nodes=nodes, edges=edges, by_prompt=by_prompt)

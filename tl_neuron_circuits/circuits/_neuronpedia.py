@@ -112,7 +112,7 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any], pd.
     """Nodes, edges, settings, and the edges split by head where the file has them.
 
     Raises:
-        FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
+        FileFormatError: missing, not JSON, not an attribution graph, or changed since this package wrote it.
     """
     try:
         graph = parse_json(read_text(path), surrogates=True)
@@ -184,7 +184,7 @@ class _Tables(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _checksum(graph: Mapping[str, Any]) -> str:
-    """Of all that is read of a file of ours; texts that only a page shows may be edited."""
+    """Of everything that is read back from a file; texts that only a page shows may be edited."""
     tables = {name: value for name, value in graph["metadata"]["info"][_OURS].items() if name != "sha256"}
     links = [[link["source"], link["target"], link["weight"]] for link in graph["links"]]
     content = json.dumps([tables, [node["node_id"] for node in graph["nodes"]], links], sort_keys=True)

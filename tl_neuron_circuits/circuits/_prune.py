@@ -13,7 +13,7 @@ from ._table import CHOSEN, FIXED_SOURCES, LEFT_OUT
 
 @dataclass(frozen=True)
 class Rule:
-    """Criteria of `Circuit.prune`; None is no criterion."""
+    """Criteria of `Circuit.prune`; None means no criterion."""
 
     share: float | None
     count: int | None

@@ -109,7 +109,7 @@ class EdgeScores:
         """Write a directory with `edge_scores.safetensors`; an existing one is replaced at once.
 
         Raises:
-            FileFormatError: the path is something else than a directory of ours.
+            FileFormatError: the path exists and is not saved edge scores.
             SaveError: it could not be written; what was saved there before is as it was.
         """
         optional = {"kept": self.kept, "qkv": self.qkv}
