@@ -25,13 +25,33 @@ NAMES = {"nounpp": "nounpp", "rc": "rc", "two_hop": "two-hop capitals"}
 
 
 def write_page(folder: Path) -> None:
-    """Summarize the cells and write all three."""
+    """Summarize the cells and write everything; what they lack, and an earlier run on the same pairs had, is kept."""
     found = {"machine": machine(1)} | summarize(folder)
+    if RESULTS.exists():
+        keep_earlier(found, json.loads(RESULTS.read_text(encoding="utf-8")))
     RESULTS.write_text(json.dumps(_rounded(found), indent=1) + "\n", encoding="utf-8")
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     PAGE.write_text(page(content), encoding="utf-8")
     TABLES.write_text(tables(content), encoding="utf-8")
     draw(content)
+
+
+def keep_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Put an earlier run's rows where there are none, marked as such."""
+    for name, model in found["models"].items():
+        old = earlier["models"].get(name, {"equal": [], "pairs": {}})
+        same = all(list(model["pairs"][task]) == old["pairs"].get(task) for task in model["pairs"])
+        there = {(row["method"], row["ranking"]) for row in model["equal"] if row["endpoint"]}
+        kept = [row for row in old["equal"] if same and row["endpoint"] and (row["method"], row["ranking"]) not in there]
+        names = {(row["method"], row["ranking"]) for row in kept}
+        model["equal"] = [row for row in model["equal"] if (row["method"], row["ranking"]) not in names]
+        model["equal"] += [row | {"earlier": True} for row in kept]
+        model["pairs"] = model["pairs"] or old["pairs"]
+    for part in ("known", "reliability"):
+        lacking = not found[part] if part != "known" else not found[part]["auroc"]
+        if lacking and earlier.get(part):
+            found[part] = earlier[part]
+            found["kept"] = [*found.get("kept", []), part]
 
 
 def page(found: dict[str, Any]) -> str:
@@ -90,7 +110,7 @@ def page(found: dict[str, Any]) -> str:
         "## What this does not say",
         _wrap(
             "One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, "
-            f"{_left_out(main['equal'])}The SmolLM2 and demo cells took {found['minutes']:.0f} CPU minutes of one "
+            f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells took {found['minutes']:.0f} CPU minutes of one "
             f"thread ({versions}). `python -m tests.study` goes on from the cells that are there."
         ),
     ]  # fmt: skip
@@ -205,7 +225,7 @@ def equal(rows: list[dict[str, Any]]) -> str:
     table = []
     for row in sorted(rows, key=lambda row: -(row["endpoint"] or [-1])[0]):
         if row["endpoint"]:
-            first = [row["method"], SHORT[row["ranking"]], f"{row['cost']:.3g}"]
+            first = [_marked(row), SHORT[row["ranking"]], f"{row['cost']:.3g}"]
             error = f"{row['curve']['log area of |1 - faithfulness|']:.2f}"
             table.append([*first, _interval(row["endpoint"]), _signed(row["difference"]), error])
     return _table(head, table) if table else "No method has all three tasks yet."
@@ -214,7 +234,7 @@ def equal(rows: list[dict[str, Any]]) -> str:
 def by_task(rows: list[dict[str, Any]]) -> str:
     """Compactness by task."""
     table = [
-        [row["method"], SHORT[row["ranking"]], *(_interval(row["tasks"][task]) for task in TASKS)]
+        [_marked(row), SHORT[row["ranking"]], *(_interval(row["tasks"][task]) for task in TASKS)]
         for row in sorted(rows, key=lambda row: -(row["endpoint"] or [-1])[0])
     ]
     return _table(["method", "ranked", *(NAMES[task] for task in TASKS)], table)
@@ -225,7 +245,7 @@ def by_size(rows: list[dict[str, Any]]) -> str:
     head = ["method", "ranked", "faithfulness at 10", "at 100", "completeness at 10", "at 100", "overshoot"]
     table = []
     for row in sorted(rows, key=lambda row: -(row["endpoint"] or [-1])[0]):
-        curve, first = row["curve"], [row["method"], SHORT[row["ranking"]]]
+        curve, first = row["curve"], [_marked(row), SHORT[row["ranking"]]]
         place = [curve["sizes"].index(n) for n in (10, 100)]
         ends = [f"{curve[name][p]:.2f}" for name in ("faithfulness", "completeness") for p in place]
         table += [[*first, *ends, f"{curve['overshoot']:.2f}"]] if row["endpoint"] else []
@@ -448,6 +468,20 @@ def _name(key: tuple[str, str]) -> str:
     if key[0].startswith(("learned", "mask")):
         return f"the {key[0]}" if key[0].startswith("mask") else f"the mask {key[0]}"
     return f"{key[0]} ranked {RANKED[key[1]]}"
+
+
+def _marked(row: dict[str, Any]) -> str:
+    return row["method"] + (" *" if row.get("earlier") else "")
+
+
+def _earlier(found: dict[str, Any]) -> str:
+    """What the stars mean, if there are any."""
+    rows = [row for model in found["models"].values() for row in model["equal"] if row.get("earlier")]
+    names = {"known": "the known circuits' table", "reliability": "the table of groups"}
+    parts = [names[part] for part in found.get("kept", [])]
+    starred = ["rows with a star"] if rows else []
+    kept = " and ".join([*starred, *parts])
+    return f"From an earlier run of the same cells on the same pairs: {kept}. " if kept else ""
 
 
 def _pairs(counts: dict[str, list[int]]) -> str:
