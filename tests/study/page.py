@@ -42,7 +42,9 @@ def keep_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> None:
         old = earlier["models"].get(name, {"equal": [], "pairs": {}})
         same = all(list(model["pairs"][task]) == old["pairs"].get(task) for task in model["pairs"])
         there = {(row["method"], row["ranking"]) for row in model["equal"] if row["endpoint"]}
-        kept = [row for row in old["equal"] if same and row["endpoint"] and (row["method"], row["ranking"]) not in there]
+        kept = [
+            row for row in old["equal"] if same and row["endpoint"] and (row["method"], row["ranking"]) not in there
+        ]
         names = {(row["method"], row["ranking"]) for row in kept}
         model["equal"] = [row for row in model["equal"] if (row["method"], row["ranking"]) not in names]
         model["equal"] += [row | {"earlier": True} for row in kept]
@@ -91,9 +93,9 @@ def page(found: dict[str, Any]) -> str:
         ),
         "## SmolLM2",
         f"![Endpoint against price](images/{FIGURE.name})",
-        equal(main["equal"]),
+        equal(_better(main["equal"])),
         _wrap(
-            "*Ranked* by the score's size or sign. *Difference* is to RelP by size, the default. *Error* is the mean of "
+            "Each method in its better ranking, RelP in both ([all](which-method-tables.md)). *Ranked* by the score's size or sign. *Difference* is to RelP by size, the default. *Error* is the mean of "
             "|1 - faithfulness| over log size, lower is better: compactness asks only whether the answer is right, so "
             "a ranking by sign, which leaves out nodes that work against the answer, gains on it and overshoots. Who "
             "wants the circuit's logit difference to be the model's looks at the error."
@@ -125,6 +127,8 @@ def tables(found: dict[str, Any]) -> str:
     parts = [
         "# Which method? All tables",
         _wrap("What [Which method?](which-method.md) is made from; the words are explained there."),
+        "## SmolLM2, every ranking",
+        equal(main["equal"]),
         "## SmolLM2, by task",
         _wrap(f"Sizes measured: {sizes}. Empty: not computed."),
         by_task(main["equal"]),
@@ -210,13 +214,9 @@ def _notes(found: dict[str, Any]) -> list[str]:
 
 
 def _left_out(rows: list[dict[str, Any]]) -> str:
-    missing = []
-    for row in rows:
-        tasks = ", ".join(NAMES[task] for task in TASKS if not row["tasks"][task])
-        missing += [f"{_name((row['method'], row['ranking']))} ({tasks})"] if tasks else []
-    there = {row["method"] for row in rows}
-    missing += [f"{name} (every task)" for name in [*ENTRIES, STOPPED] if name not in there]
-    return f"not computed on all tasks within the time: {'; '.join(missing)}. " if missing else ""
+    whole = {row["method"] for row in rows if row["endpoint"]}
+    missing = [name for name in [*ENTRIES, STOPPED] if name not in whole]
+    return f"not finished within the time: {'; '.join(missing)}. " if missing else "nothing is missing. "
 
 
 def equal(rows: list[dict[str, Any]]) -> str:
@@ -229,6 +229,13 @@ def equal(rows: list[dict[str, Any]]) -> str:
             error = f"{row['curve']['log area of |1 - faithfulness|']:.2f}"
             table.append([*first, _interval(row["endpoint"]), _signed(row["difference"]), error])
     return _table(head, table) if table else "No method has all three tasks yet."
+
+
+def _better(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The better ranking of each method, and the default."""
+    whole = sorted((row for row in rows if row["endpoint"]), key=lambda row: -row["endpoint"][0])
+    first = {row["method"]: row for row in reversed(whole)}
+    return [row for row in whole if first[row["method"]] is row or (row["method"], row["ranking"]) == DEFAULT]
 
 
 def by_task(rows: list[dict[str, Any]]) -> str:
@@ -278,7 +285,7 @@ def crossed(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(part for part in (text, _table(head, table), _wrap(after)) if part)
 
 
-_SHOWN_KNOWN = ("RelP", "AttnLRP", "AtP", "IG over inputs", "mask gradient", "learned, 150 steps", "exact patching")
+_SHOWN_KNOWN = ("RelP", "IG over inputs", "mask gradient", "learned, 150 steps", "exact patching")
 
 
 def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
@@ -296,13 +303,11 @@ def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
     judged = {kind: sum(true < parts for _, parts, true in found["cases"][kind]) for kind in kinds}
     table = [[name.split("|")[0], SHORT[name.split("|")[1]], *(cell(kind, name) for kind in kinds)] for name in names]
     text = (
-        "Area under the ROC curve, mean over cases. Planted circuits (tests/planted): heads and MLPs that do the task "
-        "against those that distract, each as high as its best node; "
-        f"{judged.get('planted', 0)} of {len(found['cases'].get('planted', []))} cases have both kinds. Compiled "
-        "programs (tracr): neurons on a path to the output against other neurons that are no padding; "
-        f"{judged.get('tracr', 0)} of {len(found['cases'].get('tracr', []))} programs have both kinds, most of them "
-        "one false neuron. RelP freezes attention patterns, through which much of these programs runs: "
-        "on some it gives no neuron a score."
+        "Area under the ROC curve, mean over cases. Planted circuits: heads and MLPs that do the task against those "
+        f"that distract, each as high as its best node ({judged.get('planted', 0)} cases). Compiled programs (tracr): "
+        f"neurons on a path to the output against other neurons that are no padding ({judged.get('tracr', 0)} "
+        "programs, most with one such neuron). RelP freezes attention patterns, through which much of these programs "
+        "runs: on some it gives no neuron a score."
     )
     return [_wrap(text), _table(["method", "ranked", *kinds], table)]
 
@@ -311,14 +316,13 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
     if found is None:
         return ["Not computed within the time."]
     f, cases = found["frequencies"], found["cases"]
-    head = ["circuits", "null", "nominal", "nodes named", "outside the circuit", "their part of scores",
-            "without an effect", "effect under .1 %", "under 1 %"]  # fmt: skip
+    head = ["circuits", "null", "nominal", "nodes named", "outside", "without effect", "effect under .1 %"]
+    head += ["under 1 %", "part of scores outside"] if every else []
     rows = []
     for row in found["rates"]:
-        if every or row["nominal"] != 0.1:
-            without = [f"{row['without_effect'][x]:.2f}" for x in ("0.0", "0.001", "0.01")]
-            first = [row["kind"], row["null"], f"{row['nominal']:.2f}", f"{row['nodes']:.0f}"]
-            rows.append([*first, f"{row['outside']:.2f}", f"{row['outside_mass']:.2f}", *without])
+        without = [f"{row['without_effect'][x]:.2f}" for x in ("0.0", "0.001", "0.01")]
+        first = [row["kind"], row["null"], f"{row['nominal']:.2f}", f"{row['nodes']:.0f}", f"{row['outside']:.2f}"]
+        rows.append([*first, *without, f"{row['outside_mass']:.2f}"][: len(head)])
     if every:
         shares = [
             f"{row['kind']}, {row['null']} at {row['nominal']}: {row['effects_named']['0.0']:.0%} of nodes with an effect, "
@@ -331,8 +335,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
         f"`tnc.stability(...).at_fdr(rate, null=...)` on {cases['planted']} chains of the planted circuits (RelP) and "
         f"{cases['tracr']} compiled programs (gradient), one question at a time, 64 pairs. There are two truths. "
         "*Outside the circuit*: not one of the chain's heads and MLPs, or not on a path to the program's output. *An "
-        "effect*: patching the node alone, exactly, moves the metric; the last columns ask for .1 % and 1 % of the "
-        "strongest node's."
+        "effect*: patching the node alone, exactly, moves the metric; the last column asks for .1 % of what the "
+        "strongest node does."
     )
     frequency = (
         f"Selection frequency: of the 10 best nodes of a draw {plain['true_share_of_draws']:.0%} belong to the planted "
@@ -354,8 +358,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
     after = (
         f"**Neither null bounds how many nodes lie outside a planted circuit** (up to {outside:.0f} times the nominal "
         f"share), and the reason is not false alarms: {effects}. Training leaves heads and MLPs outside a "
-        "chain with small effects of one sign, which a test of scores rightly finds. So `at_fdr` says \"this score is "
-        'no accident of the words\"; whether it is large enough to matter is for faithfulness and completeness to say.'
+        'chain with small effects of one sign, which a test of scores rightly finds. So `at_fdr` says "this score is '
+        'no accident of the words"; whether it is large enough to matter is for faithfulness and completeness to say.'
         if outside > 1.2
         else "Both nulls keep their rates here."
     )
@@ -369,11 +373,11 @@ def _reliability(rows: list[dict[str, float]] | None, *, every: bool = False) ->
     head = ["ratio", "groups", "mean exact effect", "first order", "corrected", "trapezoid"]
     table = [
         [f"{r['low']:.2g} to {r['high']:.2g}", f"{r['groups']}", *(f"{r[n]:.3f}" for n in ("exact", *names))]
-        for r in (rows if every else rows[1::2])
+        for r in (rows if every else rows[1::4] + rows[-1:])
     ]
     text = (
         "All (layer, position) groups of SmolLM2's neurons on nounpp, 8 pairs, by decile of the ratio of second to "
-        f"first order{'' if every else ' (every other decile)'}: mean |estimate - exact| in logits, with the exact "
+        f"first order{'' if every else ' (three deciles)'}: mean |estimate - exact| in logits, with the exact "
         "effect by patching the group. The second order costs one more backward pass per group; the trapezoid "
         "(gradients at both ends) the same."
     )
