@@ -1,4 +1,6 @@
-"""What a step of a learned mask costs beside a plain forward and backward pass: `python -m tests.benchmarks.learned_mask`.
+"""What a step of a learned mask costs beside a plain forward and backward pass.
+
+    python -m tests.benchmarks.learned_mask
 
 SmolLM2, 8 prompts of nounpp, one thread. Plain: the metric's gradient at the embeddings, parameters frozen. A step: the
 threshold, the masked run, its gradient at every node's mask, and Adam's update. Rounds alternate in one process, and

@@ -95,7 +95,8 @@ def page(found: dict[str, Any]) -> str:
         f"![Endpoint against price](images/{FIGURE.name})",
         equal(_better(main["equal"])),
         _wrap(
-            "Each method in its better ranking, RelP in both ([all](which-method-tables.md)). *Ranked* by the score's size or sign. *Difference* is to RelP by size, the default. *Error* is the mean of "
+            "Each method in its better ranking, RelP in both ([all](which-method-tables.md)). *Ranked* by the "
+            "score's size or sign. *Difference* is to RelP by size, the default. *Error* is the mean of "
             "|1 - faithfulness| over log size, lower is better: compactness asks only whether the answer is right, so "
             "a ranking by sign, which leaves out nodes that work against the answer, gains on it and overshoots. Who "
             "wants the circuit's logit difference to be the model's looks at the error."
@@ -112,8 +113,9 @@ def page(found: dict[str, Any]) -> str:
         "## What this does not say",
         _wrap(
             "One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, "
-            f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells took {found['minutes']:.0f} CPU minutes of one "
-            f"thread ({versions}). `python -m tests.study` goes on from the cells that are there."
+            f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells took "
+            f"{found['minutes']:.0f} CPU minutes of one thread ({versions}). `python -m "
+            "tests.study` goes on from the cells that are there."
         ),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -325,8 +327,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
         rows.append([*first, *without, f"{row['outside_mass']:.2f}"][: len(head)])
     if every:
         shares = [
-            f"{row['kind']}, {row['null']} at {row['nominal']}: {row['effects_named']['0.0']:.0%} of nodes with an effect, "
-            f"{row['effects_named']['0.01']:.0%} of those with 1 % of the strongest"
+            f"{row['kind']}, {row['null']} at {row['nominal']}: {row['effects_named']['0.0']:.0%} of nodes with an "
+            f"effect, {row['effects_named']['0.01']:.0%} of those with 1 % of the strongest"
             for row in found["rates"]
         ]
         return [_table(head, rows), _wrap("Named of all that could be: " + "; ".join(shares) + ".")]
