@@ -29,7 +29,7 @@ FIRST = ["a", "a", "b", "c", "c", "d", "b", "d"]
 SECOND = ["x", "y", "x", "y", "z", "z", "x", "z"]
 
 
-def labelled(*lengths: int, seed: int = 0) -> TokenizedPairs:
+def labeled(*lengths: int, seed: int = 0) -> TokenizedPairs:
     made = random_pairs(*lengths, seed=seed)
     corrupt = list(made.corrupt or ())
     return TokenizedPairs.from_tokens(list(made.clean), made.answer, corrupt, made.wrong_answer, labels=FIRST)
@@ -47,7 +47,7 @@ def one_by_one(pairs: TokenizedPairs, **settings: Any) -> torch.Tensor:
 @pytest.mark.parametrize("kinds", [[FIRST], [FIRST, SECOND]], ids=["one kind", "two kinds"])
 @pytest.mark.parametrize("method", ["gradient", "mask_gradient(steps=2)"])
 def test_draws_are_those_of_pairs_weighted_one_by_one(kinds: list[list[str]], method: str) -> None:
-    pairs = labelled(4, 5, 4, 4, 5, 4, 4, 5)
+    pairs = labeled(4, 5, 4, 4, 5, 4, 4, 5)
     settings: dict[str, Any] = {"method": method, "positions": "sum"}
     with unchanged(model_of(MODEL)):
         found = stability(model_of(MODEL), pairs, sizes=[3, 6], clusters=kinds, draws=40, null_draws=3, **settings)
@@ -136,7 +136,7 @@ def test_methods_agree_with_themselves_and_counts_are_those_of_sets() -> None:
 )
 def test_what_cannot_be_drawn_is_refused(error: type[Exception], message: str, settings: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
-        stability(model_of(MODEL), labelled(*[4] * 8), **{"sizes": [3], **settings})
+        stability(model_of(MODEL), labeled(*[4] * 8), **{"sizes": [3], **settings})
 
 
 def test_null_scores_are_those_of_swapped_answers_and_refused_where_scores_do_not_read_them() -> None:

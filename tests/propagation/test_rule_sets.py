@@ -111,7 +111,7 @@ def test_forward_is_bit_identical_in_bfloat16(case: ModelCase, name: str) -> Non
     [p for p in sets_and_models("gpt2", "llama", "gemma2", sets=FREE) if p.values[0].backend == "TransformerBridge"],
 )
 def test_compatibility_mode_changes_no_gradient_of_a_neuron(case: ModelCase, name: str) -> None:
-    """Folded and centred weights, scores masked with -inf: the same function, propagated by the same rules.
+    """Folded and centered weights, scores masked with -inf: the same function, propagated by the same rules.
 
     A contrast of logits in place of a loss, as centring moves the logits together.
     """

@@ -22,6 +22,7 @@ import torch
 import tl_neuron_circuits as tnc
 from tests.study.cases import _read, tracr
 from tl_neuron_circuits import TokenizedPairs
+from tl_neuron_circuits.evaluation._stability import Stability
 
 RATES = (0.05, 0.1, 0.2)
 N_PAIRS, SIZE, DRAWS, NULL_DRAWS = 64, 10, 200, 100
@@ -109,7 +110,7 @@ def compiled_row(program: str) -> dict[str, Any] | None:
     return {"case": program, "size": n, **_frequencies(found, true, inside), "rates": rates}
 
 
-def _frequencies(found: tnc.Stability, true: np.ndarray, inside: np.ndarray | None = None) -> dict[str, float]:
+def _frequencies(found: Stability, true: np.ndarray, inside: np.ndarray | None = None) -> dict[str, float]:
     """Mean selection frequency of true nodes and of false ones, over those that have one at all, and the core."""
     size = found.sizes[-1]
     index, counts = found.best[:, :size].unique(return_counts=True)
@@ -126,7 +127,7 @@ def _frequencies(found: tnc.Stability, true: np.ndarray, inside: np.ndarray | No
     }  # fmt: skip
 
 
-def _rates(found: tnc.Stability, true: np.ndarray, exact: np.ndarray) -> dict[str, dict[str, dict[str, Any]]]:
+def _rates(found: Stability, true: np.ndarray, exact: np.ndarray) -> dict[str, dict[str, dict[str, Any]]]:
     """By null and nominal rate: how many nodes are named; the share of them outside the circuit, and that share of
     |score|; by smallest effect the share without one, and the share of nodes with one that are named.
     """

@@ -626,7 +626,7 @@ class Circuit:
         """Write a directory with `circuit.safetensors`, texts in its header; an existing one is replaced at once.
 
         Raises:
-            FileFormatError: the path is something else than a directory of ours.
+            FileFormatError: the path exists and is not a saved circuit.
             SaveError: it could not be written; what was saved there before is as it was.
         """
         tables = self.nodes, self.edges, self.settings, self.head_parts, self.by_prompt, self.details
@@ -673,7 +673,7 @@ class Circuit:
                 heading with its text. They come before those that the circuit has from `describe`.
                 heading with its text. The 300 strongest neurons without details get their direct logit effects, while
                 the traced model still lives.
-            edge_share: edges with an |attribution| below this share of the target stay out of the file, but for the
+            edge_share: edges with an |attribution| below this share of the target stay out of the file, except the
                 strongest into and out of each node; the page says how many they are and what they sum to. By default
                 0, or what leaves 10,000 edges.
 
@@ -709,14 +709,14 @@ class Circuit:
 
     @classmethod
     def from_neuronpedia(cls, path: str | Path, *, basis: Basis | Sequence[Basis] | None = None) -> "Circuit":
-        """Read an attribution graph: one of `to_neuronpedia` comes back whole but for `by_prompt`, others as they say.
+        """Read an attribution graph: one of `to_neuronpedia` comes back whole, except `by_prompt`.
 
         Args:
             path: of the JSON file.
             basis: as in `load`.
 
         Raises:
-            FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
+            FileFormatError: missing, not JSON, not an attribution graph, or changed since this package wrote it.
         """
         nodes, edges, settings, heads = _neuronpedia.read(Path(path))
         return cls(nodes, edges, settings, basis=basis, head_parts=heads)
