@@ -110,6 +110,7 @@ def page(found: dict[str, Any]) -> str:
         *_fdr(found["stability"]),
         "## How far a gradient can be trusted",
         *_reliability(found["reliability"]),
+        *_screened(found["screened"]),
         "## What this does not say",
         _wrap(
             "One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, "
@@ -395,6 +396,18 @@ def _reliability(rows: list[dict[str, float]] | None, *, every: bool = False) ->
             f"{mean['trapezoid']:.3f} by the trapezoid, which costs as much."
         )
     return [_wrap(text), _table(head, table), *([] if every else [_wrap(after)])]
+
+
+def _screened(found: dict[str, dict[str, float]]) -> list[str]:
+    """What exact patching of the best nodes says of their scores."""
+    if not found:
+        return []
+    each = "; ".join(
+        f"{NAMES[task]}: {row['other sign']} with another sign, {row['twice off']} of a size more than twice off, "
+        f"correlation {row['correlation']:.2f}"
+        for task, row in found.items()
+    )
+    return [_wrap(f"Single nodes are patched instead (`evaluation.screen`). Of RelP's best 100 on {each}.")]
 
 
 def draw(found: dict[str, Any]) -> None:
