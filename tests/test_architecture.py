@@ -35,6 +35,7 @@ RIGHTWARD_METHODS = {
     "_repr_html_",
     "where_model_is_right",
     "describe",
+    "at_fdr",
 }
 OPTIONAL = {"sae_lens", "sklearn", "IPython", "matplotlib", "nbclient"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

@@ -287,6 +287,48 @@ class Circuit:
         settings = _neuronpedia.with_influence(self, nodes)
         return replace(self, nodes=nodes, edges=kept, settings=settings, by_prompt=by_prompt)
 
+    def at_fdr(
+        self,
+        rate: float,
+        *,
+        null: Literal["signs", "pairs"] = "signs",
+        stability: Any = None,
+        model: TransformerLensModel | None = None,
+        pairs: PromptPairs | TokenizedPairs | None = None,
+    ) -> "Circuit":
+        """The nodes whose scores pass a test over words at this rate of false discoveries; the others join remainders.
+
+        All nodes of the model are tested, as `stability` does with RelP, and those of this circuit that pass are kept;
+        so the rate is that of the whole test. With "signs" it says that a score's sign is no accident of the words,
+        with "pairs" that it exceeds what a change of the word alone does. It does not say that a node belongs to the
+        mechanism.
+
+        Args:
+            rate: of false discoveries, as estimated.
+            null: "signs", or "pairs": each prompt beside another of the traced pairs', of other words and the same
+                answer.
+            stability: a `Stability` with the same basis and positions, instead of the test that is made here;
+                needed for another target than the pairs' answers, other null pairs, and summed positions.
+            model: the model that was traced; needed where the circuit was loaded from a file.
+            pairs: those that were traced, likewise; they need labels, the words.
+
+        Raises:
+            SettingsError: not a circuit of pairs and their answers; or as `Stability.at_fdr`.
+            PairsError: as `stability`.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=32, model=model)
+            >>> circuit = tnc.trace(model, pairs, nodes=300)
+            >>> 0 < len(circuit.at_fdr(0.005)) < len(circuit)
+            True
+        """
+        from ..evaluation._stability import nodes_at_fdr
+
+        named = nodes_at_fdr(self, rate, null, stability, _edge_heads.known_model(self, model), pairs)
+        return _algebra.keep(self, self.members & named)
+
     @checked
     def label(self, labels: Mapping[str, str]) -> "Circuit":
         """Name nodes: by node ("L3/N45@7"), or by neuron at all positions ("L3/N45").
