@@ -86,10 +86,18 @@ def test_steer_takes_groups_of_a_circuit(dallas: Path, tmp_path: Path, collapsed
     circuit = Circuit.load(dallas / "circuit")
     (circuit.collapse() if collapsed else circuit).save(tmp_path / "circuit")
     call = ["steer", "demo-gelu", PROMPT, "--circuit", tmp_path / "circuit", "--group", "second", "--value", "0"]
+    first = circuit.nodes.loc[circuit.nodes["group"] == "first", "node"]
+    call += ["--watch", "second", "--watch", f"mine={','.join(first)}"]
     code, out, err = run(*call, "--json")
     assert code == 0, err
     members = circuit.nodes.loc[circuit.nodes["group"] == "second", "node"]
     assert set(json.loads(out)["nodes"]) == set(members) and len(members) == 3
+    read = {"second": list(members), "mine": list(first)}
+    changes = tnc.steer(tnc.load_demo_model(), PROMPT, list(members), value=0.0, watch=read).watched
+    expected = {name: pytest.approx(float(change[0]), abs=1e-6) for name, change in changes.items()}
+    assert json.loads(out)["watched"] == expected and expected["second"] == -1
+    if not collapsed:
+        assert "watched; -1: gone" in run(*call)[1]
 
 
 @for_each(
@@ -106,6 +114,8 @@ def test_steer_takes_groups_of_a_circuit(dallas: Path, tmp_path: Path, collapsed
         (("--node", "L0/N1", "--scale", "0", "--group", "first"), "--circuit beside --group"),
         (("--circuit", "no-such-folder", "--scale", "0"), "no such folder"),
         (("--circuit", "{dallas}", "--group", "third", "--scale", "0"), "['first', 'second']"),
+        (("--circuit", "{dallas}", "--watch", "third", "--scale", "0"), "['first', 'second']"),
+        (("--node", "L0/N1", "--watch", "third", "--scale", "0"), "or a group of --circuit"),
         (("--node", "L0/N1", "--scale", "0", "--dtype", "float8"), "expected --dtype out of"),
         (("--node", "L0/N1", "--scale", "0", "--device", "abacus"), "expected a --device"),
     ],

@@ -77,6 +77,33 @@ def test_a_given_continuation_and_targets_by_position(tmp_path: Any) -> None:
     assert by_text.members == alone.members
 
 
+def test_rollouts_of_several_prompts_are_the_mean_of_single_ones() -> None:
+    model = load_demo_model()
+    cities = ("Dallas", "Belgate")
+    for span in ("{}", "{{city:{}}}"):  # marked spans of several lengths, and one length
+        names = cities if span == "{}" else ("Dallas", "North Belgate")
+        prompts = [f"The capital of the state containing {span.format(name)} is" for name in names]
+        together = trace(model, prompts, rollout=2, nodes=40)
+        assert_sums_hold(together, 1e-4)
+        alone = [trace(model, prompt, rollout=2, nodes=40) for prompt in prompts]
+        tokens = [[token for _, token in one.settings["rollout"]] for one in alone]
+        assert [token for _, token in together.settings["rollout"]] == [
+            list(pair) for pair in zip(*tokens, strict=True)
+        ]
+        goals = together.nodes.query("kind == 'logit'")
+        single = [one.nodes.query("kind == 'logit'") for one in alone]
+        np.testing.assert_allclose(goals["activation"], np.mean([one["activation"] for one in single], 0), rtol=1e-5)
+        assert together.by_prompt is not None
+        rows = together.by_prompt.query("kind == 'node'")
+        for number, one in enumerate(single):
+            own = rows[(rows["prompt"] == number) & rows["source"].isin(goals["node"])]
+            np.testing.assert_allclose(own["attribution"], one["activation"], rtol=1e-5)
+            chances = together.settings["prompts"][number]["probability"]
+            assert chances == pytest.approx(float(one["probability"].prod()), rel=1e-3)
+    given = trace(model, prompts, rollout=tokens, nodes=40)
+    assert given.nodes.equals(together.nodes)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

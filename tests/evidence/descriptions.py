@@ -3,11 +3,11 @@
 SmolLM2 reads English prose out of the documentation of installed Python packages, of which half, by package, is held
 out. Two sets of neurons are described in one pass: 100 random ones, and those of a circuit of 300 nodes. Beside
 the labels' precision, recall and base rate stand those of two controls: every neuron scored with the label of another
-one, and labels of neurons whose activations were shuffled over the positions. Time is CPU time of one thread, for the
-circuit's neurons alone and on fewer tokens, against bare forward passes over every fourth batch, measured in between.
+one, and labels of neurons whose activations were shuffled over the positions. Time is CPU time of one thread, against
+bare forward passes over every fourth batch, measured in between.
 
-Writes `docs/evidence/descriptions.json` and the tables of `docs/how-to/descriptions.md`; `--time` measures the time
-alone, and `--tables` writes the tables alone, from the JSON that is there.
+Writes `docs/evidence/descriptions.json` and the tables of `docs/how-to/descriptions.md`; `--tables` writes the tables
+alone, from the JSON that is there.
 """
 
 import ast
@@ -46,7 +46,7 @@ from tl_neuron_circuits.interventions._steering_prompts import token_names
 
 ROOT = Path(__file__).parents[2]
 JSON, PAGE = ROOT / "docs" / "evidence" / "descriptions.json", ROOT / "docs" / "how-to" / "descriptions.md"
-TOKENS, TIMED_TOKENS = 100_000, 20_000
+TOKENS = 100_000
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 N_RANDOM, N_CIRCUIT, PER_PACKAGE = 100, 300, 40
 
@@ -70,7 +70,7 @@ def prose() -> dict[str, list[str]]:
             if package != "site-packages" and len(found[package]) < 10 * PER_PACKAGE:
                 found[package] += docstrings(file)
     seen: set[str] = set()
-    for package in sorted(found):  # a licence is in many packages, and counts in one
+    for package in sorted(found):  # a license is in many packages, and counts in one
         kept = [text for text in dict.fromkeys(found[package]) if text[:120].lower() not in seen]
         seen |= {text[:120].lower() for text in kept}
         found[package] = sorted(kept, key=digest)[:PER_PACKAGE]
@@ -131,7 +131,7 @@ def halves(model: Any, n_tokens: int) -> tuple[list[str], list[str], dict[str, A
 
 
 def measure() -> dict[str, Any]:
-    """Labels of random neurons and of a circuit's, and their controls."""
+    """Labels of random neurons and of a circuit's, their controls, and the time it takes to describe all of them."""
     model = load()
     discovery, held_out, about = halves(model, TOKENS)
     generator = np.random.default_rng(0)
@@ -141,8 +141,11 @@ def measure() -> dict[str, Any]:
     of_circuit = circuit_neurons(model)
     nodes = list(dict.fromkeys([*random_names, *of_circuit]))
     kept: dict[str, Any] = {}
-    with keeping(kept):
+    with keeping(kept), timed() as seconds:
+        started = time.process_time()
         found = tnc.describe(model, nodes, discovery, held_out=held_out, verbose=True)
+        seconds["describe"] = time.process_time() - started - seconds["bare"]
+    passes = seconds["bare"] * seconds["tokens"] / seconds["bare_tokens"]
     table, samples = found.to_dataframe(), kept["samples"]
     return {
         "model": smollm2.LABEL, "about": about, "prompt": PROMPT, "versions": versions(),
@@ -151,26 +154,11 @@ def measure() -> dict[str, Any]:
         "random": groups(model, samples, nodes, random_names, generator),
         "circuit": groups(model, samples, nodes, of_circuit, generator),
         "examples": examples(table, random_names), "layers": by_layer(table, random_names),
-    }  # fmt: skip
-
-
-def measure_time() -> dict[str, Any]:
-    """CPU time of describing the circuit's neurons, against bare forward passes."""
-    model = load()
-    discovery, held_out, about = halves(model, TIMED_TOKENS)
-    of_circuit = circuit_neurons(model)
-    with timed() as seconds:
-        started = time.process_time()
-        tnc.describe(model, of_circuit, discovery, held_out=held_out, verbose=True)
-        seconds["describe"] = time.process_time() - started - seconds["bare"]
-    passes = seconds["bare"] * seconds["tokens"] / seconds["bare_tokens"]
-    rest = seconds["describe"] - seconds["blocks"]
-    scale = TOKENS / sum(about["tokens"])
-    return {
-        "neurons": len(of_circuit), "tokens": sum(about["tokens"]), "seconds": seconds, "passes": passes, "rest": rest,
-        "ratio": seconds["describe"] / passes,
-        "ratio of the stream": seconds["blocks"] / passes,
-        "ratio at 100,000 tokens": (seconds["blocks"] * scale + rest) / (passes * scale),
+        "timing": {
+            "neurons": len(nodes), "tokens": sum(about["tokens"]), "seconds": seconds, "passes": passes,
+            "rest": seconds["describe"] - seconds["blocks"], "ratio": seconds["describe"] / passes,
+            "ratio of the stream": seconds["blocks"] / passes,
+        },
     }  # fmt: skip
 
 
@@ -260,8 +248,8 @@ def groups(
             threshold = np.maximum(np.quantile(sign * here, _describe.ACTIVE_ABOVE, axis=0), 0.0)
             active = sign * here > threshold
             chosen = choose_labels(active, tokens, vocabulary, least_f1=least)
-            alive = live & active.any(0)
-            labels[key] += [(one, (sign * there > threshold)[:, i]) for i, one in enumerate(chosen) if alive[i]]
+            alive, other_active = live & active.any(0), sign * there > threshold
+            labels[key] += [(one, other_active[:, i]) for i, one in enumerate(chosen) if alive[i]]
     has = [(condition, active) for condition, active in labels["labels"] if condition.kind]
     order = generator.permutation(len(has))
     shift = np.roll(order, 1)
@@ -277,7 +265,7 @@ def groups(
         )
         lift = frame["precision"] / frame["base_rate"]
         out[key] = {
-            "labelled": len(scores), "unlabelled": len(rows) - len(scores),
+            "labelled": len(scores), "unlabelled": len(rows) - len(scores),  # codespell:ignore
             **{name: mean(frame[name]) for name in frame},
             "median precision": median(frame["precision"]), "median recall": median(frame["recall"]),
             "above 5 x base rate": float((lift > 5).mean()) if len(lift) else None,
@@ -306,7 +294,7 @@ def by_layer(table: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
     third = pd.cut(rows["layer"], [-1, 9, 19, 29], labels=["0-9", "10-19", "20-29"])
     grouped = rows.groupby(third, observed=True)
     return [
-        {"layers": str(key), "signs": len(part), "labelled": int((part["label"] != "").sum()),
+        {"layers": str(key), "signs": len(part), "labelled": int((part["label"] != "").sum()),  # codespell:ignore
          "precision": mean(part["precision"]), "recall": mean(part["recall"])}
         for key, part in grouped
     ]  # fmt: skip
@@ -317,65 +305,59 @@ def by_layer(table: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
 
 def tables(found: dict[str, Any]) -> str:
     """The page's tables, from the JSON."""
-    about, random, circuit, nodes = (found[key] for key in ("about", "random", "circuit", "nodes"))
-    timing = found.get("timing")
-    columns = "with a label | precision | recall | base rate | precision above 5 x base rate |"
+    about, nodes = found["about"], found["nodes"]
+    sets = (("random", f"{nodes['random']} random"), ("circuit", f"{nodes['neurons of the circuit']} of a circuit"))
     lines = [
-        f"{found['model']}, on {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs: "
-        f"{about['texts']}. The packages of one half are not those of the other.",
+        f"{found['model']}, {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs of "
+        "English prose out of the documentation of Python packages; other packages in the other half.",
         "",
-        f"| {nodes['random']} random neurons ({random['live']} live), {random['signs']} signs | {columns}",
-        "|---|---|---|---|---|---|",
-        *(table_row(key, random[key]) for key in random if isinstance(random[key], dict)),
-        "",
-        f"| {nodes['neurons of the circuit']} neurons of a circuit of {nodes['circuit']} nodes | {columns}",
-        "|---|---|---|---|---|---|",
-        *(table_row(key, circuit[key]) for key in circuit if isinstance(circuit[key], dict)),
-        "",
-        "| random neurons of layers | signs | with a label | precision | recall |",
-        "|---|---|---|---|---|",
+        "| neurons | | signs with a label | precision | recall | base rate | above 5 x base rate |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {r['layers']} | {r['signs']} | {r['labelled']} | {number(r['precision'])} | {number(r['recall'])} |"
-            for r in found["layers"]
+            f"| {name} | {CASES[key]} | {table_row(found[which], key)} |"
+            for which, name in sets for key in CASES if key in found[which]
         ),
         "",
-        "The first twelve random neurons, as they were drawn:",
+        "The first of the random neurons, as they were drawn: " + "; ".join(map(said, found["examples"][:6])) + ".",
         "",
-        "| neuron | label | precision | recall | base rate |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row['node']}{'+' if row['sign'] > 0 else '-'} | {cell(row['label'])} | {number(row['precision'])} | "
-            f"{number(row['recall'])} | {number(row['base_rate'], 3)} |"
-            for row in found["examples"]
-        ),
-    ]
-    return "\n".join([*lines, *([] if timing is None else ["", timing_line(timing)])])
+        timing_line(found["timing"]),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+CASES = {
+    "labels": "their labels", "labels of other neurons": "labels of other neurons",
+    "shuffled activations, best condition however weak": "shuffled activations",
+}  # fmt: skip
+
+
+def said(row: dict[str, Any]) -> str:
+    name = f"{row['node']}{'+' if row['sign'] > 0 else '-'}"
+    if not row["label"]:
+        return f"{name} none"
+    return f"{name} `{row['label']}` ({number(row['precision'])}, {number(row['recall'])})"
 
 
 def timing_line(timing: dict[str, Any]) -> str:
     return (
-        f"Time for the circuit's {timing['neurons']} neurons on {timing['tokens']:,} tokens, in CPU seconds of one "
-        f"thread: {timing['seconds']['describe']:.0f} in all, {timing['ratio']:.2f} times the bare forward passes "
-        f"({timing['passes']:.0f} s, from every fourth batch). Reading the stream takes "
-        f"{timing['ratio of the stream']:.2f} times the passes, which is within the noise of a busy machine, and "
-        f"{timing['rest']:.0f} s do not grow with the texts."
+        f"Time for all {timing['neurons']} neurons on {timing['tokens']:,} tokens, in CPU seconds of one thread: "
+        f"{timing['seconds']['describe']:.0f} in all, {timing['ratio']:.2f} times the bare forward passes "
+        f"({timing['passes']:.0f} s, from every fourth batch). {timing['rest']:.0f} s do not grow with the texts."
     )
 
 
-def table_row(key: str, group: dict[str, Any]) -> str:
+def table_row(found: dict[str, Any], key: str) -> str:
+    group = found[key]
     share = group["above 5 x base rate"]
-    return (
-        f"| {key} | {group['labelled']} | {number(group['precision'])} | {number(group['recall'])} | "
-        f"{number(group['base_rate'], 3)} | {'' if share is None else f'{share:.0%}'} |"
-    )
+    cells = (
+        f"{group['labelled']} of {found['signs']}", number(group["precision"]), number(group["recall"]),
+        number(group["base_rate"], 3), "" if share is None else f"{share:.0%}",
+    )  # fmt: skip
+    return " | ".join(cells)
 
 
 def number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def cell(label: str) -> str:
-    return f"`{label}`".replace("|", "\\|") if label else "none"
 
 
 def write_tables() -> None:
@@ -387,11 +369,7 @@ def write_tables() -> None:
 
 
 if __name__ == "__main__":
-    JSON.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(JSON.read_text(encoding="utf-8")) if JSON.exists() else {}
-    if not {"--tables", "--time"} & set(sys.argv):
-        found |= measure()
     if "--tables" not in sys.argv:
-        found["timing"] = measure_time()
-        JSON.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        JSON.parent.mkdir(parents=True, exist_ok=True)
+        JSON.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
     write_tables()

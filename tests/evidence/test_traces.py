@@ -9,5 +9,5 @@ def test_the_walks_tables_are_those_of_its_results() -> None:
     page, results = traces.PAGE.read_text(encoding="utf-8"), json.loads(traces.RESULTS.read_text(encoding="utf-8"))
     assert traces.fill(page, results) == page
     assert set(traces.MODELS) <= set(results) and all(len(results[name]) == 5 for name in traces.MODELS)
-    results["walk"]["moved"]["last"]["flips"] += 0.1
+    results["walk"]["flips"]["noun, early donor"] -= 0.1
     assert traces.fill(page, results) != page

@@ -1,10 +1,11 @@
 """Five prompts on each of three models, traced and steered; and a circuit in which every claim was tested.
 
-    python -m tests.evidence.traces [--models demo-gelu demo-swiglu smollm2] [--walk demo-gelu] [--write]
+    python -m tests.evidence.traces [--models demo-gelu demo-swiglu smollm2] [--walk smollm2|none] [--write]
 
-Traces: a two-hop prompt with its contrast, an agreement, a fact, a passage of 50 tokens, and a chat turn (in the chat
-template where the model has one). Each circuit, of the default size, is then ablated, and so are nineteen groups of
-matched neurons. Walk: neurons of agreement across a phrase, chosen on some nouns, every number on others. Figures go to
+Traces: a two-hop prompt and an agreement with their contrasts, a fact, a passage of 50 tokens, and a chat turn (in the
+chat template where the model has one). Each circuit, of the default size, is then ablated, and so are nineteen groups
+of matched neurons. Walk: neurons of agreement across a phrase, chosen on some nouns, every number on others; groups of
+them are set to zero, or to their values on the sentence with the noun's other number. Figures go to
 docs/evidence/traces.json; `--write` puts the tables made of them into docs/walk-through.md.
 Times are CPU seconds of one thread.
 """
@@ -24,17 +25,16 @@ import tl_neuron_circuits as tnc
 from tests import smollm2
 from tl_neuron_circuits import Circuit, PromptPairs, TokenizedPairs
 from tl_neuron_circuits.demo._text import Chance, sentence
-from tl_neuron_circuits.interventions._find_nodes import find_nodes
-from tl_neuron_circuits.interventions._matched import draw_matched
 from tl_neuron_circuits.interventions._steering_prompts import read_prompts
-from tl_neuron_circuits.interventions._sweep import bootstrap_interval
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "docs" / "evidence" / "traces.json", ROOT / "docs" / "walk-through.md"
 MODELS = ("demo-gelu", "demo-swiglu", "smollm2")
 DRAWS = 19
-WALKED = {"demo-gelu": (40, 40), "demo-swiglu": (40, 40), "smollm2": (8, 20)}
+WALKED = (48, 24)
 """Pairs of the walk that neurons are chosen on, and that claims are tested on."""
+FIRST, FEW = "noun, early", (1, 3, 10, 30)
+"""The group of the walk of which ever fewer neurons are moved."""
 PASSAGE = (
     "The history of the city begins in the early Middle Ages, when a small group of fishermen settled on the banks of "
     "the river. Over the following centuries the town grew into an important center of trade, and its merchants became "
@@ -57,24 +57,30 @@ def prompts(model: Any, name: str) -> dict[str, TokenizedPairs]:
     """The five prompts; answers are the model's own next tokens where nothing else is asked for."""
     if name == "smollm2":
         cities, answers = ("Dallas", "Oakland"), (" Austin", " Sacramento")
-        agreement, fact = ("The keys to the cabinet", " are", " is"), ("The capital of France is", " Paris")
+        agreement = PromptPairs(
+            clean=["The pictures on the wall"], corrupt=["The picture on the wall"],
+            answer=[" are"], wrong_answer=[" is"],
+        )  # fmt: skip
+        fact = ("The capital of France is", " Paris")
         passage = PASSAGE
         turn = tnc.tasks.apply_chat_template(
             model, "What is the capital of Italy?", answer_start="The capital of Italy is"
         )
     else:
         cities, answers = ("Dallas", "Cormouth"), (" Austin", " Tallahassee")
-        agreement, fact, turn = ("The boys near the girl", " are", " is"), ("The capital of Texas is", " Austin"), TURN
+        agreement = PromptPairs(
+            clean=["The boys near the girl"], corrupt=["The boy near the girl"], answer=[" are"], wrong_answer=[" is"]
+        )
+        fact, turn = ("The capital of Texas is", " Austin"), TURN
         chance = Chance(11)
         passage = " ".join(sentence(chance) for _ in range(12))
     two_hop = PromptPairs(
         clean=[TWO_HOP.format(city) for city in cities], corrupt=[TWO_HOP.format(city) for city in cities[::-1]],
         answer=list(answers), wrong_answer=list(answers[::-1]),
     )  # fmt: skip
-    text, right, wrong = agreement
     return {
         "two-hop, with its contrast": tnc.tasks.tokenize(model, two_hop),
-        "agreement": tnc.tasks.tokenize(model, PromptPairs(clean=[text], answer=[right], wrong_answer=[wrong])),
+        "agreement, with its contrast": tnc.tasks.tokenize(model, agreement),
         "fact": tnc.tasks.tokenize(model, PromptPairs(clean=[fact[0]], answer=[fact[1]])),
         "passage of 50 tokens": _continued(model, model.to_tokens(passage)[:, :50]),
         "chat turn": _continued(model, read_prompts(model, turn).tokens[0][None]),
@@ -124,79 +130,60 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def walk(name: str) -> dict[str, Any]:
-    """Agreement across a phrase: a circuit of half of the nouns, and every claim tested on the other half."""
+    """Agreement across a phrase: a circuit of some nouns, and every claim tested on others."""
     model = load(name)
-    pairs = tnc.tasks.subject_verb_agreement("nounpp", n=96, seed=0, model=model)
+    pairs = tnc.tasks.subject_verb_agreement("nounpp", n=192, seed=0, model=model).where_model_is_right(model)
     train, test = pairs.split(0.5, by="label")
-    train, test = (part[range(n)] for part, n in zip((train, test), WALKED[name], strict=True))
+    train, test = (part[range(n)] for part, n in zip((train, test), WALKED, strict=True))
     circuit, seconds = timed(lambda: tnc.trace(model, train, nodes=150))
     groups = groups_of(model, circuit)
     everything = [node for nodes in groups.values() for node in nodes]
-    swept = tnc.sweep(model, test, {**groups, "whole circuit": everything}, scales=(0,), controls=DRAWS)
-    rest = tnc.sweep(model, test, groups, scales=(0,), complement=everything)
-    best = str(circuit.nodes[circuit.nodes["kind"] == "neuron"].sort_values("score").iloc[-1]["node"])
-    single = tnc.sweep(model, test, {best: [best]}, scales=(-4, 0), controls=DRAWS)
-    text = tnc.steer(model, test.clean[:2], groups["noun, early"] + groups["noun, late"], scale=-1, generate=8)
+    donors = list(test.corrupt or [])
+    moves = {**groups, "whole circuit": everything}
+    proof = tnc.sweep(model, test, moves, scales=(0,), donor=donors, controls=DRAWS)
+    rest = tnc.sweep(model, test, groups, scales=(0,), donor=donors, complement=everything)
+    first = circuit.nodes[circuit.nodes["node"].isin(groups[FIRST])].sort_values("score", key=abs, ascending=False)
+    sizes = {f"strongest {k}": list(first["node"][:k]) for k in FEW}
+    few = tnc.sweep(model, test, sizes, scales=(), donor=donors, controls=DRAWS)
+    before = differences(proof.results[0])[0]
     return {
         "model": name, "train": len(train), "test": len(test), "trace_s": seconds, "target": circuit.target_value,
-        "example": list(pairs.clean[:2]), "answers": list(pairs.answer[:2]), "unexplained": circuit.unexplained,
+        "examples": [list(pair) for pair in zip(test.clean, test.corrupt or (), test.answer, strict=False)][:4],
+        "kept": pairs.selection.share if pairs.selection else 1.0,
+        "nouns": [len(set(part.labels or ())) for part in (train, test)], "before": float(before.mean()),
+        "unexplained": circuit.unexplained, "strongest": list(first["node"][: max(FEW)]),
         "groups": {name: _size(circuit, nodes) for name, nodes in groups.items()},
-        "ablated": _records(swept.effects()), "complement": _records(rest.effects()),
-        "moved": moved(model, test, {**groups, "whole circuit": everything}, groups),
-        "best": best, "single": _records(single.effects()),
-        "text": [list(texts) for texts in text.continuations or ()],
+        "proof": _records(proof.effects()), "rest": _records(rest.effects()), "few": _records(few.effects()),
+        "flips": flips(proof) | flips(rest) | flips(few),
     }  # fmt: skip
 
 
 def groups_of(model: Any, circuit: Circuit) -> dict[str, list[str]]:
-    """The circuit's neurons by place, those at the noun in two halves of the layers."""
+    """The circuit's neurons by place, those at the noun and at the last word in two halves of the layers."""
     nodes = circuit.nodes[circuit.nodes["kind"] == "neuron"]
     last, half = int(nodes["position"].max()), int(model.cfg.n_layers) // 2
-    noun, early = nodes["position"] == 2, nodes["layer"] < half
+    noun, end, early = nodes["position"] == 2, nodes["position"] == last, nodes["layer"] < half
     parts = {
         "noun, early": nodes[noun & early], "noun, late": nodes[noun & ~early],
-        "between": nodes[~noun & (nodes["position"] < last)], "last": nodes[nodes["position"] == last],
+        "between": nodes[~noun & ~end], "last, early": nodes[end & early], "last, late": nodes[end & ~early],
     }  # fmt: skip
     return {name: list(rows["node"]) for name, rows in parts.items() if len(rows)}
 
 
-def moved(
-    model: Any, pairs: PromptPairs, moves: Mapping[str, list[str]], watch: Mapping[str, list[str]]
-) -> dict[str, Any]:  # fmt: skip
-    """What becomes of the verb, and of the groups, when nodes take their values from the noun's other number."""
-    columns = ["hook", "unit", "position"]
-    frames = {name: find_nodes(model, nodes, features=True) for name, nodes in moves.items()}
-    drawn = draw_matched(model, read_prompts(model, pairs), frames, DRAWS, 1, 32)
-    union = pd.concat([*frames.values(), *(draw.nodes for draws in drawn.values() for draw in draws)])
-    union = union[columns].drop_duplicates().reset_index(drop=True)
-    places = {tuple(row): place for place, row in enumerate(union.itertuples(index=False))}
-    values = tnc.node_values(model, list(pairs.corrupt or []), union)
-
-    def run(nodes: pd.DataFrame, watch: Mapping[str, list[str]] | None = None) -> tnc.SteeringResult:
-        own = [places[tuple(row)] for row in nodes[columns].itertuples(index=False)]
-        return tnc.steer(model, pairs, nodes[columns], value=values[:, own], watch=watch)
-
-    out = {}
-    for name, frame in frames.items():
-        result, controls = run(frame, watch), [difference(run(draw.nodes)) for draw in drawn[name]]
-        own = difference(result)
-        out[name] = own | {
-            "groups": {group: float(change.mean()) for group, change in result.watched.items()},
-            "control": sum(c["mean"] for c in controls) / len(controls),
-            "control_flips": sum(c["flips"] for c in controls) / len(controls),
-            "p": (1 + sum(c["mean"] <= own["mean"] for c in controls)) / (1 + len(controls)),
-        }
-    return out
-
-
-def difference(result: tnc.SteeringResult) -> dict[str, float]:
-    """The logit difference after steering, with its interval over nouns, and how many prompts take the other verb."""
+def differences(result: tnc.SteeringResult) -> tuple[Tensor, Tensor]:
+    """Logit differences of every prompt before and after steering."""
     rows, answers, wrong = range(len(result)), result.settings["answers"], result.settings["wrong_answers"]
-    after = result.after[rows, answers] - result.after[rows, wrong]
-    before = result.before[rows, answers] - result.before[rows, wrong]
-    low, high = bootstrap_interval(after.double(), result.settings["labels"])
-    flips = float(((before > 0) & (after < 0)).float().sum() / (before > 0).float().sum())
-    return {"before": float(before.mean()), "mean": float(after.mean()), "low": low, "high": high, "flips": flips}
+    before, after = (logits[rows, answers] - logits[rows, wrong] for logits in (result.before, result.after))
+    return before, after
+
+
+def flips(swept: tnc.SteeringSweep) -> dict[str, float]:
+    """By group and scale: the share of prompts that take the other verb."""
+    names = [f"{name} {scale}" for name in swept.steered for scale in swept.scales]
+    return {
+        name: float((differences(result)[1] < 0).double().mean())
+        for name, result in zip(names, swept.results, strict=True)
+    }
 
 
 def _size(circuit: Circuit, nodes: list[str]) -> dict[str, float]:
@@ -213,74 +200,71 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """Markdown by the name that marks its place on the page."""
-    out = {"traces": _traces_table(results)}
-    if "walk" in results:
-        out |= _walk_tables(results["walk"])
-    return out
+    out = {name: _traces_table(results[name]) for name in MODELS if name in results}
+    return out | (_walk_tables(results["walk"]) if "walk" in results else {})
 
 
-def _traces_table(results: Mapping[str, Any]) -> str:
-    rows = []
-    for name in MODELS:
-        for kind, row in results.get(name, {}).items():
-            unit = "logits" if row["read"] == "logit difference" else "nats"
-            target = row["answer"] if row["wrong"] is None else f"{row['answer']} against {row['wrong']}"
-            low, high = row["control_low"], row["control_high"]
-            rows.append(
-                {
-                    "model": "SmolLM2" if name == "smollm2" else name, "prompt": kind, "tokens": row["tokens"],
-                    "target": f"“{target.strip()}”", "its probability": f"{row['probability']:.2f}",
-                    "neurons": row["nodes"], "edges": f"{row['edges']:,}", "explained": f"{row['explained']:.0%}",
-                    "ablated": f"{row['effect']:+.2f} {unit}", "matched (95 %)": f"{low:+.2f} to {high:+.2f}",
-                    "p": f"{row['p']:.2f}", "size of matched": f"{row['control_size']:.2f}",
-                    "trace, s": f"{row['trace_s']:.1f}", "steering, s": f"{row['steer_s']:.1f}",
-                }
-            )  # fmt: skip
-    return _markdown(rows)
+def _traces_table(rows: Mapping[str, Any]) -> str:
+    table = []
+    for kind, row in rows.items():
+        unit = "logits" if row["read"] == "logit difference" else "nats"
+        answer, wrong = row["answer"].strip(), (row["wrong"] or "").strip()
+        low, high = row["control_low"], row["control_high"]
+        table.append(
+            {
+                "prompt": kind if "tokens" in kind else f"{kind} ({row['tokens']} tokens)",
+                "target (its probability)": f"{answer}{wrong and f', not {wrong}'} ({row['probability']:.2f})",
+                "neurons": f"{row['nodes']:,}", "edges": f"{row['edges']:,}", "explained": f"{row['explained']:.0%}",
+                "ablated": f"{row['effect']:+.1f} {unit}",
+                "matched (size)": f"{low:+.1f} to {high:+.1f} ({row['control_size']:.2f})",
+                "trace": f"{row['trace_s']:.1f} s", "steering": f"{row['steer_s']:.1f} s",
+            }
+        )  # fmt: skip
+    return _markdown(table)
 
 
 def _walk_tables(walk: Mapping[str, Any]) -> dict[str, str]:
-    ablated = {(row["steered"], row["read"]): row for row in walk["ablated"]}
-    names = list(walk["groups"])
+    proof, rest = (
+        {(row["steered"], row["scale"], row["read"]): row for row in walk[part]} for part in ("proof", "rest")
+    )
+    names, read = list(walk["groups"]), "logit difference"
+    flips = walk["flips"]
     groups = [{"group": n, "neurons": g["neurons"], "score": f"{g['score']:+.2f}"} for n, g in walk["groups"].items()]
-    matrix = [{"ablated": name, **{read: f"{ablated[name, read]['mean']:+.2f}" for read in names}} for name in names]
-    output = []
-    for name in [*names, "whole circuit"]:
-        row = ablated[name, "logit difference"]
-        output.append(
-            {
-                "ablated": name, "logit difference": f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})",
-                "matched": f"{row['control']:+.2f} ({row['control_low']:+.2f} to {row['control_high']:+.2f})",
-                "p": f"{row['p']:.2f}", "size of matched": f"{row['control_size']:.2f}",
-                "KL, nats": f"{ablated[name, 'kl']['mean']:.3f}",
-            }
-        )  # fmt: skip
-    rest = {(row["steered"], row["read"]): row for row in walk["complement"]}
-    others = []
-    for name in names:
-        row = rest[f"all but {name}", "logit difference"]
-        interval = f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
-        others.append({"circuit ablated but": name, "logit difference": interval})
-    moved = [
+
+    def tested(name: str, scale: float | str) -> dict[str, str]:
+        row = proof[name, scale, read]
+        return {
+            "change": _interval(row), "matched": f"{row['control']:+.2f} ({row['control_size']:.2f})",
+            "p": f"{row['p']:.2f}", "other verb": f"{flips[f'{name} {scale}']:.0%}",
+        }  # fmt: skip
+
+    tables: dict[str, list[dict[str, Any]]] = {"groups": groups}
+    for title, scale in (("ablated", 0.0), ("moved", "donor")):
+        tables[title] = [{title: name, **tested(name, scale)} for name in [*names, "whole circuit"]]
+        tables[f"{title} matrix"] = [
+            {title: name, **{other: f"{proof[name, scale, other]['mean']:+.2f}" for other in names}} for name in names
+        ]
+    tables["rest"] = [
         {
-            "moved": name, "logit difference after": f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})",
-            "verbs flipped": f"{row['flips']:.0%}", "matched: difference": f"{row['control']:+.2f}",
-            "matched: flipped": f"{row['control_flips']:.1%}", "p": f"{row['p']:.2f}",
-            **{f"change of {other}": f"{change:+.2f}" for other, change in row["groups"].items()},
+            "all but": name, "ablated: change": _interval(rest[f"all but {name}", 0.0, read]),
+            "moved: change": _interval(rest[f"all but {name}", "donor", read]),
+            "moved: other verb": f"{flips[f'all but {name} donor']:.0%}",
         }
-        for name, row in walk["moved"].items()
+        for name in names
     ]  # fmt: skip
-    single = [
+    tables["few"] = [
         {
-            "multiplier": f"{row['scale']:g}",
-            "logit difference": f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})",
-            "matched": f"{row['control']:+.2f} ({row['control_low']:+.2f} to {row['control_high']:+.2f})",
-            "p": f"{row['p']:.2f}",
+            "moved": row["steered"], "change": _interval(row),
+            "matched": f"{row['control']:+.2f} ({row['control_size']:.2f})", "p": f"{row['p']:.2f}",
+            "other verb": f"{flips[row['steered'] + ' donor']:.0%}",
         }
-        for row in walk["single"] if row["read"] == "logit difference"
+        for row in walk["few"] if row["read"] == read
     ]  # fmt: skip
-    named = {"groups": groups, "matrix": matrix, "output": output, "complement": others, "moved": moved}
-    return {name: _markdown(rows) for name, rows in (named | {"single": single}).items()}
+    return {name: _markdown(rows) for name, rows in tables.items()}
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{row['mean']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
@@ -305,7 +289,7 @@ def main() -> None:
     """Measure what is asked for, and write it into the file of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="whose prompts are traced")
-    parser.add_argument("--walk", choices=MODELS, help="the model whose circuit is walked through")
+    parser.add_argument("--walk", choices=(*MODELS, "none"), default="smollm2", help="whose circuit is walked through")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -316,7 +300,7 @@ def main() -> None:
             rows[kind] = trace_and_steer(model, pairs)
             print(name, kind, json.dumps(rows[kind]), flush=True)
         save(name, rows)
-    if options.walk:
+    if options.walk != "none":
         save("walk", walk(options.walk))
     if options.write:
         results = json.loads(RESULTS.read_text(encoding="utf-8"))

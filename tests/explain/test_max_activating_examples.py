@@ -10,8 +10,9 @@ import torch
 from tests.families import ModelCase, all_models, random_tokens
 from tests.loops import for_each
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.explain import max_activating_examples
+from tl_neuron_circuits.explain import MaxActivatingExamples, max_activating_examples
 from tl_neuron_circuits.explain._highlight import highlight
+from tl_neuron_circuits.explain._max_activating_examples import Example
 
 few_models = pytest.mark.parametrize("case", all_models("gpt2"))
 
@@ -70,3 +71,10 @@ def test_highlight_escapes_and_scales() -> None:
     assert "<x>" not in page and "&lt;x&gt;" in page and "&quot;" in page
     assert "rgba(42,157,143,1.00)" in page and "rgba(231,111,81,0.50)" in page
     assert highlight(["a"], [0.0], 0.0).count("0.00") == 1
+
+
+def test_the_first_token_of_a_prompt_is_out_of_the_scale_of_colors() -> None:
+    for first in ("<bos>", "The"):
+        examples = (Example(0, (first, " dog"), (90.0, 2.0), 0), Example(1, (first, " cat"), (91.0, -1.0), 1))
+        page = MaxActivatingExamples({"L0/N1": examples}, 2).html("L0/N1")
+        assert page.count(",0.00)") == 2 and "157,143,1.00)" in page and "111,81,0.50)" in page

@@ -34,7 +34,7 @@ def test_every_row_of_the_matrix_is_a_single_steer(case: ModelCase, untouched: A
         swept = sweep(model, pairs, GROUPS, scales=(1, -2), complement=True)
     names = ["early", "late", "all but early", "all but late"]
     assert list(swept.steered) == names
-    for scale in swept.scales:
+    for scale in (1.0, -2.0):
         matrix = swept.matrix(scale)
         assert list(matrix.index) == names
         assert list(matrix.columns) == ["early", "late", "kl", "log p", "logit difference"]
@@ -164,6 +164,43 @@ def test_a_group_that_is_silent_has_no_relative_change_and_no_p() -> None:
     )
     assert table.loc[("silent", "silent"), ["mean", "p"]].isna().all()
     assert table.loc[("silent", "kl"), "mean"] == 0 and table.loc[("silent", "kl"), "p"] == 1
+
+
+def test_groups_with_a_donors_values_are_interchanges_and_complements_the_rest() -> None:
+    model = tnc.load_demo_model()
+    groups = {"noun": ["L0/N3@2", "L1/N8@2"], "last": ["L2/N7@5", "L3/N1@5"]}
+    everything, donors = (
+        [*groups["noun"], *groups["last"]],
+        ["The dogs near the cat", "The boys near the dog", TEXTS[0]],
+    )
+    swept = sweep(model, TEXTS, groups, scales=(0,), donor=donors, complement=everything, controls=2)
+    others = {"noun": "last", "last": "noun"}
+    for name in swept.steered:
+        moved = others[name.removeprefix("all but ")] if name.startswith("all but") else name
+        alone = tnc.interchange(model, TEXTS, donors, groups[moved], watch=groups)
+        result = swept.results[2 * swept.steered.index(name) + 1]
+        assert torch.equal(result.after, alone.after) and not torch.equal(alone.after, alone.before)
+        for read in groups:
+            assert swept.matrix("donor").loc[name, read] == float(alone.watched[read].double().mean())
+    frames = {name: find_nodes(model, nodes, features=True) for name, nodes in groups.items()}
+    draws = draw_matched(model, read_prompts(model, TEXTS), frames, 2, 0, 32)["last"]
+    kls = [float(tnc.interchange(model, TEXTS, donors, draw.nodes).kl.mean()) for draw in draws]
+    assert swept.matrix("donor", "control").loc["last", "kl"] == pytest.approx(sum(kls) / 2, rel=1e-4)
+    assert len(swept.plot().data) and "donor" in repr(swept) and swept._repr_html_()
+    only = sweep(model, TEXTS, groups, scales=(), donor=TEXTS[0])
+    assert float(only.results[0].kl[0]) < 1e-9 and only.matrix().index.tolist() == ["noun", "last"]
+    alone = sweep(model, TEXTS, everything, scales=(), donor=donors)
+    assert torch.equal(alone.results[0].after, tnc.interchange(model, TEXTS, donors, everything).after)
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (groups, {"donor": TEXTS[:2]}, "one donor or 3"),
+        (groups, {"donor": donors, "complement": True}, "among which"),
+        ({"free": ["L0/N3"]}, {"donor": donors}, "a position for every node"),
+    ]
+    for nodes, arguments, message in cases:
+        with pytest.raises(SettingsError, match=message):
+            sweep(model, TEXTS, nodes, scales=(), **arguments)
+    with pytest.raises(SettingsError, match="the figure's axis"):
+        only.plot()
 
 
 def test_groups_with_wrong_settings_are_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.plots.made_up import NASTY, large_circuit, nasty_circuit
 from tl_neuron_circuits import Circuit, load_demo_model
+from tl_neuron_circuits.explain._max_activating_examples import Example
 
 Opener = Callable[..., Any]
 HEAD = "getComputedStyle(document.body).backgroundColor"
@@ -382,11 +383,13 @@ def test_the_graph_can_be_saved_as_a_picture(dallas: Circuit, open_page: Opener,
 def test_special_tokens_stay_out_of_the_scale_of_colors(dallas: Circuit, open_page: Opener) -> None:
     name = neurons(dallas)["node"].iloc[0]
     tokens = {"tokens": ["<|endoftext|>", "Dal", "las"], "values": [900.0, 1.0, 2.0]}
-    page = open_page(dallas, details={name: {"examples": [tokens]}})
-    node(page, name).click()
-    shade = "mark => getComputedStyle(mark).backgroundColor"
-    bos, weak, strong = (page.locator(f".example span[title='{value}']").evaluate(shade) for value in (900, 1, 2))
-    assert bos == "rgba(0, 0, 0, 0)" and weak != strong and "0.6" in strong
+    without_bos = Example(0, ("The", "Dal", "las"), (900.0, 1.0, 2.0), 0)  # attention rests on the first token
+    for example in (tokens, without_bos):
+        page = open_page(dallas, details={name: {"examples": [example]}})
+        node(page, name).click()
+        shade = "mark => getComputedStyle(mark).backgroundColor"
+        bos, weak, strong = (page.locator(f".example span[title='{value}']").evaluate(shade) for value in (900, 1, 2))
+        assert bos == "rgba(0, 0, 0, 0)" and weak != strong and "0.6" in strong
 
 
 def test_summed_positions_and_pruned_circuits_have_pages_too(dallas: Circuit, open_page: Opener) -> None:

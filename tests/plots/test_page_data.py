@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.circuits._table import NODE_COLUMNS
 from tl_neuron_circuits.explain._max_activating_examples import Example
 from tl_neuron_circuits.plots._page import embedded_json, page, page_data
+from tl_neuron_circuits.plots._word_pieces import word_ends
 
 
 class Scripts(HTMLParser):
@@ -111,7 +113,22 @@ def test_details_come_by_node_by_neuron_by_label_and_by_group(dallas: Circuit) -
 def test_strongest_examples_can_be_given_as_they_are(dallas: Circuit) -> None:
     given = Example(prompt=0, tokens=("Dal", "las"), activations=(0.0, 2.0), position=1)
     found = page_data(dallas, {"logit/539": {"examples": [given]}})["details"][0]["examples"]
-    assert found == [{"tokens": ["Dal", "las"], "values": [0.0, 2.0], "note": "", "peak": 2.0}]
+    assert found == [{"tokens": ["Dal", "las"], "values": [0.0, 2.0], "note": "", "first": True, "peak": 2.0}]
+    at_first = Example(prompt=0, tokens=("Dal", "las"), activations=(90.0, 2.0), position=0)  # no scale for the others
+    (found,) = page_data(dallas, {"logit/539": {"examples": [at_first]}})["details"][0]["examples"]
+    assert found["first"] is True and "peak" not in found
+
+
+def test_pieces_of_words_are_known_from_the_vocabulary() -> None:
+    order = "the enthus great Great strugg enthusi Thailand struggle enthusiasm greater Thai Paris Parish horse horses"
+    numbers = {f"Ġ{word}": 100 + place for place, word in enumerate(order.split())} | {
+        "Paris": 5,
+        "Ġenthusiastically": 400,
+    }
+    model = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: numbers))
+    asked = [f" {word}" for word in order.split()] + ["strugg", " x1", " "]
+    assert word_ends(model, asked) == {" strugg": "le", " enthus": "iasm", " enthusi": "asm"}
+    assert word_ends(None, asked) == word_ends(load_demo_model(), asked) == {}
 
 
 def test_without_details_there_are_logit_effects_while_the_model_lives(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def prediction(model: Any, effects: DirectEffects, end: int, *, single: bool) ->
     for target in effects.targets if single else ():
         if len(target.tokens) == 1:
             (token,) = target.tokens
-            goal = goals.index(end if target.position is None else target.position)
+            goal = goals.index(target.at(end))
             probabilities, at[target.name] = effects.totals.probabilities[goal], said[goal]
             ranks[target.name] = 1 + int((probabilities > probabilities[token]).sum())
             twin = _spaced_twin(model, token)
@@ -45,7 +45,8 @@ def predicted_by_prompt(
 ) -> list[dict[str, Any]]:
     """Of each prompt: its text, its target token and that one's value, probability and rank, and the likeliest token.
 
-    Rank and probability are None where the target is no token.
+    Rank and probability are None where the target is no token. Of a rollout the target is all of its tokens, and the
+    probability is their product.
     """
     found, (first, *others) = [], effects.targets
     by_answer = first.name in ("answer_logit", "logit_difference") and not others
@@ -53,6 +54,17 @@ def predicted_by_prompt(
         probabilities = part.probabilities[-1]
         token = int(pairs.answer[row]) if by_answer else first.tokens[0] if first.tokens and not others else None
         ((best, chance),) = likeliest(model, probabilities, 1)
+        if first.by_prompt:
+            own = [target.by_prompt[row] for target in effects.targets]
+            found.append(
+                {
+                    "prompt": str(text), "target": "".join(token_text(model, one) for one in own),
+                    "value": float(part.target_changes.sum()),
+                    "probability": round(float(part.probabilities[range(len(own)), own].prod()), 6), "rank": None,
+                    "predicted": best, "predicted_probability": chance,
+                }
+            )  # fmt: skip
+            continue
         found.append(
             {
                 "prompt": str(text), "target": None if token is None else token_text(model, token),

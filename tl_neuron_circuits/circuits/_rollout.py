@@ -1,7 +1,8 @@
-"""A rollout: the tokens that a model generates after a prompt, each a target where it is predicted.
+"""A rollout: the tokens that a model generates after each prompt, each a target where it is predicted.
 
-The prompt and all but the last generated token are one run, whose position n - 1 + i predicts the i-th token. Attention
+A prompt and all but the last generated token are one run, whose position n - 1 + i predicts the i-th token. Attention
 is causal, so every target has the value, and every node the score for it, that a trace of its own prompt would give.
+Several prompts go on for equally many tokens: the i-th target is each prompt's own i-th token.
 """
 
 from collections.abc import Sequence
@@ -15,31 +16,47 @@ from .._errors import SettingsError
 from ..bases._runs import run_logits
 from ..models._protocol import TransformerLensModel
 
-Rollout = int | str | Sequence[int] | None
-"""How many tokens to generate, or the continuation as text or tokens."""
+Rollout = int | str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | None
+"""How many tokens to generate, or the continuation as text or tokens; for several prompts a list with one for each."""
 
 
 def roll_out(
-    model: TransformerLensModel, tokens: Int[Tensor, "1 pos"], prompt: str | None, rollout: int | str | Sequence[int]
-) -> tuple[Int[Tensor, "1 longer"], dict[int, int]]:
-    """The tokens to run, and every continued token by the position that predicts it.
+    model: TransformerLensModel, prompts: Sequence[Int[Tensor, " _"]], texts: Sequence[str] | None, rollout: Any
+) -> list[list[int]]:
+    """Every prompt's continuation, as many tokens for each.
 
-    Greedy generation ends at the end-of-text token, which is still a target; without a cache.
+    Greedy generation ends at the end-of-text token, which is still a target, and where the first prompt ends, all end;
+    without a cache.
 
     Raises:
-        SettingsError: no token to continue by, or text whose tokens do not begin with the prompt's.
+        SettingsError: no token to continue by, continuations of several lengths or not one for each prompt, or text
+            whose tokens do not begin with the prompt's.
     """
-    if isinstance(rollout, int):
-        continued = _greedy(model, tokens, rollout)
-    elif isinstance(rollout, str):
-        continued = _read(model, tokens, prompt, rollout)
-    else:
-        continued = [int(token) for token in rollout]
-    if not continued or not all(0 <= token < int(model.cfg.d_vocab) for token in continued):
+    rollouts = [rollout] * len(prompts)
+    if len(prompts) > 1 and not isinstance(rollout, int | str):
+        rollouts = list(rollout)
+        if len(rollouts) != len(prompts) or any(isinstance(one, int) for one in rollouts):
+            raise SettingsError(
+                f"expected a number of tokens as rollout, or one continuation, text or tokens, for each of the "
+                f"{len(prompts)} prompts; got {rollout!r}."
+            )
+    found = []
+    for row, (tokens, one) in enumerate(zip(prompts, rollouts, strict=True)):
+        if isinstance(one, int):
+            found.append(_greedy(model, tokens[None], one))
+        elif isinstance(one, str):
+            found.append(_read(model, tokens[None], None if texts is None else texts[row], one))
+        else:
+            found.append([int(token) for token in one])
+    if not all(own and all(0 <= token < int(model.cfg.d_vocab) for token in own) for own in found):
         raise SettingsError(f"expected a rollout of at least one token of the vocabulary; got {rollout!r}.")
-    start = tokens.shape[1]
-    longer = torch.cat([tokens, tokens.new_tensor([continued[:-1]]).reshape(1, -1)], 1)
-    return longer, {start - 1 + place: token for place, token in enumerate(continued)}
+    lengths = sorted({len(own) for own in found})
+    if len(lengths) > 1 and not isinstance(rollout, int):
+        raise SettingsError(
+            f"expected as many tokens after every prompt, since targets are their i-th tokens; the continuations have "
+            f"{lengths}. Cut them to one length, or trace each prompt alone."
+        )
+    return [own[: lengths[0]] for own in found]
 
 
 def _greedy(model: TransformerLensModel, tokens: Int[Tensor, "1 pos"], count: int) -> list[int]:

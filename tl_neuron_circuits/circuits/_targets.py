@@ -26,6 +26,7 @@ from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._prompt_graph import PromptRun
 
+ANSWER = "answer_logit"
 Token = str | int
 Tokens = Token | list[str] | list[int] | tuple[Token, Token]
 TargetLike = (
@@ -49,7 +50,14 @@ class Target:
     """A token, or a token and the one it is compared with; none for anything else."""
     linear: bool = True
     position: int | None = None
-    """Where it is read; None is where the prompt's answer is predicted."""
+    """Where it is read, counted from the end if negative; None is where the prompt's answer is predicted."""
+    by_prompt: tuple[int, ...] = ()
+    """Of a rollout: each prompt's own token."""
+
+    def at(self, end: int) -> int:
+        """Where it is read in a run whose prompt ends at `end`."""
+        position = -1 if self.position is None else self.position
+        return position if position >= 0 else end + 1 + position
 
 
 def token_target(token: int, position: int | None = None, *, center: bool = True) -> Target:
@@ -82,7 +90,21 @@ def answer_target(*, against_wrong: bool, center: bool = True) -> Target:
             return answer - logits[int(wrong[0])]
         return answer - logits.mean() if center else answer
 
-    return Target("logit_difference" if against_wrong else "answer_logit", value)
+    return Target("logit_difference" if against_wrong else ANSWER, value)
+
+
+def rollout_targets(continued: Sequence[Sequence[int]], *, center: bool = True) -> list[Target]:
+    """Every token that prompts go on with, where it is predicted: of several prompts, each one's own."""
+    count = len(continued[0])
+
+    def own_token(place: int, tokens: tuple[int, ...]) -> Target:
+        def value(run: PromptRun, batch: Batch) -> Float[Tensor, ""]:
+            logits, token = _logits(run, batch, place - count), tokens[int(batch.index[0])]
+            return logits[token] - logits.mean() if center else logits[token]
+
+        return Target(f"rollout/{place}", value, position=place - count, by_prompt=tokens)
+
+    return [own_token(place, tokens) for place, tokens in enumerate(zip(*continued, strict=True))]
 
 
 def direction_target(model: TransformerLensModel, direction: Tensor) -> Target:
@@ -166,8 +188,12 @@ def _token_targets(
     return [token_target(token, position, center=center) for token in ids]
 
 
-def target_label(model: Any, target: Target) -> str:
-    """Its tokens as text, or its name."""
+def target_label(model: Any, target: Target, answers: Sequence[int] = ()) -> str:
+    """Its tokens as text, of several prompts the first three of `answers`; or its name."""
+    each = answers if target.name == ANSWER else target.by_prompt
+    if each:
+        texts = list(dict.fromkeys(repr(token_text(model, token))[1:-1] for token in each))
+        return " | ".join(texts[:3]) + (" | …" if len(texts) > 3 else "")
     return " - ".join(repr(token_text(model, token))[1:-1] for token in target.tokens) or target.name
 
 
@@ -182,7 +208,7 @@ def token_text(model: Any, token: int) -> str:
 
 def goal_positions(targets: Sequence[Target], end: int) -> list[int]:
     """Where targets are read, each position once; `end` is where the prompt ends."""
-    return sorted({end if target.position is None else target.position for target in targets})
+    return sorted({target.at(end) for target in targets})
 
 
 def _at(position: int | None) -> str:
@@ -190,7 +216,8 @@ def _at(position: int | None) -> str:
 
 
 def _logits(run: PromptRun, batch: Batch, position: int | None = None) -> Float[Tensor, " d_vocab"]:
-    return run.raw_logits[0, int(batch.position[0]) if position is None else position]
+    end = int(batch.position[0])
+    return run.raw_logits[0, end if position is None else position if position >= 0 else end + 1 + position]
 
 
 def _prompts_up_to(model: Any, tokens: Int[Tensor, " pos"], prompt: str) -> list[str | None]:

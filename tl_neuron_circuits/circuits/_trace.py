@@ -32,11 +32,12 @@ from ._circuit import Circuit
 from ._direct_effects import DirectEffects, Targets, Totals, can_share, direct_effects, each_totals, mean_totals
 from ._edge_heads import Traced
 from ._explained import ByExplained, count_explained
+from ._flow import complete
 from ._prediction import predicted_by_prompt, prediction
 from ._rollout import Rollout
 from ._slots import Slot, find_slots
-from ._table import complete, edge_table, node_table, relative_weights
-from ._targets import Target, TargetLike, find_targets, target_label
+from ._table import node_table
+from ._targets import Target, TargetLike, find_targets, rollout_targets, target_label
 from ._trace_prompts import Prompt, TracedPrompts, find_places, is_paired, read_question
 from ._trace_tables import edge_rows, source_rows, target_rows
 
@@ -89,7 +90,7 @@ def trace(
         prompt_or_pairs: one prompt (text or tokens), several, or pairs; over several everything is averaged. Prompts
             need one token length, or marks around what differs, "The capital of the state containing {city:Dallas} is",
             in every prompt: a marked span that has several lengths is one place, over whose tokens numbers are added
-            up. Or give `positions="sum"`. Double braces, "{{a:1}}", are no mark.
+            up. Or give `positions="sum"`. Double braces, "{{a:1}}", are plain text.
         target: a token (text as it follows the prompt, or its number), a list of tokens, a tuple of two tokens (the
             difference of their logits), a direction over the logits or over what the unembedding reads, or a metric.
             By default the `top_k` likeliest next tokens; for pairs the answer against the wrong answer. For several
@@ -104,8 +105,9 @@ def trace(
         selection: of several prompts, choose by the scores' mean, or take every node that is chosen on any prompt by
             itself ("union").
         positions: "sum" adds everything up over positions, one node per neuron, as `Circuit.sum_positions` does.
-        rollout: trace what comes after one prompt, every token a target where it is predicted: a number of tokens that
-            the model generates greedily, or the continuation as text or tokens.
+        rollout: trace what comes after a prompt, every token a target where it is predicted: a number of tokens that
+            the model generates greedily, or the continuation as text or tokens. Several prompts go on for equally many
+            tokens, each with its own; a list gives one continuation for each.
         top_k: how many tokens the default target has.
         baseline: "zero" for relevance; "corrupt" for the difference to each pair's corrupt prompt; "auto" is "corrupt"
             where pairs have corrupt prompts.
@@ -161,7 +163,10 @@ def trace(
     paired, slots = is_paired(asked.pairs, baseline), find_slots(model, basis)
     places = find_places(model, asked, positions=positions, keep_bos=keep_bos, skip_special=skip_special)
     top = top_k if asked.single else None
-    targets = find_targets(model, asked.pairs, asked.target, asked.text, top, center=center)
+    if asked.continued and asked.listed:
+        targets = rollout_targets(asked.continued, center=center)
+    else:
+        targets = find_targets(model, asked.pairs, asked.target, asked.text, top, center=center)
     batches = list(asked.pairs.batches(batch_size if can_share(model, slots, paired=paired) else 1))
     run: dict[str, Any] = {"paired": paired, "slots": slots, "alignments": places.alignments, "verbose": verbose}
     rank: dict[str, Any] = {"skipped_positions": places.skipped, "excluded": list(exclude)}
@@ -169,7 +174,7 @@ def trace(
 
     def choose(totals: Totals) -> Int[Tensor, "node 3"]:
         assert not isinstance(nodes, ByExplained)
-        return choose_nodes(totals.score, totals.target, layers, nodes, **rank)
+        return choose_nodes(totals.score, totals.change, totals.target, layers, nodes, **rank)
 
     chosen, explained = choose, {}
     if selection == "union" and not callable(targets):
@@ -178,7 +183,8 @@ def trace(
         chosen = torch.cat([choose(own) for own in each_totals(model, batches, targets, **run)]).unique(dim=0)
     elif isinstance(nodes, ByExplained):
         targets = _known_targets(model, batches, targets)
-        ranking = rank_nodes(mean_totals(model, batches, targets, **run).score, layers, **rank)
+        mean = mean_totals(model, batches, targets, **run)
+        ranking = rank_nodes(mean.score, mean.change, layers, **rank)
         texts = None if paired else _reference_tokens(model, reference, prepend_bos)
         one_by_one = list(asked.pairs.batches(1))
         count, sizes = count_explained(
@@ -209,17 +215,16 @@ def _to_circuit(
     pairs, end = asked.pairs, int(asked.pairs.position[0])
     if asked.single:  # its answer is the likeliest token, which is known now
         pairs = TokenizedPairs.from_tokens(pairs.clean, effects.totals.probabilities[-1:].topk(1).indices[0])
-    labels = [target_label(model, target) for target in effects.targets]
-    position = places.position(int(places.alignments[0].place[end]))
+    answers = pairs.answer.tolist() if asked.listed and pairs.wrong_answer is None else ()
+    labels = [target_label(model, target, answers) for target in effects.targets]
     sources = source_rows(effects, slots, places, paired=paired)
-    outputs = target_rows(effects, labels, int(model.cfg.n_layers), position, end)
+    outputs = target_rows(effects, labels, int(model.cfg.n_layers), places, end)
     edges = edge_rows(effects.edges, sources, [*sources[: len(effects.nodes)], *outputs])
     by_prompt = prompt_table(effects, [row["node"] for row in sources], [row["node"] for row in outputs])
     used = set(edges["source"])
     always = ("neuron", "feature", "embedding")
     table = node_table([row for row in sources if row["kind"] in always or row["node"] in used] + outputs)
-    edges["relative"] = relative_weights(table, edges)
-    table = complete(table, edges, effects.totals.target)
+    table, edges = complete(table, edges, effects.totals.target)
     settings = settings | {
         "n_prompts": len(pairs), "pairs_hash": pairs.hash,
         "sites": [
@@ -227,14 +232,15 @@ def _to_circuit(
             for s, score in zip(slots, effects.totals.score, strict=True)
         ],
         **_prompt_settings(model, asked, places, effects, pairs),
-        "target": labels, "target_value": effects.totals.target, "position": position,
-        "rollout": [[place, token] for place, token in asked.goals.items()] or None,
+        "target": labels, "target_value": effects.totals.target,
+        "position": places.position(int(places.alignments[0].place[end])),
+        "rollout": _rollout_settings(asked, places),
         **prediction(model, effects, end, single=asked.single),
         "layer_scores": _layer_scores(effects, slots),
         "largest_residual": effects.largest_residual, "chunk": effects.chunk,
     }  # fmt: skip
     traced = Traced(weakref.ref(model), pairs)
-    return Circuit(table, edge_table(edges), settings, basis=basis, traced=traced, by_prompt=by_prompt)
+    return Circuit(table, edges, settings, basis=basis, traced=traced, by_prompt=by_prompt)
 
 
 def _prompt_settings(
@@ -258,6 +264,16 @@ def _prompt_settings(
         "prompts": predicted_by_prompt(model, effects, pairs, texts) if several else None,
         "places": None if places.how == "keep" else [one.place.tolist() for one in places.alignments],
     }  # fmt: skip
+
+
+def _rollout_settings(asked: TracedPrompts, places: Places) -> list[list[Any]] | None:
+    """The place that predicts it and the token, in order; of several prompts every one's token."""
+    if not asked.continued:
+        return None
+    start = len(asked.pairs.clean[0]) - len(asked.continued[0])
+    tokens = list(zip(*asked.continued, strict=True))
+    at = places.alignments[0].place[start:].tolist()
+    return [[place, own[0] if asked.single else list(own)] for place, own in zip(at, tokens, strict=True)]
 
 
 def _known_targets(model: Any, batches: Sequence[Batch], targets: Targets) -> Sequence[Target]:

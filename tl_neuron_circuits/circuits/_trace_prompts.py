@@ -38,8 +38,8 @@ class TracedPrompts:
     """One prompt, that no pair gave an answer."""
     listed: bool
     """Several prompts, given as such."""
-    goals: dict[int, int]
-    """Tokens of a rollout by the position that predicts them."""
+    continued: Sequence[Sequence[int]]
+    """Each prompt's tokens of a rollout; empty without one."""
 
     @property
     def text(self) -> str | None:
@@ -62,11 +62,15 @@ def read_question(
         asked = _of_prompts(model, prompts, target, prepend_bos, top_k)
     if rollout is None:
         return asked
-    if not asked.single or target is not None:
-        raise SettingsError("rollout= takes one prompt, and is its target: leave target= out, and pairs.")
-    longer, goals = roll_out(model, asked.pairs.clean[0][None], asked.text, rollout)
-    pairs = TokenizedPairs.from_tokens(list(longer), torch.zeros(1, dtype=torch.long, device=longer.device))
-    return replace(asked, pairs=pairs, texts=None, target=goals, goals=goals)
+    if not (asked.single or asked.listed) or target is not None:
+        raise SettingsError("rollout= takes prompts, and is their target: leave target= out, and pairs.")
+    rows = list(asked.pairs.clean)
+    continued = roll_out(model, rows, asked.texts, rollout)
+    longer = [torch.cat([own, own.new_tensor(more[:-1])]) for own, more in zip(rows, continued, strict=True)]
+    pairs = TokenizedPairs.from_tokens(longer, torch.tensor([more[-1] for more in continued]).to(rows[0]))
+    first = len(rows[0]) - 1  # one prompt's targets are its tokens, by position; of several, each one's own
+    goals = {first + place: token for place, token in enumerate(continued[0])} if asked.single else None
+    return replace(asked, pairs=pairs, texts=None, target=goals, continued=continued)
 
 
 def _of_pairs(
@@ -79,7 +83,7 @@ def _of_pairs(
         if tuple(texts) != pairs.clean or corrupt != pairs.corrupt:
             pairs = replace(pairs, clean=texts, corrupt=corrupt)
     tokens = tokenize(model, pairs, prepend_bos=prepend_bos)
-    return TracedPrompts(tokens, texts, _spans(model, texts, tokens), target, False, False, {})
+    return TracedPrompts(tokens, texts, _spans(model, texts, tokens), target, False, False, [])
 
 
 def _of_prompts(
@@ -102,7 +106,7 @@ def _of_prompts(
         pairs = TokenizedPairs.from_tokens(tokens, _likeliest(model, pairs))
     elif not single:
         pairs, target = _with_answers(pairs, texts, target, model)
-    return TracedPrompts(pairs, texts, _spans(model, texts, pairs), target, single, not single, {})
+    return TracedPrompts(pairs, texts, _spans(model, texts, pairs), target, single, not single, [])
 
 
 def _with_answers(
@@ -183,9 +187,9 @@ def find_places(model: Any, asked: TracedPrompts, *, positions: str, keep_bos: b
         for row, special in enumerate(special_by_prompt(model, pairs)):
             skipped[row] |= set(special) - ({0} if keep_bos else set())
     places = align(model, list(pairs.clean), asked.spans, [sorted(one) for one in skipped], positions=positions)
-    if isinstance(asked.target, Mapping) and places.how != "keep":
+    if (isinstance(asked.target, Mapping) and places.how != "keep") or (asked.continued and places.how == "sum"):
         raise SettingsError(
-            "targets by position, and rollouts, need positions that are kept and the same in every prompt. Leave "
-            "positions='sum' out, or trace each prompt alone."
+            "targets by position, and rollouts, need positions that are kept, and targets by position the same ones in "
+            "every prompt. Leave positions='sum' out, or trace each prompt alone."
         )
     return places

@@ -63,16 +63,16 @@ def source_rows(effects: DirectEffects, slots: Sequence[Slot], places: Places, *
     return rows
 
 
-def target_rows(effects: DirectEffects, labels: Sequence[str], n_layers: int, position: int, end: int) -> list[dict]:
-    """One row per logit node, at the place `position`; a probability where it is a single token.
-
-    `end` is where the prompt ends.
-    """
+def target_rows(
+    effects: DirectEffects, labels: Sequence[str], n_layers: int, places: Places, end: int
+) -> list[dict]:  # fmt: skip
+    """One row per logit node; a probability where it is a single token. `end` is where the first prompt ends."""
     totals, rows, goals = effects.totals, [], goal_positions(effects.targets, end)
     for index, (target, text) in enumerate(zip(effects.targets, labels, strict=True)):
         value, change = float(totals.target_values[index]), float(totals.target_changes[index])
-        place = position if target.position is None else target.position
-        probabilities = totals.probabilities[goals.index(end if target.position is None else target.position)]
+        at = target.at(end)
+        place = places.position(int(places.alignments[0].place[at]))
+        probabilities = totals.probabilities[goals.index(at)]
         rows.append(
             {
                 "node": target.name, "label": text, "kind": "logit", "layer": n_layers,

@@ -165,6 +165,10 @@ def steer(
         Path | None, typer.Option(help="Steer the neurons of a circuit saved by trace or lasso.")
     ] = None,
     group: Annotated[list[str] | None, typer.Option(help="Only those of this group of the circuit.")] = None,
+    watch: Annotated[
+        list[str] | None,
+        typer.Option(help="Also say how the activations of a group of the circuit change, or of NAME=L0/N92@7,L1/N3."),
+    ] = None,
     scale: Annotated[float | None, typer.Option(help="Multiply by it: 0 ablates, 2 doubles, -1 flips signs.")] = None,
     value: Annotated[float | None, typer.Option(help="Set to it.")] = None,
     add: Annotated[float | None, typer.Option(help="Add it.")] = None,
@@ -184,22 +188,27 @@ def steer(
 
     Give --node or --circuit, and one of --scale, --value and --add.
     """
+    from pandas import DataFrame
+
     from ..interventions._steer import steer as run
     from ..interventions._steering_prompts import read_prompts, text_pieces
 
     chosen = _nodes(node or [], circuit, group or [])
+    watched = {name: nodes for name, nodes in (_watched(one, circuit) for one in watch or [])}
     places = _positions(positions)
     loaded = load_model(model, backend, device, dtype)
     prompt = in_chat(loaded, prompt, chat, answer_start)
     result = run(
-        loaded, prompt, chosen, scale=scale, value=value, add=add, positions=places, top_k=top, generate=generate
-    )
+        loaded, prompt, chosen, scale=scale, value=value, add=add, positions=places, watch=watched, top_k=top,
+        generate=generate,
+    )  # fmt: skip
     tokens = text_pieces(loaded, read_prompts(loaded, prompt).tokens[0])
     table = result.to_dataframe().drop(columns=["prompt", "token_id"])
     kl, continuations = float(result.kl[0]), (result.continuations or [None])[0]
     if as_json:
         content = {"kl": kl, "top_before": result.top_before[0], "top_after": result.top_after[0], "tokens": tokens}
         content |= {"nodes": result.nodes["label"].tolist(), "table": result.to_dataframe().drop(columns="prompt")}
+        content |= {"watched": {name: float(change[0]) for name, change in result.watched.items()}}
         print_json("steer", content | {"continuations": continuations})
         return
     console.print("  ".join(f"{place}:{token!r}" for place, token in enumerate(tokens)), markup=False, highlight=False)
@@ -207,6 +216,9 @@ def steer(
     shown = table[["token", "probability_before", "probability_after", "log_probability_change"]]
     names = ["token", "before", "after", "change of log-probability"]
     show(shown.assign(token=shown["token"].map(repr)).set_axis(names, axis=1), title)
+    if watched:
+        changes = [(name, len(watched[name]), float(change[0])) for name, change in result.watched.items()]
+        show(DataFrame(changes, columns=["group", "nodes", "relative change of its activations"]), "watched; -1: gone")
     for name, text in zip(("before", "after"), continuations or (), strict=False):
         console.print(f"continued {name}: {text!r}", markup=False, highlight=False)
 
@@ -224,6 +236,16 @@ def _nodes(labels: list[str], folder: Path | None, groups: list[str]) -> Any:
         return labels
     circuit = load_circuit(folder)
     return _members(circuit, groups) if groups else circuit
+
+
+def _watched(text: str, folder: Path | None) -> tuple[str, list[str]]:
+    """A group's name and nodes, from NAME=LABEL,LABEL or the name of a group of the circuit."""
+    name, equals, labels = text.partition("=")
+    if equals:
+        return name, [label.strip() for label in labels.split(",") if label.strip()]
+    if folder is None:
+        raise SettingsError(f"expected --watch NAME=L0/N92@7,L1/N3, or a group of --circuit; got {text!r}.")
+    return text, _members(load_circuit(folder), [text])
 
 
 def _members(circuit: Any, groups: list[str]) -> list[str]:

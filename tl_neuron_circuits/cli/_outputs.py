@@ -175,6 +175,9 @@ class Steer(_Output, kw_only=True):
     tokens: Annotated[list[str], Meta(description="The prompt's, from position 0.")]
     nodes: Annotated[list[str], Meta(description="Labels of the steered nodes.")]
     table: list[_Token]
+    watched: Annotated[
+        dict[str, Number], Meta(description="Relative change of each watched group's activations; -1 is gone.")
+    ]
     continuations: Annotated[list[str] | None, Meta(description="With --generate: before and after.")]
 
 

@@ -103,7 +103,7 @@ class Curve:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """Share of the pairs that the model gets right and the best nodes alone too; nan if zero is no tie."""
+        """Share of the pairs that the model gets right and the best nodes alone too; nan if zero is not a tie."""
         return self._share(self.kept > 0)
 
     @property
@@ -296,7 +296,7 @@ class Curve:
         """Write a directory with one safetensors file, settings in its header; an existing one is replaced at once.
 
         Raises:
-            FileFormatError: the path is something else than a directory of ours.
+            FileFormatError: the path exists and is not a saved curve.
             SaveError: it could not be written; what was saved there before is as it was.
         """
         write_directory(path, self.KIND, SCHEMA, *self.to_file())

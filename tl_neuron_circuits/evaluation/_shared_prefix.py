@@ -39,7 +39,7 @@ Run = Callable[[], Tensor]
 
 
 class SharedPrefix:
-    """What the pairs of one evaluation have in common at their beginning, and whether this model can go on from there.
+    """The beginning that the pairs of one evaluation share, and whether this model can continue from there.
 
     Args:
         model: the model.

@@ -22,7 +22,7 @@ from ..interventions._find_nodes import Nodes, find_nodes
 from ..interventions._steering_prompts import read_prompts, run, text_pieces
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding
-from ._highlight import highlight
+from ._highlight import color_scale, highlight
 
 By = Literal["largest", "smallest", "absolute"]
 Describe = Callable[[str, pd.DataFrame], str]
@@ -77,7 +77,7 @@ class MaxActivatingExamples:
         if label not in self.examples:
             raise SettingsError(f"expected one of the neurons {list(self.examples)[:8]}; got {label!r}.")
         found = self.examples[label]
-        largest = max((abs(value) for example in found for value in example.activations), default=0.0)
+        largest = color_scale(example.activations for example in found)
         lines = [f"<li>{highlight(e.tokens, e.activations, largest)}</li>" for e in found]
         title = f"<b>{escape(label)}</b> {escape(self.descriptions.get(label, ''))}"
         return f"<div>{title}<ol>{''.join(lines)}</ol></div>"

@@ -300,10 +300,20 @@ def node_values(
         >>> logits = model.run_with_hooks("The girl near the dog", fwd_hooks=hooks)
     """
     frame = find_nodes(model, nodes, positions, basis, features=True)
+    return read_values(model, read_prompts(model, prompts, prepend_bos), frame, batch_size, verbose=verbose)
+
+
+def read_values(
+    model: TransformerLensModel, read: ReadPrompts, frame: pd.DataFrame, batch_size: int, *, verbose: bool | None
+) -> Float[Tensor, "batch node"]:
+    """`node_values` of nodes that are known.
+
+    Raises:
+        SettingsError: a node without a position, outside a prompt, or a unit out of range.
+    """
     free = frame[frame["position"] < 0]
     if len(free):
         raise SettingsError(f"expected a position for every node; {free['label'].iloc[0]} has none. Give positions=.")
-    read = read_prompts(model, prompts, prepend_bos)
     hooks = reads_of_nodes(frame)
     out: dict[int, Tensor] = {}
     for rows, tokens in show_batches(read.batches(batch_size), len(read), desc="donors", verbose=verbose):

@@ -2,8 +2,9 @@
 
     group to group    sum_n sign(a_n) (a'_n - a_n) / sum_n |a_n| of every group, while one is scaled
     group to output   KL (nats), change of log p (nats), and of the logit difference for pairs with wrong answers
-    complement        the same while everything but the group is scaled
-    controls          the same while matched random nodes are scaled in the group's place (`_matched.py`)
+    interchange       the same while the group has its values of a donor prompt, and everything else is left alone
+    complement        the same while everything but the group is scaled (or has the donor's values)
+    controls          the same while matched random nodes are changed in the group's place (`_matched.py`)
 
 Every row is what a single `steer` gives. Means are over prompts, with percentile intervals of a bootstrap over prompts,
 those with one label together. p = (1 + #{draws with an effect as large}) / (1 + draws), of |mean over prompts|.
@@ -28,11 +29,12 @@ from ..models._protocol import TransformerLensModel
 from ..models._threads import holding
 from ._find_nodes import Complement, Dictionaries, Nodes, Steered, basis_of, find_nodes, find_steered
 from ._matched import draw_matched
-from ._steer import Change, SteeringResult, Watch, compare_runs, find_watched, shown_tokens, targets_of
-from ._steering_prompts import Prompts, read_prompts
+from ._steer import Change, SteeringResult, Watch, compare_runs, find_watched, read_values, shown_tokens, targets_of
+from ._steering_prompts import Prompts, ReadPrompts, read_prompts
 
 _DRAWS = 2000
 _OUTPUTS = ("kl", "log p", "logit difference")
+_DONOR = "donor"
 Column = Literal["mean", "low", "high", "control", "control_low", "control_high", "p"]
 
 
@@ -40,9 +42,10 @@ Column = Literal["mean", "low", "high", "control", "control_low", "control_high"
 class SteeringSweep:
     """One `SteeringResult` per multiplier, in the order given; with groups, one row of them after the other.
 
-    `steered` names the groups, and "all but NAME" their complements; without groups it is one empty name. `controls`
-    has a row for every group, scale, draw and thing that was read: the mean over prompts while matched nodes were
-    scaled in the group's place, and their size against the group's.
+    With a donor prompt the last of `scales` is "donor": nodes have their values there. `steered` names the groups, and
+    "all but NAME" their complements; without groups it is one empty name. `controls` has a row for every group, scale,
+    draw and thing that was read: the mean over prompts while matched nodes were changed in the group's place, and their
+    size against the group's.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -54,7 +57,7 @@ class SteeringSweep:
         [0.0, 1.0, 2.0]
     """
 
-    scales: tuple[float, ...]
+    scales: tuple[float | str, ...]
     results: tuple[SteeringResult, ...]
     steered: tuple[str, ...] = ("",)
     controls: pd.DataFrame | None = None
@@ -102,11 +105,11 @@ class SteeringSweep:
         frame = pd.DataFrame(rows, columns=["steered", "scale", "read", "mean", "low", "high"])
         return frame if self.controls is None else _with_controls(frame, self.controls)
 
-    def matrix(self, scale: int | float | None = None, column: Column = "mean") -> pd.DataFrame:
+    def matrix(self, scale: int | float | str | None = None, column: Column = "mean") -> pd.DataFrame:
         """Steered groups by what was read, at one multiplier: group to group, then group to output.
 
         Args:
-            scale: one of `scales`; None where there is one alone.
+            scale: one of `scales`, "donor" for the interchange; None where there is one alone.
             column: of `effects()`.
 
         Raises:
@@ -141,14 +144,17 @@ class SteeringSweep:
             raise SettingsError(f"expected a prompt between 0 and {len(self.prompts) - 1}; got {prompt}.")
         if steered is not None and steered not in self.steered:
             raise SettingsError(f"expected one of the groups {list(self.steered)}; got {steered!r}.")
+        if self.scales == (_DONOR,):
+            raise SettingsError("expected multipliers, which are the figure's axis; only a donor's values were given.")
         return plot_sweep(self._part(self.steered[0] if steered is None else steered), prompt)
 
     def _part(self, name: str) -> "SteeringSweep":
-        """The part of one group."""
+        """The multipliers of one group."""
         place, n = self.steered.index(name) * len(self.scales), len(self.scales)
-        return SteeringSweep(self.scales, self.results[place : place + n])
+        scales = tuple(scale for scale in self.scales if scale != _DONOR)
+        return SteeringSweep(scales, self.results[place : place + n][: len(scales)])
 
-    def _rows(self) -> Iterator[tuple[str, float, SteeringResult]]:
+    def _rows(self) -> Iterator[tuple[str, float | str, SteeringResult]]:
         labels = [(name, scale) for name in self.steered for scale in self.scales]
         return ((*label, result) for label, result in zip(labels, self.results, strict=True))
 
@@ -156,14 +162,16 @@ class SteeringSweep:
         what = f"{len(self.results[0].nodes)} nodes"
         if self.steered != ("",):
             what = f"{len(self.steered)} groups"
-        return f"SteeringSweep({what}, {len(self.prompts)} prompts, scales {[f'{s:g}' for s in self.scales]})"
+        return f"SteeringSweep({what}, {len(self.prompts)} prompts, scales {[_scale_text(s) for s in self.scales]})"
 
     def _repr_html_(self) -> str:
         if self.steered != ("",):
-            scale = min(self.scales, key=abs)
-            note = _html.note(f"scale {scale:g}; rows: what was scaled, columns: what was read")
+            scale = min((one for one in self.scales if not isinstance(one, str)), key=abs, default=_DONOR)
+            note = _html.note(f"scale {_scale_text(scale)}; rows: what was changed, columns: what was read")
             return _html.block(repr(self), note, _html.table(self.matrix(scale).reset_index()))
-        columns = {f"{scale:g}": result.top_after for scale, result in zip(self.scales, self.results, strict=True)}
+        columns = {
+            _scale_text(scale): result.top_after for scale, result in zip(self.scales, self.results, strict=True)
+        }
         table = pd.DataFrame({"prompt": self.prompts, "unsteered": self.results[0].top_before, **columns})
         return _html.block(repr(self), _html.table(table))
 
@@ -176,6 +184,7 @@ def sweep(
     nodes: Nodes | Mapping[str, Nodes],
     *,
     scales: Sequence[int | float] = (-4, -2, -1, 0, 1, 2, 4),
+    donor: Prompts | None = None,
     positions: Indices | None = None,
     basis: Dictionaries = None,
     complement: Complement = False,
@@ -198,13 +207,16 @@ def sweep(
         prompt: as in `steer`; of pairs, `.effects()` reads the answers.
         nodes: as in `steer`, or groups of them by name.
         scales: 1 is the unsteered model, 0 ablates.
+        donor: a prompt, or one for each (`pairs.corrupt`, say), on which the groups' values are read; each group is
+            then also set to its own, as `interchange` does, which is the scale "donor". May go with `scales=()`. Every
+            node needs a position.
         positions: as in `steer`.
         basis: as in `steer`.
         complement: for every group, steer all the rest too: True means all other nodes of the model, a circuit or other
-            nodes all others among those.
+            nodes all others among those (a donor's values need the latter).
         controls: draw this many random groups for every group, of nodes in no group at the same hook points and
-            positions whose activations are about as large, and steer them in its place. 19 are the fewest that can give
-            p = .05.
+            positions whose activations are about as large, and change them in its place. 19 are the fewest that can
+            give p = .05.
         watch: more groups to read.
         top_k: as in `steer`.
         generate: as in `steer`.
@@ -228,11 +240,14 @@ def sweep(
         >>> swept = tnc.sweep(model, "The dog near the cats", groups, scales=[0], controls=19)
         >>> swept.matrix().columns.tolist()
         ['early', 'late', 'kl', 'log p']
+        >>> moved = tnc.sweep(model, "The dog near the cats", groups, scales=(), donor="The dogs near the cats")
+        >>> moved.matrix("donor").index.tolist()
+        ['early', 'late']
     """
-    if not scales or len(set(scales)) < len(scales):
+    if not (scales or donor is not None) or len(set(scales)) < len(scales):
         raise SettingsError(f"expected at least one scale, each once; got {list(scales)}.")
     prompts = read_prompts(model, prompt, prepend_bos)
-    amounts = [float(scale) for scale in scales]
+    amounts: list[float | str] = [float(scale) for scale in scales] + [_DONOR] * (donor is not None)
     if not isinstance(nodes, Mapping):
         if controls or complement is not False:
             raise SettingsError("controls= and complement= go with groups by name: give nodes={'my circuit': nodes}.")
@@ -247,21 +262,57 @@ def sweep(
             raise SettingsError(f"expected every group's name once, and none of {list(_OUTPUTS)}; got {list(watched)}.")
     if controls < 0:
         raise SettingsError(f"expected controls of at least 0; got {controls}.")
-    changes = [Change(one, "scale", scale) for one in steered.values() for scale in scales]
+    if donor is not None:
+        given = read_prompts(model, donor, prepend_bos)
+        if complement is True or len(given) not in (1, len(prompts)):
+            raise SettingsError(
+                f"expected one donor or {len(prompts)}, one per prompt, and for a complement the nodes among which it "
+                f"is taken (complement=circuit); got {len(given)} donors and complement={complement!r}."
+            )
     rows: list[tuple[Any, ...]] = []
-    labels: list[tuple[str, float, int, float]] = []
+    labels: list[tuple[str, float | str, int, float]] = []
+    everything = list(steered.values())
     if controls:
         drawn = draw_matched(model, prompts, groups, controls, seed, batch_size)
         for name, draws in drawn.items():
             for number, draw in enumerate(draws):
-                changes += [Change(Steered(draw.nodes), "scale", scale) for scale in scales]
+                everything.append(Steered(draw.nodes))
                 labels += [(name, scale, number, draw.size) for scale in amounts]
+    moved = [] if donor is None else _donor_changes(model, given, everything, batch_size, verbose=verbose)
+    changes = []
+    for place, one in enumerate(everything):
+        changes += [Change(one, "scale", scale) for scale in scales] + moved[place : place + 1]
     runs = compare_runs(model, prompts, changes, watched, top_k, batch_size, generate, targets, verbose=verbose)
-    results = tuple(next(runs) for _ in range(len(steered) * len(scales)))
+    results = tuple(next(runs) for _ in range(len(steered) * len(amounts)))
     for label, result in zip(labels, runs, strict=True):
         rows += [(*label, read, float(values.mean())) for read, values in readings(result).items()]
     table = pd.DataFrame(rows, columns=["steered", "scale", "draw", "size", "read", "value"]) if controls else None
     return SteeringSweep(tuple(amounts), results, tuple(steered), table)
+
+
+def _donor_changes(
+    model: TransformerLensModel, donors: ReadPrompts, steered: Sequence[Steered], batch_size: int,
+    *, verbose: bool | None,
+) -> list[Change]:  # fmt: skip
+    """Each set of nodes with its values on the donors, all read in one run of each; of a complement the rest's."""
+    frames = []
+    for one in steered:
+        frame, rest = one.nodes, one.complement
+        if rest is not None:
+            own = pd.MultiIndex.from_frame(frame[["key", "unit", "position"]])
+            frame = rest[~pd.MultiIndex.from_frame(rest[["key", "unit", "position"]]).isin(own)]
+        frames.append(frame.reset_index(drop=True))
+    union = pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
+    places = union.groupby(["key", "unit", "position"], sort=False).ngroup().to_numpy()
+    first = union.assign(place=places).drop_duplicates("place").drop(columns="place").reset_index(drop=True)
+    values = read_values(model, donors, first, batch_size, verbose=verbose)
+    ends = np.cumsum([len(frame) for frame in frames])[:-1]
+    own = [torch.tensor(part) for part in np.split(places, ends)]
+    return [Change(Steered(frame), "value", values[:, at]) for frame, at in zip(frames, own, strict=True)]
+
+
+def _scale_text(scale: float | str) -> str:
+    return scale if isinstance(scale, str) else f"{scale:g}"
 
 
 def _find_groups(

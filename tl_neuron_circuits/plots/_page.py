@@ -24,6 +24,7 @@ from .._files import write_text
 from .._version import versions
 from ..interventions._direct_logit_effects import direct_logit_effects
 from ._style import PALETTE
+from ._word_pieces import word_ends
 
 if TYPE_CHECKING:
     from ..circuits._circuit import Circuit
@@ -102,6 +103,7 @@ def page_data(circuit: "Circuit", details: Details | None = None, edge_share: fl
     found = checked_details(nodes, _with_effects(circuit, details))
     forms: dict[str, int] = {}
     unique = {name: forms.setdefault(json.dumps(form), len(forms)) for name, form in found.items()}
+    promoted = {token for form in found.values() for token, _ in form["direct_logit_effects"]}
     return {
         "prompt": str(settings.get("prompt", "")),
         "facts": _facts(circuit),
@@ -120,6 +122,7 @@ def page_data(circuit: "Circuit", details: Details | None = None, edge_share: fl
         "members": {str(group): list(members) for group, members in (settings.get("groups") or {}).items()},
         "details": [json.loads(form) for form in forms],
         "detail_of": unique,
+        "word_ends": word_ends(None if circuit.traced is None else circuit.traced.model(), sorted(promoted)),
         "group_colors": list(_GROUPS),
     }
 
@@ -245,7 +248,7 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
             _percent(explained),
             "Share of the target that edges of this circuit trace back to tokens and biases; what was left out holds "
             f"the other {_percent(1 - explained)}. "
-            "Shares of single nodes and groups are no parts of it: they sum support and opposition along all paths.",
+            "Shares of single nodes and groups are not parts of it: they sum support and opposition along all paths.",
             "loud" if explained < 0.5 else "",
         ),
         ("model", str(circuit.settings.get("model", "")), "the model that was traced", "more"),
@@ -349,8 +352,10 @@ def _example(name: str, example: Any) -> dict[str, Any]:
     if isinstance(example, str):
         return {"tokens": [example], "values": [0.0], "note": ""}
     if hasattr(example, "tokens") and hasattr(example, "activations"):  # of `max_activating_examples`
-        peak = example.activations[example.position]
-        example = {"tokens": example.tokens, "values": example.activations, "peak": peak}
+        # Whole prompts. The first token is often far above all others, whatever it is: attention rests on it.
+        at = example.position
+        scale = {"peak": example.activations[at]} if at else {}
+        example = {"tokens": example.tokens, "values": example.activations, "first": True, **scale}
     if not isinstance(example, Mapping) or not {"tokens", "values"} <= set(example):
         raise SettingsError(f"expected an example as text, or with tokens and values; got {example!r} for {name!r}.")
     tokens, values = [str(token) for token in example["tokens"]], _finite(name, example["values"])
@@ -358,7 +363,8 @@ def _example(name: str, example: Any) -> dict[str, Any]:
         raise SettingsError(
             f"expected one value per token; got {len(tokens)} tokens and {len(values)} values for {name!r}."
         )
-    made = {"tokens": tokens, "values": values, "note": str(example.get("note", ""))}
+    made: dict[str, Any] = {"tokens": tokens, "values": values, "note": str(example.get("note", ""))}
+    made |= {"first": True} if example.get("first") is True else {}
     return made if example.get("peak") is None else made | {"peak": _finite(name, [example["peak"]])[0]}
 
 

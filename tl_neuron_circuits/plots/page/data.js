@@ -141,8 +141,10 @@ function promoted(node, most, form = /^/) {
   const details = detailsOf(node), sign = node.activation === null ? 1 : Math.sign(node.activation) || 1;
   if (!details) return [];
   const effects = details.direct_logit_effects.filter(([token, value]) => value * sign > 0 && form.test(token));
-  return effects.sort((a, b) => (b[1] - a[1]) * sign).slice(0, most).map(([token]) => showToken(token));
+  return effects.sort((a, b) => (b[1] - a[1]) * sign).slice(0, most).map(([token]) => wholeWord(token));
 }
+// A token that is the beginning of a word alone, with how it goes on most often: strugg(le).
+const wholeWord = (token, shown = showToken(token)) => (Object.hasOwn(data.word_ends, token) ? `${shown}(${data.word_ends[token]})` : shown);
 // For captions: whole words, and only in the upper half of the layers; below, the direct effect is little of what a neuron does.
 const HAS_SPACES = data.details.some((details) => details.direct_logit_effects.some(([token]) => token.startsWith(" ")));
 function words(node, most) {

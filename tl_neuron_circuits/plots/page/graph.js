@@ -268,7 +268,9 @@ function paint() {
   const key = state.hovered || state.selected, node = key ? view.byKey.get(key) : null;
   const edges = node ? [...node.incoming, ...node.outgoing].filter(isVisible) : state.edge ? [state.edge] : [];
   const near = new Set(edges.flatMap((edge) => [edge.source.key, edge.target.key]));
-  $("focus-edges").replaceChildren(...edges.reverse().map((edge) => edgeMark(edge, 1.15)));
+  const drawn = edges.length + "|" + (key || (state.edge ? state.edge.source.key + "|" + state.edge.target.key : ""));
+  if (paint.drawn !== drawn || paint.paths !== state.paths) $("focus-edges").replaceChildren(...edges.reverse().map((edge) => edgeMark(edge, 1.15)));
+  Object.assign(paint, { drawn, paths: state.paths });
   $("view").classList.toggle("focused", Boolean(node));
   $("view").classList.toggle("searched", state.search !== "");
   const stop = state.selected || (marks.has(paint.stop) ? paint.stop : firstStop());
@@ -276,10 +278,12 @@ function paint() {
     mark.classList.toggle("selected", own === state.selected);
     mark.classList.toggle("near", near.has(own) || own === key);
     mark.classList.toggle("found", state.search !== "" && matches(view.byKey.get(own)));
-    mark.setAttribute("aria-pressed", String(own === state.selected));
-    mark.setAttribute("tabindex", own === stop ? 0 : -1);
+    setIfNew(mark, "aria-pressed", String(own === state.selected));
+    setIfNew(mark, "tabindex", own === stop ? "0" : "-1");
   }
 }
+// Setting an attribute to what it is costs a look at every rule of the style.
+const setIfNew = (mark, name, text) => { if (mark.getAttribute(name) !== text) mark.setAttribute(name, text); };
 // Tab enters the graph at one node, the one it was left at, else the target; arrows go on from there.
 const firstStop = () => (TARGETS.length ? TARGETS[0].key : state.shown.length ? state.shown[0].key : null);
 

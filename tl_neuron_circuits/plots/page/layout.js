@@ -23,7 +23,8 @@ function captionOf(node, letters) {
   let tokens = "";
   for (const token of words(node, 3)) {
     const longer = tokens ? tokens + ", " + token : "→ " + token;
-    if ([...name].length + [...longer].length + 1 > letters) break;
+    const room = letters - [...name].length - 1;
+    if ([...longer].length > room) { tokens = tokens || (room > 7 ? shorten(longer, room) : ""); break; }
     tokens = longer;
   }
   return [name, tokens];

@@ -135,7 +135,7 @@ function aboutDetails(node) {
     const grid = element("div", { class: "effects" });
     const here = node.activation < 0 ? -1 : 1;  // what it promotes on this prompt comes first
     for (const [token, value] of [...found.direct_logit_effects].sort((a, b) => here * (b[1] - a[1]))) {
-      grid.append(element("code", {}, "“" + clean(token) + "”"),
+      grid.append(element("code", {}, "“" + wholeWord(token, clean(token)) + "”"),
         element("span", { class: "bar " + (value < 0 ? "negative" : "positive"), style: `width: ${(100 * Math.abs(value)) / most}%` }),
         element("span", { class: "number" }, number(value)));
     }
@@ -147,11 +147,13 @@ function aboutDetails(node) {
   return parts;
 }
 
-// Special tokens such as BOS take no part in the scale of colors: activations there are often far above all others.
+// Special tokens such as BOS, and the first token of a prompt, take no part in the scale of colors: activations there are
+// often far above all others.
 const isSpecial = (token) => /^(<\|.*\|>|<\/?[a-z_]+>|\[[A-Z]+\])$/.test(token.trim());
 
 function anExample(example) {
-  const sizes = example.values.map((value, index) => (isSpecial(example.tokens[index]) ? 0 : Math.abs(value)));
+  const isApart = (token, index) => isSpecial(token) || (example.first && index === 0);
+  const sizes = example.values.map((value, index) => (isApart(example.tokens[index], index) ? 0 : Math.abs(value)));
   const most = example.peak ? Math.abs(example.peak) : Math.max(1e-12, ...sizes);
   const made = element("p", { class: "example" });
   example.tokens.forEach((token, index) => {
