@@ -173,6 +173,8 @@ def update_page(tables: Mapping[str, str]) -> None:
         if not places:
             print(f"no page has a place for the table {name}")
         for page in places:
-            texts[page] = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", texts[page])
+            texts[page] = pattern.sub(
+                lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", texts[page]
+            )
     for page, text in texts.items():
         page.write_text(text, encoding="utf-8")

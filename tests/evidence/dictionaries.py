@@ -91,9 +91,10 @@ def curves_of(model: Any, kept: cells.Cells, drawn: dict[str, splits.AgreementSp
                 if scores is None:
                     scores = tnc.attribute(model, split.right["learning"], basis=basis)
                 found = scores
-                kept.curve(name, lambda found=found, pairs=pairs, means=means, error_nodes=error_nodes, basis=basis: tnc.evaluate(
-                    model, pairs, found, reference=means, sizes=SIZES, completeness=False, error_nodes=error_nodes, basis=basis,
-                ))  # fmt: skip
+                given: dict[str, Any] = {"reference": means, "sizes": SIZES, "completeness": False}
+                given |= {"error_nodes": error_nodes, "basis": basis}
+                kept.curve(name, lambda found=found, pairs=pairs, given=given: tnc.evaluate(
+                    model, pairs, found, **given))  # fmt: skip
                 best = found.top(100)
                 kept.values(f"errors-{name}", lambda best=best: {
                     "errors among the best 10": int((best["kind"][:10] == "error").sum()),

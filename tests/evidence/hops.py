@@ -69,7 +69,8 @@ def curves(
             ),
         )
         kept.curve(f"{basis}_{rules}_{ranking}", lambda scores=scores, ranking=ranking: tnc.evaluate(
-            model, evaluation, scores, reference=learning, sizes=SIZES, ranking=ranking, batch_size=12, completeness=False,
+            model, evaluation, scores, reference=learning, sizes=SIZES, ranking=ranking, batch_size=12,
+            completeness=False,
         ))  # fmt: skip
 
 

@@ -44,8 +44,9 @@ def run(model: Any, kept: cells.Cells, tasks: list[str]) -> None:
                     model, pairs, method=method, basis=BASES[basis], batch_size=12
                 ),
             )
-            kept.curve(f"{task}_{basis}_{method}", lambda scores=scores, method=method, pairs=evaluation,
-                       means=learning: tnc.evaluate(model, pairs, scores, reference=means, sizes=SIZES, completeness=method == "relp", batch_size=12))  # fmt: skip
+            given: dict[str, Any] = {"reference": learning, "sizes": SIZES, "completeness": method == "relp"}
+            kept.curve(f"{task}_{basis}_{method}", lambda scores=scores, pairs=evaluation, given=given: tnc.evaluate(
+                model, pairs, scores, batch_size=12, **given))  # fmt: skip
 
 
 def collect(kept: cells.Cells) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def agreement_tables() -> dict[str, str]:
         for many, source in ((True, large["curves"]), (False, curves)):
             each = [source.get(f"{structure}_{name}") for structure in STRUCTURES]
             both.append([f"{title}, {pairs[many]}", *(" / ".join(
-                cells.show(at(curve, "faithfulness", size)) for size in (10, 100, 1000)) for curve in each)])  # fmt: skip
+                cells.show(at(curve, "faithfulness", size)) for size in (10, 100, 1000)) for curve in each),
+            ])  # fmt: skip
     bases = [(name, title) for name, title in BASES.items() if any(per(f"{name}_relp_abs", "nodes"))]
     methods = [(f"neurons_{method}_{ranking}", title) for (method, ranking), title in METHODS.items()]
     methods = [(name, title) for name, title in methods if any(per(name, "nodes"))]
@@ -134,7 +135,7 @@ def agreement_tables() -> dict[str, str]:
         "agreement-areas": cells.table(
             ["area of overshoot / signed / accuracy", *STRUCTURES],
             [[title, *(" / ".join(cells.show(value) for value in row) for row in zip(
-                per(name, "overshoot area"), per(name, "signed overshoot area"), per(name, "accuracy area"), strict=True))]
+                *(per(name, f"{what} area") for what in ("overshoot", "signed overshoot", "accuracy")), strict=True))]
              for name, title in [*((f"{name}_relp_abs", title) for name, title in bases),
                                  ("neurons_relp_signed", "neurons, by score")]],
         ),

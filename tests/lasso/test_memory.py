@@ -1,4 +1,4 @@
-"""What will not fit says so before it starts; where it helps, blocks are joined or targets streamed from observations."""
+"""What will not fit says so before it starts; where it helps, blocks are joined, or targets are streamed."""
 
 import logging
 from typing import Any
@@ -96,7 +96,6 @@ def test_streaming_holds_the_observations_and_one_block(monkeypatch: pytest.Monk
     with Meter() as meter:
         assert len(method.fit(model, PROMPTS).edges) > 0
     assert meter.peak < 1.2 * size.streamed_bytes < 0.2 * size.bytes
-
 
 
 def test_the_size_is_what_is_held_at_once() -> None:
