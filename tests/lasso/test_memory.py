@@ -92,7 +92,6 @@ def test_streaming_holds_the_observations_and_one_block(monkeypatch: pytest.Monk
     assert meter.peak < 1.2 * size.streamed_bytes < 0.2 * size.bytes
 
 
-
 def test_the_size_is_what_is_held_at_once() -> None:
     """Between the tensors that are certainly held and twice as many."""
     model = tnc.load_demo_model()

@@ -279,7 +279,7 @@ def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
         "Area under the ROC curve, mean over cases. Planted circuits (tests/planted): heads and MLPs that do the task "
         "against those that distract, each as high as its best node; "
         f"{judged.get('planted', 0)} of {len(found['cases'].get('planted', []))} cases have both kinds. Compiled "
-        "programs (tracr): neurons on a path to the output against other neurons that are no padding; "
+        "programs (tracr): neurons on a path to the output against other neurons that are not padding; "
         f"{judged.get('tracr', 0)} of {len(found['cases'].get('tracr', []))} programs have both kinds, most of them "
         "one false neuron. RelP freezes attention patterns, through which much of these programs runs: "
         "on some it gives no neuron a score."
@@ -334,8 +334,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
     after = (
         f"**Neither null bounds how many nodes lie outside a planted circuit** (up to {outside:.0f} times the nominal "
         f"share), and the reason is not false alarms: {effects}. Training leaves heads and MLPs outside a "
-        "chain with small effects of one sign, which a test of scores rightly finds. So `at_fdr` says \"this score is "
-        'no accident of the words\"; whether it is large enough to matter is for faithfulness and completeness to say.'
+        'chain with small effects of one sign, which a test of scores rightly finds. So `at_fdr` says "this score is '
+        'no accident of the words"; whether it is large enough to matter is for faithfulness and completeness to say.'
         if outside > 1.2
         else "Both nulls keep their rates here."
     )

@@ -385,7 +385,10 @@ class Curve:
 
         Unless errors are ablated: then all give what the largest size gives.
         """
-        sizes, values = [float(size) for size in self.sizes], list(self.faithfulness if faithfulness is None else faithfulness)
+        sizes, values = (
+            [float(size) for size in self.sizes],
+            list(self.faithfulness if faithfulness is None else faithfulness),
+        )
         if sizes[0] > 0:
             sizes, values = [0.0, *sizes], [0.0, *values]
         if sizes[-1] < self.total:

@@ -147,9 +147,7 @@ class Stability:
             false = self.other_counts
         else:
             if null == "signs" and (reason := self.settings.get("no_sign_flips")):
-                raise SettingsError(
-                    f"null='signs' swaps answers, and {reason}. Use null='pairs'."
-                )
+                raise SettingsError(f"null='signs' swaps answers, and {reason}. Use null='pairs'.")
             need = "null_draws= above 0" if null == "signs" else "null_pairs="
             raise SettingsError(f"these results have no null of {null!r}: call stability with {need}.")
         return (false / torch.arange(1, len(false) + 1)).clamp(max=1.0)
@@ -239,7 +237,7 @@ def stability(
     Args:
         model: a HookedTransformer or TransformerBridge.
         pairs: as in `attribute`; both directions of a contrast carry the same words.
-        method: as in `attribute`, but for "random". A learned mask is learned anew in every draw.
+        method: as in `attribute`, except "random". A learned mask is learned anew in every draw.
         sizes: numbers of best nodes to look at.
         clusters: kinds of words, each with one label per pair, such as [subjects, attractors, templates]; the pairs'
             own labels unless given. False discoveries use the first kind.
