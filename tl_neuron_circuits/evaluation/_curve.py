@@ -164,7 +164,7 @@ class Curve:
 
     @checked
     def error_area(self, largest: int | None = None) -> float:
-        """Mean over log size of min(1, |1 - faithfulness|): 0 is a circuit that does what the model does from 1 node on.
+        """Mean over log size of min(1, |1 - faithfulness|): 0 does what the model does from 1 node on.
 
         Both what is missing and overshoot are errors. Sizes and ends as in `log_area`.
         """
