@@ -55,8 +55,9 @@ def architectures(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff: style, docstrings, imports, formatting."""
-    session.install("-c", "constraints.txt", "ruff")
+    """Ruff: style, docstrings, imports, formatting. codespell: spelling, American. (Idioms: tests/test_prose.py.)"""
+    session.install("-c", "constraints.txt", "ruff", "codespell[toml]")
+    session.run("codespell")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -70,9 +71,11 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation, where a broken link or reference is an error."""
-    session.install("-c", "constraints.txt", "-e", ".[docs]")
-    session.run("mkdocs", "build", "--strict")
+    """The documentation, where a broken link or reference is an error; its search and widths in a browser."""
+    session.install("-c", "constraints.txt", "-e", ".[docs,dev]")
+    site = session.create_tmp()
+    session.run("mkdocs", "build", "--strict", "--site-dir", site)
+    session.run("python", "-m", "pytest", "tests/test_site.py", env={**OFFLINE, "TNC_SITE": site})
 
 
 @nox.session

@@ -33,18 +33,46 @@ def re_exports(room: str) -> list[str]:
     return [alias.name for node in own for alias in node.names if alias.name == alias.asname]
 
 
-def summary(room: str, name: str) -> str:
-    """The first line of a re-exported name's docstring."""
+def results(room: str, names: list[str]) -> list[tuple[str, str]]:
+    """(module, class) of what these functions return and the room does not export: users get it, and never make it."""
+    found: dict[str, str] = {}
+    for name in names:
+        file, definition = definition_of(room, name)
+        returns = definition.returns if isinstance(definition, ast.FunctionDef) else None
+        wanted = {node.id for node in ast.walk(returns) if isinstance(node, ast.Name)} if returns else set()
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name in wanted - set(names) and not node.name.startswith("_"):
+                found[node.name] = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            elif isinstance(node, ast.ImportFrom) and node.level == 1:
+                wanted_here = {alias.name for alias in node.names} & (wanted - set(names))
+                module = ".".join([*file.relative_to(ROOT).parent.parts, node.module or ""])
+                source = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+                if wanted_here and source.exists():
+                    body = ast.parse(source.read_text(encoding="utf-8")).body
+                    classes = {inner.name for inner in body if isinstance(inner, ast.ClassDef)}
+                    found |= {kind: module for kind in sorted(wanted_here & classes)}
+    return [(module, kind) for kind, module in found.items()]
+
+
+def definition_of(room: str, name: str) -> tuple[Path, ast.stmt | None]:
+    """The file that a re-exported name comes from, and its definition there."""
     file = ROOT.joinpath(*room.split("."), "__init__.pyi")
     file = file if file.exists() else file.with_suffix(".py")
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.level and any(alias.asname == name for alias in node.names):
-            folder = file.parents[node.level - 1]
-            module = folder.joinpath(*(node.module or "").split(".")).with_suffix(".py")
-            for found in ast.parse(module.read_text(encoding="utf-8")).body:
-                if isinstance(found, ast.FunctionDef | ast.ClassDef) and found.name == name:
-                    return (ast.get_docstring(found) or "").split("\n\n")[0].replace("\n", " ")
-    return ""
+            module = file.parents[node.level - 1].joinpath(*(node.module or "").split(".")).with_suffix(".py")
+            body = ast.parse(module.read_text(encoding="utf-8")).body if module.exists() else []
+            defined = [d for d in body if isinstance(d, ast.FunctionDef | ast.ClassDef) and d.name == name]
+            return module, defined[0] if defined else None
+    return file, None
+
+
+def summary(room: str, name: str) -> str:
+    """The first line of a re-exported name's docstring."""
+    _, definition = definition_of(room, name)
+    if not isinstance(definition, ast.FunctionDef | ast.ClassDef):
+        return ""
+    return (ast.get_docstring(definition) or "").split("\n\n")[0].replace("\n", " ")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -69,6 +97,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         lines += ["| | |", "|---|---|"]
         lines += [f"| [`{name}`][{room}.{name}] | {summary(room, name).replace('|', '/')} |" for name in names]
         lines += ["", *(f"::: {room}.{name}\n{ENTRY}" for name in names)]
+        returned = results(room, names)
+        lines += ["## What these return", "", "No one makes these by hand, so they are not exported.", ""] * bool(
+            returned
+        )
+        lines += [f"::: {module}.{kind}\n{ENTRY.replace('level: 2', 'level: 3')}" for module, kind in returned]
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -379,7 +380,7 @@ def _against_patching(model: Any, tokens: Tensor) -> float:
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:140]}"
+    return f"{type(error).__name__}: {shorten(text, 140, placeholder=' ...')}"
 
 
 def page(rows: list[Row]) -> str:

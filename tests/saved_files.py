@@ -18,7 +18,7 @@ from tests.families import model_cases, random_tokens
 from tl_neuron_circuits._files import read_directory, read_tensors, write_tensors
 from tl_neuron_circuits._processes import Processes
 from tl_neuron_circuits.cli._inputs import load_saved, read_inputs
-from tl_neuron_circuits.components import EdgeScores, component_edges, tracr_ground_truth
+from tl_neuron_circuits.components import EdgeScores, GroundTruth, component_edges
 from tl_neuron_circuits.evaluation import EdgeCurve, evaluate_edges
 from tl_neuron_circuits.lasso._lasso_circuit import LassoCircuit
 from tl_neuron_circuits.lasso._observations import read_blocks, write_block
@@ -180,7 +180,9 @@ def _texts(folder: Path, made: Mapping[str, Any]) -> list[Saved]:
     bios = tuple(f"bios.{form}" for form in ("jsonl", "json", "csv"))
     return [
         Saved("pairs", ("pairs.jsonl",), lambda path: tnc.PromptPairs.from_jsonl(path / "pairs.jsonl"), False),
-        Saved("bios", bios, lambda path: [tnc.lasso.bias_in_bios(path / name) for name in bios], False),
+        Saved(
+            "bios", bios, lambda path: [tnc.lasso.LabeledTexts.from_bias_in_bios(path / name) for name in bios], False
+        ),
         Saved("prompts", ("prompts.txt",), lambda path: read_inputs(None, path / "prompts.txt"), False),
         Saved("graph", ("graph.json",), load, True),
         Saved("graph_by_others", ("graph.json",), load, False),
@@ -202,7 +204,7 @@ def _tracr(folder: Path) -> Saved:
     weights = {"embed.W_E": torch.ones(3, 2), "unembed.W_U": torch.ones(2, 3)}
     weights |= {f"blocks.0.attn.W_{name}": torch.ones(1, 2, 2) for name in "QKVO"}
     save_file(weights, path / "model.safetensors")
-    return Saved("tracr", ("ground_truth.json", "config.json", "model.safetensors"), tracr_ground_truth, False)
+    return Saved("tracr", ("ground_truth.json", "config.json", "model.safetensors"), GroundTruth.from_tracr, False)
 
 
 def plain(value: Any) -> Any:

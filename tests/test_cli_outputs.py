@@ -44,7 +44,7 @@ def test_every_command_but_schema_has_one() -> None:
 
 def test_the_page_lists_every_key() -> None:
     page = (Path(__file__).parents[1] / "docs" / "how-to" / "command-line.md").read_text(encoding="utf-8")
-    _, table = page.split("| command | keys beside `command` and `schema` |")
+    _, table = page.split("| command | keys besides `command` and `schema` |")
     listed = {cells[0]: set(cells[1:]) for cells in (re.findall(r"`(\w+)`", row) for row in table.split("\n")[2:10])}
     described = {name: set(json_schema(name)["$defs"][kind.__name__]["properties"]) for name, kind in OUTPUTS.items()}
     assert listed == {name: keys - {"command", "schema"} for name, keys in described.items()}

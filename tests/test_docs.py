@@ -136,3 +136,19 @@ def test_the_blocks_of_a_page_run_one_after_the_other(
     names: dict[str, object] = {}
     for block in runnable_blocks(page):
         exec(compile(block, str(page), "exec"), names)
+
+
+OURS = "https://github.com/tl-neuron-circuits/tl_neuron_circuits/blob/main/"
+RAW = "https://raw.githubusercontent.com/tl-neuron-circuits/tl_neuron_circuits/main/"
+
+
+def test_the_readmes_links_work_on_pypi() -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXTS[ROOT / "README.md"])
+    assert [link for link in links if not link.startswith("https://")] == []
+    ours = [link.removeprefix(OURS).removeprefix(RAW) for link in links if link.startswith((OURS, RAW))]
+    missing = [link for link in ours if not (ROOT / link.partition("#")[0]).exists()]
+    assert len(ours) > 10 and missing == []
+    for page, _, anchor in (link.partition("#") for link in ours if "#" in link):
+        headings = re.findall(r"^#+ (.*)", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+        assert anchor in anchors, f"{page} has no heading #{anchor}"

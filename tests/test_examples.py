@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tl_neuron_circuits as tnc
-from tests.test_architecture import re_exports
+from tests.test_architecture import re_exports, results
 from tl_neuron_circuits.propagation import rules
 
 NAME = tnc.__name__
@@ -21,7 +21,7 @@ LOADERS = ("load_demo_model", "load_demo_dictionaries")  # loaded once for all e
 
 
 def public() -> dict[str, object]:
-    """Public functions and classes by their shortest name; aliases of types and constants have no docstrings."""
+    """Public functions and classes, and what they return; aliases of types and constants have no docstrings."""
     found: dict[int, tuple[str, object]] = {}
     for module, name in re_exports():
         value = getattr(importlib.import_module(module), name)
@@ -31,7 +31,8 @@ def public() -> dict[str, object]:
             found.setdefault(id(value), (f"{room}.{name}", value))
     documented = {name: getattr(rules, name) for name in ("LnRule", "IdentityRule", "HalfRule", "RuleSet")}
     documented |= {name: getattr(rules, name) for name in ("AttentionRule", "SplitAttentionRule")}
-    return dict(found.values()) | {f"propagation.rules.{name}": value for name, value in documented.items()}
+    returned = {f"({kind.__name__})": kind for _, kind in results()}
+    return dict(found.values()) | returned | {f"propagation.rules.{name}": value for name, value in documented.items()}
 
 
 PUBLIC = public()

@@ -32,7 +32,6 @@ from .tasks._tokenized import TokenizedPairs as TokenizedPairs
 
 # Scores of nodes.
 from .nodes._attribute import attribute as attribute
-from .nodes._memory import MemoryEstimate as MemoryEstimate
 from .nodes._attribute import estimate_memory as estimate_memory
 from .nodes._scores import NodeScores as NodeScores
 
@@ -46,7 +45,6 @@ from .nodes._learned_mask import LearnedMask as LearnedMask
 from .nodes._mask_gradient import MaskGradient as MaskGradient
 from .nodes._controls import ActivationDifference as ActivationDifference
 from .nodes._controls import Random as Random
-from .nodes._methods import parse_method as parse_method
 
 # Dictionaries: SAEs and transcoders.
 from .bases._dictionary import Dictionary as Dictionary
@@ -63,14 +61,11 @@ from .circuits._choose import ByShare as ByShare
 
 # How good scores and circuits are.
 from .evaluation._compare import compare as compare
-from .evaluation._compare_with_patching import PatchingAgreement as PatchingAgreement
 from .evaluation._compare_with_patching import compare_with_patching as compare_with_patching
 from .evaluation._comparison import Comparison as Comparison
 from .evaluation._curve import SparsityCurve as SparsityCurve
 from .evaluation._evaluate import evaluate as evaluate
-from .evaluation._reliability import Reliability as Reliability
 from .evaluation._reliability import reliability as reliability
-from .evaluation._stability import Stability as Stability
 from .evaluation._stability import stability as stability
 
 # What nodes do, and what they are about.
@@ -80,7 +75,6 @@ from .interventions._steer import SteeringResult as SteeringResult
 from .interventions._steer import interchange as interchange
 from .interventions._steer import steer as steer
 from .interventions._sweep import sweep as sweep
-from .interventions._sweep import SteeringSweep as SteeringSweep
 from .interventions._steer import node_values as node_values
 from .explain._cluster import cluster as cluster
 from .explain._describe import describe as describe

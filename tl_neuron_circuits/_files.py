@@ -47,8 +47,9 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     """Twelve hexadecimal digits that identify weights: a hash of up to 1024 evenly spaced numbers of each tensor."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // 1024)].to("cpu", torch.float32)
+        places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // 1024), device=tensor.device)
+        whole = tensor.detach()[None]  # flattening a view of a mapped file would read all of it
+        sample = whole[torch.unravel_index(places, whole.shape)].to("cpu", torch.float32)
         digest.update(str(tuple(tensor.shape)).encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -154,7 +155,7 @@ def write_directory(
 
 
 def present(folder: Path) -> set[str]:
-    """What is in a folder, but for what is being written to it.
+    """What is in a folder, except what is being written to it.
 
     Raises:
         FileFormatError: it cannot be listed.

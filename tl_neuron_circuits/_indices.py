@@ -34,7 +34,7 @@ def as_integer(value: Any, name: str) -> int:
 
 
 def as_count(value: Any, name: str, least: int = 1) -> int:
-    """The integer as Python's, if it is at least so many.
+    """The integer as Python's, if it is at least `least`.
 
     Raises:
         SettingsError: it is not.
@@ -84,7 +84,7 @@ def as_indices(value: Any, name: str, length: int | None = None) -> list[int]:
 
 
 def as_layers(value: Any, n_layers: int) -> list[int]:
-    """Layers of a model that has so many, counted from 0: as `as_indices`, but none counts from the end.
+    """Layers of a model with `n_layers`, counted from 0: as `as_indices`, but none counts from the end.
 
     Raises:
         SettingsError: as `as_indices`, or the model does not have one of them.

@@ -24,9 +24,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {id(x.untyped_storage()) for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {id(x.untyped_storage()) for x in tree_iter((args, kwargs)) if _stored(x)}
         for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
+            if _stored(tensor) and id(tensor.untyped_storage()) not in given:
                 self._note(tensor.untyped_storage())
         return result
 
@@ -41,3 +41,8 @@ class Meter(TorchDispatchMode):
     def _freed(self, key: int, size: int, _: Any) -> None:
         self._alive.pop(key, None)
         self._now -= size
+
+
+def _stored(value: Any) -> bool:
+    """Whether it is a tensor with a storage: what a sparse one is made of is counted, itself it has none."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided

@@ -1,7 +1,7 @@
 """Many processes, one result: work is shared out, sums are reduced, and an error anywhere is an error everywhere.
 
 Started by `accelerate launch`, `torchrun` or anything that sets RANK and WORLD_SIZE, every process runs the same script
-and makes the same calls. A call of ours then goes
+and makes the same calls. A call of this package then goes
 
     processes = current_processes()
     with processes.together("attribute", settings):     # checks that all make the same call; errors reach all

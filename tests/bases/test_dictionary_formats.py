@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_neuron_circuits import as_dictionary, load_dictionary, save_dictionary
-from tl_neuron_circuits._errors import DictionaryError, FileFormatError
+from tl_neuron_circuits._errors import DictionaryError, FileFormatError, SettingsError
 from tl_neuron_circuits.bases import Dictionary, load_dictionaries
+from tl_neuron_circuits.bases._dictionary_basis import DictionarySite
 
 D_IN, D_DICT = 6, 10
 Tensors = dict[str, Tensor]
@@ -322,3 +323,60 @@ def test_damaged_and_unknown_files_say_so(tmp_path: Path) -> None:
     np.savez(tmp_path / "params.npz", **negative, threshold=-t["threshold"].numpy())
     with pytest.raises(DictionaryError, match="10 thresholds are below zero"):
         load_dictionary(tmp_path / "params.npz")
+
+
+def private_memory() -> int:
+    """Bytes of this process that no file backs."""
+    (line,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.parametrize("kind", ["set", "cross-layer"])
+def test_lazy_weights_stay_in_their_files_and_give_the_same(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / kind
+    if kind == "set":
+        write_circuit_tracer(folder, threshold=True, skip=True)
+    else:
+        write_cross_layer(folder, threshold=True)
+    x = torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(1))
+    for lazy, eager in zip(load_dictionaries(folder, lazy=True), load_dictionaries(folder), strict=True):
+        assert lazy.lazy and not eager.lazy and lazy.W_enc.mT.is_contiguous()
+        for name, tensor in eager.tensors().items():
+            assert torch.equal(lazy.tensors()[name], tensor)
+        assert DictionarySite(lazy, "in", "out", 0).identity == DictionarySite(eager, "in", "out", 0).identity
+        torch.testing.assert_close(lazy.encode(x), eager.encode(x))
+        torch.testing.assert_close(lazy(x), eager(x))
+        features = eager.encode(x).requires_grad_(True)  # inactive features have a gradient too
+        (found,) = torch.autograd.grad(lazy.decode(features, x).sum(), features)
+        (expected,) = torch.autograd.grad(eager.decode(features, x).sum(), features)
+        torch.testing.assert_close(found, expected)
+        silent = torch.zeros(2, lazy.d_dict)
+        torch.testing.assert_close(lazy.decode(silent, x[0, :2]), eager.decode(silent, x[0, :2]))
+        assert_comes_back(lazy, tmp_path / f"{kind}-{lazy.layer}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def test_lazy_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:
+    d_dict, width, megabyte = 16384, 256, 2**20  # 16 MB a matrix
+    tensors = {"W_enc": torch.randn(d_dict, width), "W_dec": torch.randn(d_dict, width)}
+    tensors |= {"b_enc": torch.full((d_dict,), -30.0), "b_dec": torch.zeros(width)}
+    save_file(tensors, tmp_path / "layer_0.safetensors")
+    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(hooks))
+    del tensors
+    before = private_memory()
+    (lazy,) = load_dictionaries(tmp_path, lazy=True)
+    after = lazy(torch.randn(4, width)) is not None and private_memory()
+    (eager,) = load_dictionaries(tmp_path)
+    assert after - before < 8 * megabyte <= private_memory() - after and eager.W_enc.is_contiguous()
+
+
+def test_formats_that_are_read_whole_refuse_to_be_lazy(tmp_path: Path) -> None:
+    folder = save_dictionary(
+        Dictionary("standard", torch.eye(3), torch.eye(3), torch.zeros(3), torch.zeros(3)), tmp_path
+    )
+    for path in (folder, [folder]):
+        with pytest.raises(SettingsError, match="Leave lazy out"):
+            load_dictionaries(path, lazy=True)
+    with pytest.raises(FileFormatError, match="nowhere"):
+        load_dictionaries(tmp_path / "nowhere", lazy=True)

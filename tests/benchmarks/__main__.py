@@ -119,7 +119,7 @@ def machine(threads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-COLUMNS = ("work", "beside", "ratio", "range", "limit", "CPU s", "memory, MB", "memory ratio")
+COLUMNS = ("work", "compared with", "ratio", "range", "limit", "CPU s", "memory, MB", "memory ratio")
 HEAD = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS)
 
 
@@ -153,19 +153,18 @@ def page(results: dict[str, Any]) -> str:
     """docs/benchmarks.md, from the JSON alone."""
     m, over = results["machine"], exceeded(results)
     threads = f"{m['threads']} thread{'s' if m['threads'] > 1 else ''} used"
-    verdict = "Every limit is met." if not over else "Beyond their limit or failed: " + ", ".join(over) + "."
+    verdict = "Every limit is met." if not over else "Over their limit, or failed: " + ", ".join(over) + "."
     paragraphs = [
         "# Benchmarks",
         "Written by `python -m tests.benchmarks --update-docs` (or `nox -s benchmarks`) from "
-        "[benchmarks.json](benchmarks.json); no number is typed by hand.",
+        "[benchmarks.json](benchmarks.json).",
         f"{m['cpu']}, {m['cores']} cores, {threads}, {m['system']}, Python {m['python']}, torch {m['torch']}, "
         f"TransformerLens {m['transformer-lens']}, {m['date']}. {verdict}",
-        "Each row is work beside a reference, in turn, in one process: the median ratio of CPU seconds and its range "
-        "over the rounds. CPU seconds and peak memory are given as work / reference. For time, malloc keeps freed "
-        "blocks: else page faults fall on either side by chance, up to a tenth. Memory is resident memory above "
-        "the model's, each side in a process of its own. Random models of GPT-2's shape, 12 x 768 with 8 prompts of 32 "
-        "tokens for RelP and `attribute`, 6 x 256 for integrated gradients, 12 x 256 for edges; demo-gelu for "
-        "the rest. What bounds each path, and how to go further: "
+        "Each row compares work with a reference, taking turns in one process: the median ratio of CPU seconds and its "
+        "range over rounds. CPU seconds and peak memory are work / reference. malloc keeps freed blocks, since page "
+        "faults would add up to a tenth to either side by chance. Memory is resident memory above the model's, each "
+        "side in its own process. Models are random with GPT-2's shape (12 x 768 and 8 prompts of 32 tokens for RelP "
+        "and `attribute`, 6 x 256 for integrated gradients, 12 x 256 for edges), or demo-gelu. What limits each call: "
         "[Save memory](how-to/large-models.md#what-each-call-costs).",
     ]
     wrapped = [textwrap.fill(text, 160, break_long_words=False, break_on_hyphens=False) for text in paragraphs]

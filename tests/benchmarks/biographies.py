@@ -18,7 +18,8 @@ import torch
 
 import tl_neuron_circuits as tnc
 from tl_neuron_circuits.demo import _text
-from tl_neuron_circuits.lasso import Generalization, LabeledTexts, bias_in_bios, contrast_judge, generalize
+from tl_neuron_circuits.lasso import LabeledTexts, generalize
+from tl_neuron_circuits.lasso._generalization import Generalization
 from tl_neuron_circuits.tasks import _english as english
 from tl_neuron_circuits.tasks._agreement import agreement_prompt
 
@@ -52,14 +53,14 @@ def synthetic(options: argparse.Namespace, seed: int, model: Any, basis: Any) ->
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {"hook": options.hook, "errors": not options.no_errors, "judge": contrast_judge(options.judge)}
+    return {"hook": options.hook, "errors": not options.no_errors, "judge": options.judge}
 
 
 def real(options: argparse.Namespace, seed: int, model: Any, basis: Any) -> Generalization:
-    texts = bias_in_bios(options.bios)
+    texts = LabeledTexts.from_bias_in_bios(options.bios)
     rows = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     train, test = texts.take(rows[: len(rows) // 2]), texts.take(rows[len(rows) // 2 :])
-    other = bias_in_bios(options.bios, ("teacher", "journalist")).balanced(options.texts, seed)
+    other = LabeledTexts.from_bias_in_bios(options.bios, ("teacher", "journalist")).balanced(options.texts, seed)
     return generalize(model, train, test, other, basis, seed=seed, **settings(options))
 
 

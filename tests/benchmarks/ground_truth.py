@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tests.planted.load import load_planted, planted_seeds
 from tests.real_models import load_hooked_form
-from tl_neuron_circuits.components import GroundTruth, component_edges, component_graph, judge_edges, tracr_ground_truth
+from tl_neuron_circuits.components import GroundTruth, component_edges, component_graph, judge_edges
 from tl_neuron_circuits.lasso import CircuitLasso, Components, Share
 from tl_neuron_circuits.lasso._circuit_lasso import _smallest_empty
 from tl_neuron_circuits.lasso._edges import list_nodes, tables
@@ -134,7 +134,7 @@ def compiled_cases() -> Iterator[Case]:
             answers = torch.arange(n) % model.cfg.d_vocab_out
             return TokenizedPairs.from_tokens(tokens[:n], answers, tokens[n:]), all_outputs
 
-        yield Case(tracr_ground_truth(path), model, draw)
+        yield Case(GroundTruth.from_tracr(path), model, draw)
 
 
 def observe(case: Case, nodes: Any, seed: int, kind: str, prompts: int, **settings: Any) -> tuple[Any, Any]:

@@ -249,7 +249,7 @@ def many_over_few(quick: bool) -> Pair:
                                *((2, 64) if quick else (2, 128)))  # fmt: skip
     tokens = relp_cost.tokens_of()[:, :16]
     work, reference = (lambda n=n: tnc.attribute(model, random_pairs(tokens, n)) for n in (many, few))
-    return Pair(work, reference, per=many / few, note=f"{many:,} prompts and {few}; time a prompt")
+    return Pair(work, reference, per=many / few, note=f"{many:,} prompts and {few}; time per prompt")
 
 
 BOTH, IN_ATTRIBUTE, IG = "forward + backward", "RelP, both in `attribute`", "integrated_gradients"
@@ -278,7 +278,7 @@ ALL = [
     Row("compare", "`compare`", "as many bare forwards", compare_over_parts, rounds=3),
     Row("edges", "`trace`, a target of an edge", "RelP forward + backward", edges_over_passes, rounds=3),
     Row("edges-share", "`trace`, a chunk of targets", f"RelP {BOTH}", edges_in_chunks, 1.3, rounds=3),
-    Row("edges-chunk", "`trace`, all edges", f"RelP {BOTH}, a prompt a target", edges_over_prompts, 1.3, rounds=3),
+    Row("edges-chunk", "`trace`, all edges", f"RelP {BOTH}, one prompt per target", edges_over_prompts, 1.3, rounds=3),
     Row("steering", "a steered forward", "a forward", steering_over_forward),
     Row("lasso", "CircuitLasso, all targets", "scikit-learn `lasso_path`", lasso_over_sklearn, rounds=2),
     Row("transcoders", "training transcoders", "forwards of as many positions", training_over_forward, rounds=2),

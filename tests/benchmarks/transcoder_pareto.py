@@ -27,7 +27,8 @@ from tests.families import HookedTransformer
 from tests.real_models import load_stories260K
 from tl_neuron_circuits.demo._models import DEMO_MODELS
 from tl_neuron_circuits.demo.train_dictionaries import demo_documents
-from tl_neuron_circuits.transcoders import ParetoFront, TrainingConfig, pareto
+from tl_neuron_circuits.transcoders import TrainingConfig, pareto
+from tl_neuron_circuits.transcoders._pareto import ParetoFront
 
 SIZES = (4, 8, 16, 32)
 DEMO = TrainingConfig(

@@ -18,9 +18,10 @@ from tests.circuits.checks import assert_sums_hold, small_circuit
 from tests.circuits.test_neuronpedia import shown_nodes
 from tests.families import all_models, random_tokens
 from tl_neuron_circuits import Circuit, trace
-from tl_neuron_circuits._errors import FileFormatError
+from tl_neuron_circuits._errors import FileFormatError, SettingsError
+from tl_neuron_circuits.circuits._flow import Links, influence
 from tl_neuron_circuits.circuits._neuronpedia import cumulative_influence
-from tl_neuron_circuits.circuits._table import influence, node_table
+from tl_neuron_circuits.circuits._table import node_table
 
 CASES = [case for case in all_models("gpt2") if case.values[0].backend == "HookedTransformer"]
 pytestmark = pytest.mark.skipif(not CASES, reason="the numbers are of a HookedTransformer")
@@ -38,7 +39,8 @@ PRUNED: list[tuple[bool, float, float, int, float, str]] = [
 """BOS zeroed, both thresholds; kept edges, the sum of their sizes, and kept features (F) and errors (E)."""
 OF_REMAINDERS = {(0.8, 0.98): (6, 82), (0.5, 0.9): (2, 28), (0.95, 0.8): (13, 74), (0.99, 0.95): (19, 165)}
 """Kept neurons and edges of `prune_graph` on a circuit of 20 neurons whose remainders it takes for error nodes."""
-_ALL_ACTIVE = 38
+_ALL_ACTIVE, _ACTIVE = 38, 52
+"""Features with an effect, and all that are active, away from BOS."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,29 @@ def test_a_node_of_score_zero_still_hands_its_influence_down() -> None:
     edges = pd.DataFrame(
         [("embed@0", "f", 2.0, 0.0), ("f", "logit", 1.0, 1.0)], columns=["source", "target", "weight", "attribution"]
     )
-    assert influence(nodes, edges).tolist() == [1.0, 1.0, 0.0]
+    assert influence(nodes, Links.read(nodes, edges)).tolist() == [1.0, 1.0, 0.0]
+
+
+def test_every_active_feature_may_be_chosen(circuit: Circuit) -> None:
+    """circuit-tracer's graphs hold those of no effect too: 14 before the last position that no later layer reads."""
+    model = CASES[0].values[0].build()
+    tokens, basis = random_tokens(model, 1, 5), dictionaries("transcoder")
+    active = [trace(model, tokens, basis=basis, nodes=n) for n in (_ALL_ACTIVE + 4, _ACTIVE)]
+    for whole in active:
+        silent = whole.nodes[whole.nodes["node"].isin(whole.members - circuit.members)]
+        assert len(silent) == len(whole) - _ALL_ACTIVE and circuit.members < whole.members
+        assert (silent["score"].abs() < 1e-12).all() and (silent["change"].abs() > 0).all()
+        assert whole.graph_scores(zero_positions=[0]) == pytest.approx(SCORES[True], abs=2e-9)
+        assert_sums_hold(whole)
+        assert (
+            whole.prune(node_influence=0.8, edge_influence=0.98).members
+            == circuit.prune(node_influence=0.8, edge_influence=0.98).members
+        )
+    strongest, silent = active[0].nodes, active[1].nodes[~active[1].nodes["node"].isin(active[0].members)]
+    first = strongest[strongest["node"].isin(active[0].members - circuit.members)]
+    assert first["change"].abs().min() >= silent.loc[silent["kind"] == "feature", "change"].abs().max()
+    with pytest.raises(SettingsError, match=f"between 1 and {_ACTIVE}"):
+        trace(model, tokens, basis=basis, nodes=_ACTIVE + 1)
 
 
 def test_scores_of_a_circuit_without_influence_are_nan() -> None:

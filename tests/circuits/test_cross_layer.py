@@ -5,11 +5,13 @@ scores of one of them.
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.circuits.checks import assert_sums_hold
 from tests.circuits.replacement_by_hand import FrozenReplacement
@@ -67,6 +69,27 @@ def test_every_edge_and_score_is_there_and_nothing_is_lost(case: Any) -> None:
     ends = circuit.nodes[circuit.nodes["kind"].isin(("embedding", "bias", "error"))]
     assert ends["score"].sum() == pytest.approx(circuit.target_value, rel=max(case.tolerance, 1e-6))
     assert_sums_hold(trace(model, pairs_of(model), basis=basis, nodes=10), max(case.tolerance, 1e-9))
+
+
+def test_weights_left_in_their_files_give_the_same_circuit(tmp_path: Path) -> None:
+    model = four_layers()
+    basis, tokens = demo_basis(model), random_tokens(model, 1, 5)
+    for layer, d in enumerate(basis.dictionaries):
+        assert d.W_dec_later is not None and d.b_enc is not None
+        encoder = {"W_enc": d.W_enc.T.contiguous(), "b_enc": d.b_enc, "b_dec": d.b_dec}
+        save_file({f"{name}_{layer}": t for name, t in encoder.items()}, tmp_path / f"W_enc_{layer}.safetensors")
+        decoder = torch.cat([d.W_dec[:, None], d.W_dec_later.transpose(0, 1)], 1).contiguous()
+        save_file({f"W_dec_{layer}": decoder}, tmp_path / f"W_dec_{layer}.safetensors")
+    hook_in = str(basis.dictionaries[0].hook_in).removeprefix("blocks.0.")
+    (tmp_path / "config.yaml").write_text(f"feature_input_hook: {hook_in}\nfeature_output_hook: hook_mlp_out\n")
+    lazy = Dictionaries(bases.load_dictionaries(tmp_path, lazy=True))
+    found, expected = (trace(model, tokens, basis=one, nodes=16) for one in (lazy, basis))
+    assert found.nodes["node"].tolist() == expected.nodes["node"].tolist()
+    for table in ("nodes", "edges"):
+        keys = ["node"] if table == "nodes" else ["source", "target"]
+        one, other = (getattr(c, table).sort_values(keys) for c in (found, expected))
+        for column in ("attribution", "weight") if table == "edges" else ("score", "activation", "influence"):
+            np.testing.assert_allclose(one[column], other[column], rtol=1e-9, atol=1e-12)
 
 
 def test_edges_equal_finite_differences_over_layers_that_are_skipped() -> None:

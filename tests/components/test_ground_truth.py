@@ -15,9 +15,7 @@ from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.components import (
     GroundTruth,
     component_edges,
-    interpbench_ground_truth,
     judge_edges,
-    tracr_ground_truth,
 )
 from tl_neuron_circuits.tasks import TokenizedPairs
 from tl_neuron_circuits.tasks._tokenized import Batch
@@ -124,7 +122,7 @@ def every_output(logits: Tensor, batch: Batch) -> Tensor:
 
 def test_patching_finds_no_effect_where_a_compiled_model_has_no_edge(tracr: tuple[Any, Path]) -> None:
     model, path = tracr
-    truth = tracr_ground_truth(path)
+    truth = GroundTruth.from_tracr(path)
     scores = component_edges(model, compiled_pairs(model), method="patching", metric=every_output).to_dataframe()
     effect = {(row.source, row.target): abs(row.score) for row in scores.itertuples()}
     assert set(effect) == truth.possible
@@ -134,11 +132,11 @@ def test_patching_finds_no_effect_where_a_compiled_model_has_no_edge(tracr: tupl
 
 
 def test_neurons_of_a_compiled_model(shared_models: Path) -> None:
-    truth = tracr_ground_truth(shared_models / "tracr_hist", granularity="neurons")
+    truth = GroundTruth.from_tracr(shared_models / "tracr_hist", granularity="neurons")
     assert ("embedding", "L0/N0") in truth.edges and ("L0/N1", "logits") in truth.edges
     assert ("L0/H0", "L0/N1") in truth.edges and ("L0/H0", "L0/N0") not in truth.edges
     assert not any("L0/N11" in edge for edge in truth.edges)  # reads a constant alone
-    whole = tracr_ground_truth(shared_models / "tracr_hist")
+    whole = GroundTruth.from_tracr(shared_models / "tracr_hist")
     assert ("L0/H0", "L0/MLP") in whole.edges and ("L0/H0", "logits") not in whole.edges
 
 
@@ -151,10 +149,10 @@ def test_the_tables_in_the_results_are_made_from_the_measurements() -> None:
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="not readable JSON"):
-        tracr_ground_truth(tmp_path)
+        GroundTruth.from_tracr(tmp_path)
     (tmp_path / "ground_truth.json").write_text(json.dumps([1]))
     with pytest.raises(FileFormatError, match="Expected `object`"):
-        tracr_ground_truth(tmp_path)
+        GroundTruth.from_tracr(tmp_path)
 
 
 def test_edges_of_interpbench_are_read_from_their_nodes_texts() -> None:
@@ -166,7 +164,7 @@ def test_edges_of_interpbench_are_read_from_their_nodes_texts() -> None:
         ("blocks.0.mlp.hook_post", "blocks.1.hook_v_input[0]"),
         ("blocks.1.attn.hook_result[0]", "blocks.1.hook_resid_post"),
     ]
-    truth = interpbench_ground_truth("3", edges, n_layers=2, n_heads=4)
+    truth = GroundTruth.from_interpbench("3", edges, n_layers=2, n_heads=4)
     assert truth.edges == {
         ("embedding", "L0/H1"),
         ("L0/H1", "L0/MLP"),
@@ -175,6 +173,6 @@ def test_edges_of_interpbench_are_read_from_their_nodes_texts() -> None:
     }
     assert len(truth.possible) == 4 + 4 + 1 + 1 + 1 + 4 * (1 + 1 + 4 + 1) + 1 * (4 + 1 + 1) + 4 * (1 + 1) + 1
     with pytest.raises(SettingsError, match="expected a node such as"):
-        interpbench_ground_truth("3", [("x", "hook_embed")], 2, 4)
+        GroundTruth.from_interpbench("3", [("x", "hook_embed")], 2, 4)
     with pytest.raises(SettingsError, match="points back"):
-        interpbench_ground_truth("3", [edges[5][::-1]], 2, 4)
+        GroundTruth.from_interpbench("3", [edges[5][::-1]], 2, 4)

@@ -121,6 +121,32 @@ def test_files_read_and_written_back_are_equal(case: ModelCase, tmp_path: Path) 
         EdgeScores.from_mib(tmp_path / "again.json")
 
 
+def test_nine_circuits_are_a_submission_and_come_back(tmp_path: Path) -> None:
+    model = GPT2[0].values[0].build()
+    edges = component_edges(model, some_pairs(model), method="eap", split_qkv=True)
+    for _ in range(2):  # one folder of circuits may replace another
+        edges.to_mib(tmp_path / "ioi_gpt2", n_edges="mib")
+    shares = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
+    files = sorted((tmp_path / "ioi_gpt2").iterdir(), key=lambda file: float(file.stem))
+    assert [float(file.stem) for file in files] == shares
+    before = torch.zeros_like(edges.scores, dtype=torch.bool)
+    for share, file in zip(shares, files, strict=True):
+        graph, found = json.loads(file.read_text()), EdgeScores.from_mib(file)
+        n, kept = len(graph["edges"]), sum(edge["in_graph"] for edge in graph["edges"].values())
+        assert graph["counts"] == {"edges": n, "requested": int(share * n), "kept": kept} and kept <= share * n
+        assert found.kept is not None and bool((before <= found.kept).all())
+        found.to_mib(tmp_path / "again.json", n_edges=int(share * n))
+        again = EdgeScores.from_mib(tmp_path / "again.json")
+        assert again.kept is not None and torch.equal(found.kept, again.kept)
+        assert found.qkv is not None and again.qkv is not None and torch.equal(found.qkv, again.qkv)
+        before = found.kept
+    assert before.any()
+    (tmp_path / "ioi_gpt2" / "notes.txt").write_text("mine")
+    for path in (tmp_path / "ioi_gpt2", tmp_path / "again.json"):
+        with pytest.raises(FileFormatError, match="notes.txt|a file"):
+            edges.to_mib(path, n_edges="mib")
+
+
 def test_circuits_lose_what_lies_on_no_path() -> None:
     kept, nodes = _connected({("input", "m0"), ("m0", "logits"), ("a0.h0", "m1"), ("m1", "logits"), ("m0", "a1.h0<q>")})
     assert kept == {("input", "m0"), ("m0", "logits")} and nodes == {"input", "m0", "logits"}

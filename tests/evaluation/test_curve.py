@@ -11,7 +11,7 @@ import torch
 from tests.evaluation.curves import comparison, curve
 from tests.loops import for_each
 from tests.saved_files import edit
-from tl_neuron_circuits._errors import FileFormatError
+from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.evaluation import EdgeCurve, SparsityCurve
 from tl_neuron_circuits.evaluation._curve import area
 
@@ -23,6 +23,52 @@ def test_faithfulness_and_completeness_are_the_definitions_ratios() -> None:
     np.testing.assert_allclose(one.completeness, [0.75, 0.5])
     table = one.to_dataframe()
     assert list(table["fraction"]) == [0.01, 0.1] and list(table["size"]) == [1, 10]
+
+
+@for_each(
+    ("faithfulness", "expected"),
+    [
+        ([0.2, 0.6, 1.0], 10**1.5),  # .8 half-way between 10 and 100
+        ([0.2, 0.9, 1.1], 10 ** (0.6 / 0.7)),
+        ([0.2, 1.4, 1.0], 10**1.5),  # overshoot is no success: 1.2 half-way
+        ([0.9, 1.0, 1.0], 1),
+        ([1.0, 1.0, 1.4], math.inf),
+    ],
+)
+def test_the_size_from_which_faithfulness_stays_near_1(faithfulness: list[float], expected: float) -> None:
+    assert curve([1, 10, 100], faithfulness).size_within() == pytest.approx(expected)
+
+
+def test_areas_of_error_and_overshoot_are_over_log_size() -> None:
+    one = curve([1, 10, 100], [0.0, 1.5, 1.0])  # |1 - f| = 1, .5, 0;  above 1: 0, .5, 0;  f - 1: -1, .5, 0
+    assert one.error_area() == pytest.approx((0.75 + 0.25) / 2)
+    assert one.overshoot_area() == pytest.approx((0.25 + 0.25) / 2)
+    assert one.overshoot_area(signed=True) == pytest.approx((-0.25 + 0.25) / 2)
+    assert one.error_area(10) == pytest.approx(0.75)
+    assert curve([1], [3.0], n_nodes=1).error_area() == pytest.approx(1)  # overshoot costs no more than nothing does
+
+
+def test_a_contrast_is_paired_over_clusters() -> None:
+    """What the pairs of a cluster have in common cancels; what differs between clusters is the interval."""
+    shift = torch.tensor([0.0, 0.0, 0.4, 0.4])
+    groups = ("a", "a", "b", "b")
+    sizes, low = [1, 10, 100], torch.tensor([[0.1], [0.2], [0.3]])
+    one = curve(sizes, low + shift, groups=groups)
+    other = curve(sizes, low + shift + torch.tensor([0.1, 0.1, 0.3, 0.3]), groups=groups)
+    found = other.contrast(one, draws=200)
+    assert found["difference"] == pytest.approx(-0.2) and found["clusters"] == 2
+    assert (found["low"], found["high"]) == pytest.approx((-0.3, -0.1))
+    assert set(np.round(found.attrs["draws"], 6)) == {-0.3, -0.2, -0.1}
+    assert one.contrast(other, measure="log_area", draws=2)["difference"] == pytest.approx(-0.2)
+    same = other.contrast(one, draws=200, among=["a", "b", "c"]).attrs["draws"]
+    again = curve(sizes, low + shift[:2], groups=("c", "a"))
+    assert np.isnan(again.contrast(again, draws=200, among=["a", "b", "c"]).attrs["draws"]).sum() > 0 and len(same) == 200
+    with pytest.raises(SettingsError, match=r"\['b'\] are not"):
+        other.contrast(one, among=["a"])
+    with pytest.raises(SettingsError, match="one cluster per pair, 4 in all; got 1"):
+        other.contrast(one, clusters=["a"])
+    with pytest.raises(SettingsError, match="pairs_hash"):
+        other.contrast(curve(sizes, [0, 0, 0], pairs_hash="x"))
 
 
 def test_means_are_taken_before_the_ratio() -> None:

@@ -1,6 +1,7 @@
 """Faithfulness and completeness of node sets: endpoints, a slow loop close to the definition, every ablation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from tests.bases.site_dictionaries import PLACES, dictionaries, dictionary, pairs
 from tests.families import N_LAYERS, ModelCase, all_models, typical_models
 from tests.loops import for_each
-from tl_neuron_circuits import NodeScores, attribute, evaluate
+from tl_neuron_circuits import NodeScores, attribute, compare, evaluate, load_demo_model
 from tl_neuron_circuits._errors import NumericalError, PairsError, SettingsError
 from tl_neuron_circuits.bases import (
     AttentionBlockOutputs,
@@ -23,7 +24,7 @@ from tl_neuron_circuits.bases import (
 )
 from tl_neuron_circuits.bases._runs import run_values
 from tl_neuron_circuits.bases._site import Basis
-from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference
+from tl_neuron_circuits.tasks import TokenizedPairs, logit_difference, subject_verb_agreement
 from tl_neuron_circuits.tasks._metrics import measure
 
 BASES: dict[str, Basis | list[Basis]] = {
@@ -260,3 +261,36 @@ def test_a_set_of_nodes_is_run_once(case: ModelCase) -> None:
     assert len(forwards) == 5
     assert torch.equal(curve.kept[2], curve.full) and torch.equal(curve.removed[0], curve.full)
     assert torch.equal(curve.kept[0], curve.empty) and torch.equal(curve.removed[2], curve.empty)
+
+
+def test_means_come_from_the_reference_and_not_from_the_pairs_judged() -> None:
+    """As if the pairs judged had the reference's corrupt prompts; clean prompts and answers are their own."""
+    model = load_demo_model()
+    train, test = subject_verb_agreement("nounpp", n=16).split(0.5)
+    scores = attribute(model, train)
+    found = evaluate(model, test, scores, sizes=[30], reference=train)
+    donors = replace(test, corrupt=[*(train.corrupt or ())][: len(test)])
+    assert len(train) == len(test)
+    expected = evaluate(model, donors, scores, sizes=[30])
+    for name in ("kept", "removed", "full", "empty"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5), name
+    own = evaluate(model, test, scores, sizes=[30])
+    assert not torch.allclose(found.kept, own.kept, atol=1e-3)
+    assert found.settings["reference_hash"] != found.settings["pairs_hash"]
+    both = compare(model, train, test, reference=train, bases=[Neurons()], methods=["relp"], sizes=[30], bootstrap=2)
+    (curve,) = both.curves.values()
+    assert torch.allclose(curve.kept, found.kept, atol=1e-5)
+
+
+def test_a_reference_that_cannot_give_means_is_refused() -> None:
+    model = load_demo_model()
+    pairs, longer = subject_verb_agreement("simple", n=4), subject_verb_agreement("nounpp", n=4)
+    scores = attribute(model, pairs)
+    with pytest.raises(SettingsError, match="takes none"):
+        evaluate(model, pairs, scores, ablation="corrupt", reference=pairs)
+    with pytest.raises(PairsError, match=r"no corrupt prompts of \[3\] tokens"):
+        evaluate(model, pairs, scores, reference=longer)
+    with pytest.raises(PairsError, match="reference=, and its pairs have none"):
+        evaluate(model, pairs, scores, reference=replace(pairs, corrupt=None, wrong_answer=None))
+    with pytest.raises(SettingsError, match="reference="):
+        compare(model, {"a": pairs}, {"a": pairs}, reference={"b": pairs})

@@ -12,6 +12,7 @@ from tests.model_state import unchanged
 from tests.nodes.plain import random_pairs
 from tests.propagation.readings import model_of
 from tl_neuron_circuits import PairsError, SettingsError, attribute, stability
+from tl_neuron_circuits.evaluation._learned_stability import repeated, swap_answers
 from tl_neuron_circuits.evaluation._stability import (
     _count,
     _same_answer,
@@ -28,7 +29,7 @@ FIRST = ["a", "a", "b", "c", "c", "d", "b", "d"]
 SECOND = ["x", "y", "x", "y", "z", "z", "x", "z"]
 
 
-def labelled(*lengths: int, seed: int = 0) -> TokenizedPairs:
+def labeled(*lengths: int, seed: int = 0) -> TokenizedPairs:
     made = random_pairs(*lengths, seed=seed)
     corrupt = list(made.corrupt or ())
     return TokenizedPairs.from_tokens(list(made.clean), made.answer, corrupt, made.wrong_answer, labels=FIRST)
@@ -46,7 +47,7 @@ def one_by_one(pairs: TokenizedPairs, **settings: Any) -> torch.Tensor:
 @pytest.mark.parametrize("kinds", [[FIRST], [FIRST, SECOND]], ids=["one kind", "two kinds"])
 @pytest.mark.parametrize("method", ["gradient", "mask_gradient(steps=2)"])
 def test_draws_are_those_of_pairs_weighted_one_by_one(kinds: list[list[str]], method: str) -> None:
-    pairs = labelled(4, 5, 4, 4, 5, 4, 4, 5)
+    pairs = labeled(4, 5, 4, 4, 5, 4, 4, 5)
     settings: dict[str, Any] = {"method": method, "positions": "sum"}
     with unchanged(model_of(MODEL)):
         found = stability(model_of(MODEL), pairs, sizes=[3, 6], clusters=kinds, draws=40, null_draws=3, **settings)
@@ -126,8 +127,7 @@ def test_methods_agree_with_themselves_and_counts_are_those_of_sets() -> None:
 @for_each(
     ("error", "message", "settings"),
     [
-        (SettingsError, "means over pairs", {"method": "learned_mask"}),
-        (SettingsError, "means over pairs", {"method": "random"}),
+        (SettingsError, "no stability to measure", {"method": "random"}),
         (SettingsError, "one label per pair", {"clusters": [["a"]]}),
         (PairsError, "three words", {"clusters": [["a"] * 8]}),
         (SettingsError, "at least 2 draws", {"draws": 1}),
@@ -136,22 +136,77 @@ def test_methods_agree_with_themselves_and_counts_are_those_of_sets() -> None:
 )
 def test_what_cannot_be_drawn_is_refused(error: type[Exception], message: str, settings: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
-        stability(model_of(MODEL), labelled(*[4] * 8), **{"sizes": [3], **settings})
+        stability(model_of(MODEL), labeled(*[4] * 8), **{"sizes": [3], **settings})
 
 
-def test_signs_are_flipped_only_where_swapped_answers_flip_them_and_the_other_null_is_made_of_the_pairs() -> None:
-    model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=16, verbs=["is"])
-    call = lambda **more: stability(model, pairs, sizes=[5], draws=5, null_draws=9, null_pairs="same_answer", **more)  # noqa: E731
-    assert len(call().null_counts) == 9
+def test_null_scores_are_those_of_swapped_answers_and_refused_where_scores_do_not_read_them() -> None:
+    model, pairs = model_of(MODEL), labelled(*[4] * 8)
+    settings: dict[str, Any] = {"metric": tnc.tasks.answer_log_probability, "method": "gradient"}
+    found = stability(model, pairs, sizes=[5], draws=5, null_draws=7, **settings)
+    sums = []
+    for some in (pairs, swap_answers(pairs)):
+        alone = one_by_one(some, **settings)
+        sums.append(torch.stack([alone[[label == name for label in FIRST]].sum(0) for name in "abcd"]))
+    counts = torch.full((4,), 2.0, dtype=torch.float64)
+    t, live = statistic(sums[0].sum(0) / 8, error_of(sums[0], counts))
+    observed = t.abs()[live].sort(descending=True).values
+    expected = flipped_counts(sums[0][:, live], counts, observed, 7, 1, sums[1][:, live])
+    assert (found.null_counts - expected).abs().max() <= 1  # of nodes whose statistics are equal but for rounding
+    assert not torch.equal(expected, flipped_counts(sums[0][:, live], counts, observed, 7, 1))
     for more, message in (
-        ({"metric": tnc.tasks.answer_log_probability}, "metric answer_log_probability is not minus itself"),
-        ({"method": "mask_gradient(steps=2, loss=kl)"}, "mask_gradient.* no sign of the metric"),
-        ({"method": "activation_difference"}, "no sign of the metric"),
+        ({"metric": lambda logits, batch: logits[:, -1].logsumexp(-1)}, "does not change with them"),
+        ({"method": "mask_gradient(steps=2, loss=kl)"}, "mask_gradient.* do not read the answers"),
+        ({"method": "activation_difference"}, "do not read the answers"),
     ):
-        found = call(**more)
+        found = stability(model, pairs, sizes=[5], draws=5, null_draws=9, null_pairs=labelled(*[4] * 8, seed=1), **more)
         with pytest.raises(SettingsError, match=message):
             found.at_fdr(0.1)
         found.at_fdr(0.1, null="pairs")
+
+
+def test_a_learned_mask_is_learned_anew_in_every_draw_and_null_set() -> None:
+    model, pairs = model_of(MODEL), labelled(*[4] * 8)
+    mask = tnc.LearnedMask(steps=3, loss="metric", pairs_per_step=4)
+    learn = lambda some: attribute(model, some, method=mask).flat()  # noqa: E731
+    with unchanged(model):
+        found = stability(
+            model, pairs, method=mask, sizes=[3, 6], draws=4, null_draws=2, null_pairs=labelled(*[4] * 8, seed=1)
+        )
+    assert torch.equal(found.scores.flat(), learn(pairs)) and found.settings["ranking"] == "signed"
+    weights = draw_weights([(name,) for name in "abcd"], 4, 0).long()
+    drawn = []
+    for row in weights:
+        rows = [i for i, name in enumerate(FIRST) for _ in range(int(row["abcd".index(name)]))]
+        drawn += [learn(repeated(pairs, rows))] if rows else []
+    assert torch.equal(found.best, torch.stack(drawn).topk(6).indices)
+    t, _ = statistic(found.scores.flat(), torch.stack(drawn).std(0))
+    assert torch.allclose(found.t, t, rtol=1e-4, atol=1e-5)
+    assert found.null_counts.shape[0] == 2 and found.other is not None
+    assert torch.equal(found.other, learn(labelled(*[4] * 8, seed=1)))
+    matching = stability(model, pairs, method=tnc.LearnedMask(steps=1), sizes=[3], draws=2, null_draws=2)
+    with pytest.raises(SettingsError, match="do not read the answers"):
+        matching.at_fdr(0.1)
+
+
+def test_a_circuit_keeps_the_nodes_that_pass_the_test() -> None:
+    model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=16, verbs=["is"])
+    circuit = tnc.trace(model, pairs, nodes=300)
+    found = stability(model, pairs, sizes=[5], draws=2, null_pairs="same_answer")
+    for null in ("signs", "pairs"):
+        named = found.at_fdr(0.005, null=null)
+        kept = circuit.at_fdr(0.005, null=null)
+        assert kept.members == circuit.members & set(named.top(len(named))["label"])
+        assert circuit.at_fdr(0.005, null=null, stability=found).members == kept.members
+    sure = circuit.at_fdr(0.005)
+    assert 100 < len(sure) < len(circuit) and sure.target_value == circuit.target_value
+    with pytest.raises(SettingsError, match="stability of the circuit's nodes"):
+        circuit.at_fdr(0.1, stability=stability(model, pairs, sizes=[5], draws=2, positions="sum"))
+    with pytest.raises(SettingsError, match="stability=tnc.stability"):
+        tnc.trace(model, "The dogs", nodes=5).at_fdr(0.1)
+
+
+def test_null_pairs_have_the_same_answers_and_other_words() -> None:
+    model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=16, verbs=["is"])
     tokens = tnc.tasks.tokenize(model, pairs)
     null = _same_answer(tokens, [list(tokens.labels or ())])
     assert torch.equal(null.answer, tokens.answer) and null.corrupt is not None

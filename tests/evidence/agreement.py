@@ -21,7 +21,7 @@ import tl_neuron_circuits as tnc
 from tests.evidence import cells, splits
 from tests.evidence.controls import mean_difference_basis, pca_basis, rotated_basis
 
-N_LEARNING, N_EVALUATION, N_IG, STEPS = 96, 40, 16, 5
+N_LEARNING, N_EVALUATION, N_IG, STEPS = 200, 60, 16, 5
 SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 THREE_RULES = tnc.RelP(rules=("ln", "identity", "half"))
 METHODS: dict[str, Any] = {

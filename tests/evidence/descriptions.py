@@ -70,7 +70,7 @@ def prose() -> dict[str, list[str]]:
             if package != "site-packages" and len(found[package]) < 10 * PER_PACKAGE:
                 found[package] += docstrings(file)
     seen: set[str] = set()
-    for package in sorted(found):  # a licence is in many packages, and counts in one
+    for package in sorted(found):  # a license is in many packages, and counts in one
         kept = [text for text in dict.fromkeys(found[package]) if text[:120].lower() not in seen]
         seen |= {text[:120].lower() for text in kept}
         found[package] = sorted(kept, key=digest)[:PER_PACKAGE]
@@ -265,7 +265,7 @@ def groups(
         )
         lift = frame["precision"] / frame["base_rate"]
         out[key] = {
-            "labelled": len(scores), "unlabelled": len(rows) - len(scores),
+            "labelled": len(scores), "unlabelled": len(rows) - len(scores),  # codespell:ignore
             **{name: mean(frame[name]) for name in frame},
             "median precision": median(frame["precision"]), "median recall": median(frame["recall"]),
             "above 5 x base rate": float((lift > 5).mean()) if len(lift) else None,
@@ -294,7 +294,7 @@ def by_layer(table: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
     third = pd.cut(rows["layer"], [-1, 9, 19, 29], labels=["0-9", "10-19", "20-29"])
     grouped = rows.groupby(third, observed=True)
     return [
-        {"layers": str(key), "signs": len(part), "labelled": int((part["label"] != "").sum()),
+        {"layers": str(key), "signs": len(part), "labelled": int((part["label"] != "").sum()),  # codespell:ignore
          "precision": mean(part["precision"]), "recall": mean(part["recall"])}
         for key, part in grouped
     ]  # fmt: skip

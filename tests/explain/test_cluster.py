@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tl_neuron_circuits._errors import NeuronCircuitsError, SettingsError
-from tl_neuron_circuits.explain import Profiles, cluster, profiles
+from tl_neuron_circuits.explain import cluster, profiles
 from tl_neuron_circuits.explain._cluster import affinities
+from tl_neuron_circuits.explain._profiles import Profiles
 
 
 def planted(groups: int = 3, each: int = 6) -> Profiles:

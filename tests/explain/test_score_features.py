@@ -6,7 +6,8 @@ import torch
 
 from tl_neuron_circuits._auroc import auroc
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.explain import PromptScores, score_features
+from tl_neuron_circuits.explain import score_features
+from tl_neuron_circuits.explain._prompt_scores import PromptScores
 
 
 def made(values: torch.Tensor, keys: list[str] | None = None) -> PromptScores:

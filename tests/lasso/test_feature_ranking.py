@@ -9,14 +9,8 @@ import torch
 
 import tl_neuron_circuits as tnc
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.lasso import (
-    CircuitLasso,
-    PooledFeatures,
-    Share,
-    pooled_features,
-    rank_features,
-)
-from tl_neuron_circuits.lasso._feature_ranking import solve_labels
+from tl_neuron_circuits.lasso import CircuitLasso, Share, pooled_features, rank_features
+from tl_neuron_circuits.lasso._feature_ranking import PooledFeatures, solve_labels
 from tl_neuron_circuits.lasso._solver import largest_penalty, solve_lasso
 from tl_neuron_circuits.lasso._statistics import Statistics, standardize
 

@@ -11,7 +11,7 @@ import torch
 import tl_neuron_circuits as tnc
 from tl_neuron_circuits._errors import FileFormatError, SettingsError, UnsupportedModelError
 from tl_neuron_circuits.bases._site import basis_sites
-from tl_neuron_circuits.lasso import LabeledTexts, bias_in_bios, contrast_judge, generalize, pooled_features
+from tl_neuron_circuits.lasso import LabeledTexts, generalize, pooled_features
 from tl_neuron_circuits.lasso._generalization import Ablation, eraser, fit_probe, pooled_activations, probe_support
 from tl_neuron_circuits.lasso._observations import tokenize_inputs
 
@@ -140,8 +140,9 @@ def test_groups_are_drawn_as_they_are_called() -> None:
         given.balanced(400)
     with pytest.raises(SettingsError, match="0 and 1"):
         LabeledTexts(["a"], [2], [0])
+    basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae")[1:2])
     with pytest.raises(SettingsError, match="between"):
-        contrast_judge(0.4)
+        generalize(tnc.load_demo_model(), given, given, given, basis, judge=0.4)
 
 
 def test_bias_in_bios_is_read_from_files_and_rows(tmp_path: Path) -> None:
@@ -152,20 +153,20 @@ def test_bias_in_bios_is_read_from_files_and_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     pd.DataFrame(rows).to_csv(tmp_path / "b.csv", index=False)
     from_rows, from_lines, from_table = (
-        bias_in_bios(source) for source in (rows, tmp_path / "a.jsonl", tmp_path / "b.csv")
+        LabeledTexts.from_bias_in_bios(source) for source in (rows, tmp_path / "a.jsonl", tmp_path / "b.csv")
     )
     assert from_rows == from_lines == from_table
     assert from_rows.texts[:2] == ("text 0", "text 1") and from_rows.label == (0, 1) * 3
-    assert len(bias_in_bios(tmp_path)) == 12
-    assert bias_in_bios(rows, ("accountant", "nurse")).texts[0] == "text 1"
+    assert len(LabeledTexts.from_bias_in_bios(tmp_path)) == 12
+    assert LabeledTexts.from_bias_in_bios(rows, ("accountant", "nurse")).texts[0] == "text 1"
     with pytest.raises(FileFormatError, match="columns"):
-        bias_in_bios([{"text": "a"}])
+        LabeledTexts.from_bias_in_bios([{"text": "a"}])
     with pytest.raises(FileFormatError, match="folder"):
-        bias_in_bios(tmp_path / "none.jsonl")
+        LabeledTexts.from_bias_in_bios(tmp_path / "none.jsonl")
     with pytest.raises(SettingsError, match="expected two of"):
-        bias_in_bios(rows, ("professor", "plumber"))
+        LabeledTexts.from_bias_in_bios(rows, ("professor", "plumber"))
     with pytest.raises(SettingsError, match="texts of both"):
-        bias_in_bios(rows[:1])
+        LabeledTexts.from_bias_in_bios(rows[:1])
 
 
 def test_support_names_a_site_that_no_gradient_reaches(model, basis, plain: Ablation) -> None:

@@ -1,15 +1,19 @@
-"""What will not fit says so before it starts; where it helps, blocks are joined as they come."""
+"""What will not fit says so before it starts; where it helps, blocks are joined or targets streamed from observations."""
+
+import logging
+from typing import Any
 
 import pytest
 import torch
 
 import tl_neuron_circuits as tnc
+from tests.loops import for_each
 from tl_neuron_circuits._meter import Meter
 from tl_neuron_circuits.lasso import _circuit_lasso
 from tl_neuron_circuits.lasso._memory import Size
 
 PROMPTS = tnc.tasks.subject_verb_agreement("simple", n=16)
-NODES = tnc.bases.Neurons(layers=[3])
+NODES, TWO = tnc.bases.Neurons(layers=[3]), tnc.bases.Neurons(layers=[1, 3])
 
 
 def give(monkeypatch: pytest.MonkeyPatch, available: int | None) -> None:
@@ -37,13 +41,56 @@ def test_what_cannot_fit_names_sizes_and_remedies_before_anything_is_allocated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tnc.load_demo_model()
-    give(monkeypatch, 10_000_000)
+    give(monkeypatch, 1_000_000)
     with pytest.raises(tnc.SettingsError, match=r"1,024 sources.* 512 targets.*in each of 8 blocks.*GB.*free") as error:
         tnc.lasso.CircuitLasso(nodes=NODES).fit(model, PROMPTS)
-    for remedy in ("regressors='same'", "no held-out error", "MostEdges", "fewer layers"):
+    for remedy in ("regressors='same'", "no held-out error", "MostEdges", "fewer layers", "fewer prompts"):
         assert remedy in str(error.value), remedy
     with pytest.raises(tnc.SettingsError, match=r"attention='layers'"):
         tnc.lasso.CircuitLasso(penalty=tnc.lasso.Share(0.5)).fit(model, PROMPTS)
+    give(monkeypatch, 30_000_000)
+    with pytest.raises(tnc.SettingsError, match="no groups, so that targets can be streamed"):
+        tnc.lasso.CircuitLasso(nodes=NODES, groups=True).fit(model, PROMPTS)
+
+
+@for_each(
+    "options",
+    [
+        {"penalty": tnc.lasso.MostEdges(30), "bootstrap": 2, "nodes": NODES},
+        {"penalty": tnc.lasso.HeldOut(2), "nodes": TWO, "regressors": "same"},
+        {"penalty": tnc.lasso.Share(0.95), "nodes": TWO, "regressors": "earlier"},
+    ],
+)
+def test_streamed_targets_give_the_circuit_of_whole_products(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tnc.load_demo_model()
+    shares = (1.0, 0.95, 0.9)
+    method = tnc.lasso.CircuitLasso(blocks=4, shares=shares, tolerance=1e-8, skip_positions=1, **options)
+    give(monkeypatch, None)
+    whole = method.fit(model, PROMPTS)
+    give(monkeypatch, 40_000_000)
+    with caplog.at_level(logging.WARNING):
+        streamed = method.fit(model, PROMPTS)
+    assert "CircuitLasso streams" in caplog.text and streamed.settings["streamed"]
+    first, second = (found.edges.sort_values(["source", "target"], ignore_index=True) for found in (whole, streamed))
+    assert list(first["source"]) == list(second["source"]) and list(first["target"]) == list(second["target"])
+    for column in ("weight", "norm", "reach", "stability"):
+        assert second[column].to_numpy() == pytest.approx(first[column].to_numpy(), abs=1e-6, nan_ok=True), column
+    for column in whole.path:
+        assert streamed.path[column].to_numpy() == pytest.approx(whole.path[column].to_numpy(), rel=1e-6), column
+    assert streamed.nodes["r2"].to_numpy() == pytest.approx(whole.nodes["r2"].to_numpy(), abs=1e-6, nan_ok=True)
+
+
+def test_streaming_holds_the_observations_and_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, nodes = tnc.load_demo_model(), tnc.bases.Neurons(layers=[1, 2, 3])
+    method = tnc.lasso.CircuitLasso(penalty=tnc.lasso.Share(0.8), nodes=nodes, blocks=4, shares=(1.0,))
+    size = Size(1536, 2, 1, 6, 1, rows=32, prompts=16, widest=64)
+    give(monkeypatch, size.streamed_bytes + 1_000_000)
+    with Meter() as meter:
+        assert len(method.fit(model, PROMPTS).edges) > 0
+    assert meter.peak < 1.2 * size.streamed_bytes < 0.2 * size.bytes
+
 
 
 def test_the_size_is_what_is_held_at_once() -> None:

@@ -23,11 +23,10 @@ from tl_neuron_circuits import (
     RelP,
     SettingsError,
     _typing,
-    parse_method,
 )
 from tl_neuron_circuits.models import _threads
 from tl_neuron_circuits.nodes import Conductance, _attribute, attribute
-from tl_neuron_circuits.nodes._methods import METHODS, as_method
+from tl_neuron_circuits.nodes._methods import METHODS, as_method, parse_method
 from tl_neuron_circuits.propagation._relp import Relp
 
 CASE = all_models("gpt2")[0].values[0]

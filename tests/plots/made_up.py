@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from tl_neuron_circuits.circuits import Circuit
-from tl_neuron_circuits.circuits._table import complete, edge_table, node_table
+from tl_neuron_circuits.circuits._flow import complete
+from tl_neuron_circuits.circuits._table import node_table
 
 NASTY = (
     "</script><script>window.broken = true</script>",
@@ -105,4 +106,4 @@ def made(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], layers: in
         "tokens": tokens, "token_ids": None, "target": target, "target_value": value, "position": len(tokens) - 1,
         "baseline": "zero", "pairs_hash": "", "versions": {"torch": "0"},
     }  # fmt: skip
-    return Circuit(complete(nodes, edges, value), edge_table(edges), settings)
+    return Circuit(*complete(nodes, edges, value), settings)

@@ -111,7 +111,7 @@ def test_forward_is_bit_identical_in_bfloat16(case: ModelCase, name: str) -> Non
     [p for p in sets_and_models("gpt2", "llama", "gemma2", sets=FREE) if p.values[0].backend == "TransformerBridge"],
 )
 def test_compatibility_mode_changes_no_gradient_of_a_neuron(case: ModelCase, name: str) -> None:
-    """Folded and centred weights, scores masked with -inf: the same function, propagated by the same rules.
+    """Folded and centered weights, scores masked with -inf: the same function, propagated by the same rules.
 
     A contrast of logits in place of a loss, as centring moves the logits together.
     """
@@ -178,6 +178,30 @@ def test_the_name_of_one_rule_is_that_rule_alone(case: ModelCase, rule: str) -> 
     expected = expected_gradients(case, (rule,))
     with relp(model, rule):
         assert_close(by_capture(model, tokens, list(expected)), expected, case, rule)
+
+
+def test_gradients_are_those_of_transformer_lens_where_it_has_rules_of_its_own() -> None:
+    """Its norms and MLPs alone: the final norm and attention are not in its rules, so gradients end before the one and
+    the other has no rule here either.
+    """
+    theirs = pytest.importorskip(
+        "transformer_lens.model_bridge._relevance_rules", reason="TransformerLens has no relevance rules before 4.4"
+    )
+    rules = theirs.RelevanceRules(normalization=True, activation=True, multiplicative_gate=True)
+    for case in (case for case in model_cases("llama") if case.backend == "TransformerBridge"):
+        model, tokens = model_of(case), tokens_of(case)
+        start, end = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"
+        names = [start, "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post", end]
+        found = []
+        for context in (relp(model, ("ln", "identity", "half")), theirs.use_relevance_rules(model, rules)):
+            with context as coverage:
+                _, store = captured_run(model, tokens, names)
+                direction = torch.linspace(-1, 1, store[end].numel()).reshape(store[end].shape).to(store[end])
+                gradients = torch.autograd.grad((store[end] * direction).sum(), [store[name] for name in names[:-1]])
+                found.append(dict(zip(names, gradients, strict=False)))
+        assert len(coverage.installed) == 8 and not coverage.skipped  # ln1, ln2, activation and gate of two layers
+        assert_close(*found, case)
+
 
 
 @pytest.mark.parametrize("case", all_models("gpt2"))

@@ -128,7 +128,7 @@ def _head_norm(x: Tensor, weight: Tensor, eps: float, rules: Collection[str]) ->
 
 
 def _rotate(x: Tensor, arch: Architecture, layer: int) -> Tensor:
-    """Rotate pairs of the first `rotary_dim` coordinates: neighbours, or i and i + rotary_dim / 2."""
+    """Rotate pairs of the first `rotary_dim` coordinates: neighbors, or i and i + rotary_dim / 2."""
     half = arch.rotary_dim // 2
     out = x.clone()
     for i in range(half):

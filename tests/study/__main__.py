@@ -48,10 +48,6 @@ def main() -> None:
     from tests.study import known_stability
     from tests.study.cells import describe, plan, run, run_known, run_reliability
 
-    for line in run_known(options.folder, tuple(options.known)):
-        print(line, flush=True)
-    if "stability" in options.known:
-        known_stability.run(options.folder)
     for cell in plan(options.models, options.tasks):
         if time.process_time() > 60 * options.minutes:
             break
@@ -59,6 +55,10 @@ def main() -> None:
             print(f"{time.process_time() / 60:.1f} min:", describe(cell, "done"), flush=True)
     if "reliability" in options.known and "smollm2" in options.models:
         run_reliability(options.folder)
+    for line in run_known(options.folder, tuple(options.known)):
+        print(line, flush=True)
+    if "stability" in options.known:
+        known_stability.run(options.folder)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def tracr(program: str) -> Known:
 
     path = SHARED / f"tracr_{program}"
     model = load_hooked_form(path)
-    graph = tnc.components.tracr_ground_truth(path, granularity="neurons")
+    graph = tnc.components.GroundTruth.from_tracr(path, granularity="neurons")
     on_a_path = {name for edge in graph.edges for name in edge}
     layers = json.loads((path / "ground_truth.json").read_text())["layers"]
     active = [f"L{layer}/N{unit}" for layer, content in enumerate(layers) for unit in content["active_neurons"]]

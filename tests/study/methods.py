@@ -48,6 +48,7 @@ ENTRIES = {
         *(Entry(f"learned, {n} steps", LearnedMask(n), ("signed",)) for n in STEPS),
         *(Entry(f"learned from RelP, {n} steps", LearnedMask(n, start="relp"), ("signed",)) for n in STEPS),
         *(Entry(f"learned, uniform k, {n} steps", LearnedMask(n, schedule="uniform"), ("signed",)) for n in STEPS),
+        Entry("RelP, best 100 patched", "screened"),
         Entry("exact patching", tnc.Patching()),
         Entry("activation difference", tnc.ActivationDifference(), ("abs",)),
         Entry("random", tnc.Random(), ("abs",)),
@@ -57,6 +58,7 @@ ATTRIBUTIONS = ("RelP", "AttnLRP", "GIM", "AtP", "IG over inputs")
 CHEAP = (*ATTRIBUTIONS, "mask gradient", "activation difference", "random")
 FROM_ZERO = tuple(name for name in ENTRIES if name.startswith("learned, ") and "uniform" not in name)
 FROM_RELP = tuple(name for name in ENTRIES if name.startswith("learned from RelP"))
+SCREENED = "RelP, best 100 patched"
 UNIFORM = tuple(name for name in ENTRIES if "uniform" in name)
 
 
@@ -71,6 +73,10 @@ def score(
         sites = model.cfg.n_layers
         lengths = next(iter(scores.values.values())).shape[0]
         return scores, rows[0] / n + sites * lengths * 3 / 2
+    if entry.method == "screened":
+        with counted(model) as rows:
+            scores = _screened(model, pairs, baseline, settings)
+        return scores, rows[0] / n
     if isinstance(entry.method, LearnedMask):
         scores = tnc.attribute(model, pairs, method=entry.method, baseline=baseline, resume=resume, **settings)
         return scores, float(scores.settings["learning"]["forward_equivalents_per_pair"])
@@ -89,6 +95,15 @@ def _second_order(model: Any, pairs: Any, baseline: Any, settings: dict[str, Any
     second = tnc.reliability(model, pairs, baseline=baseline, **known).interactions
     values = {hook: block + second.values[hook] for hook, block in first.values.items()}
     label = {"method": "gradient + second order", "method_options": {"name": "gradient + second order"}}
+    return NodeScores(values, {}, {}, first.sites, dict(first.settings) | label, first.basis)
+
+
+def _screened(model: Any, pairs: Any, baseline: Any, settings: dict[str, Any], k: int = 100) -> NodeScores:
+    """RelP's scores, those of its k largest replaced by the exact effect."""
+    first = tnc.attribute(model, pairs, method="relp", baseline=baseline, **settings)
+    exact = tnc.attribute(model, pairs, method=tnc.Patching(first.top(k)), baseline=baseline, **settings)
+    values = {hook: torch.where(block.isnan(), first.values[hook], block) for hook, block in exact.values.items()}
+    label = {"method": "relp, best patched", "method_options": {"name": "relp, best patched"}}
     return NodeScores(values, {}, {}, first.sites, dict(first.settings) | label, first.basis)
 
 

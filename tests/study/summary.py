@@ -212,36 +212,30 @@ def known_table(folder: Path) -> dict[str, Any]:
 
 
 def fdr_table(folder: Path) -> dict[str, Any] | None:
-    """Empirical beside nominal rates, the mean over chains; and frequencies."""
+    """Empirical beside nominal rates, the mean over chains (or programs) that name a node; and frequencies."""
     path = folder / "known_stability.json"
     if not path.exists():
         return None
     found = json.loads(path.read_text())
     rates = []
-    for null in ("signs", "pairs"):
-        for rate in found["planted"][0]["rates"][null]:
-            rows = [row["rates"][null][rate] for row in found["planted"]]
-            named = [row for row in rows if row[0]]
-            means = np.mean([row[1:] for row in named], 0)
-            nodes = float(np.median([row[0] for row in rows]))
-            rates.append(
-                {
-                    "null": null,
-                    "nominal": float(rate),
-                    "nodes": nodes,
-                    "false": float(means[0]),
-                    "false_mass": float(means[1]),
-                }
-            )
+    for kind in ("planted", "tracr"):
+        for null in ("signs", "pairs"):
+            for rate in found[kind][0]["rates"][null]:
+                rows = [row["rates"][null][rate] for row in found[kind]]
+                named = [row for row in rows if row["named"]]
+                known: dict[str, Any] = {"kind": kind, "null": null, "nominal": float(rate)}
+                known["nodes"], known["cases"] = float(np.median([row["named"] for row in rows])), len(named)
+                for name in ("outside", "outside_mass"):
+                    known[name] = float(np.mean([row[name] for row in named]))
+                for name in ("without_effect", "effects_named"):
+                    means = {x: [row[name][x] for row in named if row[name][x] is not None] for x in named[0][name]}
+                    known[name] = {x: float(np.mean(values)) for x, values in means.items()}
+                rates.append(known)
     mean = lambda rows, name: float(np.mean([row[name] for row in rows if row[name] is not None]))  # noqa: E731
     names = ("true_share_of_draws", "false_share_of_draws", "mean_true", "mean_false", "core", "core_true")
     frequencies = {kind: {name: mean(found[kind], name) for name in names} for kind in ("planted", "tracr")}
-    return {
-        "rates": rates,
-        "frequencies": frequencies,
-        "chains": len(found["planted"]),
-        "programs": len(found["tracr"]),
-    }
+    cases = {kind: len(found[kind]) for kind in ("planted", "tracr")}
+    return {"rates": rates, "frequencies": frequencies, "cases": cases}
 
 
 def reliability_table(folder: Path) -> list[dict[str, float]] | None:

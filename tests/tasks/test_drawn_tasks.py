@@ -188,6 +188,27 @@ def test_pairs_keep_their_bos_setting(demo: Any) -> None:
     assert again.made_for is None and keep_fitting(demo, without).made_for == without.made_for
 
 
+def test_json_lines_keep_the_tokenizer_and_the_bos_setting(demo: Any, tmp_path: Path) -> None:
+    without = subject_verb_agreement("simple", 16, model=demo, prepend_bos=False)
+    file = tmp_path / "pairs.jsonl"
+    without.to_jsonl(file)
+    again = PromptPairs.from_jsonl(file)
+    assert again == without and again.made_for == without.made_for is not None
+    assert tokenize(demo, again).hash == tokenize(demo, without).hash  # BOS as they were drawn, not as by default
+    with pytest.raises(PairsError, match="made without BOS, and would be tokenized with it"):
+        tokenize(demo, again, prepend_bos=True)
+    with pytest.raises(PairsError, match="made for the tokenizer .* and this model has"):
+        tokenize(model_with(word_level(tmp_path), BACKENDS[-1]), again)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:4]))
+    assert PromptPairs.from_jsonl(file).made_for == without.made_for
+    PromptPairs.from_pairs([*without]).to_jsonl(tmp_path / "text.jsonl")
+    assert PromptPairs.from_jsonl(tmp_path / "text.jsonl").made_for is None
+    file.write_text("\n".join([*lines, *(tmp_path / "text.jsonl").read_text().splitlines()]))
+    with pytest.raises(PairsError, match="only some say for which"):
+        PromptPairs.from_jsonl(file)
+
+
 # Users' own pairs
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.transcoders import FeatureDashboard, feature_dashboard
+from tl_neuron_circuits.transcoders import feature_dashboard
+from tl_neuron_circuits.transcoders._dashboard import FeatureDashboard
 from tl_neuron_circuits.transcoders._dashboard_page import page
 
 TEXTS = [

@@ -15,9 +15,10 @@ from tests.transcoders.conftest import SMALL
 from tl_neuron_circuits._errors import DictionaryError
 from tl_neuron_circuits.bases import Dictionaries
 from tl_neuron_circuits.bases._dictionary_variance import VarianceSums
-from tl_neuron_circuits.transcoders import TrainingReport, fidelity, train
+from tl_neuron_circuits.transcoders import fidelity, train
 from tl_neuron_circuits.transcoders._buffer import ActivationBuffer, TokenStream, TrainingSite, flat_values
 from tl_neuron_circuits.transcoders._config import KINDS
+from tl_neuron_circuits.transcoders._train import TrainingReport
 from tl_neuron_circuits.transcoders._trainee import MEASURES, Scaling, Trainee
 
 Untouched = Callable[[Any], AbstractContextManager[None]]

@@ -138,6 +138,7 @@ class Dictionary:
         W_dec_later: what the features write into the outputs of the layers after their own, for cross-layer kinds.
         k: features kept per position, for the topk kinds.
         own_encode: the encoder of a live object, for kind "custom".
+        lazy: the weights are mapped from their file, and of the decoder only the rows of active features are read.
 
     Raises:
         DictionaryError: tensors are missing or do not fit together, or a setting is unknown.
@@ -171,6 +172,7 @@ class Dictionary:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     own_encode: Callable[[Tensor], Tensor] | None = None
+    lazy: bool = False
 
     def __post_init__(self) -> None:
         """Fill in what follows from the rest, and refuse what does not fit together."""
@@ -284,7 +286,7 @@ class Dictionary:
         """
         dtype = self._compute_dtype(features.dtype if x is None else torch.promote_types(features.dtype, x.dtype))
         features = features.to(dtype)
-        output = features @ self._weight("W_dec", features) + self._weight("b_dec", features)
+        output = self.write(features, self.W_dec) + self._weight("b_dec", features)
         if self.scale_depends_on_input:
             if x is None:
                 raise DictionaryError(
@@ -296,6 +298,15 @@ class Dictionary:
         if not self._on_heads or x is None or x.shape[-1] == self.d_in:
             return output
         return output.unflatten(-1, (-1, x.shape[-1]))
+
+    def write(
+        self, features: Float[Tensor, "*batch d_dict"], decoder: Float[Tensor, "d_dict d_out"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """`features @ decoder`, of `W_dec` or a part of `W_dec_later`."""
+        if not self.lazy or features.requires_grad:
+            return features @ decoder.to(features)
+        active = (features != 0).flatten(0, -2).any(0).nonzero()[:, 0]
+        return features[..., active] @ decoder[active.to(decoder.device)].to(features)
 
     def decoder_scale(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch 1"]:
         """The factor on the rows of `W_dec` at this input: 1 unless `scale_depends_on_input`."""
@@ -411,10 +422,12 @@ def build_dictionary(
 def check_finite(dictionary: Dictionary) -> None:
     """Refuse NaN and infinite numbers; a threshold may be infinite (a feature that never fires)."""
     for name, tensor in dictionary.tensors().items():
-        bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
-        if bad.any():
+        outer = max(range(tensor.dim()), key=tensor.stride)  # in pieces as they lie in a file, for mapped ones
+        parts = tensor.split(1024, outer) if dictionary.lazy else [tensor]
+        bad = sum(int((part.isnan() if name == "threshold" else ~part.isfinite()).sum()) for part in parts)
+        if bad:
             raise DictionaryError(
-                f"{dictionary.name}: {int(bad.sum())} of {tensor.numel()} numbers of {name} are NaN or infinite: "
+                f"{dictionary.name}: {bad} of {tensor.numel()} numbers of {name} are NaN or infinite: "
                 "the dictionary is damaged or its training diverged."
             )
 

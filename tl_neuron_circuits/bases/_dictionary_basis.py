@@ -139,9 +139,9 @@ class DictionarySite:
 
     def written(self, nodes: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:
         """What features write at `hook`: its own, and those of earlier layers by their hooks."""
-        value = nodes @ self.dictionary.W_dec.to(nodes)
+        value = self.dictionary.write(nodes, self.dictionary.W_dec)
         for site in self.before:
-            value = value + earlier[site.hook].to(nodes) @ site.decoder(self.hook).to(nodes)
+            value = value + site.dictionary.write(earlier[site.hook].to(nodes), site.decoder(self.hook))
         return value
 
     def _decode(self, nodes: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .._errors import DictionaryError, FileFormatError
+from .._errors import DictionaryError, FileFormatError, SettingsError
 from .._files import short
 from ._dictionary import Dictionary, build_dictionary
 
@@ -44,21 +45,31 @@ _GEMMA_SITES = {
 """What the end of a Gemma Scope repository's name says about the hooks that its dictionaries read and write."""
 
 
-def read_other_format(path: Path) -> list[Dictionary] | None:
+def read_other_format(path: Path, *, lazy: bool = False) -> list[Dictionary] | None:
     """The dictionaries of a file or folder of another program; None where it is none of theirs.
+
+    `lazy` leaves circuit-tracer's weights in their files, as `load_dictionaries` says.
 
     Raises:
         FileFormatError: a file is missing, truncated, or not of its format.
         DictionaryError: tensors are missing, do not fit together, or mean what this package cannot compute.
+        SettingsError: `lazy` for a file that must be read whole.
     """
-    if path.is_file():
-        if path.suffix == ".npz":
-            return [_read_npz(path)]
-        return [_read_transcoder(path)] if path.suffix == ".safetensors" else None
+    if path.is_file() and path.suffix == ".safetensors":
+        return [_read_transcoder(path, lazy=lazy)]
     if (path / "W_enc_0.safetensors").is_file():
-        return _read_cross_layer(path, _read_yaml(path))
+        return _read_cross_layer(path, _read_yaml(path), lazy=lazy)
     if (path / _TRACER_CONFIG).is_file():
-        return _read_transcoder_set(path, _read_yaml(path))
+        return _read_transcoder_set(path, _read_yaml(path), lazy=lazy)
+    if (path / "params.safetensors").is_file():
+        return read_other_format(path / "params.safetensors", lazy=lazy)
+    if lazy:
+        raise SettingsError(
+            f"lazy=True leaves weights in the .safetensors files of circuit-tracer and Gemma Scope 2; {path} is of "
+            "another format, which is read whole. Leave lazy out."
+        )
+    if path.is_file():
+        return [_read_npz(path)] if path.suffix == ".npz" else None
     if (path / "layer_0.safetensors").is_file():
         raise FileFormatError(
             f"{path} holds circuit-tracer's layer_0.safetensors but no {_TRACER_CONFIG}, which names the hooks. "
@@ -66,13 +77,10 @@ def read_other_format(path: Path) -> list[Dictionary] | None:
         )
     if (path / _SPARSIFY_WEIGHTS).is_file():
         return [_read_sparsify(path)]
-    for name in ("params.npz", "params.safetensors"):
-        if (path / name).is_file():
-            return read_other_format(path / name)
-    return None
+    return [_read_npz(path / "params.npz")] if (path / "params.npz").is_file() else None
 
 
-def _read_transcoder_set(folder: Path, config: Mapping[str, Any]) -> list[Dictionary]:
+def _read_transcoder_set(folder: Path, config: Mapping[str, Any], *, lazy: bool) -> list[Dictionary]:
     """circuit-tracer's per-layer transcoders."""
     kind = config.get("model_kind", "transcoder_set")
     if kind != "transcoder_set":
@@ -92,7 +100,9 @@ def _read_transcoder_set(folder: Path, config: Mapping[str, Any]) -> list[Dictio
     read: Callable[..., Dictionary]
     dictionaries = []
     for layer, file in enumerate(files):
-        read = _read_npz if file.suffix == ".npz" else _read_transcoder
+        if lazy and file.suffix == ".npz":
+            raise SettingsError(f"lazy=True: {file} is an .npz file, which is read whole. Leave lazy out.")
+        read = _read_npz if file.suffix == ".npz" else partial(_read_transcoder, lazy=lazy)
         hooks = (f"blocks.{layer}.{hook_in}", f"blocks.{layer}.{hook_out}")
         dictionaries.append(read(file, hooks, f"{config.get('scan') or folder.name} {layer}", _metadata(config)))
     return dictionaries
@@ -117,8 +127,9 @@ def _hub_file(name: str) -> Path:
 
 
 def _read_transcoder(
-    file: Path, hooks: tuple[str, str] | None = None, name: str = "", metadata: Mapping[str, Any] | None = None
-) -> Dictionary:
+    file: Path, hooks: tuple[str, str] | None = None, name: str = "", metadata: Mapping[str, Any] | None = None,
+    *, lazy: bool = False,
+) -> Dictionary:  # fmt: skip
     """One of circuit-tracer's layers, or one of Gemma Scope 2."""
     tensors = read_safetensors(file)
     if "w_enc" in tensors:
@@ -135,12 +146,12 @@ def _read_transcoder(
     _check_thresholds(file, tensors)
     hook_in, hook_out = hooks or _gemma_hooks(file)
     return build_dictionary(
-        kind, _contiguous(tensors), name=name or f"{file.parent.name}/{file.stem}", hook_in=hook_in, hook_out=hook_out,
-        metadata=dict(metadata or {}),
+        kind, tensors if lazy else _contiguous(tensors), name=name or f"{file.parent.name}/{file.stem}",
+        hook_in=hook_in, hook_out=hook_out, metadata=dict(metadata or {}), lazy=lazy,
     )  # fmt: skip
 
 
-def _read_cross_layer(folder: Path, config: Mapping[str, Any]) -> list[Dictionary]:
+def _read_cross_layer(folder: Path, config: Mapping[str, Any], *, lazy: bool) -> list[Dictionary]:
     """circuit-tracer's cross-layer transcoder: one dictionary per layer, its later decoders apart."""
     n_layers = len(list(folder.glob("W_enc_*.safetensors")))
     hook_in, hook_out = _tracer_hooks(folder, config)
@@ -163,11 +174,12 @@ def _read_cross_layer(folder: Path, config: Mapping[str, Any]) -> list[Dictionar
         dictionaries.append(
             build_dictionary(
                 ("jumprelu_" if "threshold" in tensors else "") + "cross_layer_transcoder",
-                _contiguous(tensors),
+                tensors if lazy else _contiguous(tensors),
                 name=f"{name} {layer}",
                 hook_in=f"blocks.{layer}.{hook_in}",
                 hook_out=f"blocks.{layer}.{hook_out}",
                 metadata=_metadata(config),
+                lazy=lazy,
             )
         )
     return dictionaries

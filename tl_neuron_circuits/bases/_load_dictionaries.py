@@ -14,7 +14,7 @@ from ._dictionary_objects import as_dictionary
 
 
 @checked
-def load_dictionaries(source: str | Path | Iterable[str | Path]) -> list[Dictionary]:
+def load_dictionaries(source: str | Path | Iterable[str | Path], *, lazy: bool = False) -> list[Dictionary]:
     """The dictionaries of a folder, of several, or of a SAELens release.
 
     Args:
@@ -22,6 +22,9 @@ def load_dictionaries(source: str | Path | Iterable[str | Path]) -> list[Diction
             (`layer_0.safetensors`, ... or a cross-layer transcoder's `W_enc_0.safetensors`, ..., with `config.yaml`); a
             release ("gemma-scope-2b-pt-res-canonical") or one of its SAEs ("RELEASE/SAE_ID"), which sae-lens
             downloads; or a list of these.
+        lazy: leave the weights of circuit-tracer's and Gemma Scope 2's .safetensors files there, for dictionaries that
+            are larger than memory: pages of encoders come and go, and of decoders only rows of active features are
+            read where no gradient is wanted. Results equal those of loaded weights to rounding. The files must stay.
 
     Returns:
         One dictionary per place; one per layer for a cross-layer transcoder, which `Dictionaries` joins.
@@ -30,6 +33,7 @@ def load_dictionaries(source: str | Path | Iterable[str | Path]) -> list[Diction
         FileFormatError: a folder is missing or holds no dictionary, one is damaged, or sae-lens is not there or does
             not know the release.
         DictionaryError: as in `load_dictionary`.
+        SettingsError: `lazy` for a format that is read whole.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -39,8 +43,12 @@ def load_dictionaries(source: str | Path | Iterable[str | Path]) -> list[Diction
         ['blocks.0.hook_mlp_out', 'blocks.1.hook_mlp_out']
     """
     if not isinstance(source, str | Path):
-        return [dictionary for one in source for dictionary in load_dictionaries(one)]
+        return [dictionary for one in source for dictionary in load_dictionaries(one, lazy=lazy)]
     path = Path(source)
+    if lazy:
+        if not path.exists():
+            raise FileFormatError(f"no file or folder {path}. Weights can be left in files that are there.")
+        return read_other_format(path, lazy=True) or []
     if not path.exists():
         return _load_release(str(source))
     if (path / WEIGHTS_FILE).is_file() or path.is_file():

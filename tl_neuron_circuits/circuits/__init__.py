@@ -4,6 +4,5 @@ from ._choose import ByMass as ByMass
 from ._choose import ByShare as ByShare
 from ._circuit import Circuit as Circuit
 from ._explained import ByExplained as ByExplained
-from ._neuron_lists import NeuronListComparison as NeuronListComparison
 from ._neuron_lists import compare_with_neuron_list as compare_with_neuron_list
 from ._trace import trace as trace

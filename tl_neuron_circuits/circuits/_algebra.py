@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -13,9 +13,10 @@ import pandas as pd
 from .._errors import SettingsError
 from ..bases._activations import Neurons
 from ._by_prompt import concatenate_prompts, restrict_prompts
+from ._flow import complete, restrict
 from ._groups import common_value
 from ._scores import node_sites
-from ._table import CHOSEN, complete, edge_table, node_table, relative_weights, restrict
+from ._table import CHOSEN, node_table
 
 if TYPE_CHECKING:
     from ._circuit import Circuit
@@ -44,9 +45,8 @@ def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
     ]
     edges = pd.concat(parts, ignore_index=True)
     edges = edges.groupby(["source", "target"], sort=False, as_index=False)[["weight", "attribution"]].sum()
-    edges["relative"] = relative_weights(nodes, edges)
     target_value = float(sum(circuit.target_value * weight for circuit, weight in zip(circuits, weights, strict=True)))
-    nodes, edges = complete(nodes, edges, target_value), edge_table(edges)
+    nodes, edges = complete(nodes, edges, target_value)
     by_prompt = concatenate_prompts(
         [circuit.by_prompt for circuit in circuits], [circuit.settings["n_prompts"] for circuit in circuits]
     )
@@ -54,7 +54,7 @@ def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
         common = frozenset.intersection(*(circuit.members for circuit in circuits))
         kept = (nodes["node"].isin(common) | (nodes["kind"] == "error")).to_numpy()
         before = nodes
-        nodes, edges = restrict(nodes, edges, kept, np.ones(len(edges), bool), target_value)
+        nodes, edges = restrict(nodes, edges, kept, target_value)
         by_prompt = restrict_prompts(by_prompt, before, nodes, edges)
     details = {name: told for circuit in reversed(circuits) for name, told in circuit.details.items()}
     return replace(
@@ -66,9 +66,14 @@ def merge(circuits: Sequence[Circuit], how: Literal["any", "all"]) -> Circuit:
 def without(circuit: Circuit, other: Circuit) -> Circuit:
     """The circuit without the other's nodes."""
     _check([circuit, other])
-    kept = circuit.nodes["kind"].isin((*CHOSEN, "error")) & ~circuit.nodes["node"].isin(other.members)
-    every = np.ones(len(circuit.edges), dtype=bool)
-    nodes, edges = restrict(circuit.nodes, circuit.edges, kept.to_numpy(), every, circuit.target_value)
+    return keep(circuit, circuit.members - other.members)
+
+
+def keep(circuit: Circuit, members: Collection[str]) -> Circuit:
+    """The circuit with these of its chosen nodes alone; errors stay."""
+    kept = circuit.nodes["kind"].isin(CHOSEN) & circuit.nodes["node"].isin(list(members))
+    kept |= circuit.nodes["kind"] == "error"
+    nodes, edges = restrict(circuit.nodes, circuit.edges, kept.to_numpy(), circuit.target_value)
     by_prompt = restrict_prompts(circuit.by_prompt, circuit.nodes, nodes, edges)
     return replace(circuit, nodes=nodes, edges=edges, by_prompt=by_prompt)
 

@@ -91,15 +91,18 @@ def parse_choice(text: str) -> Choice:
 
 
 def choose_nodes(
-    scores: Sequence[Float[Tensor, "pos _"]], target: float, layers: Sequence[int], choice: Choice, *,
+    scores: Sequence[Float[Tensor, "pos _"]], changes: Sequence[Float[Tensor, "pos _"]], target: float,
+    layers: Sequence[int], choice: Choice, *,
     skipped_positions: Collection[int] = (), excluded: Collection[tuple[int, int]] = (),
 ) -> Int[Tensor, "node 3"]:  # fmt: skip
     """Slot, position and unit of the chosen nodes, in that order.
 
-    Nodes whose score is zero next to the mean are never chosen: shares of zero would say nothing.
+    Nodes whose score is zero next to the mean are no part of a share or a mass; a number of nodes takes them last, the
+    most active first, as circuit-tracer may.
 
     Args:
         scores: of each slot's nodes.
+        changes: of their activations; a node with none is not active.
         target: what the scores are shares of.
         layers: of the slots.
         choice: how many nodes, `ByShare` or `ByMass`.
@@ -110,11 +113,12 @@ def choose_nodes(
         NumericalError: the target is zero, so nothing has a share of it.
         SettingsError: a number out of its range, or nothing to choose from.
     """
-    ranking = rank_nodes(scores, layers, skipped_positions=skipped_positions, excluded=excluded)
+    ranking = rank_nodes(scores, changes, layers, skipped_positions=skipped_positions, excluded=excluded)
     size, available = ranking.size, ranking.available
     if isinstance(choice, int):
-        if not 1 <= choice <= available:
-            raise SettingsError(f"expected between 1 and {available:,} nodes, as many as are active; got {choice}.")
+        active = available + int((ranking.rest > 0).sum())
+        if not 1 <= choice <= active:
+            raise SettingsError(f"expected between 1 and {active:,} nodes, as many as are active; got {choice}.")
         count = choice
     elif isinstance(choice, ByMass):
         ordered = size.sort(descending=True).values
@@ -137,14 +141,20 @@ class Ranking:
     """All nodes that may be chosen, by |score|."""
 
     size: Float[Tensor, " node"]
-    """|score|, zero where a node may not be chosen: all slots' nodes, one after the other."""
+    """|score|, zero where a node may not be chosen by it: all slots' nodes, one after the other."""
     available: int
+    """How many may."""
+    rest: Float[Tensor, " node"]
+    """|change| of the active nodes whose score is next to nothing, zero elsewhere."""
     shapes: Sequence[tuple[int, int]]
     """Positions and units of each slot."""
 
     def first(self, count: int) -> Int[Tensor, "chosen 3"]:
         """Slot, position and unit of the strongest nodes, in that order."""
-        index = self.size.topk(count).indices.sort().values
+        index = self.size.topk(min(count, self.available)).indices
+        if count > self.available:
+            index = torch.cat([index, self.rest.topk(count - self.available).indices])
+        index = index.sort().values
         ends = torch.tensor([positions * units for positions, units in self.shapes]).cumsum(0)
         slot = torch.searchsorted(ends, index, right=True)
         inside = index - torch.cat([torch.zeros(1, dtype=torch.long), ends])[slot]
@@ -153,7 +163,7 @@ class Ranking:
 
 
 def rank_nodes(
-    scores: Sequence[Float[Tensor, "pos _"]], layers: Sequence[int], *,
+    scores: Sequence[Float[Tensor, "pos _"]], changes: Sequence[Float[Tensor, "pos _"]], layers: Sequence[int], *,
     skipped_positions: Collection[int] = (), excluded: Collection[tuple[int, int]] = (),
 ) -> Ranking:  # fmt: skip
     """Rank the nodes that may be chosen; arguments as in `choose_nodes`.
@@ -163,7 +173,7 @@ def rank_nodes(
     """
     scores = [slot.cpu().double() for slot in scores]
     mean = sum(float(score.abs().sum()) for score in scores) / max(1, sum(int((s != 0).sum()) for s in scores))
-    allowed = [score.abs() > _NEAR_ZERO * mean for score in scores]
+    allowed = [torch.ones_like(score, dtype=torch.bool) for score in scores]
     for mask in allowed:
         mask[list(skipped_positions)] = False
     for layer, unit in excluded:
@@ -173,6 +183,10 @@ def rank_nodes(
                 f"with {[score.shape[1] for score in scores]} units."
             )
         allowed[layers.index(layer)][:, unit] = False
-    flat = [torch.where(mask, score.abs(), 0.0).flatten() for mask, score in zip(allowed, scores, strict=True)]
+    size, rest = [], []
+    for score, change, mask in zip(scores, changes, allowed, strict=True):
+        supports = score.abs() > _NEAR_ZERO * mean
+        size.append(torch.where(mask & supports, score.abs(), 0.0).flatten())
+        rest.append(torch.where(mask & ~supports, change.cpu().double().abs(), 0.0).flatten())
     shapes = [(len(score), score.shape[1]) for score in scores]
-    return Ranking(torch.cat(flat), sum(int(mask.sum()) for mask in allowed), shapes)
+    return Ranking(torch.cat(size), sum(int((part > 0).sum()) for part in size), torch.cat(rest), shapes)

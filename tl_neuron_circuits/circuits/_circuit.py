@@ -287,6 +287,48 @@ class Circuit:
         settings = _neuronpedia.with_influence(self, nodes)
         return replace(self, nodes=nodes, edges=kept, settings=settings, by_prompt=by_prompt)
 
+    def at_fdr(
+        self,
+        rate: float,
+        *,
+        null: Literal["signs", "pairs"] = "signs",
+        stability: Any = None,
+        model: TransformerLensModel | None = None,
+        pairs: PromptPairs | TokenizedPairs | None = None,
+    ) -> "Circuit":
+        """The nodes whose scores pass a test over words at this rate of false discoveries; the others join remainders.
+
+        All nodes of the model are tested, as `stability` does with RelP, and those of this circuit that pass are kept;
+        so the rate is that of the whole test. With "signs" it says that a score's sign is no accident of the words,
+        with "pairs" that it exceeds what a change of the word alone does. It does not say that a node belongs to the
+        mechanism.
+
+        Args:
+            rate: of false discoveries, as estimated.
+            null: "signs", or "pairs": each prompt beside another of the traced pairs', of other words and the same
+                answer.
+            stability: a `Stability` with the same basis and positions, instead of the test that is made here;
+                needed for another target than the pairs' answers, other null pairs, and summed positions.
+            model: the model that was traced; needed where the circuit was loaded from a file.
+            pairs: those that were traced, likewise; they need labels, the words.
+
+        Raises:
+            SettingsError: not a circuit of pairs and their answers; or as `Stability.at_fdr`.
+            PairsError: as `stability`.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model = tnc.load_demo_model()
+            >>> pairs = tnc.tasks.subject_verb_agreement("simple", n=32, model=model)
+            >>> circuit = tnc.trace(model, pairs, nodes=300)
+            >>> 0 < len(circuit.at_fdr(0.005)) < len(circuit)
+            True
+        """
+        from ..evaluation._stability import nodes_at_fdr
+
+        named = nodes_at_fdr(self, rate, null, stability, _edge_heads.known_model(self, model), pairs)
+        return _algebra.keep(self, self.members & named)
+
     @checked
     def label(self, labels: Mapping[str, str]) -> "Circuit":
         """Name nodes: by node ("L3/N45@7"), or by neuron at all positions ("L3/N45").
@@ -584,7 +626,7 @@ class Circuit:
         """Write a directory with `circuit.safetensors`, texts in its header; an existing one is replaced at once.
 
         Raises:
-            FileFormatError: the path is something else than a directory of ours.
+            FileFormatError: the path exists and is not a saved circuit.
             SaveError: it could not be written; what was saved there before is as it was.
         """
         tables = self.nodes, self.edges, self.settings, self.head_parts, self.by_prompt, self.details
@@ -631,7 +673,7 @@ class Circuit:
                 heading with its text. They come before those that the circuit has from `describe`.
                 heading with its text. The 300 strongest neurons without details get their direct logit effects, while
                 the traced model still lives.
-            edge_share: edges with an |attribution| below this share of the target stay out of the file, but for the
+            edge_share: edges with an |attribution| below this share of the target stay out of the file, except the
                 strongest into and out of each node; the page says how many they are and what they sum to. By default
                 0, or what leaves 10,000 edges.
 
@@ -667,14 +709,14 @@ class Circuit:
 
     @classmethod
     def from_neuronpedia(cls, path: str | Path, *, basis: Basis | Sequence[Basis] | None = None) -> "Circuit":
-        """Read an attribution graph: one of `to_neuronpedia` comes back whole but for `by_prompt`, others as they say.
+        """Read an attribution graph: one of `to_neuronpedia` comes back whole, except `by_prompt`.
 
         Args:
             path: of the JSON file.
             basis: as in `load`.
 
         Raises:
-            FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
+            FileFormatError: missing, not JSON, not an attribution graph, or changed since this package wrote it.
         """
         nodes, edges, settings, heads = _neuronpedia.read(Path(path))
         return cls(nodes, edges, settings, basis=basis, head_parts=heads)

@@ -13,7 +13,8 @@ from torch import Tensor
 from .._errors import FileFormatError
 from .._files import formed, require_shapes
 from ._by_prompt import PROMPT_COLUMNS, fits_nodes, from_columns, to_columns
-from ._table import EDGE_COLUMNS, HEAD_COLUMNS, HEAD_KINDS, NODE_COLUMNS, rows_of
+from ._flow import rows_of
+from ._table import EDGE_COLUMNS, HEAD_COLUMNS, HEAD_KINDS, NODE_COLUMNS
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 

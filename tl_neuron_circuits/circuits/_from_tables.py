@@ -7,7 +7,8 @@ import pandas as pd
 
 from ..bases._site import Basis
 from ._circuit import Circuit
-from ._table import complete, edge_table, node_table, relative_weights
+from ._flow import complete
+from ._table import node_table
 
 
 def from_tables(
@@ -27,6 +28,5 @@ def from_tables(
     table = node_table(nodes)
     frame = pd.DataFrame(list(edges), columns=["source", "target", "weight", "attribution"])
     frame = frame.groupby(["source", "target"], sort=False, as_index=False)[["weight", "attribution"]].sum()
-    frame["relative"] = relative_weights(table, frame)
     settings = {**settings, "target_value": target_value}
-    return Circuit(complete(table, frame, target_value), edge_table(frame), settings, basis=basis)
+    return Circuit(*complete(table, frame, target_value), settings, basis=basis)

@@ -12,7 +12,8 @@ import pandas as pd
 from .._errors import SettingsError
 from ..nodes._scores import label as neuron_label
 from ._by_prompt import join_prompts
-from ._table import CHOSEN, SINGLE, complete, edge_table, node_table, relative_weights
+from ._flow import complete
+from ._table import CHOSEN, SINGLE, node_table
 
 if TYPE_CHECKING:
     from ._circuit import Circuit
@@ -114,11 +115,10 @@ def join_nodes(circuit: Circuit, names: pd.Series, nodes: pd.DataFrame, settings
         nodes[column] = nodes[column] - nodes["node"].map(internal[part]).fillna(0.0)
     nodes["sign"] = np.sign(nodes["activation"].fillna(0.0)).astype("int64")
     edges = edges[~inside].groupby(["source", "target"], sort=False, as_index=False)[["weight", "attribution"]].sum()
-    edges["relative"] = relative_weights(nodes, edges)
-    nodes = complete(nodes, edges, circuit.target_value)
+    nodes, edges = complete(nodes, edges, circuit.target_value)
     by_prompt = join_prompts(circuit.by_prompt, sends)
     settings = {**circuit.settings, **settings}
-    return replace(circuit, nodes=nodes, edges=edge_table(edges), settings=settings, by_prompt=by_prompt)
+    return replace(circuit, nodes=nodes, edges=edges, settings=settings, by_prompt=by_prompt)
 
 
 def sum_positions(circuit: Circuit) -> Circuit:

@@ -212,7 +212,7 @@ class _Gradients:
     """Of targets, behind the final norm."""
 
     def at_stream(self, layer: int) -> Float[Tensor, "receiver d_model"]:
-        """At the residual stream above a layer: the same wherever it passes by, but for the final norm."""
+        """At the residual stream above a layer: the same wherever it passes by, except for the final norm."""
         return self.final if layer == len(self.at_heads) - 1 else self.below
 
 

@@ -34,15 +34,13 @@ from .._files import formed, parse_json, read_text, short, versions, write_text
 from ..bases._dictionary_basis import Dictionaries
 from ..bases._site import Basis
 from ._circuit_file import CircuitSettings, Count
+from ._flow import Links, complete, normalized
 from ._table import (
     EDGE_COLUMNS,
     HEAD_COLUMNS,
     NODE_COLUMNS,
     SCHEMA,
-    complete,
-    edge_table,
     node_table,
-    normalized,
     typed,
 )
 
@@ -114,7 +112,7 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any], pd.
     """Nodes, edges, settings, and the edges split by head where the file has them.
 
     Raises:
-        FileFormatError: missing, not JSON, not an attribution graph, or one of ours that was changed since.
+        FileFormatError: missing, not JSON, not an attribution graph, or changed since this package wrote it.
     """
     try:
         graph = parse_json(read_text(path), surrogates=True)
@@ -186,7 +184,7 @@ class _Tables(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _checksum(graph: Mapping[str, Any]) -> str:
-    """Of all that is read of a file of ours; texts that only a page shows may be edited."""
+    """Of everything that is read back from a file; texts that only a page shows may be edited."""
     tables = {name: value for name, value in graph["metadata"]["info"][_OURS].items() if name != "sha256"}
     links = [[link["source"], link["target"], link["weight"]] for link in graph["links"]]
     content = json.dumps([tables, [node["node_id"] for node in graph["nodes"]], links], sort_keys=True)
@@ -355,7 +353,7 @@ def _read_foreign(graph: _Graph) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[st
     rows, edges = _told_apart(rows, edges)
     nodes = node_table(rows)
     edges["attribution"] = edges["weight"]
-    edges["relative"] = np.sign(edges["weight"]) * normalized(nodes, edges)
+    edges["relative"] = np.sign(edges["weight"]) * normalized(nodes, Links.read(nodes, edges))
     target_value = float(nodes.loc[nodes["kind"] == "logit", "score"].sum())
     if target_value == 0:
         raise FileFormatError("expected a logit whose token_prob is not 0: it is what the graph explains.")
@@ -367,7 +365,7 @@ def _read_foreign(graph: _Graph) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[st
         "position": len(tokens) - 1, "rules": [], "versions": {},
         "generator": (metadata.info or {}).get("generator"),
     }  # fmt: skip
-    return complete(nodes, edges, target_value), edge_table(edges), settings
+    return *complete(nodes, edges, target_value), settings
 
 
 def _require_finite(edges: pd.DataFrame) -> None:

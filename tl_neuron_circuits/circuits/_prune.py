@@ -7,22 +7,13 @@ import numpy as np
 import pandas as pd
 
 from .._errors import SettingsError
-from ._table import (
-    CHOSEN,
-    FIXED_SOURCES,
-    LEFT_OUT,
-    influence,
-    logit_weights,
-    normalized,
-    restrict,
-    rows_of,
-    without_positions,
-)
+from ._flow import Links, cut, influence, logit_weights, normalized, of_kinds, to_tables, zeroed_at
+from ._table import CHOSEN, FIXED_SOURCES, LEFT_OUT
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Criteria of `Circuit.prune`; None is no criterion."""
+    """Criteria of `Circuit.prune`; None means no criterion."""
 
     share: float | None
     count: int | None
@@ -43,17 +34,17 @@ def prune(
         SettingsError: no criterion, or one out of its range.
     """
     _check(rule)
-    counted = without_positions(nodes, edges, rule.zero_positions)
-    whole = nodes.assign(influence=influence(nodes, counted)) if rule.zero_positions else nodes
+    links = Links.read(nodes, edges)
+    counted = ~zeroed_at(nodes, links, rule.zero_positions)
+    whole = nodes.assign(influence=influence(nodes, links.only(counted))) if rule.zero_positions else nodes
     kept = _nodes_to_keep(whole, rule)
-    live, fixed = _edges_by_influence(whole, edges, kept, rule)
-    ids = pd.MultiIndex.from_frame(edges[["source", "target"]])
-    nodes, edges = restrict(nodes, edges, kept, np.ones(len(edges), dtype=bool), target_value)
-    chosen = ids.get_indexer(pd.MultiIndex.from_frame(edges[["source", "target"]]))  # -1: of a new remainder
-    live, fixed = ((chosen >= 0) & mask[chosen] for mask in (live, fixed))
-    live &= _edges_to_keep(nodes, edges, rule)
-    alive = _on_a_path(nodes, edges, live, fixed)
-    return restrict(nodes, edges, alive, live, target_value)
+    live, fixed = _links_by_influence(whole, links, kept, counted, rule)
+    nodes, links, origin = cut(nodes, links, kept, np.ones(len(links), dtype=bool))
+    live, fixed = ((origin >= 0) & mask[origin] for mask in (live, fixed))
+    live &= _links_to_keep(nodes, links, rule)
+    alive = _on_a_path(nodes, links, live, fixed)
+    nodes, links, _ = cut(nodes, links, alive, live)
+    return to_tables(nodes, links, target_value)
 
 
 def _check(rule: Rule) -> None:
@@ -70,7 +61,7 @@ def _check(rule: Rule) -> None:
 
 def _nodes_to_keep(nodes: pd.DataFrame, rule: Rule) -> np.ndarray:
     """Chosen nodes that meet the criteria, and errors that meet those of share and influence."""
-    chosen, errors = (nodes["kind"].isin(kinds).to_numpy() for kinds in (CHOSEN, ("error",)))
+    chosen, errors = of_kinds(nodes, CHOSEN), of_kinds(nodes, ("error",))
     kept = chosen | errors
     size = np.where(chosen, nodes["score"].abs().to_numpy(), -np.inf)
     if rule.share is not None:
@@ -82,41 +73,38 @@ def _nodes_to_keep(nodes: pd.DataFrame, rule: Rule) -> np.ndarray:
     return kept
 
 
-def _edges_to_keep(nodes: pd.DataFrame, edges: pd.DataFrame, rule: Rule) -> np.ndarray:
-    kind = nodes.set_index("node")["kind"]
-    counted = ~kind[edges["source"]].isin(FIXED_SOURCES).to_numpy()
-    kept = np.ones(len(edges), dtype=bool)
+def _links_to_keep(nodes: pd.DataFrame, links: Links, rule: Rule) -> np.ndarray:
+    counted = ~of_kinds(nodes, FIXED_SOURCES)[links.source]
+    kept = np.ones(len(links), dtype=bool)
     if rule.edges is not None:
-        kept &= _top(np.where(counted, edges["attribution"].abs(), -np.inf), rule.edges)
+        kept &= _top(np.where(counted, np.abs(links.attribution), -np.inf), rule.edges)
     if rule.relative is not None:
-        kept &= edges["relative"].abs().to_numpy() >= rule.relative
+        kept &= np.abs(links.relative) >= rule.relative
     return kept & counted
 
 
-def _edges_by_influence(
-    nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray, rule: Rule
+def _links_by_influence(
+    nodes: pd.DataFrame, links: Links, kept: np.ndarray, counted: np.ndarray, rule: Rule
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Edges that meet the criterion of influence, and those of remainders that do: circuit-tracer's edge rule.
+    """Links that meet the criterion of influence, and those of remainders that do: circuit-tracer's edge rule.
 
     What the nodes' criterion cuts is left out first, remainders of little influence too, and nothing stands in for it:
-    edges are normalized, and influence is computed, among what is left. Remainders count as errors do.
+    links are normalized, and influence is computed, among what is left. Remainders count as errors do.
     """
-    everything = np.ones(len(edges), dtype=bool)
-    fixed = nodes["kind"].isin(FIXED_SOURCES).to_numpy()[rows_of(nodes, edges["source"])]
+    everything = np.ones(len(links), dtype=bool)
     if rule.edge_influence is None:
         return everything, ~everything
-    stays = kept | ~nodes["kind"].isin((*CHOSEN, "error")).to_numpy()
+    remainders = of_kinds(nodes, FIXED_SOURCES)
+    stays = kept | ~of_kinds(nodes, (*CHOSEN, "error"))
     if rule.node_influence is not None:
-        mass = cumulative(nodes["influence"].to_numpy(), rule.node_influence)
-        stays &= mass | ~nodes["kind"].isin(FIXED_SOURCES).to_numpy()
-    source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
-    inner = stays[source] & stays[target]
-    inner &= edges.index.isin(without_positions(nodes, edges, rule.zero_positions).index)
-    left = edges[inner]
-    reach = influence(nodes, left) + logit_weights(nodes)
+        stays &= cumulative(nodes["influence"].to_numpy(), rule.node_influence) | ~remainders
+    inner = np.flatnonzero(counted & stays[links.source] & stays[links.target])
+    left = links.only(inner)
+    sizes = normalized(nodes, left)
+    reach = influence(nodes, left, sizes) + logit_weights(nodes)
     chosen = ~everything
-    chosen[inner] = cumulative(normalized(nodes, left) * reach[target[inner]], rule.edge_influence)
-    return chosen, chosen & fixed
+    chosen[inner] = cumulative(sizes * reach[left.target], rule.edge_influence)
+    return chosen, chosen & remainders[links.source]
 
 
 def _top(size: np.ndarray, count: int) -> np.ndarray:
@@ -136,14 +124,13 @@ def cumulative(size: np.ndarray, mass: float) -> np.ndarray:
     return mask
 
 
-def _on_a_path(nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    """Drop nodes without a kept incoming or outgoing edge, again and again; errors have no incoming ones.
+def _on_a_path(nodes: pd.DataFrame, links: Links, kept: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """Drop nodes without a kept incoming or outgoing link, again and again; errors have no incoming ones.
 
-    `fixed` are edges of remainders that count as incoming.
+    `fixed` are links of remainders that count as incoming.
     """
-    index = pd.Series(np.arange(len(nodes)), index=nodes["node"])
-    source, target = index[edges["source"]].to_numpy(), index[edges["target"]].to_numpy()
-    chosen, errors = (nodes["kind"].isin(kinds).to_numpy() for kinds in (CHOSEN, ("error",)))
+    source, target = links.source, links.target
+    chosen, errors = of_kinds(nodes, CHOSEN), of_kinds(nodes, ("error",))
     alive = np.ones(len(nodes), dtype=bool)
     while True:
         live = kept & alive[source] & alive[target]
@@ -157,13 +144,14 @@ def _on_a_path(nodes: pd.DataFrame, edges: pd.DataFrame, kept: np.ndarray, fixed
 
 def graph_scores(nodes: pd.DataFrame, edges: pd.DataFrame, zero_positions: Collection[int] = ()) -> tuple[float, float]:
     """Replacement and completeness, as `Circuit.graph_scores` defines them; nan where nothing has an influence."""
-    edges = without_positions(nodes, edges, zero_positions)
-    weights, passed = logit_weights(nodes), influence(nodes, edges)
-    tokens = passed[(nodes["kind"] == "embedding").to_numpy()].sum()
-    left_out = nodes["kind"].isin(LEFT_OUT).to_numpy()
-    errors, reach = passed[left_out].sum(), passed + weights
-    source, target = (rows_of(nodes, edges[end]) for end in ("source", "target"))
-    from_errors = np.bincount(target, normalized(nodes, edges) * left_out[source], len(nodes))
+    links = Links.read(nodes, edges)
+    if zero_positions:
+        links = links.only(~zeroed_at(nodes, links, zero_positions))
+    sizes, weights = normalized(nodes, links), logit_weights(nodes)
+    passed = influence(nodes, links, sizes)
+    left_out = of_kinds(nodes, LEFT_OUT)
+    tokens, errors, reach = passed[of_kinds(nodes, ("embedding",))].sum(), passed[left_out].sum(), passed + weights
+    from_errors = np.bincount(links.target, sizes * left_out[links.source], len(nodes))
     replacement = tokens / (tokens + errors) if tokens + errors else np.nan
     completeness = ((1 - from_errors) * reach).sum() / reach.sum() if reach.sum() else np.nan
     return float(replacement), float(completeness)

@@ -23,7 +23,7 @@ def node_sites(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def own_basis(settings: Mapping[str, Any]) -> Basis | Sequence[Basis] | None:
-    """The basis of a circuit of neurons; None where there are dictionaries, which no file of ours holds."""
+    """The basis of a circuit of neurons; None where there are dictionaries, which circuit files do not hold."""
     sites = node_sites(settings)
     known = sites and all(site["letter"] == Neurons.letter for site in sites)
     return Neurons(layers=[site["layer"] for site in sites]) if known else None

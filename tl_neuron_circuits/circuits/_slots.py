@@ -390,7 +390,9 @@ class DictionarySlot:
             assert base.error is not None
             nodes, error = nodes - base.nodes, error - base.error
             written = None if written is None or base.written is None else written - base.written
-        return SlotChange(nodes, error, nodes @ self.site.dictionary.W_dec.to(nodes) if written is None else written)
+        if written is None:
+            written = self.site.dictionary.write(nodes, self.site.dictionary.W_dec)
+        return SlotChange(nodes, error, written)
 
     def node_gradient(self, gradient: Float[Tensor, "*receiver pos d"]) -> Float[Tensor, "*receiver pos unit"]:
         return self.gradient_of(self, gradient)

@@ -32,10 +32,11 @@ from ._circuit import Circuit
 from ._direct_effects import DirectEffects, Targets, Totals, can_share, direct_effects, each_totals, mean_totals
 from ._edge_heads import Traced
 from ._explained import ByExplained, count_explained
+from ._flow import complete
 from ._prediction import predicted_by_prompt, prediction
 from ._rollout import Rollout
 from ._slots import Slot, find_slots
-from ._table import complete, edge_table, node_table, relative_weights
+from ._table import node_table
 from ._targets import Target, TargetLike, find_targets, rollout_targets, target_label
 from ._trace_prompts import Prompt, TracedPrompts, find_places, is_paired, read_question
 from ._trace_tables import edge_rows, source_rows, target_rows
@@ -89,7 +90,7 @@ def trace(
         prompt_or_pairs: one prompt (text or tokens), several, or pairs; over several everything is averaged. Prompts
             need one token length, or marks around what differs, "The capital of the state containing {city:Dallas} is",
             in every prompt: a marked span that has several lengths is one place, over whose tokens numbers are added
-            up. Or give `positions="sum"`. Double braces, "{{a:1}}", are no mark.
+            up. Or give `positions="sum"`. Double braces, "{{a:1}}", are plain text.
         target: a token (text as it follows the prompt, or its number), a list of tokens, a tuple of two tokens (the
             difference of their logits), a direction over the logits or over what the unembedding reads, or a metric.
             By default the `top_k` likeliest next tokens; for pairs the answer against the wrong answer. For several
@@ -173,7 +174,7 @@ def trace(
 
     def choose(totals: Totals) -> Int[Tensor, "node 3"]:
         assert not isinstance(nodes, ByExplained)
-        return choose_nodes(totals.score, totals.target, layers, nodes, **rank)
+        return choose_nodes(totals.score, totals.change, totals.target, layers, nodes, **rank)
 
     chosen, explained = choose, {}
     if selection == "union" and not callable(targets):
@@ -182,7 +183,8 @@ def trace(
         chosen = torch.cat([choose(own) for own in each_totals(model, batches, targets, **run)]).unique(dim=0)
     elif isinstance(nodes, ByExplained):
         targets = _known_targets(model, batches, targets)
-        ranking = rank_nodes(mean_totals(model, batches, targets, **run).score, layers, **rank)
+        mean = mean_totals(model, batches, targets, **run)
+        ranking = rank_nodes(mean.score, mean.change, layers, **rank)
         texts = None if paired else _reference_tokens(model, reference, prepend_bos)
         one_by_one = list(asked.pairs.batches(1))
         count, sizes = count_explained(
@@ -222,8 +224,7 @@ def _to_circuit(
     used = set(edges["source"])
     always = ("neuron", "feature", "embedding")
     table = node_table([row for row in sources if row["kind"] in always or row["node"] in used] + outputs)
-    edges["relative"] = relative_weights(table, edges)
-    table = complete(table, edges, effects.totals.target)
+    table, edges = complete(table, edges, effects.totals.target)
     settings = settings | {
         "n_prompts": len(pairs), "pairs_hash": pairs.hash,
         "sites": [
@@ -239,7 +240,7 @@ def _to_circuit(
         "largest_residual": effects.largest_residual, "chunk": effects.chunk,
     }  # fmt: skip
     traced = Traced(weakref.ref(model), pairs)
-    return Circuit(table, edge_table(edges), settings, basis=basis, traced=traced, by_prompt=by_prompt)
+    return Circuit(table, edges, settings, basis=basis, traced=traced, by_prompt=by_prompt)
 
 
 def _prompt_settings(

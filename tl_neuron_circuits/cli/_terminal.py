@@ -21,7 +21,7 @@ FAILED, BAD_INPUT = 1, 2
 
 
 def guarded(command: F) -> F:
-    """Turn an error of ours, or of the file system, into one message and an exit code, and Ctrl-C into 130."""
+    """Turn an error of this package or of the file system into one message and an exit code, and Ctrl-C into 130."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -39,7 +39,7 @@ def guarded(command: F) -> F:
 
 
 def _explain(error: BaseException) -> None:
-    """End the command with a message and an exit code, if the error is one of ours or of the file system.
+    """End the command with a message and an exit code, if the error comes from this package or the file system.
 
     Raises:
         typer.Exit: with the code.

@@ -7,12 +7,9 @@ from ._component_edges import metric_of_edges as metric_of_edges
 from ._eap import EAP as EAP
 from ._eap import EAPIGInputs as EAPIGInputs
 from ._eap import RelP as RelP
-from ._graph import ComponentGraph as ComponentGraph
 from ._graph import component_graph as component_graph
 from ._ground_truth import GroundTruth as GroundTruth
 from ._ground_truth import judge_edges as judge_edges
-from ._ground_truth_readers import interpbench_ground_truth as interpbench_ground_truth
-from ._ground_truth_readers import tracr_ground_truth as tracr_ground_truth
 from ._learned_mask import LearnedMask as LearnedMask
 from ._method import Random as Random
 from ._patching import Patching as Patching

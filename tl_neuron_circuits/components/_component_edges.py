@@ -6,7 +6,7 @@ One sign for all methods but ACDC: (clean - corrupt) times the effect, so positi
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -109,7 +109,7 @@ class EdgeScores:
         """Write a directory with `edge_scores.safetensors`; an existing one is replaced at once.
 
         Raises:
-            FileFormatError: the path is something else than a directory of ours.
+            FileFormatError: the path exists and is not saved edge scores.
             SaveError: it could not be written; what was saved there before is as it was.
         """
         optional = {"kept": self.kept, "qkv": self.qkv}
@@ -135,22 +135,28 @@ class EdgeScores:
             raise FileFormatError(f"expected scores, and whether edges are kept, in {path}. Save them again.")
         return cls(tuple(notes.names), tensors["scores"], notes.settings, kept, qkv)
 
-    def to_mib(self, path: str | Path, *, n_edges: int | None = None) -> None:
+    def to_mib(self, path: str | Path, *, n_edges: int | Literal["mib"] | None = None) -> None:
         """Write MIB's JSON: the score of every edge, q, k and v of heads apart, and a circuit where a size is given.
 
         Args:
             path: of the file; an existing one is replaced.
-            n_edges: size of the circuit, by |score|, before edges on no path from input to logits are dropped; MIB's
-                sizes are `int(p * N)` for p = .001 ... 1. `counts` in the file says both numbers.
+            n_edges: size of the circuit, by |score|, before edges on no path from input to logits are dropped; `counts`
+                in the file says both numbers. "mib" writes a folder, as its submissions have one per task and model
+                ("ioi_gpt2"), of the nine circuits of `int(p * N)` edges, "0.001.json" to "0.5.json".
 
         Raises:
             SettingsError: heads that are not split (`component_edges(split_qkv=True)`), or more edges than there are.
+            FileFormatError: a folder that holds something else than nine circuits.
+            SaveError: it could not be written.
 
         Example:
             >>> import tl_neuron_circuits as tnc
             >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=4)
             >>> edges = tnc.components.component_edges(model, pairs, method="eap", split_qkv=True)
             >>> edges.to_mib("importances.json", n_edges=100)
+            >>> edges.to_mib("agreement_demo", n_edges="mib")
+            >>> int(tnc.components.EdgeScores.from_mib("agreement_demo/0.5.json").kept.sum())
+            159
         """
         write_mib(Path(path), self.names, self.scores, self.qkv, self.settings.get("d_model"), n_edges)
 

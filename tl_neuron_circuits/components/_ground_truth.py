@@ -10,9 +10,10 @@
 Source: Gupta et al. 2024, arXiv 2407.14494 (AUROC); Yin et al. 2026 (SHD); METHODS 3.3, 5.7.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -53,6 +54,79 @@ class GroundTruth:
                 f"{self.name}: expected true edges among the possible ones; {strange[:3]} are not. "
                 "Name edges of the same components."
             )
+
+    @classmethod
+    def from_tracr(
+        cls,
+        path: str | Path,
+        *,
+        granularity: Literal["components", "neurons"] = "components",
+        constant: Sequence[str] = ("one",),
+    ) -> "GroundTruth":
+        """The circuit of a compiled model: `ground_truth.json` (residual directions, neurons) and its weights.
+
+        A component reads and writes named directions of the residual stream; there is an edge where one writes what
+        the other reads.
+
+        Args:
+            path: the folder with `ground_truth.json`, `config.json` and `model.safetensors`.
+            granularity: MLPs as one node, or one node per neuron ("L0/N3").
+            constant: residual directions that carry no information.
+
+        Raises:
+            FileFormatError: a file is missing or of another form.
+
+        Example:
+            >>> import torch
+            >>> import json
+            >>> from pathlib import Path
+            >>> from safetensors.torch import save_file
+            >>> import tl_neuron_circuits as tnc
+            >>> folder = Path("compiled")  # without layers: the logits read what the embedding writes
+            >>> folder.mkdir()
+            >>> config = {"d_model": 2, "n_heads": 1, "d_mlp": 1}
+            >>> labels = {"residual_labels": ["token", "one"], "layers": []}
+            >>> weights = {"embed.W_E": torch.ones(3, 2), "unembed.W_U": torch.ones(2, 3)}
+            >>> for name, content in (("config", config), ("ground_truth", labels)):
+            ...     _ = (folder / f"{name}.json").write_text(json.dumps(content))
+            >>> save_file(weights, folder / "model.safetensors")
+            >>> sorted(tnc.components.GroundTruth.from_tracr(folder).edges)
+            [('embedding', 'logits')]
+        """
+        from ._ground_truth_readers import read_tracr
+
+        return cls(*read_tracr(path, granularity, constant))
+
+    @classmethod
+    def from_interpbench(cls, name: str, edges: Iterable[Sequence[Any]], n_layers: int, n_heads: int) -> "GroundTruth":
+        """A case of InterpBench from the content of its `edges.pkl`, at the granularity of heads and MLPs.
+
+        This package reads no pickles: load the file with InterpBench's own code, in which its nodes are classes, and
+        pass the list here (or pairs of node names that you kept as JSON). Nodes are named by hook and index, such as
+        "blocks.0.attn.hook_result[3]"; q, k and v of a head count as the head, as its authors ask.
+
+        Args:
+            name: of the case.
+            edges: pairs of nodes; `str(node)` is read.
+            n_layers: of the case's model.
+            n_heads: of the case's model.
+
+        Raises:
+            SettingsError: a node of an unknown form, or beyond the model.
+
+        Source: Gupta et al. 2024, arXiv 2407.14494; its model card on granularity.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> head = "blocks.0.attn.hook_result[1]"
+            >>> edges = [("hook_embed", head), (head, "blocks.0.hook_resid_post")]
+            >>> truth = tnc.components.GroundTruth.from_interpbench("case", edges, n_layers=1, n_heads=2)
+            >>> sorted(truth.edges)
+            [('L0/H1', 'logits'), ('embedding', 'L0/H1')]
+        """
+        from ._ground_truth_readers import read_interpbench
+
+        return cls(*read_interpbench(name, edges, n_layers, n_heads))
 
     @property
     def empty_shd(self) -> int:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .._errors import FileFormatError, SettingsError
 from .._files import read_json, read_tensors, require_shapes
-from ._ground_truth import Edge, GroundTruth
 
 Granularity = Literal["components", "neurons"]
+Edge = tuple[str, str]
+Truth = tuple[str, frozenset[Edge], frozenset[Edge]]
 Width = Annotated[int, msgspec.Meta(ge=0, lt=2**24)]
 
 
@@ -45,36 +46,8 @@ _MLP = re.compile(r"blocks\.(\d+)\.(?:mlp\.hook_(?:in|pre|post|out)|hook_mlp_(?:
 _START = re.compile(r"(?:hook_embed|hook_pos_embed|blocks\.0\.hook_resid_pre|embeds?|input)(?:\[.*\])?")
 
 
-def tracr_ground_truth(
-    path: str | Path, *, granularity: Granularity = "components", constant: Sequence[str] = ("one",)
-) -> GroundTruth:
-    """Read a compiled model's folder: `ground_truth.json` (residual directions, neurons) and `model.safetensors`.
-
-    Args:
-        path: of the folder.
-        granularity: MLPs as one node, or one node per neuron ("L0/N3").
-        constant: residual directions that carry no information.
-
-    Raises:
-        FileFormatError: a file is missing or of another form.
-
-    Example:
-        >>> import torch
-        >>> import json
-        >>> from pathlib import Path
-        >>> from safetensors.torch import save_file
-        >>> from tl_neuron_circuits.components import tracr_ground_truth
-        >>> folder = Path("compiled")  # without layers: the logits read what the embedding writes
-        >>> folder.mkdir()
-        >>> config = {"d_model": 2, "n_heads": 1, "d_mlp": 1}
-        >>> labels = {"residual_labels": ["token", "one"], "layers": []}
-        >>> weights = {"embed.W_E": torch.ones(3, 2), "unembed.W_U": torch.ones(2, 3)}
-        >>> for name, content in (("config", config), ("ground_truth", labels)):
-        ...     _ = (folder / f"{name}.json").write_text(json.dumps(content))
-        >>> save_file(weights, folder / "model.safetensors")
-        >>> sorted(tracr_ground_truth(folder).edges)
-        [('embedding', 'logits')]
-    """
+def read_tracr(path: str | Path, granularity: Granularity, constant: Sequence[str]) -> Truth:
+    """What `GroundTruth.from_tracr` holds: a folder's name, its edges and the possible ones."""
     path = Path(path)
     truth, config = read_json(path / "ground_truth.json", _Truth), read_json(path / "config.json", _Config)
     weights, _, _ = read_tensors(path / "model.safetensors")
@@ -135,10 +108,10 @@ def _mlp_nodes(
     return [(f"L{layer}/MLP", stage, *every)]
 
 
-def _from_directions(name: str, nodes: Sequence[tuple[str, int, frozenset[str], frozenset[str]]]) -> GroundTruth:
+def _from_directions(name: str, nodes: Sequence[tuple[str, int, frozenset[str], frozenset[str]]]) -> Truth:
     possible = {(a[0], b[0]): a[3] & b[2] for a in nodes for b in nodes if a[1] < b[1]}
     edges = {edge for edge, shared in possible.items() if shared}
-    return GroundTruth(name, _on_a_path(edges), frozenset(possible))
+    return name, _on_a_path(edges), frozenset(possible)
 
 
 def _on_a_path(edges: set[Edge]) -> frozenset[Edge]:
@@ -161,31 +134,8 @@ def _on_a_path(edges: set[Edge]) -> frozenset[Edge]:
     return frozenset(edge for edge in edges if set(edge) <= alive)
 
 
-def interpbench_ground_truth(name: str, edges: Iterable[Sequence[Any]], n_layers: int, n_heads: int) -> GroundTruth:
-    """A case of InterpBench from the content of its `edges.pkl`, at the granularity of heads and MLPs.
-
-    This package reads no pickles: load the file with InterpBench's own code, in which its nodes are classes, and pass
-    the list here (or pairs of node names that you kept as JSON). Nodes are named by hook and index, such as
-    "blocks.0.attn.hook_result[3]"; q, k and v of a head count as the head, as its authors ask.
-
-    Args:
-        name: of the case.
-        edges: pairs of nodes; `str(node)` is read.
-        n_layers: of the case's model.
-        n_heads: of the case's model.
-
-    Raises:
-        SettingsError: a node of an unknown form, or beyond the model.
-
-    Source: Gupta et al. 2024, arXiv 2407.14494; its model card on granularity.
-
-    Example:
-        >>> from tl_neuron_circuits.components import interpbench_ground_truth
-        >>> head = "blocks.0.attn.hook_result[1]"
-        >>> edges = [("hook_embed", head), (head, "blocks.0.hook_resid_post")]
-        >>> sorted(interpbench_ground_truth("case", edges, n_layers=1, n_heads=2).edges)
-        [('L0/H1', 'logits'), ('embedding', 'L0/H1')]
-    """
+def read_interpbench(name: str, edges: Iterable[Sequence[Any]], n_layers: int, n_heads: int) -> Truth:
+    """What `GroundTruth.from_interpbench` holds: the case's name, its edges and the possible ones."""
     stage = {"embedding": 0, "logits": 2 * n_layers + 1}
     for layer in range(n_layers):
         stage |= {f"L{layer}/H{head}": 2 * layer + 1 for head in range(n_heads)} | {f"L{layer}/MLP": 2 * layer + 2}
@@ -202,7 +152,7 @@ def interpbench_ground_truth(name: str, edges: Iterable[Sequence[Any]], n_layers
         raise SettingsError(
             f"{name}: the edge {unknown[0]} points back, or is outside {n_layers} layers of {n_heads} heads."
         )
-    return GroundTruth(name, frozenset(between), possible)
+    return name, frozenset(between), possible
 
 
 def _component_of(node: str, n_layers: int) -> str:

@@ -6,6 +6,9 @@ Every edge has a score s_e, zero at first. A step draws a budget k, 0 < k < numb
     what v reads of u = m_uv * u's live write + (1 - m_uv) * u's write on the corrupt prompt
     s <- Adam(s, d loss / d s)          loss: |f - 1| with f the faithfulness of each pair, or minus the metric
 
+Without learning (`learn=False`) scores stay zero, where a mask of budget k is the same k / n for all edges, and the
+negative gradient at the scores is averaged over the budgets of `steps` quantiles: an integrated gradient.
+
 Threshold, its gradient and Adam's step are those of the nodes' learned mask (`nodes/_learned_mask.py`).
 Sign: scores are an order alone, the best edge first; they are shifted so that the last edge has 0, hence |score| ranks
 them too. Cost: a forward and a backward per step and pair of the step, of as many rows as a layer has heads.
@@ -44,6 +47,7 @@ class LearnedMask(EdgeMethod):
         temperature: T above.
         pairs_per_step: pairs of one step, all with the same budget.
         seed: of the order of pairs and of the budgets.
+        learn: False for the form without learning, in which every step takes all pairs; ten steps are enough.
 
     Example:
         >>> import tl_neuron_circuits as tnc
@@ -63,6 +67,7 @@ class LearnedMask(EdgeMethod):
     temperature: float = 0.5
     pairs_per_step: int = 8
     seed: int = 0
+    learn: bool = True
 
     def score(self, question: EdgeQuestion) -> EdgeSums:
         """The scores after all steps, shifted to begin at 0."""
@@ -73,8 +78,14 @@ class LearnedMask(EdgeMethod):
         references = [self._references(question, group) for group in groups]
         place = {i: (g, row) for g, group in enumerate(groups) for row, i in enumerate(group.index.tolist())}
         state = Learning(torch.zeros(n), torch.zeros(n), torch.zeros(n), [], torch.zeros(n), [])
+        if self.learn:
+            draws = itertools.islice(self._draws(n_pairs, n), self.steps)
+        else:
+            places = ((step + 0.5) / self.steps for step in range(self.steps))
+            draws = ((list(range(n_pairs)), draw_budget(u, n, self.schedule)) for u in places)
+        total = torch.zeros(n)
         with progress(total=self.steps, desc=self.label, verbose=question.verbose, unit="step") as bar:
-            for chosen, budget in itertools.islice(self._draws(n_pairs, n), self.steps):
+            for chosen, budget in draws:
                 tau = find_threshold(state.scores, budget, self.temperature)
                 mask = ((state.scores - tau) / self.temperature).sigmoid()
                 loss, gradient = 0.0, torch.zeros(n)
@@ -85,11 +96,15 @@ class LearnedMask(EdgeMethod):
                         found = self._gradient(question, group, part, references[number], mask, edges)
                         loss, gradient = loss + found[0], gradient + found[1]
                 gradient = through_threshold(gradient / len(chosen), mask, self.temperature)
-                adam_step(state, loss / len(chosen), gradient, self.lr, self.eps)
-                bar.set_postfix(loss=f"{state.losses[-1]:.3f}", refresh=False)
+                if self.learn:
+                    adam_step(state, loss / len(chosen), gradient, self.lr, self.eps)
+                else:
+                    total -= gradient / self.steps
+                bar.set_postfix(loss=f"{loss / len(chosen):.3f}", refresh=False)
                 bar.update()
+        learned = state.scores if self.learn else total
         scores = torch.zeros(len(graph), len(graph))
-        scores[edges] = state.scores - state.scores.min()
+        scores[edges] = learned - learned.min()
         return EdgeSums(scores * n_pairs)
 
     def _gradient(

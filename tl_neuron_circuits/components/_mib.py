@@ -7,16 +7,18 @@
 Heads read by three edges, into q, k and v. A circuit holds the `n` edges with the largest |score|, without those that
 lie on no path from the input to the logits, as its evaluation prunes them. Two ways to count it are in use, and both
 are in the file's "counts": the leaderboard puts a circuit at the share of edges asked for, int(p * N) of N; the paper
-at the share that pruning leaves. Sign: positive supports the answer, as where its loss is the negative difference.
+at the share that pruning leaves. A submission is a folder per task and model, such as `ioi_gpt2`, with one file of
+scores, or with nine circuits, of at most .1, .2, .5, 1, 2, 5, 10, 20 and 50 % of the edges, and nothing else. Sign:
+positive supports the answer, as where its loss is the negative difference.
 Source: hannamw/EAP-IG (`Graph.to_json`, `apply_topn`), MIB-circuit-track (`evaluate_area_under_curve`); METHODS 5.2 and
 5.11.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -24,19 +26,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .._errors import FileFormatError, SettingsError
-from .._files import read_json
+from .._files import present, read_json, write_text
 
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Of all edges, in the nine circuits of a submission."""
 Split = Float[Tensor, "3 source target"]
 
 
 def write_mib(
     path: Path, names: Sequence[str], scores: Float[Tensor, "source target"], qkv: Split | None, d_model: int | None,
-    n_edges: int | None,
+    n_edges: int | Literal["mib"] | None,
 ) -> None:  # fmt: skip
-    """Write the file.
+    """Write the file, or for "mib" the folder of nine.
 
     Raises:
         SettingsError: attention by layers, heads without their q, k and v, no MLPs, or more edges than there are.
+        FileFormatError: the folder holds something else, which MIB would take for circuits.
     """
     if qkv is None or d_model is None or any(name.endswith("/attention") for name in names):
         raise SettingsError(
@@ -48,16 +53,33 @@ def write_mib(
     if len(names) != 2 + n_layers * (n_heads + 1):
         raise SettingsError("expected an MLP in every layer; MIB's graphs have no other form. Export models with MLPs.")
     edges = _edges(names, scores, qkv)
+    cfg = {
+        "n_layers": n_layers, "n_heads": n_heads, "d_model": d_model,
+        "parallel_attn_mlp": bool(scores[names.index("L0/H0"), names.index("L0/MLP")].isnan()),
+    }  # fmt: skip
+    if n_edges == "mib":
+        sizes = {f"{share:g}.json": int(share * len(edges)) for share in SHARES}
+        if path.is_file() or (path.is_dir() and (strange := sorted(present(path) - set(sizes)))):
+            raise FileFormatError(
+                f"expected a new folder at {path}, or one of nine circuits; "
+                f"it is {'a file' if path.is_file() else f'a folder with {strange[:3]}'}. Choose another path."
+            )
+        for name, size in sizes.items():
+            write_text(path / name, json.dumps(_graph(names, edges, cfg, size), allow_nan=False))
+        return
     if n_edges is not None and not 0 <= n_edges <= len(edges):
         raise SettingsError(f"expected between 0 and {len(edges):,} edges, q, k and v apart; got {n_edges}.")
+    write_text(path, json.dumps(_graph(names, edges, cfg, n_edges), allow_nan=False))
+
+
+def _graph(
+    names: Sequence[str], edges: Mapping[tuple[str, str], float], cfg: Mapping[str, Any], n_edges: int | None
+) -> dict[str, Any]:
+    """The graph with a circuit of so many edges."""
     order = sorted(edges, key=lambda edge: -abs(edges[edge]))  # stable: ties by order in the graph
     kept, nodes = _connected(set(order[:n_edges]) if n_edges is not None else set())
-    first_head, first_mlp = names.index("L0/H0"), names.index("L0/MLP")
-    graph = {
-        "cfg": {
-            "n_layers": n_layers, "n_heads": n_heads, "d_model": d_model,
-            "parallel_attn_mlp": bool(scores[first_head, first_mlp].isnan()),
-        },
+    return {
+        "cfg": cfg,
         "nodes": {_name(name): {"in_graph": _name(name) in nodes} for name in names},
         "edges": {
             f"{source}->{target}": {"score": score, "in_graph": (source, target) in kept}
@@ -65,7 +87,6 @@ def write_mib(
         },
         "counts": {"edges": len(edges), "requested": n_edges, "kept": len(kept)},
     }  # fmt: skip
-    path.write_text(json.dumps(graph, allow_nan=False), encoding="utf-8")
 
 
 class _Config(msgspec.Struct):
@@ -80,13 +101,18 @@ class _Edge(msgspec.Struct):
     in_graph: bool
 
 
+class _Counts(msgspec.Struct):
+    requested: int | None = None
+
+
 class _Graph(msgspec.Struct):
     cfg: _Config
     edges: dict[str, _Edge]
+    counts: _Counts | None = None
 
 
 def read_mib(path: Path) -> tuple[tuple[str, ...], Tensor, Tensor, Tensor | None, int]:
-    """Names, scores, their q, k and v, the circuit (None where no edge is in one) and d_model of a file.
+    """Names, scores, their q, k and v, the circuit (None where the file has none) and d_model of a file.
 
     Raises:
         FileFormatError: missing, of another form, or not the edges of its own `cfg`.
@@ -120,7 +146,8 @@ def read_mib(path: Path) -> tuple[tuple[str, ...], Tensor, Tensor, Tensor | None
         raise FileFormatError(f"{path}: expected finite scores of edges; got NaN or inf.")
     scores = scores + parts.sum(0)
     parts[:, :, ~is_head] = 0.0
-    return tuple(names), scores, parts, kept if kept.any() else None, cfg.d_model
+    asked = graph.counts is not None and graph.counts.requested is not None  # also for no edges at all
+    return tuple(names), scores, parts, kept if asked or kept.any() else None, cfg.d_model
 
 
 def _name(name: str) -> str:

@@ -327,38 +327,45 @@ def results_markdown(metrics: dict[str, Any]) -> str:
     tasks.append(["greater-than (probability difference)", f"{metrics['greater_than']:.3f}", ""])
     parts = [_table(["task", "accuracy", "prompts"], tasks)]
     for step in metrics["hidden_step"]:
-        where = list(step["by_place"]["all"])
-        rows = [[layer, *(f"{row[p]:.2f}" for p in where)] for layer, row in step["by_place"].items()]
         few = ", ".join(f"{share} of them {value:.2f}" for share, value in step["by_share_of_neurons"].items())
-        prompt = step["phrasing"].format(attribute="capital", city="Dallas")
-        parts.append(f"Hidden step, “{prompt}”:\n\n{_table(['layer', *where], rows)}")
+        parts.append(f"Hidden step, “{_prompt(step)}”:\n\n{_places(step)}")
         parts.append(f"With few neurons (all layers, all positions but the last): {few}.")
     return "\n\n".join(parts)
 
 
+def _prompt(step: dict[str, Any]) -> str:
+    return step["phrasing"].format(attribute="capital", city="Dallas")
+
+
+def _places(step: dict[str, Any]) -> str:
+    where = list(step["by_place"]["all"])
+    return _table(
+        ["layer", *where], [[layer, *(f"{row[p]:.2f}" for p in where)] for layer, row in step["by_place"].items()]
+    )
+
+
 _EXPLANATION = """Held out means never in the training text:
 
-- agreement: ordered pairs of subject and attractor nouns, one in ten ("simple" has one noun: nothing is held out);
-  right is the verb's right number above its wrong number;
-- two-hop: (town, attribute) combinations in any two-hop phrasing, 400 of 2,400, every state with every attribute; the
-  answer must be the top token of the whole vocabulary, in all three phrasings;
-- IOI: unordered pairs of names, one in ten; the answer must be the top token;
-- greater-than: (event, century, start year) triples, one in ten; the number is the mean probability of the later
-  years minus that of the others;
+- agreement: one in ten ordered pairs of subject and attractor nouns ("simple" has one noun: nothing is held out); the
+  verb with the right number must score above the other;
+- two-hop: 400 of 2,400 (town, attribute) combinations, in any phrasing; the answer must be the top token in all three
+  phrasings;
+- IOI: one in ten unordered pairs of names; the answer must be the top token;
+- greater-than: one in ten (event, century, start year) triples; the number is the mean probability of later years minus
+  that of the others;
 - "town to state" and "one-hop facts" are facts as such and are in the training text.
 
-Hidden step: the MLP neurons of a recipient two-hop prompt are replaced by those of a donor prompt about another state
-that asks for another attribute, never at the last position; both are held-out combinations. The number is the share of
-{swaps} random pairs for which the recipient's attribute of the donor's state becomes the top token. "Few neurons" takes
-the neurons with the largest mean |change x gradient|, summed over positions, on 256 other pairs.
+Hidden step: the MLP neurons of a two-hop prompt take their values from a prompt about another state that asks for
+another attribute, never at the last position; both combinations are held out. The number is the share of {swaps} random
+pairs for which the answer becomes the first prompt's attribute of the other state. "Few neurons" are those with the
+largest mean |change x gradient|, summed over positions, on 256 other pairs.
 
-The hidden step was put there on purpose: it is a known truth to test methods against, not a discovery. Next-token
-prediction alone (600 steps, two kinds of text) gave GPT-2-like models as accurate that passed this test on 0.07 and
-0.35 of the pairs, since they worked out the state at the last position. So training has, beside the text, a
-counterfactual loss on two-hop prompts (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826):
-the MLP neurons of all layers, or of layer 0 alone, at every position but the last come from another two-hop prompt,
-and the recipient's attribute of the donor's state is the target. Held-out combinations are never a target there
-either."""
+The hidden step was trained in: it is a known truth to test methods against, not a discovery. Next-token prediction
+alone (600 steps, two kinds of text) gave GPT-2-like models of the same accuracy that passed this test on 0.07 and 0.35
+of the pairs, because they worked out the state at the last position. So training adds a counterfactual loss on two-hop
+prompts (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826): the neurons of all layers, or of
+layer 0 alone, at every position but the last come from another two-hop prompt, and the target is the first prompt's
+attribute of the other state. Held-out combinations are never a target."""
 
 
 def write_card(folder: Path, name: str, metrics: dict[str, Any], recipe: dict[str, Any]) -> None:
@@ -375,7 +382,7 @@ library_name: transformers
 
 A small language model ({metrics["parameters"]:,} parameters) for trying out neuron circuits. It knows only the
 synthetic English of `tl_neuron_circuits.demo`: number agreement, facts about the 50 US states in one and two hops
-(towns are invented, but for Dallas), who gives what to whom, and years. Of no use as a language model.
+(towns other than Dallas are invented), who gives what to whom, and years. Of no use as a language model.
 
     tnc.load_demo_model("{name}")
 
@@ -391,13 +398,35 @@ Trained by `python -m tl_neuron_circuits.demo.train_models --name {name}` ({sett
 
 def documentation(all_metrics: dict[str, dict[str, Any]]) -> str:
     """The page `docs/demo_models.md`."""
+    names = list(all_metrics)
+    first, *_ = all_metrics.values()
+    rows = [["parameters", "", *(f"{metrics['parameters']:,}" for metrics in all_metrics.values())]]
+    for task, value in first["tasks"].items():
+        shares = [f"{metrics['tasks'][task]['accuracy']:.3f}" for metrics in all_metrics.values()]
+        rows.append([task, str(value["prompts"]), *shares])
+    years = [f"{metrics['greater_than']:.3f}" for metrics in all_metrics.values()]
+    rows.append(["greater-than (probability difference)", "", *years])
     parts = [
         "# The demo models",
-        "Two small models come with the package, so that everything can be tried offline: `demo-gelu` (GPT-2-like) and "
-        "`demo-swiglu` (Llama-like).\nThis page is written by\n\n"
+        "Two small models come with the package for use offline: `demo-gelu` (GPT-2-like) and `demo-swiglu` "
+        "(Llama-like).\nThis page is written by\n\n"
         "    python -m tl_neuron_circuits.demo.train_models --evaluate-only --documentation docs/demo_models.md",
+        "## Accuracy\n\n" + _table(["task", "prompts", *names], rows),
+        "## The hidden step\n\nShare of pairs whose answer turns when neurons take another state's values: those at "
+        "the second piece of the\ntown's name, in layer 0 and in all layers, or the best few anywhere but at the last "
+        "position. Every layer and place\nis in the model's `metrics.json` and card.",
+        _hidden_steps(all_metrics),
     ]
-    for name, metrics in all_metrics.items():
-        parts.append(f"## {name}\n\n{metrics['parameters']:,} parameters.\n\n{results_markdown(metrics)}")
     parts.append("## What the numbers mean\n\n" + _EXPLANATION.format(swaps=SWAPS))
     return "\n\n".join(parts) + "\n"
+
+
+def _hidden_steps(all_metrics: dict[str, dict[str, Any]]) -> str:
+    rows, shares = [], []
+    for name, metrics in all_metrics.items():
+        for step in metrics["hidden_step"]:
+            shares = list(step["by_share_of_neurons"])
+            town = [step["by_place"][layer]["second piece"] for layer in ("0", "all")]
+            values = [f"{value:.2f}" for value in (*town, *step["by_share_of_neurons"].values())]
+            rows.append([name, _prompt(step), *values])
+    return _table(["model", "prompt", "layer 0", "all layers", *(f"best {share}" for share in shares)], rows)

@@ -115,7 +115,7 @@ def one_hop_sentence(chance: Chance) -> str:
 
 
 def two_hop_sentence(chance: Chance) -> str:
-    """A town and one to four attributes of its state, but for the held-out combinations.
+    """A town and one to four attributes of its state, except the held-out combinations.
 
     A state that is asked for several times, and that may also follow at once ("Dallas Texas"), pays to be worked out
     once, at the town.

@@ -42,7 +42,7 @@ CONFIG = TrainingConfig(
     dead_after=50_000,
     log_every=100,
 )
-"""Of both kinds, but for `target` and the padding."""
+"""Of both kinds, except `target` and the padding."""
 
 
 def demo_documents(model: Any, documents: int, seed: int) -> Int[Tensor, "prompt pos"]:

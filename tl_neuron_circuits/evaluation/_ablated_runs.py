@@ -44,6 +44,8 @@ class Ablated:
     metric: Metric
     ablation: Ablation
     seed: int = 0
+    reference: TokenizedPairs | None = None
+    """Pairs over whose corrupt prompts means are taken; those judged unless given."""
 
 
 class Evaluation:
@@ -67,7 +69,7 @@ class Evaluation:
         self._halving = Halving(processes.fair(size, len(tokens)), allowed=batch_size == "auto")
         self._batches = list(processes.share(tokens.batches(self._halving.size)))
         self._means = self._mean_values() if ablated.ablation == "mean" else {}
-        self._prefix = SharedPrefix(ablated.model, tokens, ablated.ablation, ablated.metric)
+        self._prefix = SharedPrefix(ablated.model, tokens, ablated.ablation, ablated.metric, ablated.reference)
         self._sources = self._shuffled() if ablated.ablation == "resample" else None
 
     @property
@@ -129,7 +131,10 @@ class Evaluation:
         return take_apart(sites, run_values(self._ablated.model, corrupt, list_reads(sites)))
 
     def _mean_values(self) -> Mapping[tuple[str, int], Parts]:
-        corrupt = [batch.on_corrupt() for batch in self._batches]
+        reference = self._ablated.reference
+        size = self._halving.size
+        batches = self._batches if reference is None else list(self._processes.share(reference.batches(size)))
+        corrupt = [batch.on_corrupt() for batch in batches]
         return shared_means(self._ablated.model, self._ablated.sites, corrupt, self._processes, self._halving)
 
     def _shuffled(self) -> dict[int, int]:

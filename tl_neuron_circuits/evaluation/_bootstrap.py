@@ -5,17 +5,36 @@ pairs are compared draw by draw.
 """
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ._curve import SparsityCurve
+
+@runtime_checkable
+class Measured(Protocol):
+    """What is drawn from: a curve's metric of every pair."""
+
+    @property
+    def kept(self) -> Tensor: ...
+    @property
+    def removed(self) -> Tensor: ...
+    @property
+    def full(self) -> Tensor: ...
+    @property
+    def empty(self) -> Tensor: ...
 
 
-def draw_weights(groups: Sequence[str] | None, n_pairs: int, n_draws: int, seed: int) -> np.ndarray:
-    """How often each pair is drawn, `[draw, pair]`; pairs of one group come together (without groups: each alone)."""
+def draw_weights(
+    groups: Sequence[str] | None, n_pairs: int, n_draws: int, seed: int, among: Sequence[str] | None = None
+) -> np.ndarray:
+    """How often each pair is drawn, `[draw, pair]`; pairs of one group come together (without groups: each alone).
+
+    With `among` all of these are drawn from, whether pairs have them or not: the same draws for several sets of pairs.
+    """
     names = list(range(n_pairs)) if groups is None else list(groups)
-    order = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    order = {name: index for index, name in enumerate(dict.fromkeys(names if among is None else among))}
     member = torch.tensor([order[name] for name in names])
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(order), (n_draws, len(order)), generator=generator)
@@ -25,9 +44,10 @@ def draw_weights(groups: Sequence[str] | None, n_pairs: int, n_draws: int, seed:
     return counts[:, member].double().numpy()
 
 
-def ratios(curve: SparsityCurve, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def ratios(curve: Measured, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Faithfulness and completeness of every draw, `[draw, size]`; nan where a draw cannot be normalized."""
     total = weights.sum(1, keepdims=True)
+    total = np.where(total > 0, total, np.nan)
     mean = lambda values: weights @ values.double().numpy().reshape(-1, weights.shape[1]).T / total  # noqa: E731
     low = mean(curve.empty)
     span = mean(curve.full) - low

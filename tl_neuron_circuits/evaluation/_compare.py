@@ -54,6 +54,7 @@ def compare(
     methods: Sequence[str | Method] = DEFAULT_METHODS,
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
+    reference: Pairs | None = None,
     rankings: Sequence[Ranking] | None = None,
     error_nodes: ErrorNodes = "rank",
     metric: Metric = logit_difference,
@@ -77,6 +78,7 @@ def compare(
             default are controls, drawn on every plot.
         sizes: numbers of nodes, those above a basis' own number left out; 20 log-spaced ones unless given.
         ablation: as in `evaluate`.
+        reference: as in `evaluate`, with the same names of tasks; `attribution_pairs` themselves may be given.
         rankings: by |score| ("abs"), by score ("signed"), or both, each a curve of its own: "relp" and "relp, by sign".
             Each method's own unless given; a learned order has no other.
         error_nodes: as in `evaluate`.
@@ -109,6 +111,9 @@ def compare(
     """
     chosen = [Neurons(), MLPOutputs()] if bases is None else list(bases)
     train, test = _by_task(attribution_pairs), _by_task(evaluation_pairs)
+    means = {} if reference is None else _by_task(reference)
+    if reference is not None and list(means) != list(test):
+        raise SettingsError(f"expected the tasks {list(test)} in reference=; got {list(means)}.")
     _check(model, chosen, train, test)
     if bootstrap < 1:
         raise SettingsError(f"expected at least one bootstrap draw; got {bootstrap}.")
@@ -118,6 +123,7 @@ def compare(
         "sizes": None if sizes is None else list(sizes),
         "ablation": ablation,
     }
+    plain["reference"] = {task: pairs.hash for task, pairs in means.items()} or None
     if rankings is not None:
         plain["rankings"] = list(rankings)
     plain |= {"error_nodes": error_nodes, "metric": metric_name(metric), "mib": mib, "bootstrap": bootstrap}
@@ -146,9 +152,10 @@ def compare(
                 known = same, attribute(model, train[key.task], method=method, basis=basis, **common)
             scores = known[1]
             fitting = None if sizes is None else [size for size in sizes if size <= len(scores)]
-            curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, ranking=ranking, **judge)
+            judged = {**judge, "reference": means.get(key.task)}
+            curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, ranking=ranking, **judged)
             if mib:
-                grid[key] = _mib(model, test[key.task], scores, judge)
+                grid[key] = _mib(model, test[key.task], scores, judged)
             fractions = list(scores.settings["variance_unexplained"].values())
             unexplained[key] = float(np.mean(fractions)) if fractions else 0.0
             if directory is not None and processes.first:

@@ -160,7 +160,7 @@ class Comparison:
         """Write a directory with `comparison.safetensors`, all curves in it; an existing one is replaced at once.
 
         Raises:
-            FileFormatError: the path is something else than a directory of ours.
+            FileFormatError: the path exists and is not a saved comparison.
             SaveError: it could not be written; what was saved there before is as it was.
         """
         tensors, curves = {}, []

@@ -14,7 +14,7 @@ circuit overshoots the model; what pairs decide is beside it, among those that t
 Source: Marks et al. 2025, arXiv 2403.19647; Arora et al. 2026, arXiv 2601.22594 and 2609.25518; METHODS 1.4, 5.8, 5.11.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -27,9 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import _html
-from .._errors import FileFormatError
+from .._errors import FileFormatError, SettingsError
 from .._files import formed, read_directory, require_shapes, write_directory
 from .._typing import checked
+from ._bootstrap import band, draw_weights, ratios
 
 SCHEMA = 3
 C = TypeVar("C", bound="Curve")
@@ -102,7 +103,7 @@ class Curve:
 
     @property
     def accuracy(self) -> np.ndarray:
-        """Share of the pairs that the model gets right and the best nodes alone too; nan if zero is no tie."""
+        """Share of the pairs that the model gets right and the best nodes alone too; nan if zero is not a tie."""
         return self._share(self.kept > 0)
 
     @property
@@ -145,17 +146,115 @@ class Curve:
         return size_at(self.sizes, self.faithfulness, level)
 
     @checked
+    def size_within(self, tolerance: float = 0.2) -> float:
+        """The size from which |1 - faithfulness| stays within `tolerance`, log-interpolated; inf where it never does.
+
+        Unlike `size_at`, overshoot does not count as success. As far as sizes were measured.
+        """
+        return size_within(self.sizes, self.faithfulness, tolerance)
+
+    @checked
+    def overshoot_area(self, largest: int | None = None, *, signed: bool = False) -> float:
+        """Mean over log size of how far faithfulness exceeds 1, from 1 node to `largest` (by default all).
+
+        With `signed`, of faithfulness - 1 itself: what falls short of 1 counts against what exceeds it, so that 0 is a
+        curve that is right on average. Sizes and ends as in `log_area`.
+        """
+        return self._log_mean(lambda f: f - 1 if signed else np.maximum(f - 1, 0), largest)
+
+    @checked
+    def error_area(self, largest: int | None = None) -> float:
+        """Mean over log size of min(1, |1 - faithfulness|): 0 is a circuit that does what the model does from 1 node on.
+
+        Both what is missing and overshoot are errors. Sizes and ends as in `log_area`.
+        """
+        return self._log_mean(_error, largest)
+
+    @checked
+    def contrast(
+        self,
+        other: "Curve",
+        *,
+        measure: Literal["error_area", "log_area", "overshoot_area"] = "error_area",
+        largest: int | None = None,
+        clusters: Sequence[str] | None = None,
+        among: Sequence[str] | None = None,
+        draws: int = 2000,
+        seed: int = 0,
+    ) -> pd.Series:
+        """This curve's `measure` minus another's on the same pairs, with a 95 % bootstrap interval over clusters.
+
+        Both curves see the same draws of clusters, so what pairs have in common does not widen the interval.
+
+        Args:
+            other: a curve on the same pairs, such as of another basis, method or ranking.
+            measure: the method that is compared.
+            largest: as in that method; the smaller of the two totals unless given.
+            clusters: one label per pair: pairs of one label are drawn together. The pairs' labels unless given.
+            among: all clusters that are drawn from, where contrasts on other pairs are to have the same draws.
+            draws: resamples of the clusters; `.attrs["draws"]` of the result has the difference in each.
+            seed: of the draws.
+
+        Returns:
+            difference, low, high (the middle 95 % of the draws), clusters (how many there are).
+
+        Raises:
+            SettingsError: the curves are not of the same pairs, or clusters are not one label per pair.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=16)
+            >>> curves = [tnc.evaluate(model, pairs, tnc.attribute(model, pairs, method=m), sizes=[10, 100, 1000])
+            ...           for m in ("relp", "random")]
+            >>> found = curves[0].contrast(curves[1])
+            >>> bool(found["high"] < 0)  # RelP's error is smaller, whatever nouns are drawn
+            True
+        """
+        of_pairs = ("pairs_hash", "metric", "ablation")
+        differ = [key for key in of_pairs if self.settings.get(key) != other.settings.get(key)]
+        if differ or len(self.full) != len(other.full):
+            raise SettingsError(
+                f"expected two curves of the same pairs, metric and ablation; they differ in {differ or ['pairs']}. "
+                "Evaluate both on the same pairs."
+            )
+        labels = self.groups if clusters is None else tuple(clusters)
+        if labels is not None and len(labels) != len(self.full):
+            raise SettingsError(f"expected one cluster per pair, {len(self.full)} in all; got {len(labels)}.")
+        if among is not None and (lacking := sorted(set(labels or ()) - set(among))):
+            raise SettingsError(f"expected all clusters of the pairs in among=; {lacking[:5]} are not.")
+        largest = min(self.total, other.total) if largest is None else largest
+        weights = np.r_[np.ones((1, len(self.full))), draw_weights(labels, len(self.full), draws, seed, among)]
+        each = [curve._measures(measure, weights, largest) for curve in (self, other)]
+        difference, drawn = (each[0] - each[1])[0], (each[0] - each[1])[1:]
+        low, high = band(drawn[:, None])
+        found = {"difference": difference, "low": low[0], "high": high[0]}
+        series = pd.Series({**found, "clusters": len(set(labels)) if labels is not None else len(self.full)})
+        series.attrs["draws"] = drawn.tolist()
+        return series
+
+    def _measures(self, measure: str, weights: np.ndarray, largest: int) -> np.ndarray:
+        """One of the areas, with pairs counted by each row of `weights`."""
+        change = {"error_area": _error, "overshoot_area": lambda f: np.maximum(f - 1, 0), "log_area": lambda f: f}
+        return np.array([self._log_mean(change[measure], largest, f) for f in ratios(self, weights)[0]])
+
+    def _log_mean(
+        self, change: Callable[[np.ndarray], np.ndarray], largest: int | None, faithfulness: np.ndarray | None = None
+    ) -> float:
+        """Mean of a function of faithfulness over log size, linear in log size between the sizes of `_points`."""
+        sizes, values = self._points(faithfulness)
+        end = float(np.log(max(largest or self.total, 2)))
+        x, y = np.log(sizes[sizes > 0]), change(values[sizes > 0])
+        x, y = (x, y) if x[0] == 0 else (np.r_[0.0, x], np.r_[change(np.zeros(1)), y])
+        grid = np.r_[x[x < end], end]
+        return area(np.interp(grid, x, y), grid) / end
+
+    @checked
     def log_area(self, largest: int | None = None) -> float:
         """Mean faithfulness over log(size), from 1 node to `largest` (by default all), on absolute counts.
 
         Where 1 is not among the sizes, faithfulness rises from 0 there; beyond all nodes it stays where it is.
         """
-        sizes, faithfulness = self._points()
-        end = float(np.log(max(largest or self.total, 2)))
-        x, y = np.log(sizes[sizes > 0]), faithfulness[sizes > 0]
-        x, y = (x, y) if x[0] == 0 else (np.r_[0.0, x], np.r_[0.0, y])
-        grid = np.r_[x[x < end], end]
-        return area(np.interp(grid, x, y), grid) / end
+        return self._log_mean(lambda f: f, largest)
 
     @property
     def cpr(self) -> float:
@@ -197,7 +296,7 @@ class Curve:
         """Write a directory with one safetensors file, settings in its header; an existing one is replaced at once.
 
         Raises:
-            FileFormatError: the path is something else than a directory of ours.
+            FileFormatError: the path exists and is not a saved curve.
             SaveError: it could not be written; what was saved there before is as it was.
         """
         write_directory(path, self.KIND, SCHEMA, *self.to_file())
@@ -281,12 +380,12 @@ class Curve:
         wanted = np.array(MIB_FRACTIONS) * self.total
         return np.interp(np.floor(wanted) if truncate else wanted, sizes, faithfulness)
 
-    def _points(self) -> tuple[np.ndarray, np.ndarray]:
+    def _points(self, faithfulness: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Sizes and faithfulness, completed by what is known unmeasured: none gives 0, and all give 1.
 
         Unless errors are ablated: then all give what the largest size gives.
         """
-        sizes, values = [float(size) for size in self.sizes], [float(value) for value in self.faithfulness]
+        sizes, values = [float(size) for size in self.sizes], list(self.faithfulness if faithfulness is None else faithfulness)
         if sizes[0] > 0:
             sizes, values = [0.0, *sizes], [0.0, *values]
         if sizes[-1] < self.total:
@@ -355,6 +454,25 @@ def log_area(sizes: Sequence[int], values: np.ndarray, total: int, none: float, 
     if x[-1] < total:
         x, y = np.r_[x, float(total)], np.r_[y, all_nodes]
     return area(y, np.log(x)) / max(np.log(total), np.log(2.0))
+
+
+def _error(faithfulness: np.ndarray) -> np.ndarray:
+    return np.minimum(1.0, np.abs(1 - faithfulness))
+
+
+def size_within(sizes: Sequence[int], faithfulness: np.ndarray, tolerance: float) -> float:
+    """The size from which |1 - faithfulness| stays within `tolerance`, log-interpolated; inf where it never does."""
+    x = np.log(np.maximum(np.asarray(sizes, dtype=float), 0.5))
+    outside = np.flatnonzero(~(np.abs(1 - faithfulness) <= tolerance))
+    if len(outside) == 0:
+        return float(sizes[0])
+    last = int(outside[-1])
+    if last == len(sizes) - 1:
+        return float("inf")
+    low, high = faithfulness[last], faithfulness[last + 1]
+    bound = 1 - tolerance if low < 1 else 1 + tolerance
+    share = (bound - low) / (high - low) if np.isfinite(low) else 1.0
+    return float(np.exp(x[last] + share * (x[last + 1] - x[last])))
 
 
 def size_at(sizes: Sequence[int], faithfulness: np.ndarray, level: float) -> float:

@@ -37,6 +37,7 @@ def evaluate(
     *,
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "mean",
+    reference: PromptPairs | TokenizedPairs | None = None,
     ranking: Ranking | None = None,
     error_nodes: ErrorNodes = "rank",
     basis: Basis | Sequence[Basis] | None = None,
@@ -57,6 +58,8 @@ def evaluate(
             positions.
         ablation: value of an ablated node: "mean" over all corrupt prompts of these pairs (per position, among prompts
             of one length), "zero", "resample" (a random other corrupt prompt), "corrupt" (the pair's own).
+        reference: pairs over whose corrupt prompts the means are taken, instead of those judged: with the attribution
+            pairs here, no prompt judged has a part in its own baseline. For ablation="mean".
         ranking: by |score| ("abs"), or by score ("signed"). Unless given, as the scores say: by |score|, but by
             score where they are a learned order ("learned_mask", "mask_gradient"), which has no other reading.
         error_nodes: the errors of dictionaries: ranked as nodes, always kept, or always ablated.
@@ -97,7 +100,8 @@ def evaluate(
     processes = current_processes()
     tokens = tokenize(model, pairs)
     sites = _matching_sites(basis_sites(model, basis), scores)
-    _check(tokens, scores, ablation)
+    means = None if reference is None else tokenize(model, reference)
+    _check(tokens, scores, ablation, means)
     ranking = scores.ranking if ranking is None else ranking
     if ranking != "signed" == scores.ranking:
         raise SettingsError(
@@ -115,9 +119,10 @@ def evaluate(
         "seed": seed,
     }
     settings |= {"metric": metric_name(metric), "pairs_hash": tokens.hash} | _from_scores(scores)
+    settings |= {} if means is None else {"reference_hash": means.hash}
     with processes.together("evaluate", [settings, sizes, completeness]):
         half: NodeSet = lambda: ranked.best(len(ranked) // 2)  # noqa: E731
-        ablated, shown = Ablated(model, sites, metric, ablation, seed), verbose if processes.first else False
+        ablated, shown = Ablated(model, sites, metric, ablation, seed, means), verbose if processes.first else False
         run = Evaluation(ablated, tokens, batch_size, processes, lambda run: run.metrics([half]), shown=shown)
         full, empty, kept, removed = _metrics(run, ranked, sizes, completeness)
         settings |= {"batch_size": run.batch_size}
@@ -168,8 +173,12 @@ def _matching_sites(sites: tuple[Site, ...], scores: NodeScores) -> tuple[Site, 
     return tuple(found[hook] for hook in scores.values)
 
 
-def _check(tokens: TokenizedPairs, scores: NodeScores, ablation: Ablation) -> None:
-    if ablation != "zero" and tokens.corrupt is None:
+def _check(
+    tokens: TokenizedPairs, scores: NodeScores, ablation: Ablation, reference: TokenizedPairs | None
+) -> None:
+    if reference is not None:
+        require_reference(tokens, reference, ablation)
+    elif ablation != "zero" and tokens.corrupt is None:
         raise PairsError(
             f"ablation={ablation!r} takes values from corrupt prompts, and these pairs have none. Use 'zero'."
         )
@@ -183,6 +192,28 @@ def _check(tokens: TokenizedPairs, scores: NodeScores, ablation: Ablation) -> No
             )
     if scores.settings.get("units") == "sum":
         raise SettingsError("scores with units='sum' name no single nodes to keep. Attribute with units='keep'.")
+
+
+def require_reference(tokens: TokenizedPairs, reference: TokenizedPairs, ablation: Ablation) -> None:
+    """Raise where means cannot be taken over the reference's corrupt prompts.
+
+    Raises:
+        SettingsError: another ablation, which takes no means.
+        PairsError: the reference has no corrupt prompts, or none of a length that is judged.
+    """
+    if ablation != "mean":
+        raise SettingsError(
+            f"reference= gives pairs to take means over, and ablation={ablation!r} takes none. Leave reference= out, "
+            "or use ablation='mean'."
+        )
+    if reference.corrupt is None:
+        raise PairsError("means are taken over the corrupt prompts of reference=, and its pairs have none. Give them.")
+    lacking = sorted(set(tokens.lengths) - {len(prompt) for prompt in reference.corrupt})
+    if lacking:
+        raise PairsError(
+            f"means are taken by position among prompts of one length: reference= has no corrupt prompts of {lacking} "
+            "tokens, as some of the pairs judged have. Give reference pairs of the same lengths."
+        )
 
 
 def _check_range(full: Tensor, empty: Tensor, ablation: Ablation) -> None:

@@ -39,17 +39,22 @@ Run = Callable[[], Tensor]
 
 
 class SharedPrefix:
-    """What the pairs of one evaluation have in common at their beginning, and whether this model can go on from there.
+    """The beginning that the pairs of one evaluation share, and whether this model can continue from there.
 
     Args:
         model: the model.
         tokens: all pairs, also those of other processes.
         ablation: what replaces nodes.
         metric: positions change, so one of the package's, which read answers alone.
+        reference: pairs whose corrupt prompts the means come from, where it is not these.
     """
 
-    def __init__(self, model: TransformerLensModel, tokens: TokenizedPairs, ablation: Ablation, metric: Metric) -> None:
+    def __init__(
+        self, model: TransformerLensModel, tokens: TokenizedPairs, ablation: Ablation, metric: Metric,
+        reference: TokenizedPairs | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._tokens, self._ablation, self._metric = model, tokens, ablation, metric
+        self._sources = (tokens if reference is None else reference).corrupt or ()
         self._by_length: dict[int, int] = {}
         self._works: bool | None = None
         if not reads_answers_only(metric) or any(point.fwd_hooks for point in hook_points(model).values()):
@@ -78,7 +83,7 @@ class SharedPrefix:
             shared = _common(batch.clean == batch.corrupt)
         else:
             if length not in self._by_length:
-                prompts = [p for p in (*self._tokens.clean, *(self._tokens.corrupt or ())) if len(p) == length]
+                prompts = [p for p in (*self._tokens.clean, *self._sources) if len(p) == length]
                 every = torch.stack(prompts)
                 self._by_length[length] = _common(every == every[:1])
             shared = self._by_length[length]

@@ -16,11 +16,14 @@ False discoveries, over live nodes (a score that is not 0 somewhere), with clust
     t = mean / (se + s0)                          se over clusters, s0 the median se (Tusher et al. 2001)
     rate(t) = median over null sets of #{|t*| >= t} / #{|t| >= t}
 
-Null "signs": every cluster's scores change sign by a coin. Swapping the answers does just this to a logit difference:
-what it controls is that the sign is consistent over words, not that a node belongs to the circuit: *consistent-sign*
-FDR. Where swapping the answers does something else (a metric that does not change its sign, such as a KL divergence; a
-mask's loss; activation differences), this null is refused by name. Null "pairs": the t of other pairs, whose corrupt
-prompts change the word and not the answer, computed anew for any metric; a member must also exceed its own score there.
+Null "signs": every cluster's answers are swapped by a coin. That flips the sign of a logit difference's scores; those
+of any other metric are computed anew with swapped answers. What it controls is that the sign is consistent over words,
+not that a node belongs to the circuit: *consistent-sign* FDR. Where scores do not read the answers (a KL divergence,
+the matching loss, activation differences) swapping them says nothing, and this null is refused by name. Null "pairs":
+the t of other pairs, whose corrupt prompts change the word and not the answer, computed anew for any metric and loss; a
+member must also exceed its own score there.
+
+A learned mask is learned anew in every draw and null set (`_learned_stability.py`); its se is that over draws.
 
 Source: METHODS 5.10; arXiv 2606.16920 and 2603.00523 on circuits under resampling.
 """
@@ -43,9 +46,10 @@ from .._typing import checked
 from ..bases._activations import Neurons
 from ..bases._runs import mean_parts, run_logits
 from ..bases._site import Basis, basis_name, basis_sites
+from ..circuits._circuit import Circuit
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding
-from ..nodes._attribute import check_pairs, check_scope
+from ..nodes._attribute import attribute, check_pairs, check_scope
 from ..nodes._controls import ActivationDifference, Random
 from ..nodes._learned_mask import LearnedMask
 from ..nodes._masked_runs import select
@@ -59,6 +63,7 @@ from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
+from ._learned_stability import learn_draws, learned_nulls, swap_answers
 
 _MARGIN = 4.0  # standard errors above its mean up to which a node may still enter a ranking
 _TESTED = 100_000  # ranks at which false discoveries are counted
@@ -143,7 +148,7 @@ class Stability:
         else:
             if null == "signs" and (reason := self.settings.get("no_sign_flips")):
                 raise SettingsError(
-                    f"null='signs' flips signs as swapped answers would, and {reason}. Use null='pairs'."
+                    f"null='signs' swaps answers, and {reason}. Use null='pairs'."
                 )
             need = "null_draws= above 0" if null == "signs" else "null_pairs="
             raise SettingsError(f"these results have no null of {null!r}: call stability with {need}.")
@@ -218,8 +223,8 @@ def stability(
     sizes: Sequence[int] = (10, 30, 100, 300),
     clusters: Sequence[Sequence[str]] | None = None,
     ranking: Literal["abs", "signed"] | None = None,
-    draws: int = 1000,
-    null_draws: int = 200,
+    draws: int | None = None,
+    null_draws: int | None = None,
     null_pairs: PromptPairs | TokenizedPairs | Literal["same_answer"] | None = None,
     basis: Basis | Sequence[Basis] | None = None,
     metric: Metric = logit_difference,
@@ -234,14 +239,13 @@ def stability(
     Args:
         model: a HookedTransformer or TransformerBridge.
         pairs: as in `attribute`; both directions of a contrast carry the same words.
-        method: as in `attribute`, of scores that are means over pairs (not a learned mask, whose scores would have to
-            be learned anew in every draw, and not "random").
+        method: as in `attribute`, but for "random". A learned mask is learned anew in every draw.
         sizes: numbers of best nodes to look at.
         clusters: kinds of words, each with one label per pair, such as [subjects, attractors, templates]; the pairs'
             own labels unless given. False discoveries use the first kind.
         ranking: as in `evaluate`.
-        draws: of words.
-        null_draws: of signs, for `at_fdr`; 0 leaves it out.
+        draws: of words; 1000 unless given, 20 of a learned mask.
+        null_draws: of swapped answers, for `at_fdr`; 200 unless given, 10 of a learned mask; 0 leaves it out.
         null_pairs: pairs whose corrupt prompts change the word but not the answer, for the second null; "same_answer"
             makes them: each prompt beside another of the pairs' own, of other words and the same answer.
         basis: as in `attribute`, and so are `metric`, `positions` and `baseline`.
@@ -251,10 +255,11 @@ def stability(
 
     Returns:
         A `Stability`. Memory: 4 bytes per node and word. With several kinds of words all pairs are
-        scored twice: for means and standard errors, and for the candidates of all draws.
+        scored twice: for means and standard errors, and for the candidates of all draws. A metric that swapped answers
+        do not turn into its negative is scored once more, with answers swapped.
 
     Raises:
-        SettingsError: the method's scores are no means over pairs, or sizes, draws or clusters do not fit.
+        SettingsError: the method is "random", or sizes, draws or clusters do not fit.
         PairsError: no labels, or fewer than three of the first kind; and as `attribute`.
 
     Source: METHODS 5.10.
@@ -267,11 +272,13 @@ def stability(
         True
     """
     method = as_method(method)
-    if isinstance(method, LearnedMask | Random):
-        raise SettingsError(
-            f"expected scores that are means over pairs; {method.name} has none to add up. Score subsets of the pairs "
-            "with attribute and compare the rankings."
-        )
+    if isinstance(method, Random):
+        raise SettingsError("expected scores of a method; random ones have no stability to measure.")
+    learned = isinstance(method, LearnedMask)
+    draws, null_draws = (
+        default if given is None else given
+        for given, default in ((draws, 20 if learned else 1000), (null_draws, 10 if learned else 200))
+    )
     if draws < 2 or null_draws < 0 or not sizes or min(sizes) < 1:
         raise SettingsError(
             f"expected sizes of at least 1, at least 2 draws and no negative null_draws; got sizes={list(sizes)}, "
@@ -286,51 +293,111 @@ def stability(
     rank = ranking or method.ranking
     if rank == "abs" != method.ranking:
         raise SettingsError(f"scores of {method.name} are an order: leave ranking= out, or give 'signed'.")
-    settings = {
-        "method": method.label,
-        "method_options": method.to_json(),
-        "positions": positions,
-        "units": "keep",
-        "baseline": baseline,
-        "direction": "noising",
-        "metric": metric_name(metric),
-        "basis": basis_name(nodes_of),
-        "batch_size": batch_size,
-        **provenance(model, tokens),
-    }
-    if method.ranking != "abs":
-        settings["ranking"] = method.ranking
-    with current_processes().together("stability", settings):
-        cells = Cells(scope, method, tokens, words, batch_size, verbose)
-        flat = cells.total / len(tokens)
-        scores = require_finite(_as_scores(cells.shape(settings, nodes_of), flat))
-        ranked = sorted({min(size, len(flat)) for size in sizes})
-        deviation = standard_error(cells.by_cluster, cells.counts)
-        best = _draw(cells, flat, ranked[-1], rank, draws, seed)
-        t, live = statistic(flat, deviation)
+    theirs = None
+    if null_pairs is not None:
+        theirs = _same_answer(tokens, words) if isinstance(null_pairs, str) else tokenize(model, null_pairs)
+        check_pairs(theirs, scope)
+    swapping = _swapping(scope, method, tokens)
+    signs = null_draws if swapping in ("flips", "changes") else 0
+    ranked = lambda n: sorted({min(size, n) for size in sizes})  # noqa: E731
+    other = counted = None
+    if learned:
+        learn = lambda some: attribute(  # noqa: E731
+            model, some, method=method, basis=basis, metric=metric, positions=positions, baseline=baseline,
+            batch_size=batch_size, verbose=False,
+        )  # fmt: skip
+        scores = learn(tokens)
+        flat, names = scores.flat().cpu(), list(zip(*words, strict=True))
+        cells = list(dict.fromkeys(names))
+        weights = draw_weights(cells, draws, seed)[:, [cells.index(name) for name in names]]
+        found = learn_draws(learn, tokens, weights, ranked(len(flat))[-1], verbose)
+        best, n_clusters = found.best, len(set(words[0]))
+        t, live = statistic(flat, found.deviation)
         observed = t.abs()[live].sort(descending=True).values[:_TESTED]
-        refused = _no_sign_flips(scope, method, tokens)
-        signs = 0 if refused else null_draws
-        flips = flipped_counts(cells.by_cluster[:, live], cells.counts, observed, signs, seed + 1)
-        other = counted = None
-        if null_pairs is not None:
-            theirs = _same_answer(tokens, words) if isinstance(null_pairs, str) else tokenize(model, null_pairs)
-            check_pairs(theirs, scope)
-            null = Cells(scope, method, theirs, _words(theirs, None)[:1], batch_size, verbose)
-            other = null.total / len(theirs)
-            if len(other) != len(flat):
-                raise PairsError("expected null pairs of the same token length as the pairs.")
-            null_t, _ = statistic(other, standard_error(null.by_cluster, null.counts))
-            counted = _count(null_t.abs()[live], observed)
+        rows = [
+            _count(statistic(null, found.deviation)[0].abs()[live], observed)
+            for null in learned_nulls(learn, tokens, words[0], signs, seed + 1)
+        ]
+        flips = torch.stack(rows) if rows else torch.zeros(0, len(observed))
+        if theirs is not None:
+            other = _same_nodes(learn(theirs).flat().cpu(), flat)
+            counted = _count(statistic(other, found.deviation)[0].abs()[live], observed)
+        settings = dict(scores.settings)
+    else:
+        settings = {
+            "method": method.label, "method_options": method.to_json(), "positions": positions, "units": "keep",
+            "baseline": baseline, "direction": "noising", "metric": metric_name(metric), "basis": basis_name(nodes_of),
+            "batch_size": batch_size, **provenance(model, tokens),
+        }  # fmt: skip
+        if method.ranking != "abs":
+            settings["ranking"] = method.ranking
+        with current_processes().together("stability", settings):
+            made = Cells(scope, method, tokens, words, batch_size, verbose)
+            flat, n_clusters = made.total / len(tokens), len(made.counts)
+            scores = require_finite(_as_scores(made.shape(settings, nodes_of), flat))
+            deviation = standard_error(made.by_cluster, made.counts)
+            best = _draw(made, flat, ranked(len(flat))[-1], rank, draws, seed)
+            t, live = statistic(flat, deviation)
+            observed = t.abs()[live].sort(descending=True).values[:_TESTED]
+            swapped = None
+            if signs and swapping == "changes":
+                anew = Cells(scope, method, swap_answers(tokens), words[:1], batch_size, verbose)
+                swapped = anew.by_cluster[:, live]
+            flips = flipped_counts(made.by_cluster[:, live], made.counts, observed, signs, seed + 1, swapped)
+            if theirs is not None:
+                null = Cells(scope, method, theirs, _words(theirs, None)[:1], batch_size, verbose)
+                other = _same_nodes(null.total / len(theirs), flat)
+                null_t, _ = statistic(other, standard_error(null.by_cluster, null.counts))
+                counted = _count(null_t.abs()[live], observed)
     more = {
         "clusters": [list(kind) for kind in words],
-        "n_clusters": len(cells.counts),
+        "n_clusters": n_clusters,
         "ranking": rank,
         "draws": draws,
         "seed": seed,
-        **({"no_sign_flips": refused} if refused else {}),
+        **({} if swapping in ("flips", "changes") else {"no_sign_flips": swapping}),
     }
-    return Stability(scores, tuple(ranked), best, t, flips, counted, other, settings | more)
+    return Stability(scores, tuple(ranked(len(flat))), best, t, flips, counted, other, settings | more)
+
+
+def nodes_at_fdr(
+    circuit: Circuit,
+    rate: float,
+    null: Null,
+    found: Stability | None,
+    model: TransformerLensModel | None,
+    pairs: PromptPairs | TokenizedPairs | None,
+) -> frozenset[str]:
+    """Labels of the nodes that pass, of all that the circuit's nodes were chosen from.
+
+    Raises:
+        SettingsError: nothing to test with, or a test of other nodes.
+    """
+    basis, positions = circuit.settings["basis"], circuit.settings["positions"]
+    if found is None:
+        pairs = pairs if pairs is not None or circuit.traced is None else circuit.traced.pairs
+        asks_answers = circuit.settings["target"] == [metric_name(logit_difference)]
+        if model is None or pairs is None or not asks_answers or positions != "keep":
+            raise SettingsError(
+                "expected a circuit of pairs, their answers as its target, with positions kept, and the model that was "
+                "traced. Give model= and pairs= of a loaded circuit, else stability=tnc.stability(model, pairs, ...)."
+            )
+        more: dict[str, Any] = {"baseline": circuit.settings["baseline"], "null_draws": 200 * (null == "signs")}
+        other = "same_answer" if null == "pairs" else None
+        found = stability(model, pairs, sizes=[1], draws=2, null_pairs=other, basis=circuit.basis, **more)
+    if found.settings["basis"] != basis or found.settings["positions"] != positions:
+        raise SettingsError(
+            f"expected stability of the circuit's nodes, basis {basis} with positions={positions!r}; got "
+            f"{found.settings['basis']} with positions={found.settings['positions']!r}."
+        )
+    scores = found.at_fdr(rate, null=null)
+    return frozenset(scores.top(len(scores))["label"])
+
+
+def _same_nodes(null: Tensor, flat: Tensor) -> Tensor:
+    if len(null) != len(flat):
+        raise PairsError("expected null pairs of the same token length as the pairs.")
+    return null
 
 
 class Cells:
@@ -449,22 +516,34 @@ def statistic(mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flipped_counts(
-    by_cluster: Float[Tensor, "cluster live"], counts: Tensor, observed: Tensor, draws: int, seed: int
+    by_cluster: Float[Tensor, "cluster live"],
+    counts: Tensor,
+    observed: Tensor,
+    draws: int,
+    seed: int,
+    swapped: Float[Tensor, "cluster live"] | None = None,
 ) -> Float[Tensor, "null tested"]:
-    """Null counts at every observed rank, one row per draw of a sign for each cluster."""
+    """Null counts at every observed rank, one row per draw of a coin for each cluster: its scores, or those with
+    swapped answers, which are their negative unless given.
+    """
     generator = torch.Generator().manual_seed(seed)
+    swapped = -by_cluster if swapped is None else swapped
     rows = []
     for _ in range(draws):
-        flipped = by_cluster * (torch.randint(2, (len(by_cluster), 1), generator=generator) * 2.0 - 1.0)
-        null, _ = statistic(flipped.sum(0) / counts.sum().float(), standard_error(flipped, counts))
+        own = torch.randint(2, (len(by_cluster), 1), generator=generator).bool()
+        drawn = torch.where(own, by_cluster, swapped)
+        null, _ = statistic(drawn.sum(0) / counts.sum().float(), standard_error(drawn, counts))
         rows.append(_count(null.abs(), observed))
     return torch.stack(rows) if rows else torch.zeros(0, len(observed))
 
 
-def _no_sign_flips(scope: Scope, method: Method, tokens: TokenizedPairs) -> str | None:
-    """Why swapped answers would not change the sign of every score; None where they do, as measured on a few pairs."""
+def _swapping(scope: Scope, method: Method, tokens: TokenizedPairs) -> str:
+    """What swapped answers do to scores: "flips" their sign, "changes" them; or why they say nothing.
+
+    Measured by the metric on a few pairs.
+    """
     if isinstance(method, ActivationDifference) or getattr(method, "loss", "metric") != "metric":
-        return f"scores of {method.label} have no sign of the metric"
+        return f"scores of {method.label} do not read the answers' signs"
     batch = next(tokens.batches(8))
     if batch.wrong_answer is None:
         return "these pairs have no wrong answers to swap"
@@ -472,9 +551,10 @@ def _no_sign_flips(scope: Scope, method: Method, tokens: TokenizedPairs) -> str 
     with torch.no_grad():
         logits = run_logits(scope.model, batch.clean, batch.attention_mask)
         one, other = (measure(scope.metric, logits, which) for which in (batch, swapped))
-    if not torch.allclose(one, -other, rtol=1e-4, atol=1e-4 * float(one.abs().max())):
-        return f"the metric {metric_name(scope.metric)} is not minus itself when answer and wrong answer are swapped"
-    return None
+    close = {"rtol": 1e-4, "atol": 1e-4 * float(one.abs().max())}
+    if torch.allclose(one, other, **close):
+        return f"the metric {metric_name(scope.metric)} does not change with them"
+    return "flips" if torch.allclose(one, -other, **close) and not isinstance(method, LearnedMask) else "changes"
 
 
 def _same_answer(tokens: TokenizedPairs, words: Sequence[Sequence[str]]) -> TokenizedPairs:

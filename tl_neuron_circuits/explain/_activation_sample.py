@@ -161,7 +161,7 @@ class ActivationSample:
         return arrays | {name: key.view(np.int64) for name, key in keys.items()}
 
     def restore(self, state: Mapping[str, np.ndarray], n_positions: int) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.n_positions = n_positions
         for name in _ARRAYS:
             getattr(self, name)[: len(state[name])] = state[name]

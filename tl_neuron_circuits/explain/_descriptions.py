@@ -162,7 +162,7 @@ class Descriptions:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Descriptions":
-        """Read labels: a CSV or JSON of ours or of others (layer, unit, sign; label or description), or Neuronpedia's.
+        """Read labels: a CSV or JSON (layer, unit, sign; label or description), or Neuronpedia's.
 
         Of several explanations of one unit the first is taken.
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 _COARSE = 5e-2
 Pass = Callable[[Int[Tensor, "batch new"], int], Float[Tensor, "batch new d_vocab"]]
-"""Logits of tokens that come after so many others, which earlier calls have read."""
+"""Logits of tokens that come after the given number of others, which earlier calls have read."""
 
 
 def continue_greedily(

@@ -77,7 +77,7 @@ def cut_head_parts(
         seen[name] = value
 
     def ablate(value: Tensor, hook: Any, name: str, layer: int) -> Tensor:
-        """The first row is live, and so are all other rows but for their own source."""
+        """The first row is live, and so are all other rows except for their own source."""
         value = value[:1].expand_as(value).clone()
         for row, (at, place, unit) in enumerate(sources, 1):
             if at == layer:

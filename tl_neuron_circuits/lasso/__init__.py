@@ -5,15 +5,10 @@ from ._circuit_lasso import CircuitLasso as CircuitLasso
 from ._circuit_lasso import HeldOut as HeldOut
 from ._circuit_lasso import MostEdges as MostEdges
 from ._circuit_lasso import Share as Share
-from ._feature_ranking import FeatureRanking as FeatureRanking
-from ._feature_ranking import PooledFeatures as PooledFeatures
 from ._feature_ranking import pooled_features as pooled_features
 from ._feature_ranking import rank_features as rank_features
-from ._generalization import Generalization as Generalization
-from ._generalization import contrast_judge as contrast_judge
 from ._generalization import generalize as generalize
 from ._labeled_texts import LabeledTexts as LabeledTexts
-from ._labeled_texts import bias_in_bios as bias_in_bios
 from ._lasso_circuit import LassoCircuit as LassoCircuit
 from ._observations import Components as Components
 

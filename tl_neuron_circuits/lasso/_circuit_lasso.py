@@ -8,6 +8,7 @@ pass per prompt, then a solve that does not depend on how many there were.
 Source: Yin et al. 2026, arXiv 2606.16939 (no code is public; this is from the paper); METHODS 3.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,11 +33,12 @@ from ..models._threads import holding
 from ..tasks._metrics import Metric, logit_difference, metric_name
 from ..tasks._pairs import PromptPairs
 from ..tasks._tokenized import Batch, TokenizedPairs
-from ._edges import Fitted, Nodes, edge_keys, list_nodes, tables
+from ._edges import Fitted, Nodes, edge_keys, list_nodes, tables, weight_places
 from ._lasso_circuit import LassoCircuit, lasso_circuit
-from ._memory import require_memory
+from ._memory import gigabytes, require_memory
 from ._observations import (
     Block,
+    Columns,
     Components,
     Inputs,
     Noise,
@@ -52,15 +54,19 @@ from ._observations import (
     gather_blocks,
     measure_size,
     observe_block,
+    observe_samples,
     read_blocks,
     select_prompts,
     shared_start,
+    target_blocks,
     tokenize_inputs,
     write_block,
 )
+from ._samples import SampledProblem, SampledStatistics, Samples
 from ._solver import solve_group_lasso, solve_lasso
 from ._statistics import Accumulator, Standardized, Statistics, standardize
 
+logger = logging.getLogger(__name__)
 Joint = Literal["joint", "pairs", "adjacent"]
 
 
@@ -262,38 +268,51 @@ class CircuitLasso:
         processes = current_processes()
         with processes.together("CircuitLasso.observe", settings):
             first = next(dealt[0].batches(1))
-            joined = self._fit_into_memory(watch, first, skip, resume, processes)
-            regressions = build_regressions(watch, first, self.regressors, skip)
+            how = self._fit_into_memory(watch, tokens, first, skip, resume, processes)
+            joined, streamed = how == "joined", how == "streamed"
+            if streamed:
+                settings["streamed"] = True
+            regressions = build_regressions(watch, first, self.regressors, skip, streamed)
+            sources = regressions[0].sources
+            every = sources if self.regressors != "pooled" else Columns(*(side.chunk(2)[0] for side in (
+                sources.site, sources.unit, sources.slot)))  # fmt: skip
+            targets = target_blocks(watch.sites, every) if streamed else []
             # the size of the noise is measured once, on the first prompts; draws start anew with every block, so that
             # a block is the same whichever process observes it, and when
             deviations = watch.deviations(next(dealt[0].batches(batch_size))) if self.noise else {}
             finished = {} if resume is None else read_blocks(Path(resume), settings)
             mine: dict[int, Block] = {}
+            samples: list[tuple[Samples, ...]] = []
             sums = (Accumulator(), Accumulator())
             with progress(total=len(tokens), desc="observed prompts", verbose=verbose, unit="prompt") as bar:
                 for block in processes.share(range(self.blocks)):
+                    draws = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + block)
+                    noise = Noise(self.noise, deviations, draws) if self.noise else None
+                    batches = dealt[block].batches(batch_size)
                     if block in finished:
                         mine[block] = finished[block]
+                    elif streamed:
+                        samples.append(observe_samples(watch, batches, self.regressors, skip, noise, targets))
                     else:
-                        draws = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + block)
-                        noise = Noise(self.noise, deviations, draws) if self.noise else None
-                        batches = dealt[block].batches(batch_size)
                         mine[0 if joined else block] = observe_block(
                             watch, batches, self.regressors, skip, noise, sums if joined else None
                         )
                         if resume is not None:
                             write_block(Path(resume), block, mine[block], settings)
                     bar.update(len(dealt[block]))
+            if streamed:
+                return Observations(watch.sites, regressions, tuple(zip(*samples, strict=True)), settings)
             blocks = gather_blocks(processes, mine)
         return Observations(watch.sites, regressions, tuple(zip(*blocks, strict=True)), settings)
 
     def _fit_into_memory(
-        self, watch: Observer, first: Batch, skip: int, resume: str | Path | None, processes: Processes
-    ) -> bool:
-        """Whether blocks are joined as they come, which is done where they would not fit and nothing asks for them.
+        self, watch: Observer, tokens: TokenizedPairs, first: Batch, skip: int, resume: str | Path | None,
+        processes: Processes,
+    ) -> Literal["apart", "joined", "streamed"]:  # fmt: skip
+        """How blocks are kept: apart; joined as they come, where nothing asks for them; or as observations.
 
         Raises:
-            SettingsError: not even joined they fit.
+            SettingsError: none of these fits.
         """
         asked = {
             "held-out error (penalty=MostEdges(...) or Share(...))": isinstance(self.penalty, HeldOut),
@@ -302,13 +321,27 @@ class CircuitLasso:
             "second process": processes.count > 1,
         }
         reasons = [reason for reason, holds in asked.items() if holds]
-        size = measure_size(watch, first, self.regressors, skip, -(-self.blocks // processes.count))
+        products = {"groups": self.groups, **{name: asked[name] for name in ("resume", "second process")}}
+        no_stream = " or ".join(name for name, holds in products.items() if holds) or None
+        size = measure_size(watch, tokens, first, self.regressors, skip, -(-self.blocks // processes.count))
         available = available_memory(watch.model)
-        joined = available is not None and size.bytes > available and not reasons
+        if available is None or size.bytes <= available:
+            return "apart"
+        one = replace(size, kept=1)
+        if not reasons and one.bytes <= available:
+            return "joined"
+        if no_stream is None and size.streamed_bytes <= available:
+            logger.warning(
+                "CircuitLasso streams: products of %s sources with each other need %s, and %s are free. The %s "
+                "observations are kept instead (%s), and targets solved from them block by block: the same circuit, "
+                "in more time.", f"{size.sources:,}", gigabytes((size if reasons else one).bytes),
+                gigabytes(available), f"{size.rows:,}", gigabytes(size.streamed_bytes),
+            )  # fmt: skip
+            return "streamed"
         heads = isinstance(self.nodes, Components) and self.nodes.attention == "heads"
         joins = " or ".join(reasons) or None
-        require_memory(replace(size, kept=1) if joined else size, available, joins=joins, heads=heads)
-        return joined
+        require_memory(size if reasons else one, available, joins=joins, heads=heads, no_stream=no_stream)
+        raise AssertionError("what does not fit was refused")
 
     def solve(self, observations: Observations, *, verbose: bool | None = None) -> LassoCircuit:
         """Choose the penalty and solve; the model is no longer needed.
@@ -322,7 +355,7 @@ class CircuitLasso:
         """
         totals = observations.total()
         most = max(
-            _smallest_empty(r, standardize(s, self.floor))
+            _smallest_empty(r, _standardize(s, self.floor))
             for r, s in zip(observations.regressions, totals, strict=True)
         )
         if not most > 0:
@@ -346,7 +379,7 @@ class CircuitLasso:
         for alpha, fits in zip(alphas, self._fit_path(observations, alphas, verbose=verbose), strict=False):
             n_edges = len(edge_keys(fits, nodes))
             r2 = torch.cat([fit.r2[fit.regression.allowed.any(0).to(fit.r2.device)].cpu() for fit in fits])
-            n_weights = sum(int(fit.weights.count_nonzero()) for fit in fits)
+            n_weights = sum(len(weight_places(fit.weights)[0]) for fit in fits)
             row = {"penalty": scale * alpha, "share": alpha / most, "n_edges": n_edges, "n_weights": n_weights}
             rows.append({**row, "r2": float(r2.nanmean())})
             if alpha == asked or (count is not None and n_edges <= count):
@@ -386,15 +419,42 @@ class CircuitLasso:
         `times` says how often each block counts.
         """
         totals = observations.total(times)
-        problems = [standardize(statistics, self.floor) for statistics in totals]
+        problems = [_standardize(statistics, self.floor) for statistics in totals]
         last: list[Tensor | None] = [None] * len(problems) if starts is None else [*starts]
         for alpha in progress(alphas, desc="penalties", verbose=verbose):
             fits = []
-            for k, (regression, problem) in enumerate(zip(observations.regressions, problems, strict=True)):
-                weights, r2 = self._solve_one(observations.sites, regression, problem, alpha, last[k], verbose)
+            pairs = [*enumerate(zip(observations.regressions, problems, strict=True))]
+            many = verbose if len(pairs) > 2 else False
+            for k, (regression, problem) in progress(pairs, desc="blocks of targets", verbose=many):
+                if isinstance(problem, SampledProblem):
+                    weights, r2 = self._solve_sampled(observations.sites, regression, problem, alpha, last[k])
+                else:
+                    weights, r2 = self._solve_one(observations.sites, regression, problem, alpha, last[k], verbose)
                 last[k] = weights
                 fits.append(Fitted(regression, problem, totals[k], weights, r2))
             yield fits
+
+    def _solve_sampled(
+        self, sites: Sequence[Site], regression: Regression, problem: SampledProblem, alpha: float, start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Sparse weights and R2 of one block of targets: those that can have a weight at this penalty are solved."""
+        live = problem.smallest_empty(regression.allowed) > alpha
+        if start is not None:
+            live |= torch.bincount(weight_places(start)[1], minlength=len(live)) > 0
+        r2 = torch.where(problem.target_constant, torch.nan, torch.zeros_like(problem.squares))
+        columns = live.nonzero().flatten()
+        solved, places = r2.new_zeros(0), torch.zeros(2, 0, dtype=torch.long, device=r2.device)
+        if len(columns):
+            where = columns.cpu()
+            side = regression.targets
+            targets = Columns(*(column[where] for column in (side.site, side.unit, side.slot)))
+            some = replace(regression, targets=targets, allowed=regression.allowed[:, where])
+            begin = None if start is None else start.index_select(1, columns).to_dense()
+            weights, r2[columns] = self._solve_one(sites, some, problem.with_cross(columns), alpha, begin, False)
+            source, target = weight_places(weights)
+            solved, places = weights[source, target], torch.stack([source, columns[target]])
+        shape = (len(problem.gram), len(live))
+        return torch.sparse_coo_tensor(places, solved, shape, check_invariants=False).coalesce(), r2
 
     def _solve_one(
         self, sites: Sequence[Site], regression: Regression, problem: Standardized, alpha: float, start: Tensor | None,
@@ -440,17 +500,19 @@ class CircuitLasso:
         regression, then over regressions: the readout counts as much as the rest.
         """
         n_blocks = len(observations.blocks[0])
-        scales = [standardize(total, self.floor).target_scale for total in observations.total()]
+        scales = [_standardize(total, self.floor).target_scale for total in observations.total()]
         rows = []
         for fold in progress(range(folds), desc="folds", verbose=verbose):
             held = [int(block % folds == fold) for block in range(n_blocks)]
             tests, errors = observations.total(held), []
             for fits in self._fit_path(observations, alphas, times=[1 - h for h in held], verbose=verbose):
-                means = []
+                found: dict[bool, list[Tensor]] = {}
                 for fit, test, scale in zip(fits, tests, scales, strict=True):
                     explicable = fit.regression.allowed.any(0).to(fit.weights.device) & ~fit.problem.target_constant
-                    if bool(explicable.any()):
-                        means.append(float((_prediction_error(fit, test) / scale.square())[explicable].mean()))
+                    error = (_prediction_error(fit, test) / scale.square())[explicable]
+                    found.setdefault(fit.regression.of_readout, []).append(error)
+                joined = [torch.cat(parts) for parts in found.values()]
+                means = [float(some.mean()) for some in joined if len(some)]
                 errors.append(sum(means) / len(means))
             rows.append(errors)
         return torch.tensor(rows, dtype=torch.float64)
@@ -498,8 +560,17 @@ class CircuitLasso:
         return pd.Series((counts / self.bootstrap).numpy(), index=edges.index)
 
 
-def _smallest_empty(regression: Regression, problem: Standardized) -> float:
+def _standardize(statistics: Statistics | SampledStatistics, floor: float) -> Standardized | SampledProblem:
+    """The lasso's problem, from products or from the observations themselves."""
+    if isinstance(statistics, SampledStatistics):
+        return SampledProblem(statistics, floor)
+    return standardize(statistics, floor)
+
+
+def _smallest_empty(regression: Regression, problem: Standardized | SampledProblem) -> float:
     """The alpha from which on the regression has no weight."""
+    if isinstance(problem, SampledProblem):
+        return float(problem.smallest_empty(regression.allowed).max())
     pull = (problem.cross * regression.allowed.to(problem.cross.device)).abs()
     return float(pull.max()) if pull.numel() else 0.0
 
@@ -516,9 +587,11 @@ def _site_pairs(sites: Sequence[Site], regression: Regression, adjacent: bool) -
                 yield rows, (regression.targets.site == target).nonzero().flatten()
 
 
-def _prediction_error(fit: Fitted, test: Statistics) -> Float64[Tensor, " target"]:
+def _prediction_error(fit: Fitted, test: Statistics | SampledStatistics) -> Float64[Tensor, " target"]:
     """Mean squared error on the observations of `test`, in the targets' own units."""
-    weights = fit.weights / fit.problem.scale[:, None] * fit.problem.target_scale
+    weights = fit.weights.to_dense() / fit.problem.scale[:, None] * fit.problem.target_scale
+    if isinstance(test, SampledStatistics):
+        return test.mean_squared_error(weights, fit.statistics.mean, fit.statistics.target_mean)
     squares = test.target_squares - 2 * (weights * test.target_products).sum(0)
     squares = squares + (weights * (test.products @ weights)).sum(0)
     shift = (test.target_mean - fit.statistics.target_mean) - (test.mean - fit.statistics.mean) @ weights

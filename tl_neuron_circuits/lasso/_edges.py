@@ -23,6 +23,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from ._observations import Columns, Regression, Site
+from ._samples import SampledProblem, SampledStatistics
 from ._statistics import Standardized, Statistics
 
 _READOUT = "logits"
@@ -33,9 +34,10 @@ class Fitted:
     """One regression, standardized, with its weights."""
 
     regression: Regression
-    problem: Standardized
-    statistics: Statistics
+    problem: Standardized | SampledProblem
+    statistics: Statistics | SampledStatistics
     weights: Float64[Tensor, "source target"]
+    """Sparse where targets are streamed."""
     r2: Float64[Tensor, " target"]
 
 
@@ -54,8 +56,15 @@ def list_nodes(sites: Sequence[Site], regressions: Sequence[Regression]) -> Node
     """Every node that has a column."""
     split = torch.tensor([*(site.split for site in sites), False])
 
+    known: dict[int, list[tuple[int, int, int]]] = {}  # streamed regressions share their sources
+
     def keys(side: Columns) -> list[tuple[int, int, int]]:
         """Site, unit and position of every column; unit and position only where they make a node of their own."""
+        if id(side) not in known:
+            known[id(side)] = find_keys(side)
+        return known[id(side)]
+
+    def find_keys(side: Columns) -> list[tuple[int, int, int]]:
         unit = torch.where(split[side.site], side.unit, -1)
         position = torch.where(split[side.site] & (side.slot >= 0), side.slot, -1)
         return list(zip(side.site.tolist(), unit.tolist(), position.tolist(), strict=True))
@@ -63,7 +72,7 @@ def list_nodes(sites: Sequence[Site], regressions: Sequence[Regression]) -> Node
     sides = [(keys(regression.sources), keys(regression.targets)) for regression in regressions]
     rows: dict[str, tuple[Any, ...]] = {}
     places: dict[tuple[int, int, int], int] = {}
-    for key in sorted({key for pair in sides for side in pair for key in side}):
+    for key in sorted({key for side in known.values() for key in side}):
         index, unit, position = key
         if index == len(sites):
             name, row = _READOUT, ("logits", -1, -1, -1, 10**6)
@@ -72,7 +81,8 @@ def list_nodes(sites: Sequence[Site], regressions: Sequence[Regression]) -> Node
             name = site.node(unit) + (f"@{position}" if position >= 0 else "")
             row = (site.kind, site.layer, unit, position, site.stage)
         places[key] = rows.setdefault(name, (len(rows), name, *row))[0]
-    columns = tuple((torch.tensor([places[k] for k in a]), torch.tensor([places[k] for k in b])) for a, b in sides)
+    found = {id(side): torch.tensor([places[key] for key in side]) for side in known.values()}
+    columns = tuple((found[id(a)], found[id(b)]) for a, b in sides)
     titles = ["node", "kind", "layer", "unit", "position", "stage"]
     return Nodes(tuple(rows), pd.DataFrame([row[1:] for row in rows.values()], columns=titles), columns)
 
@@ -81,9 +91,17 @@ def edge_keys(fits: Sequence[Fitted], nodes: Nodes) -> set[tuple[int, int]]:
     """The edges with a weight, as pairs of places in `nodes.names`."""
     keys = set()
     for fit, (source, target) in zip(fits, nodes.columns, strict=True):
-        rows, columns = fit.weights.cpu().nonzero(as_tuple=True)
+        rows, columns = weight_places(fit.weights.cpu())
         keys |= set(zip(source[rows].tolist(), target[columns].tolist(), strict=True))
     return keys
+
+
+def weight_places(weights: Float64[Tensor, "source target"]) -> tuple[Int[Tensor, " _"], Int[Tensor, " _"]]:
+    """Source and target of every weight that is not zero, of a dense or a sparse matrix."""
+    if not weights.is_sparse:
+        return weights.nonzero(as_tuple=True)
+    source, target = weights.coalesce().indices()
+    return source, target
 
 
 def tables(fits: Sequence[Fitted], nodes: Nodes) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -123,8 +141,9 @@ def tables(fits: Sequence[Fitted], nodes: Nodes) -> tuple[pd.DataFrame, pd.DataF
 
 def _edges(fit: Fitted, source: Tensor, target: Tensor, names: Sequence[str]) -> pd.DataFrame:
     """One regression's edges, block by block of its weights; `source` and `target` are the columns' nodes."""
-    weights, gram = fit.weights.cpu(), fit.problem.gram.cpu()
-    n_sources, n_targets = int(source.max()) + 1, int(target.max()) + 1
+    weights, gram = fit.weights.to_dense().cpu(), fit.problem.gram
+    places, target = target.unique(return_inverse=True)
+    n_sources, n_targets = int(source.max()) + 1, len(places)
 
     def sum_blocks(values: Tensor) -> Tensor:
         rows = values.new_zeros(n_sources, len(target)).index_add_(0, source, values)
@@ -134,7 +153,7 @@ def _edges(fit: Fitted, source: Tensor, target: Tensor, names: Sequence[str]) ->
     used = weights.any(1)
     for node in source[used].unique().tolist():
         columns = (used & (source == node)).nonzero().flatten()
-        moved[columns] = weights[columns] * (gram[columns[:, None], columns] @ weights[columns])
+        moved[columns] = weights[columns] * (gram[columns[:, None], columns].cpu() @ weights[columns])
     varying = (~fit.problem.target_constant.cpu()).double()
     units = varying.new_zeros(n_targets).index_add_(0, target, varying).clamp(min=1)
     strength = (sum_blocks(moved) / units).clamp(min=0).sqrt()
@@ -149,7 +168,7 @@ def _edges(fit: Fitted, source: Tensor, target: Tensor, names: Sequence[str]) ->
     return pd.DataFrame(
         {
             "source": [names[k] for k in rows.tolist()],
-            "target": [names[k] for k in columns.tolist()],
+            "target": [names[k] for k in places[columns].tolist()],
             "weight": strength[rows, columns].numpy(),
             "norm": sum_blocks(weights.square()).sqrt()[rows, columns].numpy(),
             "n_weights": count[rows, columns].long().numpy(),

@@ -205,8 +205,8 @@ def rank_features(
     Args:
         pooled: from `pooled_features`.
         labels: one per prompt: 0 and 1 (logistic), or numbers (squared).
-        n_features: without a penalty: the largest (on a path of 11, each .6 of the last) that gives so many
-            features a weight; fewer where no penalty of the path gives that many.
+        n_features: without a penalty: the largest (on a path of 11, each .6 of the last) that gives this
+            many features a weight; fewer where no penalty of the path gives that many.
         penalty: the paper's lambda.
         loss: "logistic" for two classes, "squared" for numbers.
         without: nodes that may not be used, such as those of an earlier ranking: others may say the same.

@@ -249,24 +249,10 @@ Judge = Callable[[pd.DataFrame], Sequence[str]]
 """From candidates (label, hook, layer, unit, weight, share, contrast) to the labels of those about the attribute."""
 
 
-def contrast_judge(threshold: float = 0.75) -> Judge:
-    """A judge by whom a feature is about the attribute if it predicts it on the concept texts.
-
-    Args:
-        threshold: AUROC of the pooled feature, in either direction.
-
-    Raises:
-        SettingsError: a threshold outside .5 to 1.
-
-    Example:
-        >>> import pandas as pd
-        >>> import tl_neuron_circuits as tnc
-        >>> candidates = pd.DataFrame({"label": ["L0/F1", "L0/F2"], "contrast": [0.1, 0.6]})
-        >>> tnc.lasso.contrast_judge(0.8)(candidates)
-        ['L0/F1']
-    """
+def _judge_by_contrast(threshold: float) -> Judge:
+    """A feature is about the attribute if, pooled, it predicts it on the concept texts with this AUROC either way."""
     if not 0.5 <= threshold <= 1:
-        raise SettingsError(f"expected an AUROC between 0.5 and 1; got {threshold}.")
+        raise SettingsError(f"expected a judge that is a function, or an AUROC between 0.5 and 1; got {threshold}.")
 
     def judge(candidates: pd.DataFrame) -> Sequence[str]:
         return candidates.loc[(candidates["contrast"] - 0.5).abs() >= threshold - 0.5, "label"].tolist()
@@ -322,7 +308,7 @@ def generalize(
     concept: LabeledTexts,
     basis: Basis | Sequence[Basis],
     *,
-    judge: Judge | None = None,
+    judge: Judge | float = 0.75,
     hook: str | None = None,
     n_candidates: int = 50,
     rules: str | Sequence[str] = (),
@@ -341,7 +327,8 @@ def generalize(
         test: all groups; its balanced part is what probes are judged on.
         concept: texts of other content with the spurious attribute; their labels must not go with it.
         basis: dictionaries whose features are ranked and ablated.
-        judge: which candidates are about the attribute; `contrast_judge()` unless given.
+        judge: which candidates are about the attribute: those whose pooled feature predicts it on the concept texts
+            with this AUROC, in either direction; or a function from their table to the labels of those that are.
         hook: where the probe reads, mean over positions; where the last dictionary writes unless given.
         n_candidates: how many of the best features the judge sees, of each ranking.
         rules: for the attribution, as in `relp`: a named set or a tuple of rules; () is the plain gradient.
@@ -354,7 +341,7 @@ def generalize(
         verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Raises:
-        SettingsError: groups are empty, or no feature differs between the texts.
+        SettingsError: groups are empty, no feature differs between the texts, or the judge's AUROC is not one.
         UnsupportedModelError: a hook point is missing.
         NumericalError: activations that are not finite.
 
@@ -368,6 +355,7 @@ def generalize(
         >>> found.table["method"].tolist()[:3]
         ['original', 'oracle', 'concept_blind']
     """
+    decide = judge if callable(judge) else _judge_by_contrast(judge)
     sites = basis_sites(model, basis)
     refuse_cross_layer(sites, "taking single features out")
     texts = {
@@ -414,7 +402,6 @@ def generalize(
     features, shown = (pooled_features(model, tokens[name], basis, **given) for name in ("biased", "concept"))
     area = auroc(shown.values, (torch.tensor(concept.spurious) == 1)[:, None])[0]  # .5 where it never differs
     contrast = dict(zip(shown.nodes["label"], area.tolist(), strict=True))
-    decide = judge or contrast_judge()
 
     def ask_judge(ranked: pd.DataFrame) -> pd.DataFrame:
         """The first candidates, with columns contrast and chosen."""

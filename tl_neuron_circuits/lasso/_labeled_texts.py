@@ -1,4 +1,4 @@
-"""Texts with a label and with an attribute that a classifier should not use; the reader of Bias in Bios.
+"""Texts with a label and with an attribute that a classifier should not use; their reader for Bias in Bios.
 
     biased      label and attribute agree in every text: nothing in it tells which of the two to learn
     balanced    the four groups (label x attribute) have one size: what the classifier is judged on
@@ -63,6 +63,55 @@ class LabeledTexts:
         """How many texts."""
         return len(self.texts)
 
+    @classmethod
+    def from_bias_in_bios(
+        cls, source: str | Path | Iterable[Mapping[str, Any]], professions: tuple[str, str] = ("professor", "nurse")
+    ) -> "LabeledTexts":
+        """Biographies of two professions: label 1 is the second of them, spurious 1 is a woman.
+
+        Args:
+            source: a JSONL, JSON, CSV or Parquet file (or a folder of them) with the columns hard_text, profession and
+                gender of `LabHC/bias_in_bios`; or rows, such as a split of that data set loaded by `datasets`.
+            professions: by name.
+
+        Raises:
+            FileFormatError: no such file, or other columns.
+            SettingsError: an unknown profession, or none of its texts is there.
+
+        Example:
+            >>> import tl_neuron_circuits as tnc
+            >>> rows = [{"hard_text": "She lectures.", "profession": 21, "gender": 1}]
+            >>> rows += [{"hard_text": "He helps.", "profession": 13, "gender": 0}]
+            >>> tnc.lasso.LabeledTexts.from_bias_in_bios(rows)
+            LabeledTexts(2 texts; label, spurious = 00: 0, 01: 1, 10: 1, 11: 0)
+        """
+        unknown = [name for name in professions if name not in BIOS_PROFESSIONS]
+        if unknown or professions[0] == professions[1]:
+            raise SettingsError(f"expected two of {', '.join(BIOS_PROFESSIONS)}; got {professions}.")
+        wanted = {BIOS_PROFESSIONS.index(name): label for label, name in enumerate(professions)}
+        rows = _rows(Path(source)) if isinstance(source, str | Path) else source
+        texts, labels, spurious = [], [], []
+        for place, row in enumerate(rows):
+            missing = {"hard_text", "profession", "gender"} - set(row if isinstance(row, Mapping) else ())
+            if missing:
+                raise FileFormatError(
+                    f"expected the columns hard_text, profession and gender; {sorted(missing)} missing."
+                )
+            profession, text, gender = row["profession"], row["hard_text"], _whole(row["gender"])
+            number = BIOS_PROFESSIONS.index(profession) if profession in BIOS_PROFESSIONS else _whole(profession)
+            if not isinstance(text, str) or gender not in (0, 1) or number is None:
+                raise FileFormatError(
+                    f"row {place}: expected a text, a profession by name or number, and a gender of 0 or 1; got "
+                    f"{short(repr(text))}, {short(repr(profession))}, {short(repr(row['gender']))}."
+                )
+            if number in wanted:
+                texts.append(text)
+                labels.append(wanted[number])
+                spurious.append(gender)
+        if len(set(labels)) < 2:
+            raise SettingsError(f"expected texts of both {professions}; got {len(texts)} texts of {len(set(labels))}.")
+        return cls(texts, labels, spurious)
+
     @property
     def groups(self) -> dict[tuple[int, int], int]:
         """How many texts of each (label, spurious)."""
@@ -113,52 +162,6 @@ class LabeledTexts:
     def __repr__(self) -> str:
         counts = ", ".join(f"{a}{b}: {count}" for (a, b), count in self.groups.items())
         return f"LabeledTexts({len(self)} texts; label, spurious = {counts})"
-
-
-def bias_in_bios(
-    source: str | Path | Iterable[Mapping[str, Any]], professions: tuple[str, str] = ("professor", "nurse")
-) -> LabeledTexts:
-    """Biographies of two professions: label 1 is the second of them, spurious 1 is a woman.
-
-    Args:
-        source: a JSONL, JSON, CSV or Parquet file (or a folder of them) with the columns hard_text, profession and
-            gender of `LabHC/bias_in_bios`; or rows, such as a split of that data set loaded by `datasets`.
-        professions: by name.
-
-    Raises:
-        FileFormatError: no such file, or other columns.
-        SettingsError: an unknown profession, or none of its texts is there.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> rows = [{"hard_text": "She lectures.", "profession": 21, "gender": 1}]
-        >>> tnc.lasso.bias_in_bios([*rows, {"hard_text": "He helps.", "profession": 13, "gender": 0}])
-        LabeledTexts(2 texts; label, spurious = 00: 0, 01: 1, 10: 1, 11: 0)
-    """
-    unknown = [name for name in professions if name not in BIOS_PROFESSIONS]
-    if unknown or professions[0] == professions[1]:
-        raise SettingsError(f"expected two of {', '.join(BIOS_PROFESSIONS)}; got {professions}.")
-    wanted = {BIOS_PROFESSIONS.index(name): label for label, name in enumerate(professions)}
-    rows = _rows(Path(source)) if isinstance(source, str | Path) else source
-    texts, labels, spurious = [], [], []
-    for place, row in enumerate(rows):
-        missing = {"hard_text", "profession", "gender"} - set(row if isinstance(row, Mapping) else ())
-        if missing:
-            raise FileFormatError(f"expected the columns hard_text, profession and gender; {sorted(missing)} missing.")
-        profession, text, gender = row["profession"], row["hard_text"], _whole(row["gender"])
-        number = BIOS_PROFESSIONS.index(profession) if profession in BIOS_PROFESSIONS else _whole(profession)
-        if not isinstance(text, str) or gender not in (0, 1) or number is None:
-            raise FileFormatError(
-                f"row {place}: expected a text, a profession by name or number, and a gender of 0 or 1; got "
-                f"{short(repr(text))}, {short(repr(profession))}, {short(repr(row['gender']))}."
-            )
-        if number in wanted:
-            texts.append(text)
-            labels.append(wanted[number])
-            spurious.append(gender)
-    if len(set(labels)) < 2:
-        raise SettingsError(f"expected texts of both {professions}; got {len(texts)} texts of {len(set(labels))}.")
-    return LabeledTexts(texts, labels, spurious)
 
 
 def _whole(value: Any) -> int | None:

@@ -12,7 +12,8 @@ its own statistics: held-out error and bootstrap need no second pass.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,7 @@ from ..tasks._text_tokens import text_tokens
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._memory import Size
+from ._samples import Moments, SampledStatistics, Samples, combine_samples, join_rows
 from ._statistics import Accumulator, Statistics, combine
 
 Inputs = str | list[str] | Int[Tensor, "batch pos"] | PromptPairs | TokenizedPairs
@@ -46,6 +48,7 @@ Readout = Literal["answers", "metric", "logits", "none"]
 Regressors = Literal["same", "pooled", "earlier"]
 SCHEMA = 2
 _NOW, _POOLED = -1, -2
+_BLOCK = 64  # targets of a streamed block, where each is a node of its own
 
 
 def tokenize_inputs(model: TransformerLensModel, inputs: Inputs, prepend_bos: bool | None) -> TokenizedPairs:
@@ -266,20 +269,31 @@ class Regression:
     sources: Columns
     targets: Columns
     allowed: Bool[Tensor, "source target"]
+    of_readout: bool = False
 
 
-def measure_size(watch: Observer, first: Batch, regressors: Regressors, skip: int, kept: int) -> Size:
+def measure_size(
+    watch: Observer, tokens: TokenizedPairs, first: Batch, regressors: Regressors, skip: int, kept: int
+) -> Size:
     """How many columns `build_regressions` will make, from one prompt."""
     values, readout = watch.values(first)
     every = first.clean.shape[1] - skip
     slots, target_slots = {"same": (1, 1), "pooled": (2, 1), "earlier": (every, every)}[regressors]
+    widths = [min(_BLOCK, v.shape[2]) if site.split else v.shape[2] for site, v in zip(watch.sites, values, strict=True)]
+    rows = len(tokens) if regressors == "earlier" else sum(length - skip for length in tokens.lengths)
     return Size(
-        sum(value.shape[2] for value in values), slots, target_slots, 0 if readout is None else readout.shape[1], kept
-    )
+        sum(value.shape[2] for value in values), slots, target_slots, 0 if readout is None else readout.shape[1], kept,
+        rows, len(tokens), max(widths),
+    )  # fmt: skip
 
 
-def build_regressions(watch: Observer, first: Batch, regressors: Regressors, skip: int) -> tuple[Regression, ...]:
-    """All sites on all earlier ones, and the readout on all sites where there is one; widths come from one prompt."""
+def build_regressions(
+    watch: Observer, first: Batch, regressors: Regressors, skip: int, streamed: bool = False
+) -> tuple[Regression, ...]:
+    """All sites on all earlier ones, and the readout on all sites where there is one; widths come from one prompt.
+
+    Where they are `streamed`, the sites' targets are cut into one regression for each of `target_blocks`.
+    """
     values, readout = watch.values(first)
     widths = [value.shape[2] for value in values]
     site = torch.cat([torch.full((width,), index) for index, width in enumerate(widths)])
@@ -294,14 +308,35 @@ def build_regressions(watch: Observer, first: Batch, regressors: Regressors, ski
         positions = torch.arange(skip, first.clean.shape[1])
         slot = positions.repeat_interleave(len(site))
         sources = targets = Columns(site.repeat(len(positions)), unit.repeat(len(positions)), slot)
-    main = Regression(sources, targets, _allowed(watch, sources, targets))
+    if streamed:
+        main = tuple(_cut(watch, sources, targets, *ends) for ends in target_blocks(watch.sites, targets))
+    else:
+        main = (Regression(sources, targets, _allowed(watch, sources, targets)),)
     if readout is None:
-        return (main,)
+        return main
     width, last = readout.shape[1], int(first.position[0])
     ends = Columns(torch.full((width,), len(widths)), torch.arange(width), torch.full((width,), last))
     if regressors == "earlier":
-        return main, Regression(sources, ends, (sources.slot == last)[:, None].expand(-1, width))
-    return main, Regression(now, ends, torch.ones(len(now), width, dtype=torch.bool))
+        return *main, Regression(sources, ends, (sources.slot == last)[:, None].expand(-1, width), of_readout=True)
+    return *main, Regression(now, ends, torch.ones((), dtype=torch.bool).expand(len(now), width), of_readout=True)
+
+
+def target_blocks(sites: Sequence[Site], targets: Columns) -> list[tuple[int, int]]:
+    """First and last column of the targets of one site and position; of sites that are split, of a few units."""
+    keys = torch.stack([targets.site, targets.slot], 1)
+    starts = [0, *((keys[1:] != keys[:-1]).any(1).nonzero().flatten() + 1).tolist(), len(keys)]
+    blocks = []
+    for first, last in itertools.pairwise(starts):
+        width = _BLOCK if sites[int(targets.site[first])].split else last - first
+        blocks += [(start, min(start + width, last)) for start in range(first, last, width)]
+    return blocks
+
+
+def _cut(watch: Observer, sources: Columns, targets: Columns, first: int, last: int) -> Regression:
+    """Targets of one site and position, which may all use the same sources."""
+    some = Columns(*(column[first:last] for column in (targets.site, targets.unit, targets.slot)))
+    one = Columns(*(column[:1] for column in (some.site, some.unit, some.slot)))
+    return Regression(sources, some, _allowed(watch, sources, one).expand(-1, last - first))
 
 
 def _allowed(watch: Observer, sources: Columns, targets: Columns) -> Tensor:
@@ -323,7 +358,7 @@ class Observations:
 
     sites: tuple[Site, ...]
     regressions: tuple[Regression, ...]
-    blocks: tuple[tuple[Statistics, ...], ...]
+    blocks: tuple[tuple[Statistics, ...], ...] | tuple[tuple[Samples, ...], ...]
     """By regression, then by block."""
     settings: Mapping[str, Any]
 
@@ -347,9 +382,17 @@ class Observations:
         settings = {**self.settings, "pairs_hash": hashes, "n": self.settings["n"] + other.settings["n"]}
         return replace(self, blocks=blocks, settings=settings)
 
-    def total(self, times: Sequence[int] | None = None) -> list[Statistics]:
+    def total(self, times: Sequence[int] | None = None) -> list[Statistics] | list[SampledStatistics]:
         """Statistics by regression of all blocks, or of block k `times[k]` times."""
-        return [combine(parts, [1] * len(parts) if times is None else times) for parts in self.blocks]
+        times = [1] * len(self.blocks[0]) if times is None else times
+        moments: dict[int, Moments] = {}
+        found: list[Any] = []
+        for parts in self.blocks:
+            if isinstance(parts[0], Samples):
+                found.append(combine_samples([part for part in parts if isinstance(part, Samples)], times, moments))
+            else:
+                found.append(combine([part for part in parts if isinstance(part, Statistics)], times))
+        return found
 
     def __repr__(self) -> str:
         return f"Observations({self.settings['n']} prompts, {len(self.sites)} sites, {len(self.blocks[0])} blocks)"
@@ -390,23 +433,45 @@ def observe_block(
 ) -> tuple[Statistics, ...]:  # fmt: skip
     """Statistics of the block's prompts: of the sites, then of the readout where there is one; added to `sums`."""
     site_sums, readout_sums = sums or (Accumulator(), Accumulator())
+    for x, y, before_readout, readout in _rows(watch, batches, regressors, skip, noise):
+        site_sums.add(x, y)
+        if readout is not None:
+            readout_sums.add(before_readout, readout)
+    return tuple(sums.total() for sums in (site_sums, readout_sums) if sums.n)
+
+
+def observe_samples(
+    watch: Observer, batches: Iterable[Batch], regressors: Regressors, skip: int, noise: Noise | None,
+    targets: Sequence[tuple[int, int]],
+) -> tuple[Samples, ...]:  # fmt: skip
+    """The block's observations themselves: for every block of targets, then for the readout where there is one."""
+    seen = list(_rows(watch, batches, regressors, skip, noise))
+    x = join_rows([rows for rows, *_ in seen], "sources")
+    every = targets[-1][1]
+    found = [Samples(x, x[:, first:last], (first, last, every)) for first, last in targets]
+    if seen[0][3] is None:
+        return tuple(found)
+    before = join_rows([rows for *_, rows, _ in seen], "sources")
+    return *found, Samples(before, join_rows([rows for *_, rows in seen if rows is not None], "targets"))
+
+
+def _rows(
+    watch: Observer, batches: Iterable[Batch], regressors: Regressors, skip: int, noise: Noise | None
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
+    """Batch by batch: sources; targets, unless they are the sources; sources of the readout; the readout."""
     for batch in batches:
         values, readout = watch.values(batch, noise)
         now = torch.cat(values, 2)
         if regressors == "earlier":
-            before_readout = now[:, skip:].flatten(1)
-            site_sums.add(before_readout)
-        else:
-            rows = now[:, skip:].flatten(0, 1)
-            if regressors == "same":
-                site_sums.add(rows)
-            else:
-                pooled = _pooled(now, watch.bidirectional)[:, skip:].flatten(0, 1)
-                site_sums.add(torch.cat([rows, pooled], 1), rows)
-            before_readout = now[torch.arange(len(batch), device=now.device), batch.position.to(now.device)]
-        if readout is not None:
-            readout_sums.add(before_readout, readout)
-    return tuple(sums.total() for sums in (site_sums, readout_sums) if sums.n)
+            x = now[:, skip:].flatten(1)
+            yield x, None, x, readout
+            continue
+        x, y = now[:, skip:].flatten(0, 1), None
+        if regressors == "pooled":
+            y = x
+            x = torch.cat([y, _pooled(now, watch.bidirectional)[:, skip:].flatten(0, 1)], 1)
+        before_readout = now[torch.arange(len(batch), device=now.device), batch.position.to(now.device)]
+        yield x, y, before_readout, readout
 
 
 def _pooled(now: Tensor, bidirectional: bool) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._errors import NumericalError, SettingsError
 from .._progress import progress
-from ._statistics import Standardized
+from ._statistics import Products, Standardized
 
 # --- All targets on working sets ---
 
@@ -196,7 +196,7 @@ def check_penalty(penalty: float) -> float:
 class _Part:
     """Some targets of a problem."""
 
-    gram: Tensor
+    gram: Tensor | Products
     cross: Tensor
     squares: Tensor
     allowed: Tensor | None
@@ -243,8 +243,10 @@ def _solve(part: _Part, start: Tensor, tolerance: float, max_rounds: int) -> tup
     return weights, gaps
 
 
-def _times(gram: Tensor, weights: Tensor) -> Tensor:
+def _times(gram: Tensor | Products, weights: Tensor) -> Tensor:
     """gram @ weights, by the few rows that each target uses where that is less work."""
+    if not isinstance(gram, Tensor):
+        return gram @ weights
     target, source = weights.T.nonzero(as_tuple=True)
     if _SPARSER * len(source) > weights.numel():
         return gram @ weights
@@ -470,6 +472,7 @@ def solve_group_lasso(
         return torch.where(squares > 0, (primal - dual) / (0.5 * squares.clamp(min=1e-300)), 0.0)
 
     weights = torch.zeros_like(problem.cross) if start is None else start * mask
+    assert isinstance(problem.gram, Tensor)  # groups are not streamed
     step = 1 / largest_eigenvalue(problem.gram)
     weights, gaps = fista(weights, step, gradient, shrink, gap, target_groups, tolerance, max_steps)
     if float(gaps.max()) > tolerance:

@@ -9,6 +9,7 @@ Source: Chan, Golub, LeVeque 1983; METHODS 3.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -43,13 +44,13 @@ class Statistics:
             NumericalError: a value is NaN or infinite.
             SettingsError: no observations.
         """
-        x = _finite(x, "sources")
+        x = finite_rows(x, "sources")
         mean = x.mean(0)
         centered = x - mean
         products = _products(centered)
         if y is None:
             return cls.from_tensors(len(x), {"mean": mean, "products": products})
-        y = _finite(y, "targets")
+        y = finite_rows(y, "targets")
         target_mean = y.mean(0)
         difference = y - target_mean
         return cls(len(x), mean, products, target_mean, centered.T @ difference, difference.square().sum(0))
@@ -147,6 +148,23 @@ def combine(parts: Sequence[Statistics], times: Sequence[int]) -> Statistics:
     return Statistics(n, mean, products, target_mean, target_products, squares)
 
 
+@runtime_checkable
+class Products(Protocol):
+    """A Gram that computes its entries when they are asked for (`_samples`)."""
+
+    def __len__(self) -> int:
+        """How many sources."""
+        ...
+
+    def __matmul__(self, weights: Tensor) -> Tensor:
+        """The matrix times weights."""
+        ...
+
+    def __getitem__(self, key: tuple[Tensor, Tensor]) -> Tensor:
+        """Some of its entries."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Standardized:
     """The lasso's problem in columns of mean 0 and variance 1: correlations instead of products.
@@ -156,7 +174,7 @@ class Standardized:
     """
 
     n: int
-    gram: Float64[Tensor, "source source"]
+    gram: Float64[Tensor, "source source"] | Products
     cross: Float64[Tensor, "source target"]
     squares: Float64[Tensor, " target"]
     scale: Float64[Tensor, " source"]
@@ -174,11 +192,11 @@ def standardize(statistics: Statistics, floor: float = 1e-4) -> Standardized:
     if statistics.n < 2:
         raise SettingsError(f"expected at least 2 observations to standardize; got {statistics.n}. Give more tokens.")
     n = statistics.n
-    scale, constant = _scale(statistics.products.diagonal() / n, statistics.mean, floor)
+    scale, constant = scale_columns(statistics.products.diagonal() / n, statistics.mean, floor)
     if statistics.square:
         target_scale, target_constant = scale, constant
     else:
-        target_scale, target_constant = _scale(statistics.target_squares / n, statistics.target_mean, floor)
+        target_scale, target_constant = scale_columns(statistics.target_squares / n, statistics.target_mean, floor)
     left = (~constant).double() / scale
     right = (~target_constant).double() / target_scale
     gram = (statistics.products / n) * left[:, None] * left
@@ -187,7 +205,8 @@ def standardize(statistics: Statistics, floor: float = 1e-4) -> Standardized:
     return Standardized(n, gram, cross, squares, scale, target_scale, constant, target_constant)
 
 
-def _scale(variance: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def scale_columns(variance: Tensor, mean: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """What to divide each column by, and which columns are constant (divided by 1)."""
     deviation = variance.clamp(min=0).sqrt()
     constant = deviation <= _NOISE * mean.abs()
     largest = deviation[~constant].max() if bool((~constant).any()) else deviation.new_ones(())
@@ -205,7 +224,13 @@ def _products(x: Tensor) -> Tensor:
     return lower.add_(lower.tril(-1).T)
 
 
-def _finite(values: Tensor, what: str) -> Tensor:
+def finite_rows(values: Tensor, what: str) -> Tensor:
+    """One batch of observations in float64.
+
+    Raises:
+        NumericalError: a value is NaN or infinite.
+        SettingsError: no observations.
+    """
     if len(values) == 0:
         raise SettingsError("expected at least one observation; got an empty batch.")
     values = values.detach().double()

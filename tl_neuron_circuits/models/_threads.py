@@ -1,8 +1,8 @@
 """One thread at a time on a model: hooks, flags and `requires_grad` sit on it, where every thread meets them.
 
-A call of ours holds its model until it ends, `relp` until it is left; the same thread may hold it again. Another thread
-is refused at once: waiting for a user's `with relp(...)`, or for a thread that waits for us, could last forever. Hooks
-of ours refuse to run in another thread, so that a plain `model(...)` there is not steered, and does not overwrite what
+A call holds its model until it ends, `relp` until it is left; the same thread may hold it again. Another thread is
+refused at once: waiting for a user's `with relp(...)`, or for a thread that waits for us, could last forever. Our
+hooks refuse to run in another thread, so that a plain `model(...)` there is not steered, and does not overwrite what
 is read here. Backward passes are different: autograd runs them, and what they compute again (gradient checkpointing),
 on threads of its own.
 
@@ -160,7 +160,7 @@ def _in_backward() -> bool:
 
 @contextmanager
 def hooked(model: TransformerLensModel, hooks: Iterable[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
-    """`model.hooks(fwd_hooks=hooks)` for hooks of ours: for this thread alone, which holds the model meanwhile.
+    """`model.hooks(fwd_hooks=hooks)` for this package's hooks: for this thread alone, which holds the model meanwhile.
 
     Raises:
         PropagationError: another thread holds the model.

@@ -10,8 +10,6 @@ from ._integrated_gradients import IntegratedGradients as IntegratedGradients
 from ._integrated_gradients import IntegratedGradientsInputs as IntegratedGradientsInputs
 from ._learned_mask import LearnedMask as LearnedMask
 from ._mask_gradient import MaskGradient as MaskGradient
-from ._memory import MemoryEstimate as MemoryEstimate
-from ._methods import parse_method as parse_method
 from ._patching import Patching as Patching
 from ._relp import Gradient as Gradient
 from ._relp import RelP as RelP

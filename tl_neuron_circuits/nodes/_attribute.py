@@ -180,7 +180,7 @@ def _learn(
 ) -> NodeScores:
     """Scores that come out of many steps instead of one pass over the pairs."""
     processes = current_processes()
-    fewest = replace(method, steps=1)  # a run with more steps goes on from one with fewer
+    fewest = replace(method, steps=1)  # a run with more steps resumes one with fewer
     same = settings | {"method": fewest.label, "method_options": fewest.to_json()}
     identity = {} if resume is None else _identity(scope, same, batch_size) | {"processes": processes.count}
     size = fitting_batch(scope, method, tokens, batch_size, processes)

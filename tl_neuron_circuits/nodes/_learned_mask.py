@@ -56,7 +56,7 @@ class LearnedMask(NestedMasks):
     """Scores learned so that the k best nodes do the task, for every k at once.
 
     A run with fewer steps is the beginning of a run with more: with `attribute(..., resume=directory)` the steps 50,
-    150 and 500 are three calls that go on from each other.
+    150 and 500 are three calls, each of which continues the last.
 
     Args:
         steps: of Adam.

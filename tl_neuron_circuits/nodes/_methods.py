@@ -46,10 +46,5 @@ def parse_method(text: str) -> Method:
 
     Raises:
         SettingsError: the name or an option is unknown, or the text has another form.
-
-    Example:
-        >>> import tl_neuron_circuits as tnc
-        >>> tnc.parse_method("integrated_gradients(steps=20)")
-        IntegratedGradients(steps=20, rules=())
     """
     return parse_options(text, METHODS, what="a method", unwritten=("nodes", "development"))

@@ -1,4 +1,4 @@
-"""What a learned mask has learned so far, and its file: a run that was stopped, or had fewer steps, goes on from it."""
+"""What a learned mask has learned so far, and its file: a stopped run, or one with more steps, continues from it."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from .._errors import FileFormatError, SettingsError
 from .._files import present, read_directory, require_shapes, write_directory
 
 KIND, SCHEMA = "learning", 3
-_WRITING = 20  # writing may take one part in so many of the time
+_WRITING = 20  # writing may take one part in this many of the time
 
 
 _TENSORS = ("scores", "first", "second", "best")

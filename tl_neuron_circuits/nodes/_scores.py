@@ -132,7 +132,7 @@ class NodeScores:
         """Write a directory with `scores.safetensors`, settings in its header; an existing one is replaced at once.
 
         Raises:
-            FileFormatError: the path is something else than a directory of ours.
+            FileFormatError: the path exists and is not saved scores.
             SaveError: it could not be written; what was saved there before is as it was.
         """
         tensors = {f"{kind}/{hook}": t.contiguous().cpu() for hook, kind, t in self.blocks()}

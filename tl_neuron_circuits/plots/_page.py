@@ -248,7 +248,7 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
             _percent(explained),
             "Share of the target that edges of this circuit trace back to tokens and biases; what was left out holds "
             f"the other {_percent(1 - explained)}. "
-            "Shares of single nodes and groups are no parts of it: they sum support and opposition along all paths.",
+            "Shares of single nodes and groups are not parts of it: they sum support and opposition along all paths.",
             "loud" if explained < 0.5 else "",
         ),
         ("model", str(circuit.settings.get("model", "")), "the model that was traced", "more"),

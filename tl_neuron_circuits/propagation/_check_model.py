@@ -119,8 +119,8 @@ def check_model(model: TransformerLensModel, tokens: Int[Tensor, "batch pos"] | 
         tokens: a short input to measure on; by default eight tokens spread over the vocabulary.
 
     Returns:
-        A report; problems come with their remedy. Nothing is raised, whatever the model's forward pass does, but for a
-        lack of memory.
+        A report; problems come with their remedy. Nothing is raised, whatever the model's forward pass does, unless
+        memory runs out.
 
     Example:
         >>> import tl_neuron_circuits as tnc

@@ -79,7 +79,7 @@ class Checks:
             if off > tolerance:
                 raise PropagationError(
                     f"the rule at {name} does not rebuild what the model computes (off by {off:.1e} of the largest "
-                    f"value, allowed {tolerance:.0e}): the module computes something else than its hook points say (a "
+                    f"value, allowed {tolerance:.0e}): the module does not compute what its hook points say (a "
                     "norm or a quantization in between), or than when relp was entered. Enter relp after "
                     "changing the model."
                 )

@@ -16,7 +16,7 @@ def gradients_by_name(
     retain_graph: bool = False,
     create_graph: bool = False,
 ) -> dict[str, Tensor]:
-    """d output / d value at each hook point; an output that is no scalar takes a gradient of its own shape as `seed`.
+    """d output / d value at each hook point; an output that is not a scalar takes a gradient of its shape as `seed`.
 
     Raises:
         UnsupportedModelError: the output was not computed from the value that a hook point showed.

@@ -1,7 +1,7 @@
 """Rules on a model: which hook point hands what to which rule. There is no formula here; those are in `rules.py`.
 
 Every piece that a rule stands for (a norm, an activation, a gated product, a softmax) has hook points at its inputs and
-one at its output. The forward pass is left alone but for the output's hook point, which is entered through `Relay`:
+one at its output. The forward pass is left alone except for the output's hook point, which is entered through `Relay`:
 
     hook_pre ──────────▶ activation ──▶ value ──┐ (its graph ends here: nothing goes back through it)
         └───────────────────────────────────▶ Relay ──▶ hook_post ──▶ ...

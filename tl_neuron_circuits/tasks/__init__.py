@@ -6,7 +6,6 @@ from ._capitals import capitals as capitals
 from ._chat import apply_chat_template as apply_chat_template
 from ._greater_than import greater_than as greater_than
 from ._ioi import ioi as ioi
-from ._metrics import Metric as Metric
 from ._metrics import ProbabilityDifference as ProbabilityDifference
 from ._metrics import answer_log_probability as answer_log_probability
 from ._metrics import answer_logit as answer_logit

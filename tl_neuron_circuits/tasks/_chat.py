@@ -140,7 +140,7 @@ def _render(tokenizer: Any, prompt: str, message: str, answer_start: str, system
     turns.append({"role": "user", "content": message.replace(_PLACE, prompt)})
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of its own, and raises what it likes
+    except Exception as error:  # a template is a program of its own, and may raise anything
         raise SettingsError(
             f"the chat template of {type(tokenizer).__name__} refused the messages {turns!r}: {error}. Some templates "
             "take no system message."

@@ -9,10 +9,11 @@ Files: JSON lines in the fields of Marks et al. 2025 (arXiv 2403.19647; METHODS.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, overload
 
+import msgspec
 import pandas as pd
 
 from .. import _html
@@ -36,6 +37,7 @@ _JSON_FIELDS = {
 }
 
 
+_MARK = "made_for"
 _COLUMNS = ("clean", "answer", "corrupt", "wrong_answer", "labels")
 
 
@@ -65,7 +67,7 @@ class PromptPairs:
 
     Pairs that a task drew for a model also know it: `made_for` has the tokenizer's fingerprint and the BOS setting,
     which `tasks.tokenize` uses and holds other models to. `selection` says how many candidates were left out and why,
-    until pairs are picked out of them. Neither belongs to the content: files, `hash` and `==` do without.
+    until pairs are picked out of them. Neither belongs to the content: `hash` and `==` do without; files keep the first.
 
     Raises:
         PairsError: lengths differ, an entry is empty or not a string, or an answer equals its wrong answer.
@@ -145,9 +147,12 @@ class PromptPairs:
     def from_jsonl(cls, path: str | Path) -> "PromptPairs":
         """Read JSON lines with `clean_prefix`, `clean_answer`, and optionally `patch_prefix`, `patch_answer`, `case`.
 
+        Lines that `to_jsonl` wrote also have `made_for`, the tokenizer and BOS setting of pairs that were drawn for a
+        model: `tasks.tokenize` then refuses another's.
+
         Raises:
             PairsError: the file is missing or empty, or a line is not such an object or has other fields; the message
-                has its number.
+                has its number. Or lines were made for different tokenizers.
 
         Example:
             >>> import tl_neuron_circuits as tnc
@@ -157,15 +162,22 @@ class PromptPairs:
         """
         path = Path(path)
         try:
-            rows = [_read_row(path, number, row) for number, row in parse_json_lines(read_text(path))]
+            read = [(_read_mark(path, number, row), _read_row(path, number, row))
+                    for number, row in parse_json_lines(read_text(path))]  # fmt: skip
         except (OSError, ValueError) as error:
             raise PairsError(
                 f"cannot read pairs from {path}: {short(error)}. Give a UTF-8 file of JSON lines, one object per line."
             ) from error
-        if not rows:
+        if not read:
             raise PairsError(f"{path} has no pairs: expected one JSON object per line with {', '.join(_JSON_FIELDS)}.")
+        marks = {mark for mark, _ in read}
+        if len(marks) > 1:
+            raise PairsError(
+                f"the lines of {path} were made for different tokenizers or BOS settings, or only some say for which. "
+                "Put each kind into a file of its own, or remove `made_for` from all lines."
+            )
         try:
-            return cls.from_pairs(rows)
+            return cls.from_pairs([row for _, row in read]).remember(marks.pop())
         except PairsError as error:
             raise PairsError(f"{path}: {short(error)} (pairs count from 0, blank lines not counted)") from error
 
@@ -173,11 +185,14 @@ class PromptPairs:
     def to_jsonl(self, path: str | Path) -> None:
         """Write the pairs as JSON lines that `from_jsonl` reads back; an existing file is replaced at once.
 
+        The tokenizer and BOS setting that pairs were made for are on every line, so that lines can be cut and joined.
+
         Raises:
             SaveError: it could not be written; an older file is as it was.
         """
         rows = ({key: getattr(pair, name) for key, name in _JSON_FIELDS.items()} for pair in self)
-        lines = [json.dumps({key: value for key, value in row.items() if value is not None}) for row in rows]
+        mark = {} if self.made_for is None else {_MARK: asdict(self.made_for)}
+        lines = [json.dumps({key: value for key, value in row.items() if value is not None} | mark) for row in rows]
         write_text(path, "\n".join(lines) + "\n")
 
     @checked
@@ -381,6 +396,16 @@ def _column(name: str, values: Iterable[str]) -> tuple[str, ...]:
                 "Decode the bytes with errors='replace', or give tokens (TokenizedPairs.from_tokens)."
             ) from None
     return column
+
+
+def _read_mark(path: Path, number: int, row: Any) -> MadeFor | None:
+    """What a line says of its tokenizer, taken out of it."""
+    if not isinstance(row, dict) or _MARK not in row:
+        return None
+    try:
+        return msgspec.convert(row.pop(_MARK), MadeFor)
+    except msgspec.ValidationError as error:
+        raise PairsError(f"{path}, line {number}: `{_MARK}` is not as to_jsonl writes it: {short(error)}.") from None
 
 
 def _read_row(path: Path, number: int, row: Any) -> PromptPair:

@@ -36,7 +36,7 @@ ModelOrTokenizer = TransformerLensModel | Tokenizer
 
 
 class ChatPrompt(MarkedText):
-    """Text that a chat template rendered: that it begins with BOS is no surprise. Its spans are the turns."""
+    """Text that a chat template rendered: it may begin with BOS. Its spans are the turns."""
 
     def __add__(self, other: str) -> "ChatPrompt":
         """Go on with other text."""

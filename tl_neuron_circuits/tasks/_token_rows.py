@@ -1,6 +1,6 @@
 """`TokenRows`: prompts of any length in one tensor, so that thousands of them cost what their tokens cost.
 
-A tensor a prompt would weigh more than the tokens in it, and on a GPU each would be read by a call of its own.
+A tensor per prompt would weigh more than the tokens in it, and on a GPU each would be read by its own call.
 """
 
 from collections.abc import Iterator, Sequence

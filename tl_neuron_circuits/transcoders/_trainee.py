@@ -202,7 +202,7 @@ class Trainee:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Return to a `state`, but for the scaling, which is given when the trainee is made."""
+        """Return to a `state`, except for the scaling, which is given when the trainee is made."""
         for name, value in self.weights.items():
             value.copy_(tensors[name])
             moments = {key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
