@@ -340,7 +340,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
         f"`tnc.stability(...).at_fdr(rate, null=...)` on {cases['planted']} chains of the planted circuits (RelP) and "
         f"{cases['tracr']} compiled programs (gradient), one question at a time, 64 pairs. There are two truths. "
         "*Outside the circuit*: not one of the chain's heads and MLPs, or not on a path to the program's output. *An "
-        "effect*: patching the node alone, exactly, moves the metric on these pairs; the last column asks for .1 % of what the "
+        "effect*: patching the node alone, exactly, moves the metric on these "
+        "pairs; the last column asks for .1 % of what the "
         "strongest node does."
     )
     frequency = (
