@@ -62,7 +62,9 @@ def test_a_contrast_is_paired_over_clusters() -> None:
     assert one.contrast(other, measure="log_area", draws=2)["difference"] == pytest.approx(-0.2)
     same = other.contrast(one, draws=200, among=["a", "b", "c"]).attrs["draws"]
     again = curve(sizes, low + shift[:2], groups=("c", "a"))
-    assert np.isnan(again.contrast(again, draws=200, among=["a", "b", "c"]).attrs["draws"]).sum() > 0 and len(same) == 200
+    assert (
+        np.isnan(again.contrast(again, draws=200, among=["a", "b", "c"]).attrs["draws"]).sum() > 0 and len(same) == 200
+    )
     with pytest.raises(SettingsError, match=r"\['b'\] are not"):
         other.contrast(one, among=["a"])
     with pytest.raises(SettingsError, match="one cluster per pair, 4 in all; got 1"):

@@ -6,12 +6,14 @@ ablation, without BOS, on evaluation pairs that the model gets right in both dir
 is claimed only if the whole 95 % interval, paired, over couples of nouns, lies below 0. Secondary, the same way: RelP
 minus AtP on neurons, by |score| and by score; neurons minus randomly rotated neurons. All else is description.
 
-Means come from the learning pairs. All pairs and interchange are repeated for neurons, BOS for MLP outputs too.
-Integrated gradients one site at a time cost 30 x 5 backward passes, so they see 16 learning pairs, beside RelP on the
-same 16.
+Means come from the learning pairs. The curves of the declared contrasts are measured on 200 and 60 pairs, all others, and
+those again, on 96 and 40; no number here is of both. All pairs and interchange are repeated for neurons, BOS for MLP
+outputs too. Integrated gradients one site at a time cost 30 x 5 backward passes, so they see 16 learning pairs, beside
+RelP on the same 16.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,9 @@ import tl_neuron_circuits as tnc
 from tests.evidence import cells, splits
 from tests.evidence.controls import mean_difference_basis, pca_basis, rotated_basis
 
-N_LEARNING, N_EVALUATION, N_IG, STEPS = 200, 60, 16, 5
+LARGE, SMALL = (200, 60), (96, 40)
+"""Learning and evaluation pairs: of the declared contrasts ("agreement-200"), and of everything ("agreement")."""
+N_IG, STEPS = 16, 5
 SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 THREE_RULES = tnc.RelP(rules=("ln", "identity", "half"))
 METHODS: dict[str, Any] = {
@@ -52,7 +56,8 @@ EXTRA = ("corrupt", "all", "bos")
 
 def pairs_of(model: Any, name: splits.Structure, kept: cells.Cells, *, bos: bool = False) -> dict[str, tnc.PromptPairs]:
     """Learning and evaluation pairs that the model gets right, and "all" evaluation pairs."""
-    sizes: Any = {"learning": N_LEARNING, "evaluation": N_EVALUATION, "development": 8}
+    n_learning, n_evaluation = LARGE if kept.folder.name.endswith("-200") else SMALL
+    sizes: Any = {"learning": n_learning, "evaluation": n_evaluation, "development": 8}
     drawn: dict[str, splits.AgreementSplit] = {}
 
     def draw() -> splits.AgreementSplit:
@@ -102,23 +107,27 @@ class Structure:
     def curve(self, basis: str, method: str, ranking: Any, complete: bool, kind: str = "") -> Any:
         """One curve; `kind` is one of `EXTRA` or empty."""
         evaluation = self.parts["all" if kind == "all" else "evaluation"]
-        pairs = evaluation if kind == "corrupt" else cells.with_donors(evaluation, self.learning)
 
         def make() -> tnc.SparsityCurve:
             scores = self.scores(basis, method)
             scalar = sum(values.numel() for values in scores.values.values())  # errors are kept or ablated here
             sizes = [size for size in SIZES if size <= scalar]
             return tnc.evaluate(
-                self.model, pairs, scores, sizes=sizes, ranking=ranking, completeness=complete,
+                self.model, evaluation, scores, sizes=sizes, ranking=ranking, completeness=complete,
                 ablation="corrupt" if kind == "corrupt" else "mean",
+                reference=None if kind == "corrupt" else self.learning,
                 error_nodes=ERROR_NODES.get(basis, "rank"),
             )  # fmt: skip
 
         return self.kept.curve("_".join(filter(None, (self.name, basis, method, ranking, kind))), make)
 
 
-def run(model: Any, kept: cells.Cells, names: Sequence[splits.Structure]) -> None:
+def run(model: Any, kept: cells.Cells, large: cells.Cells, names: Sequence[splits.Structure]) -> None:
     """Every cell; the most important ones of all structures first."""
+    for name in names:
+        structure = Structure(model, name, large)
+        for basis, method, ranking, complete in ORDER[:5]:
+            structure.curve(basis, method, ranking, complete)
     structures = [Structure(model, name, kept) for name in names]
     for start, stop in ((0, 5), (5, 10), (10, 15)):
         for structure in structures:
@@ -176,51 +185,70 @@ def contrast(kept: cells.Cells, one: str, other: str, n: int = 2000) -> dict[str
         first, second = (kept.curve(f"{structure}_{which}") for which in (one, other))
         if first is None or second is None or first.groups is None:
             continue
-        words = [group.split(" and ")[0] for group in first.groups]
-        names = sorted({*couple.values(), *(word for word in words if word not in couple)})
-        counts = cells.draws([couple.get(word, word) for word in words], names, n)
-        values = lambda weights, pair=(first, second): np.subtract(  # noqa: E731
-            *(cells.error(curve.sizes, cells.normalized(curve, weights)[0]) for curve in pair)
-        )
-        drawn.append(values(counts))
-        per[structure] = {"difference": float(values(None)), "interval": cells.interval(drawn[-1])}
+        words = [couple.get(word, word) for word in (group.split(" and ")[0] for group in first.groups)]
+        among = sorted({*couple.values(), *words})
+        found = first.contrast(second, largest=cells.LARGEST, clusters=words, among=among, draws=n)
+        drawn.append(found.attrs["draws"])
+        per[structure] = {"difference": found["difference"], "interval": [found["low"], found["high"]]}
     if not per:
         return None
     mean = float(np.mean([row["difference"] for row in per.values()]))
     return {"structures": per, "mean": mean, "interval": cells.interval(np.mean(drawn, axis=0))}
 
 
-def collect(kept: cells.Cells) -> dict[str, Any]:
-    """Everything that the page shows, from the cells."""
-    never = cells.Cells(kept.folder, run=False)
-    curves: dict[str, Any] = {}
+CONTRASTS = (
+    ("neurons_relp_abs", "mlp_outputs_relp_abs"),
+    ("neurons_relp_abs", "rotated_relp_abs"),
+    ("neurons_relp_abs", "neurons_atp_abs"),
+    ("neurons_relp_signed", "neurons_atp_signed"),
+    ("neurons_relp_signed", "neurons_relp_abs"),
+    ("neurons_relp_abs", "neurons_relp3_abs"),
+    ("neurons_relp_abs", "neurons_ig_inputs_abs"),
+    ("neurons_relp_abs", "pca_relp_abs"),
+    ("neurons_relp_abs", "heads_relp_abs"),
+    ("neurons_relp_few_abs", "neurons_ig_abs"),
+)
+
+
+def contrasts(kept: cells.Cells) -> dict[str, Any]:
+    """Those that the cells allow."""
+    found = {f"{one} minus {other}": contrast(kept, one, other) for one, other in CONTRASTS}
+    return {name: row for name, row in found.items() if row is not None}
+
+
+def n_pairs(kept: cells.Cells) -> dict[str, list[int]]:
+    """Learning and evaluation pairs, by structure."""
+    files = {name: [kept.folder / f"pairs-{name}-{part}.jsonl" for part in ("learning", "evaluation")]
+             for name in splits.STRUCTURES}  # fmt: skip
+    return {name: [len(file.read_text().splitlines()) for file in both] for name, both in files.items()
+            if all(file.exists() for file in both)}  # fmt: skip
+
+
+def curves(kept: cells.Cells) -> dict[str, Any]:
+    """Every curve that is there."""
     wanted = [(basis, method, ranking, "") for basis, method, ranking, _ in ORDER]
     wanted += [(basis, "relp", "abs", kind) for basis in ("neurons", "mlp_outputs") for kind in EXTRA]
-    for structure in splits.STRUCTURES:
-        for parts in wanted:
-            name = "_".join(filter(None, (structure, *parts)))
-            curve = never.curve(name)
-            if curve is not None:
-                curves[name] = cells.summary(curve)
-    settings = {"learning pairs": N_LEARNING, "evaluation pairs": N_EVALUATION, "ig pairs": N_IG, "ig steps": STEPS}
+    names = ["_".join(filter(None, (structure, *parts))) for structure in splits.STRUCTURES for parts in wanted]
+    made = {name: kept.curve(name) for name in names}
+    return {name: cells.summary(curve) for name, curve in made.items() if curve is not None}
+
+
+def collect(kept: cells.Cells) -> dict[str, Any]:
+    """Everything that the page shows, from the cells."""
+    small, large = (cells.Cells(folder, run=False) for folder in (kept.folder, large_folder(kept.folder)))
+    found = curves(small)
     return {
-        "settings": settings,
-        "curves": curves,
-        "live": {name: live_nodes(never, name) for name in splits.STRUCTURES if f"{name}_neurons_relp_abs" in curves},
-        "contrasts": {
-            f"{one} minus {other}": contrast(never, one, other)
-            for one, other in (
-                ("neurons_relp_abs", "mlp_outputs_relp_abs"),
-                ("neurons_relp_abs", "rotated_relp_abs"),
-                ("neurons_relp_abs", "neurons_atp_abs"),
-                ("neurons_relp_signed", "neurons_atp_signed"),
-                ("neurons_relp_signed", "neurons_relp_abs"),
-                ("neurons_relp_abs", "neurons_relp3_abs"),
-                ("neurons_relp_abs", "neurons_ig_inputs_abs"),
-                ("neurons_relp_few_abs", "neurons_ig_abs"),
-            )
-        },
+        "settings": {"pairs": n_pairs(small), "ig pairs": N_IG, "ig steps": STEPS},
+        "curves": found,
+        "live": {name: live_nodes(small, name) for name in splits.STRUCTURES if f"{name}_neurons_relp_abs" in found},
+        "contrasts": contrasts(small),
+        "large": {"pairs": n_pairs(large), "curves": curves(large), "contrasts": contrasts(large)},
     }  # fmt: skip
+
+
+def large_folder(folder: Path) -> Path:
+    """Where the cells of 200 and 60 pairs are."""
+    return folder.with_name(f"{folder.name}-200")
 
 
 def main() -> None:
@@ -228,7 +256,8 @@ def main() -> None:
     kept = cells.Cells(given.work / "agreement", run=not given.no_run)
     if kept.run:
         model = cells.load_model()
-        run(model, kept, [name for name in splits.STRUCTURES if not given.only or name in given.only])
+        large = cells.Cells(large_folder(kept.folder))
+        run(model, kept, large, [name for name in splits.STRUCTURES if not given.only or name in given.only])
     if given.update_docs:
         cells.write_results("agreement", collect(kept))
         from tests.evidence.tables import agreement_tables, in_short

@@ -18,9 +18,11 @@ import torch
 
 import tl_neuron_circuits as tnc
 from tests import smollm2
+from tl_neuron_circuits.evaluation._curve import log_area
 
 ROOT = Path(__file__).parents[2]
-PAGE, RESULTS = ROOT / "docs" / "real-model.md", ROOT / "docs" / "evidence"
+PAGES = (ROOT / "docs" / "real-model.md", ROOT / "docs" / "real-model-appendix.md")
+RESULTS = ROOT / "docs" / "evidence"
 LARGEST = 10_000
 """Areas over log size go from 1 node to here for every basis, so that they compare."""
 Array = np.ndarray
@@ -97,76 +99,20 @@ class Cells:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def with_donors(evaluation: tnc.PromptPairs, learning: tnc.PromptPairs) -> tnc.PromptPairs:
-    """The evaluation pairs with corrupt prompts of the learning pairs, evenly spread over them.
-
-    `evaluate(ablation="mean")` takes its means from corrupt prompts: these share no noun with the prompts judged.
-    """
-    corrupt = learning.corrupt or ()
-    places = np.linspace(0, len(corrupt) - 1, len(evaluation)).round().astype(int)
-    return tnc.PromptPairs(
-        clean=evaluation.clean, answer=evaluation.answer, wrong_answer=evaluation.wrong_answer,
-        corrupt=[corrupt[place] for place in places], labels=evaluation.labels,
-    ).remember(evaluation.made_for)  # fmt: skip
-
-
-def normalized(curve: tnc.SparsityCurve, weights: Array | None = None) -> tuple[Array, Array]:
-    """Faithfulness and completeness `[size]`; `[draw, size]` with each pair counted `weights` times, `[draw, pair]`."""
-    each = np.ones((1, len(curve.full))) if weights is None else weights
-    mean = lambda values: each @ values.double().numpy().reshape(-1, each.shape[1]).T / each.sum(1, keepdims=True)  # noqa: E731
-    low, high = mean(curve.empty), mean(curve.full)
-    both = tuple((mean(values) - low) / (high - low) for values in (curve.kept, curve.removed))
-    return (both[0][0], both[1][0]) if weights is None else (both[0], both[1])
-
-
-def log_mean(sizes: Sequence[int], values: Array, empty: float) -> float:
-    """Mean over log size from 1 to `LARGEST`; linear in log size between those measured, `empty` before the first."""
-    x, y = np.log(np.asarray(sizes, dtype=float)), np.asarray(values, dtype=float)
-    if x[0] > 0:
-        x, y = np.r_[0.0, x], np.r_[empty, y]
-    end = np.log(LARGEST)
-    grid = np.r_[x[x < end], end]
-    at = np.interp(grid, x, y)
-    return float((np.diff(grid) * (at[1:] + at[:-1]) / 2).sum() / end)
-
-
-def error(sizes: Sequence[int], faithfulness: Array) -> Array:
-    """Mean over log size of min(1, |1 - faithfulness|): 0 is a circuit that does what the model does from 1 node on.
-
-    `[..., size]` to `[...]`: a mean of interpolated values is linear in them, so it is one product.
-    """
-    one_each = np.eye(len(sizes))
-    weights = np.array([log_mean(sizes, unit, 0.0) for unit in one_each])
-    return np.minimum(1.0, np.abs(1 - faithfulness)) @ weights + log_mean(sizes, np.zeros(len(sizes)), 1.0)
-
-
-def stays_within(sizes: Sequence[int], faithfulness: Array, tolerance: float = 0.2) -> float:
-    """The size from which |1 - faithfulness| stays within `tolerance`, as far as measured; inf where it never does."""
-    outside = np.flatnonzero(~(np.abs(1 - faithfulness) <= tolerance))
-    if len(outside) == 0:
-        return float(sizes[0])
-    last = int(outside[-1])
-    if last == len(sizes) - 1:
-        return float("inf")
-    (x0, x1), (y0, y1) = np.log(np.asarray(sizes[last : last + 2], dtype=float)), faithfulness[last : last + 2]
-    bound = 1 - tolerance if y0 < 1 else 1 + tolerance
-    return float(np.exp(x0 + (bound - y0) / (y1 - y0) * (x1 - x0)))
-
-
 def summary(curve: tnc.SparsityCurve) -> dict[str, Any]:
     """What the page may show of one curve; raw metrics beside everything that is normalized."""
-    faithful, complete = normalized(curve)
-    above = np.maximum(faithful - 1, 0)
     right = curve.full > 0
+    empty = float((curve.empty[right] > 0).float().mean())
     return {
         "sizes": list(curve.sizes), "nodes": curve.total, "pairs": len(curve.full),
         "F(M)": curve.metric_full, "F(0)": curve.metric_empty,
-        "faithfulness": rounded(faithful), "completeness": rounded(complete),
+        "faithfulness": rounded(curve.faithfulness), "completeness": rounded(curve.completeness),
         "accuracy": rounded(curve.accuracy), "flips": rounded(curve.flips),
-        "error": float(error(curve.sizes, faithful)), "within .2 from": stays_within(curve.sizes, faithful),
-        "overshoot area": log_mean(curve.sizes, above, 0.0),
-        "accuracy area": log_mean(curve.sizes, curve.accuracy, float((curve.empty[right] > 0).float().mean())),
-        "accuracy empty": float((curve.empty[right] > 0).float().mean()),
+        "error": curve.error_area(LARGEST), "within .2 from": curve.size_within(),
+        "overshoot area": curve.overshoot_area(LARGEST),
+        "signed overshoot area": curve.overshoot_area(LARGEST, signed=True),
+        "accuracy area": log_area(curve.sizes, curve.accuracy, LARGEST, empty, float(curve.accuracy[-1])),
+        "accuracy empty": empty,
         "accuracy full": float(right.float().mean()),
     }  # fmt: skip
 
@@ -174,14 +120,6 @@ def summary(curve: tnc.SparsityCurve) -> dict[str, Any]:
 def rounded(values: Iterable[float]) -> list[float | None]:
     """Four digits after the point; None for what was not measured."""
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
-
-
-def draws(clusters: Sequence[str], names: Sequence[str], n: int = 2000, seed: int = 0) -> Array:
-    """How often each pair is drawn `[draw, pair]` when clusters are; `names` are all clusters, shared by all tasks."""
-    generator = np.random.default_rng(seed)
-    counts = np.stack([np.bincount(generator.integers(len(names), size=len(names)), minlength=len(names))
-                       for _ in range(n)])  # fmt: skip
-    return counts[:, [list(names).index(cluster) for cluster in clusters]].astype(float)
 
 
 def interval(values: Array) -> list[float]:
@@ -227,12 +165,16 @@ def show(value: Any) -> str:
 
 
 def update_page(tables: Mapping[str, str]) -> None:
-    """Put every table between its two markers on the page."""
-    text = PAGE.read_text(encoding="utf-8")
+    """Put every table between its two markers, on the page or its appendix."""
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     for name, content in tables.items():
         pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
-        if not pattern.search(text):
-            print(f"the page has no place for the table {name}")
-            continue
-        text = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", text)
-    PAGE.write_text(text, encoding="utf-8")
+        places = [page for page, text in texts.items() if pattern.search(text)]
+        if not places:
+            print(f"no page has a place for the table {name}")
+        for page in places:
+            texts[page] = pattern.sub(
+                lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", texts[page]
+            )
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """Neurons against dictionaries at equal layers, on SmolLM2: `python -m tests.evidence.dictionaries`
 
-Four layers, those whose neurons' scores sum to the most by RelP on the learning pairs (|sum|, mean over structures).
+Two layers, those whose neurons' scores sum to the most by RelP on the learning pairs (|sum|, mean over structures).
 SAEs and transcoders are trained by the package on these layers, from zero, on real English: `pydoc_data.topics`, the
 language reference that comes with Python, 64 tokens a row, each token once; a quarter, a half and all of it. The last
 rows are held out for fidelity. The layers' neurons and MLP outputs stand beside them, on the same pairs.
@@ -21,11 +21,11 @@ import tl_neuron_circuits as tnc
 from tests.evidence import cells, splits
 from tl_neuron_circuits import transcoders
 
-N_LEARNING, N_EVALUATION = 64, 40
+N_LEARNING, N_EVALUATION = 32, 24
 STRUCTURES: tuple[splits.Structure, ...] = ("nounpp", "rc")
 SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000)
-N_LAYERS, WIDTH, ACTIVE = 4, 4, 32
-N_TOKENS, ROW, N_HELD_OUT = 65_536, 64, 32
+N_LAYERS, WIDTH, ACTIVE = 2, 4, 32
+N_TOKENS, ROW, N_HELD_OUT = 16_384, 64, 16
 BATCH = 128
 SHARES = {"quarter": 4, "half": 2, "all": 1}
 KINDS = ("sae", "transcoder")
@@ -82,7 +82,7 @@ def curves_of(model: Any, kept: cells.Cells, drawn: dict[str, splits.AgreementSp
         )  # fmt: skip
         errors = ("rank",) if basis_name not in KINDS or share != "all" else ERRORS
         for structure, split in drawn.items():
-            pairs = cells.with_donors(split.right["evaluation"], split.right["learning"])
+            pairs, means = split.right["evaluation"], split.right["learning"]
             scores = None
             for error_nodes in errors:
                 name = "_".join((structure, basis_name, share, error_nodes))
@@ -91,9 +91,10 @@ def curves_of(model: Any, kept: cells.Cells, drawn: dict[str, splits.AgreementSp
                 if scores is None:
                     scores = tnc.attribute(model, split.right["learning"], basis=basis)
                 found = scores
-                kept.curve(name, lambda found=found, pairs=pairs, error_nodes=error_nodes, basis=basis: tnc.evaluate(
-                    model, pairs, found, sizes=SIZES, completeness=False, error_nodes=error_nodes, basis=basis,
-                ))  # fmt: skip
+                given: dict[str, Any] = {"reference": means, "sizes": SIZES, "completeness": False}
+                given |= {"error_nodes": error_nodes, "basis": basis}
+                kept.curve(name, lambda found=found, pairs=pairs, given=given: tnc.evaluate(
+                    model, pairs, found, **given))  # fmt: skip
                 best = found.top(100)
                 kept.values(f"errors-{name}", lambda best=best: {
                     "errors among the best 10": int((best["kind"][:10] == "error").sum()),

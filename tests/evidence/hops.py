@@ -57,7 +57,6 @@ def curves(
     model: Any, kept: cells.Cells, learning: tnc.PromptPairs, evaluation: tnc.PromptPairs, rules_by_name: dict[str, Any]
 ) -> None:
     """Neurons by every rule set, and MLP outputs by RelP and AtP."""
-    judged = cells.with_donors(evaluation, learning)
     wanted = [("neurons", name, "abs") for name in rules_by_name]
     if len(rules_by_name) == len(RULES):
         wanted += [("mlp_outputs", "relp", "abs"), ("neurons", "relp", "signed"), ("neurons", "atp", "signed")]
@@ -70,7 +69,8 @@ def curves(
             ),
         )
         kept.curve(f"{basis}_{rules}_{ranking}", lambda scores=scores, ranking=ranking: tnc.evaluate(
-            model, judged, scores, sizes=SIZES, ranking=ranking, batch_size=12, completeness=False,
+            model, evaluation, scores, reference=learning, sizes=SIZES, ranking=ranking, batch_size=12,
+            completeness=False,
         ))  # fmt: skip
 
 

@@ -37,7 +37,6 @@ def run(model: Any, kept: cells.Cells, tasks: list[str]) -> None:
             "share right": share, "learning": len(one), "evaluation": len(other),
             "labels shared": len(set(one.labels or ()) & set(other.labels or ())), "example": one.clean[0],
         })  # fmt: skip
-        judged = cells.with_donors(evaluation, learning)
         for basis, method in CURVES:
             scores = kept.scores(
                 f"scores-{task}-{basis}-{method}",
@@ -45,8 +44,9 @@ def run(model: Any, kept: cells.Cells, tasks: list[str]) -> None:
                     model, pairs, method=method, basis=BASES[basis], batch_size=12
                 ),
             )
-            kept.curve(f"{task}_{basis}_{method}", lambda scores=scores, pairs=judged, method=method: tnc.evaluate(
-                model, pairs, scores, sizes=SIZES, completeness=method == "relp", batch_size=12))  # fmt: skip
+            given: dict[str, Any] = {"reference": learning, "sizes": SIZES, "completeness": method == "relp"}
+            kept.curve(f"{task}_{basis}_{method}", lambda scores=scores, pairs=evaluation, given=given: tnc.evaluate(
+                model, pairs, scores, batch_size=12, **given))  # fmt: skip
 
 
 def collect(kept: cells.Cells) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What will not fit says so before it starts; where it helps, blocks are joined or targets streamed from observations."""
+"""What will not fit says so before it starts; where it helps, blocks are joined, or targets are streamed."""
 
 import logging
 from typing import Any
@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import tl_neuron_circuits as tnc
+from tests.families import typical_models
 from tests.loops import for_each
 from tl_neuron_circuits._meter import Meter
 from tl_neuron_circuits.lasso import _circuit_lasso
 from tl_neuron_circuits.lasso._memory import Size
 
 PROMPTS = tnc.tasks.subject_verb_agreement("simple", n=16)
-NODES, TWO = tnc.bases.Neurons(layers=[3]), tnc.bases.Neurons(layers=[1, 3])
+NODES = tnc.bases.Neurons(layers=[3])
 
 
 def give(monkeypatch: pytest.MonkeyPatch, available: int | None) -> None:
@@ -56,22 +57,27 @@ def test_what_cannot_fit_names_sizes_and_remedies_before_anything_is_allocated(
 @for_each(
     "options",
     [
-        {"penalty": tnc.lasso.MostEdges(30), "bootstrap": 2, "nodes": NODES},
-        {"penalty": tnc.lasso.HeldOut(2), "nodes": TWO, "regressors": "same"},
-        {"penalty": tnc.lasso.Share(0.95), "nodes": TWO, "regressors": "earlier"},
+        {"penalty": tnc.lasso.MostEdges(30), "bootstrap": 2},
+        {"penalty": tnc.lasso.HeldOut(2), "regressors": "same", "readout": "logits"},
+        {"penalty": tnc.lasso.Share(0.5), "regressors": "earlier", "noise": 0.3},  # else columns are collinear
+        {"penalty": tnc.lasso.Share(0.5), "joint": "adjacent"},
+        {"penalty": tnc.lasso.Share(0.5), "nodes": tnc.bases.Neurons()},
     ],
 )
 def test_streamed_targets_give_the_circuit_of_whole_products(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = tnc.load_demo_model()
-    shares = (1.0, 0.95, 0.9)
-    method = tnc.lasso.CircuitLasso(blocks=4, shares=shares, tolerance=1e-8, skip_positions=1, **options)
+    model = typical_models("gpt2")[0].values[0].build()
+    tokens = torch.randint(0, 50, (24, 6), generator=torch.Generator().manual_seed(0))
+    answers = torch.arange(24) % 3
+    inputs = tnc.TokenizedPairs.from_tokens(tokens, answers, None, answers + 3)
+    method = tnc.lasso.CircuitLasso(blocks=4, shares=(1.0, 0.8, 0.6, 0.5), tolerance=1e-10, **options)
     give(monkeypatch, None)
-    whole = method.fit(model, PROMPTS)
-    give(monkeypatch, 40_000_000)
+    whole = method.fit(model, inputs)
+    give(monkeypatch, 10**9)
+    monkeypatch.setattr(Size, "bytes", property(lambda size: 10**12))
     with caplog.at_level(logging.WARNING):
-        streamed = method.fit(model, PROMPTS)
+        streamed = method.fit(model, inputs)
     assert "CircuitLasso streams" in caplog.text and streamed.settings["streamed"]
     first, second = (found.edges.sort_values(["source", "target"], ignore_index=True) for found in (whole, streamed))
     assert list(first["source"]) == list(second["source"]) and list(first["target"]) == list(second["target"])
@@ -90,7 +96,6 @@ def test_streaming_holds_the_observations_and_one_block(monkeypatch: pytest.Monk
     with Meter() as meter:
         assert len(method.fit(model, PROMPTS).edges) > 0
     assert meter.peak < 1.2 * size.streamed_bytes < 0.2 * size.bytes
-
 
 
 def test_the_size_is_what_is_held_at_once() -> None:

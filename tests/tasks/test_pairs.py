@@ -162,7 +162,10 @@ def test_files_round_trip(pairs: PromptPairs, tmp_path: Path) -> None:
         ('{"prompt": "a"}', "line 1 lacks clean_prefix and clean_answer; it has prompt"),
         ('{"clean_prefix": "a", "clean_answer": 3}', "line 1: clean_answer must be a non-empty string, got 3"),
         ('{"clean_prefix": "a", "clean_answer": null}', "line 1: clean_answer must be a non-empty string, got None"),
-        ('{"clean_prefix": "a", "clean_answer": " x", "made_for": 3}', "line 1: `made_for` is not as to_jsonl writes it"),
+        (
+            '{"clean_prefix": "a", "clean_answer": " x", "made_for": 3}',
+            "line 1: `made_for` is not as to_jsonl writes it",
+        ),
         ('{"clean_prefix": "", "clean_answer": " x"}', "line 1: clean_prefix must be a non-empty string, got ''"),
         (
             '{"clean_prefix": "a", "clean_answer": " x", "case": "c"}\n\n{"clean_prefix": "b", "clean_answer": " x"}',

@@ -164,7 +164,7 @@ class Curve:
 
     @checked
     def error_area(self, largest: int | None = None) -> float:
-        """Mean over log size of min(1, |1 - faithfulness|): 0 is a circuit that does what the model does from 1 node on.
+        """Mean over log size of min(1, |1 - faithfulness|): 0 does what the model does from 1 node on.
 
         Both what is missing and overshoot are errors. Sizes and ends as in `log_area`.
         """
@@ -385,7 +385,10 @@ class Curve:
 
         Unless errors are ablated: then all give what the largest size gives.
         """
-        sizes, values = [float(size) for size in self.sizes], list(self.faithfulness if faithfulness is None else faithfulness)
+        sizes, values = (
+            [float(size) for size in self.sizes],
+            list(self.faithfulness if faithfulness is None else faithfulness),
+        )
         if sizes[0] > 0:
             sizes, values = [0.0, *sizes], [0.0, *values]
         if sizes[-1] < self.total:

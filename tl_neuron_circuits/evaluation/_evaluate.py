@@ -173,9 +173,7 @@ def _matching_sites(sites: tuple[Site, ...], scores: NodeScores) -> tuple[Site, 
     return tuple(found[hook] for hook in scores.values)
 
 
-def _check(
-    tokens: TokenizedPairs, scores: NodeScores, ablation: Ablation, reference: TokenizedPairs | None
-) -> None:
+def _check(tokens: TokenizedPairs, scores: NodeScores, ablation: Ablation, reference: TokenizedPairs | None) -> None:
     if reference is not None:
         require_reference(tokens, reference, ablation)
     elif ablation != "zero" and tokens.corrupt is None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float64, Int
@@ -111,8 +112,7 @@ def tables(fits: Sequence[Fitted], nodes: Nodes) -> tuple[pd.DataFrame, pd.DataF
     the strongest path to the readout (without one, the strongest edge).
     Edges: source, target, weight, norm, n_weights (how many are not zero), reach (nan without a readout).
     """
-    parts = [_edges(fit, *columns, nodes.names) for fit, columns in zip(fits, nodes.columns, strict=True)]
-    edges = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    edges = _edges(fits, nodes)
     has_readout = _READOUT in nodes.names
     size = edges["weight"].abs()
     stage = nodes.rows.set_index("node")["stage"]
@@ -139,8 +139,39 @@ def tables(fits: Sequence[Fitted], nodes: Nodes) -> tuple[pd.DataFrame, pd.DataF
     return rows, edges.loc[strongest].reset_index(drop=True)
 
 
-def _edges(fit: Fitted, source: Tensor, target: Tensor, names: Sequence[str]) -> pd.DataFrame:
-    """One regression's edges, block by block of its weights; `source` and `target` are the columns' nodes."""
+def _edges(fits: Sequence[Fitted], nodes: Nodes) -> pd.DataFrame:
+    """All regressions' edges; where targets are streamed, those of one node may be in several of them."""
+    parts = [_sums(fit, *columns) for fit, columns in zip(fits, nodes.columns, strict=True)]
+    found = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    ends = ["source", "target"]
+    if found.duplicated(ends).any():
+        found = found.groupby(ends, as_index=False).sum()
+    n = len(nodes.names)
+    varying, width = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.long)
+    low, high = torch.full((n,), 2**40), torch.full((n,), -1)
+    for fit, (source, target) in zip(fits, nodes.columns, strict=True):
+        varying.index_add_(0, target, (~fit.problem.target_constant.cpu()).double())
+        width.index_add_(0, target, torch.ones_like(target))
+        low.scatter_reduce_(0, source, fit.regression.sources.unit, "amin")
+        high.scatter_reduce_(0, source, fit.regression.sources.unit, "amax")
+    source, target = (torch.tensor(found[end].to_numpy(dtype=int)) for end in ends)
+    strength = (torch.tensor(found["moved"].to_numpy()) / varying.clamp(min=1)[target]).clamp(min=0).sqrt()
+    # an edge has a sign where it is from one unit (its slots may be several) to one column
+    single = (low == high)[source] & (width == 1)[target]
+    strength = torch.where(single, torch.tensor(found["total"].to_numpy()).sign() * strength, strength)
+    return pd.DataFrame(
+        {
+            "source": [nodes.names[k] for k in source.tolist()],
+            "target": [nodes.names[k] for k in target.tolist()],
+            "weight": strength.numpy(),
+            "norm": np.sqrt(found["squares"].to_numpy()),
+            "n_weights": found["n_weights"].to_numpy(dtype=int),
+        }
+    )
+
+
+def _sums(fit: Fitted, source: Tensor, target: Tensor) -> pd.DataFrame:
+    """One regression's sums by block of its weights; `source` and `target` are the columns' nodes."""
     weights, gram = fit.weights.to_dense().cpu(), fit.problem.gram
     places, target = target.unique(return_inverse=True)
     n_sources, n_targets = int(source.max()) + 1, len(places)
@@ -154,23 +185,14 @@ def _edges(fit: Fitted, source: Tensor, target: Tensor, names: Sequence[str]) ->
     for node in source[used].unique().tolist():
         columns = (used & (source == node)).nonzero().flatten()
         moved[columns] = weights[columns] * (gram[columns[:, None], columns].cpu() @ weights[columns])
-    varying = (~fit.problem.target_constant.cpu()).double()
-    units = varying.new_zeros(n_targets).index_add_(0, target, varying).clamp(min=1)
-    strength = (sum_blocks(moved) / units).clamp(min=0).sqrt()
-    # an edge has a sign where it is from one unit (its slots may be several) to one column
-    unit = fit.regression.sources.unit
-    low = torch.full((n_sources,), 2**40).scatter_reduce_(0, source, unit, "amin")
-    high = torch.full((n_sources,), -1).scatter_reduce_(0, source, unit, "amax")
-    single = (low == high)[:, None] & (torch.bincount(target, minlength=n_targets) == 1)
-    strength = torch.where(single, sum_blocks(weights).sign() * strength, strength)
     count = sum_blocks((weights != 0).double())
     rows, columns = (count > 0).nonzero(as_tuple=True)
+    sums = {"moved": moved, "squares": weights.square(), "total": weights}
     return pd.DataFrame(
         {
-            "source": [names[k] for k in rows.tolist()],
-            "target": [names[k] for k in places[columns].tolist()],
-            "weight": strength[rows, columns].numpy(),
-            "norm": sum_blocks(weights.square()).sqrt()[rows, columns].numpy(),
-            "n_weights": count[rows, columns].long().numpy(),
+            "source": rows.numpy(),
+            "target": places[columns].numpy(),
+            **{name: sum_blocks(values)[rows, columns].numpy() for name, values in sums.items()},
+            "n_weights": count[rows, columns].numpy(),
         }
     )

@@ -279,7 +279,9 @@ def measure_size(
     values, readout = watch.values(first)
     every = first.clean.shape[1] - skip
     slots, target_slots = {"same": (1, 1), "pooled": (2, 1), "earlier": (every, every)}[regressors]
-    widths = [min(_BLOCK, v.shape[2]) if site.split else v.shape[2] for site, v in zip(watch.sites, values, strict=True)]
+    widths = [
+        min(_BLOCK, v.shape[2]) if site.split else v.shape[2] for site, v in zip(watch.sites, values, strict=True)
+    ]
     rows = len(tokens) if regressors == "earlier" else sum(length - skip for length in tokens.lengths)
     return Size(
         sum(value.shape[2] for value in values), slots, target_slots, 0 if readout is None else readout.shape[1], kept,

@@ -91,9 +91,7 @@ class SampledStatistics:
         return total / self.n
 
 
-def combine_samples(
-    parts: Sequence[Samples], times: Sequence[int], sources: dict[int, Moments]
-) -> SampledStatistics:
+def combine_samples(parts: Sequence[Samples], times: Sequence[int], sources: dict[int, Moments]) -> SampledStatistics:
     """Of the blocks together, block k `times[k]` times; moments of sources are looked up in, and added to, `sources`.
 
     Raises:

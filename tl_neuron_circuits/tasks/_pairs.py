@@ -67,7 +67,8 @@ class PromptPairs:
 
     Pairs that a task drew for a model also know it: `made_for` has the tokenizer's fingerprint and the BOS setting,
     which `tasks.tokenize` uses and holds other models to. `selection` says how many candidates were left out and why,
-    until pairs are picked out of them. Neither belongs to the content: `hash` and `==` do without; files keep the first.
+    until pairs are picked out of them. Neither belongs to the content: `hash` and `==` ignore both. Files keep
+    `made_for`.
 
     Raises:
         PairsError: lengths differ, an entry is empty or not a string, or an answer equals its wrong answer.
