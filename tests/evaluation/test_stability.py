@@ -1,6 +1,6 @@
 """Stability: draws of words against one pair after the other, and false discoveries where the truth is known."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -153,11 +153,12 @@ def test_null_scores_are_those_of_swapped_answers_and_refused_where_scores_do_no
     expected = flipped_counts(sums[0][:, live], counts, observed, 7, 1, sums[1][:, live])
     assert (found.null_counts - expected).abs().max() <= 1  # of nodes whose statistics are equal but for rounding
     assert not torch.equal(expected, flipped_counts(sums[0][:, live], counts, observed, 7, 1))
-    for more, message in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"metric": lambda logits, batch: logits[:, -1].logsumexp(-1)}, "does not change with them"),
         ({"method": "mask_gradient(steps=2, loss=kl)"}, "mask_gradient.* do not read the answers"),
         ({"method": "activation_difference"}, "do not read the answers"),
-    ):
+    )
+    for more, message in refused:
         found = stability(model, pairs, sizes=[5], draws=5, null_draws=9, null_pairs=labeled(*[4] * 8, seed=1), **more)
         with pytest.raises(SettingsError, match=message):
             found.at_fdr(0.1)
@@ -192,7 +193,8 @@ def test_a_circuit_keeps_the_nodes_that_pass_the_test() -> None:
     model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=16, verbs=["is"])
     circuit = tnc.trace(model, pairs, nodes=300)
     found = stability(model, pairs, sizes=[5], draws=2, null_pairs="same_answer")
-    for null in ("signs", "pairs"):
+    nulls: tuple[Literal["signs", "pairs"], ...] = ("signs", "pairs")
+    for null in nulls:
         named = found.at_fdr(0.005, null=null)
         kept = circuit.at_fdr(0.005, null=null)
         assert kept.members == circuit.members & set(named.top(len(named))["label"])
