@@ -59,8 +59,7 @@ MAIN = {  # column of the main table: row of the measurements
     "empty graph": "",
     "lasso, literal": "CircuitLasso (same), literal pattern",
     "lasso, weights": "CircuitLasso (same, .05)",
-    "lasso pooled, reach": "CircuitLasso (pooled, 1,024 prompts, .05), reach",
-    "lasso pooled + noise, reach": "CircuitLasso (pooled, 1,024 prompts, noise .3, .02), reach",
+    "lasso, noise": "CircuitLasso (pooled, 1,024 prompts, noise .3, .02), reach",
     "lasso, chosen": CHOSEN,
     "EAP": "EAP",
     "EAP-IG": "EAP-IG",
@@ -279,57 +278,65 @@ def written(results: dict[str, Any]) -> dict[str, str]:
     """The tables of docs/results-lasso.md, by the name of their markers."""
     rows = {(r["kind"], r["nodes"], r["truth"], r["method"]): r for r in results["rows"]}
 
-    def number(row: dict[str, Any], column: str, digits: int) -> str:
-        return "" if column not in row else f"{row[column]:.{digits}f} ± {row[f'{column}_std']:.{digits}f}"
+    def best(row: dict[str, Any]) -> str:
+        return f"{row['shd']:.2f} ({row['shd_best']:.2f})"
 
-    main = ["| cases | nodes | true edges | | " + " | ".join(MAIN) + " |", "| --- " * (4 + len(MAIN)) + "|"]
+    def spread(row: dict[str, Any], column: str, digits: int) -> str:
+        return "" if column not in row else f"{row[column]:.{digits}f}±{row[f'{column}_std']:.{digits}f}"
+
+    main = ["| nodes, true edges | | " + " | ".join(MAIN) + " |", "| --- " * (2 + len(MAIN)) + "|"]
     for kind in ("compiled", "planted"):
         for nodes, said in (("heads", "heads"), ("layers", "modules")):
             for truth, meant in (("program", "all"), ("effect", "with effect")):
                 if kind == "planted" and truth == "effect":
                     continue  # the same edges
-                for column, label, digits in (("shd", "SHD", 2), ("shd_best", "best", 2), ("auroc", "AUROC", 3)):
-                    cells = []
-                    for method in MAIN.values():
-                        row = rows[kind, nodes, truth, method or "EAP"]
-                        empty = {"shd": f"{row['shd_empty']:.2f}"}.get(column, "")
-                        cells.append(number(row, column, digits) if method else empty)
-                    main.append(f"| {kind} | {said} | {meant} | {label} | " + " | ".join(cells) + " |")
-    labels = ("SHD", "best", "AUROC", "average precision")
-    every = ["| | " + " | ".join(f"{k}: {label}" for k in ("compiled", "planted") for label in labels) + " |"]
-    every.append("| --- " * 9 + "|")
+                found = [rows[kind, nodes, truth, method or "EAP"] for method in MAIN.values()]
+                cells = [best(row) if method else f"{row['shd_empty']:.2f}"
+                         for row, method in zip(found, MAIN.values(), strict=True)]  # fmt: skip
+                main.append(f"| {kind} {said}, {meant} | SHD (best) | " + " | ".join(cells) + " |")
+                cells = [f"{row['auroc']:.3f}" if method and "auroc" in row else ""
+                         for row, method in zip(found, MAIN.values(), strict=True)]  # fmt: skip
+                main.append("| | AUROC | " + " | ".join(cells) + " |")
+    every = ["| | " + " | ".join(f"{k}: {label}" for k in ("compiled", "planted") for label in ("SHD", "AUROC")) + " |"]
+    every.append("| --- " * 5 + "|")
     names = [r["method"] for r in results["rows"] if r["kind"] == "planted" and r["nodes"] == "heads"]
-    measures = (("shd", 2), ("shd_best", 2), ("auroc", 3), ("average_precision", 2))
     for name in dict.fromkeys(names):
         if " at " not in name:
             cells = [
-                number(rows[kind, "heads", "program", name], column, digits)
-                for kind in ("compiled", "planted") for column, digits in measures
+                spread(rows[kind, "heads", "program", name], column, digits)
+                for kind in ("compiled", "planted") for column, digits in (("shd", 2), ("auroc", 3))
             ]  # fmt: skip
-            every.append(f"| {name} | " + " | ".join(cells) + " |")
-    sweep = ["| penalty | " + " | ".join(f"{k}: {n}" for k in ("compiled", "planted") for n in LASSOS) + " |"]
-    sweep.append("| --- " * (1 + 2 * len(LASSOS)) + "|")
+            said = name.replace("CircuitLasso", "lasso").replace(", 1,024 prompts", "")
+            every.append(f"| {said} | " + " | ".join(cells) + " |")
+    swept = [name for name in LASSOS if name in ("same", "pooled, 1,024 prompts, noise .3")]
+    titles = {name: "noise" if "noise" in name else name for name in swept}
+    sweep = ["| penalty | " + " | ".join(f"{k}, {titles[n]}" for k in ("compiled", "planted") for n in swept) + " |"]
+    sweep.append("| --- " * (1 + 2 * len(swept)) + "|")
     for share in PENALTIES:
         cells = []
         for kind in ("compiled", "planted"):
-            for name in LASSOS:
+            for name in swept:
                 row = rows[kind, "heads", "program", f"CircuitLasso ({name}), literal pattern at {share}"]
                 cells.append(f"{row['shd']:.2f} ({row['n_edges']:.1f})")
         sweep.append(f"| {share:g} | " + " | ".join(cells) + " |")
     took = {(r["kind"], r["method"]): r["seconds"] for r in results["times"]}
-    columns = ("CircuitLasso (same)", "CircuitLasso (same), observing", "CircuitLasso (pooled)", "EAP", "EAP-IG")
-    clock = ["| | " + " | ".join((*columns, "EAP / lasso", "EAP-IG / lasso")) + " |", "| --- " * 8 + "|"]
+    columns = ("CircuitLasso (same)", "CircuitLasso (pooled)", "EAP", "EAP-IG")
+    clock = ["| | lasso | lasso, pooled | EAP | EAP-IG | EAP / lasso | EAP-IG / lasso |", "| --- " * 7 + "|"]
     for kind in ("compiled", "planted"):
-        lasso, observing, pooled, eap, eap_ig = (took[kind, name] for name in columns)
-        numbers = [lasso, observing, pooled, eap, eap_ig, eap / lasso, eap_ig / lasso]
+        lasso, pooled, eap, eap_ig = (took[kind, name] for name in columns)
+        numbers = [lasso, pooled, eap, eap_ig, eap / lasso, eap_ig / lasso]
         clock.append(f"| {kind}, CPU s | " + " | ".join(f"{n:.2f}" for n in numbers) + " |")
     lasso, eap, eap_ig = PAPER.values()
     clock.append(
-        f"| the paper, s on an A100 | {lasso} | | | {eap} | {eap_ig} | {eap / lasso:.2f} | {eap_ig / lasso:.2f} |"
+        f"| the paper, s on an A100 | {lasso} | | {eap} | {eap_ig} | {eap / lasso:.2f} | {eap_ig / lasso:.2f} |"
     )
-    against = ["| SHD beside EAP-IG's | lower | equal | higher |", "| --- | --- | --- | --- |"]
-    for row in results["against"]:
-        against.append(f"| {row['kind']}: {row['method']} | {row['lower']} | {row['equal']} | {row['higher']} |")
+    counts = {(row["kind"], row["method"]): row for row in results["against"]}
+    against = ["| lower / equal / higher than EAP-IG | compiled | planted |", "| --- " * 3 + "|"]
+    for title, name in MAIN.items():
+        if name and name != "EAP-IG":
+            cells = [" / ".join(str(counts[kind, name][what]) for what in ("lower", "equal", "higher"))
+                     for kind in ("compiled", "planted")]  # fmt: skip
+            against.append(f"| {title} | " + " | ".join(cells) + " |")
     page = {"main": main, "sweep": sweep, "times": clock, "every": every, "against": against}
     return {name: "\n".join(lines) for name, lines in page.items()}
 

@@ -142,6 +142,42 @@ def test_its_files_are_read_though_errors_and_features_share_ids(tmp_path: Path)
     assert len(single - shown) == 1  # its writer hides the node that crosses the threshold
 
 
+def written_by_circuit_tracer(seed: int, n_layers: int = 3, n_positions: int = 4) -> tuple[dict[str, Any], Any]:
+    """A random graph in its writer's form and order, features of layer 0 sharing ids with errors; the true links.
+
+    Features first, by layer, position and number, then errors, tokens and logits; links by target, then source.
+    """
+    draw = np.random.default_rng(seed)
+    rows: list[tuple[str, str, int, int, str]] = []  # id, type, layer, position, name here
+    for layer in range(n_layers):
+        for position in range(n_positions):
+            numbers = [*draw.choice(n_layers, 2, replace=False), int(draw.integers(5, 90))]
+            rows += [
+                (f"{layer}_{n}_{position}", "cross layer transcoder", layer, position, "") for n in sorted(numbers)
+            ]
+    rows += [
+        (f"0_{layer}_{position}", "mlp reconstruction error", layer, position, f"err_{layer}_{position}")
+        for layer in range(n_layers) for position in range(n_positions)
+    ]  # fmt: skip
+    rows += [(f"E_{9 + p}_{p}", "embedding", -1, p, "") for p in range(n_positions)]
+    rows.append((f"{n_layers + 1}_7_{n_positions - 1}", "logit", n_layers, n_positions - 1, ""))
+    nodes = [
+        {"node_id": name, "feature": 0, "layer": "E" if layer < 0 else str(layer), "ctx_idx": position, "jsNodeId": "",
+         "feature_type": kind, "clerp": "", "influence": 0.5, "token_prob": 0.5 if kind == "logit" else 0.0}
+        for name, kind, layer, position, _ in rows
+    ]  # fmt: skip
+    links, truth = [], {}
+    for name, kind, layer, position, _ in rows:
+        for source, what, below, before, own in rows:
+            reads = kind == "logit" or (kind.startswith("cross") and below < layer)
+            if reads and what != "logit" and before <= position and draw.random() < 0.5:
+                weight = float(draw.normal())
+                links.append({"source": source, "target": name, "weight": weight})
+                truth[own or source, name] = weight
+    metadata = {"slug": "s", "scan": "m", "prompt_tokens": list("abcdefgh"[:n_positions]), "prompt": "abcd"}
+    return {"metadata": metadata, "qParams": {}, "nodes": nodes, "links": links}, truth
+
+
 def _write(order: str, path: Path) -> dict[tuple[str, str], float]:
     """A graph with an error and a feature of one id at each of two positions; what its links really are."""
     rows = [

@@ -203,7 +203,6 @@ def test_gradients_are_those_of_transformer_lens_where_it_has_rules_of_its_own()
         assert_close(*found, case)
 
 
-
 @pytest.mark.parametrize("case", all_models("gpt2"))
 def test_an_unknown_set_is_refused_by_a_list_of_the_known(case: ModelCase) -> None:
     """A set inside a tuple of rules is not a rule."""

@@ -14,6 +14,7 @@ import tl_neuron_circuits as tnc
 from tests.families import ModelCase, all_models
 from tests.propagation.readings import by_capture, expected_gradients, model_of, next_token_loss, tokens_of
 from tl_neuron_circuits._errors import PropagationError
+from tl_neuron_circuits.models._threads import hooked
 from tl_neuron_circuits.propagation import relp
 from tl_neuron_circuits.propagation.rules import ALL_RULES
 
@@ -151,3 +152,25 @@ def test_a_forked_process_does_not_inherit_what_other_threads_hold() -> None:
     leave.set()
     thread.join(60)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@both_classes
+def test_hooks_are_added_as_the_models_own_context_does_and_a_users_hooks_stay(case: ModelCase) -> None:
+    model, tokens = model_of(case), tokens_of(case)
+    names = [POST, "blocks.1.attn.hook_z", POST]
+    hooks = [(name, lambda value, hook, k=k: value * (1 + 0.1 * k)) for k, name in enumerate(names)]
+    point, seen = model.hook_dict[POST], []
+    point.add_hook(lambda value, hook: seen.append(hook.name))
+    try:
+        level, count = model.context_level, len(point.fwd_hooks)
+        with model.hooks(fwd_hooks=hooks):
+            expected = model(tokens)
+        with hooked(model, hooks):
+            assert len(point.fwd_hooks) == count + 2 and torch.equal(model(tokens), expected)
+        with pytest.raises(ZeroDivisionError), hooked(model, hooks):
+            raise ZeroDivisionError
+        assert len(point.fwd_hooks) == count and model.context_level == level
+        model(tokens)
+        assert len(seen) == 3 and not torch.equal(model(tokens), expected)
+    finally:
+        point.remove_hooks("fwd")

@@ -25,13 +25,35 @@ NAMES = {"nounpp": "nounpp", "rc": "rc", "two_hop": "two-hop capitals"}
 
 
 def write_page(folder: Path) -> None:
-    """Summarize the cells and write all three."""
+    """Summarize the cells and write everything; what they lack, and an earlier run on the same pairs had, is kept."""
     found = {"machine": machine(1)} | summarize(folder)
+    if RESULTS.exists():
+        keep_earlier(found, json.loads(RESULTS.read_text(encoding="utf-8")))
     RESULTS.write_text(json.dumps(_rounded(found), indent=1) + "\n", encoding="utf-8")
     content = json.loads(RESULTS.read_text(encoding="utf-8"))
     PAGE.write_text(page(content), encoding="utf-8")
     TABLES.write_text(tables(content), encoding="utf-8")
     draw(content)
+
+
+def keep_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Put an earlier run's rows where there are none, marked as such."""
+    for name, model in found["models"].items():
+        old = earlier["models"].get(name, {"equal": [], "pairs": {}})
+        same = all(list(model["pairs"][task]) == old["pairs"].get(task) for task in model["pairs"])
+        there = {(row["method"], row["ranking"]) for row in model["equal"] if row["endpoint"]}
+        kept = [
+            row for row in old["equal"] if same and row["endpoint"] and (row["method"], row["ranking"]) not in there
+        ]
+        names = {(row["method"], row["ranking"]) for row in kept}
+        model["equal"] = [row for row in model["equal"] if (row["method"], row["ranking"]) not in names]
+        model["equal"] += [row | {"earlier": True} for row in kept]
+        model["pairs"] = model["pairs"] or old["pairs"]
+    for part in ("known", "reliability"):
+        lacking = not found[part] if part != "known" else not found[part]["auroc"]
+        if lacking and earlier.get(part):
+            found[part] = earlier[part]
+            found["kept"] = [*found.get("kept", []), part]
 
 
 def page(found: dict[str, Any]) -> str:
@@ -71,9 +93,10 @@ def page(found: dict[str, Any]) -> str:
         ),
         "## SmolLM2",
         f"![Endpoint against price](images/{FIGURE.name})",
-        equal(main["equal"]),
+        equal(_better(main["equal"])),
         _wrap(
-            "*Ranked* by the score's size or sign. *Difference* is to RelP by size, the default. *Error* is the mean of "
+            "Each method in its better ranking, RelP in both ([all](which-method-tables.md)). *Ranked* by the "
+            "score's size or sign. *Difference* is to RelP by size, the default. *Error* is the mean of "
             "|1 - faithfulness| over log size, lower is better: compactness asks only whether the answer is right, so "
             "a ranking by sign, which leaves out nodes that work against the answer, gains on it and overshoots. Who "
             "wants the circuit's logit difference to be the model's looks at the error."
@@ -87,11 +110,13 @@ def page(found: dict[str, Any]) -> str:
         *_fdr(found["stability"]),
         "## How far a gradient can be trusted",
         *_reliability(found["reliability"]),
+        *_screened(found["screened"]),
         "## What this does not say",
         _wrap(
             "One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, "
-            f"{_left_out(main['equal'])}The SmolLM2 and demo cells took {found['minutes']:.0f} CPU minutes of one "
-            f"thread ({versions}). `python -m tests.study` goes on from the cells that are there."
+            f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells took "
+            f"{found['minutes']:.0f} CPU minutes of one thread ({versions}). `python -m "
+            "tests.study` goes on from the cells that are there."
         ),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -105,6 +130,8 @@ def tables(found: dict[str, Any]) -> str:
     parts = [
         "# Which method? All tables",
         _wrap("What [Which method?](which-method.md) is made from; the words are explained there."),
+        "## SmolLM2, every ranking",
+        equal(main["equal"]),
         "## SmolLM2, by task",
         _wrap(f"Sizes measured: {sizes}. Empty: not computed."),
         by_task(main["equal"]),
@@ -190,13 +217,9 @@ def _notes(found: dict[str, Any]) -> list[str]:
 
 
 def _left_out(rows: list[dict[str, Any]]) -> str:
-    missing = []
-    for row in rows:
-        tasks = ", ".join(NAMES[task] for task in TASKS if not row["tasks"][task])
-        missing += [f"{_name((row['method'], row['ranking']))} ({tasks})"] if tasks else []
-    there = {row["method"] for row in rows}
-    missing += [f"{name} (every task)" for name in [*ENTRIES, STOPPED] if name not in there]
-    return f"not computed on all tasks within the time: {'; '.join(missing)}. " if missing else ""
+    whole = {row["method"] for row in rows if row["endpoint"]}
+    missing = [name for name in [*ENTRIES, STOPPED] if name not in whole]
+    return f"not finished within the time: {'; '.join(missing)}. " if missing else "nothing is missing. "
 
 
 def equal(rows: list[dict[str, Any]]) -> str:
@@ -205,16 +228,23 @@ def equal(rows: list[dict[str, Any]]) -> str:
     table = []
     for row in sorted(rows, key=lambda row: -(row["endpoint"] or [-1])[0]):
         if row["endpoint"]:
-            first = [row["method"], SHORT[row["ranking"]], f"{row['cost']:.3g}"]
+            first = [_marked(row), SHORT[row["ranking"]], f"{row['cost']:.3g}"]
             error = f"{row['curve']['log area of |1 - faithfulness|']:.2f}"
             table.append([*first, _interval(row["endpoint"]), _signed(row["difference"]), error])
     return _table(head, table) if table else "No method has all three tasks yet."
 
 
+def _better(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The better ranking of each method, and the default."""
+    whole = sorted((row for row in rows if row["endpoint"]), key=lambda row: -row["endpoint"][0])
+    first = {row["method"]: row for row in reversed(whole)}
+    return [row for row in whole if first[row["method"]] is row or (row["method"], row["ranking"]) == DEFAULT]
+
+
 def by_task(rows: list[dict[str, Any]]) -> str:
     """Compactness by task."""
     table = [
-        [row["method"], SHORT[row["ranking"]], *(_interval(row["tasks"][task]) for task in TASKS)]
+        [_marked(row), SHORT[row["ranking"]], *(_interval(row["tasks"][task]) for task in TASKS)]
         for row in sorted(rows, key=lambda row: -(row["endpoint"] or [-1])[0])
     ]
     return _table(["method", "ranked", *(NAMES[task] for task in TASKS)], table)
@@ -225,7 +255,7 @@ def by_size(rows: list[dict[str, Any]]) -> str:
     head = ["method", "ranked", "faithfulness at 10", "at 100", "completeness at 10", "at 100", "overshoot"]
     table = []
     for row in sorted(rows, key=lambda row: -(row["endpoint"] or [-1])[0]):
-        curve, first = row["curve"], [row["method"], SHORT[row["ranking"]]]
+        curve, first = row["curve"], [_marked(row), SHORT[row["ranking"]]]
         place = [curve["sizes"].index(n) for n in (10, 100)]
         ends = [f"{curve[name][p]:.2f}" for name in ("faithfulness", "completeness") for p in place]
         table += [[*first, *ends, f"{curve['overshoot']:.2f}"]] if row["endpoint"] else []
@@ -258,7 +288,7 @@ def crossed(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(part for part in (text, _table(head, table), _wrap(after)) if part)
 
 
-_SHOWN_KNOWN = ("RelP", "AttnLRP", "AtP", "IG over inputs", "mask gradient", "learned, 150 steps", "exact patching")
+_SHOWN_KNOWN = ("RelP", "IG over inputs", "mask gradient", "learned, 150 steps", "exact patching")
 
 
 def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
@@ -276,13 +306,11 @@ def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
     judged = {kind: sum(true < parts for _, parts, true in found["cases"][kind]) for kind in kinds}
     table = [[name.split("|")[0], SHORT[name.split("|")[1]], *(cell(kind, name) for kind in kinds)] for name in names]
     text = (
-        "Area under the ROC curve, mean over cases. Planted circuits (tests/planted): heads and MLPs that do the task "
-        "against those that distract, each as high as its best node; "
-        f"{judged.get('planted', 0)} of {len(found['cases'].get('planted', []))} cases have both kinds. Compiled "
-        "programs (tracr): neurons on a path to the output against other neurons that are no padding; "
-        f"{judged.get('tracr', 0)} of {len(found['cases'].get('tracr', []))} programs have both kinds, most of them "
-        "one false neuron. RelP freezes attention patterns, through which much of these programs runs: "
-        "on some it gives no neuron a score."
+        "Area under the ROC curve, mean over cases. Planted circuits: heads and MLPs that do the task against those "
+        f"that distract, each as high as its best node ({judged.get('planted', 0)} cases). Compiled programs (tracr): "
+        f"neurons on a path to the output against other neurons that are no padding ({judged.get('tracr', 0)} "
+        "programs, most with one such neuron). RelP freezes attention patterns, through which much of these programs "
+        "runs: on some it gives no neuron a score."
     )
     return [_wrap(text), _table(["method", "ranked", *kinds], table)]
 
@@ -291,18 +319,17 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
     if found is None:
         return ["Not computed within the time."]
     f, cases = found["frequencies"], found["cases"]
-    head = ["circuits", "null", "nominal", "nodes named", "outside the circuit", "their part of scores",
-            "without an effect", "effect under .1 %", "under 1 %"]  # fmt: skip
+    head = ["circuits", "null", "nominal", "nodes named", "outside", "without effect", "effect under .1 %"]
+    head += ["under 1 %", "part of scores outside"] if every else []
     rows = []
     for row in found["rates"]:
-        if every or row["nominal"] != 0.1:
-            without = [f"{row['without_effect'][x]:.2f}" for x in ("0.0", "0.001", "0.01")]
-            first = [row["kind"], row["null"], f"{row['nominal']:.2f}", f"{row['nodes']:.0f}"]
-            rows.append([*first, f"{row['outside']:.2f}", f"{row['outside_mass']:.2f}", *without])
+        without = [f"{row['without_effect'][x]:.2f}" for x in ("0.0", "0.001", "0.01")]
+        first = [row["kind"], row["null"], f"{row['nominal']:.2f}", f"{row['nodes']:.0f}", f"{row['outside']:.2f}"]
+        rows.append([*first, *without, f"{row['outside_mass']:.2f}"][: len(head)])
     if every:
         shares = [
-            f"{row['kind']}, {row['null']} at {row['nominal']}: {row['effects_named']['0.0']:.0%} of nodes with an effect, "
-            f"{row['effects_named']['0.01']:.0%} of those with 1 % of the strongest"
+            f"{row['kind']}, {row['null']} at {row['nominal']}: {row['effects_named']['0.0']:.0%} of nodes with an "
+            f"effect, {row['effects_named']['0.01']:.0%} of those with 1 % of the strongest"
             for row in found["rates"]
         ]
         return [_table(head, rows), _wrap("Named of all that could be: " + "; ".join(shares) + ".")]
@@ -311,8 +338,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
         f"`tnc.stability(...).at_fdr(rate, null=...)` on {cases['planted']} chains of the planted circuits (RelP) and "
         f"{cases['tracr']} compiled programs (gradient), one question at a time, 64 pairs. There are two truths. "
         "*Outside the circuit*: not one of the chain's heads and MLPs, or not on a path to the program's output. *An "
-        "effect*: patching the node alone, exactly, moves the metric; the last columns ask for .1 % and 1 % of the "
-        "strongest node's."
+        "effect*: patching the node alone, exactly, moves the metric; the last column asks for .1 % of what the "
+        "strongest node does."
     )
     frequency = (
         f"Selection frequency: of the 10 best nodes of a draw {plain['true_share_of_draws']:.0%} belong to the planted "
@@ -334,8 +361,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
     after = (
         f"**Neither null bounds how many nodes lie outside a planted circuit** (up to {outside:.0f} times the nominal "
         f"share), and the reason is not false alarms: {effects}. Training leaves heads and MLPs outside a "
-        "chain with small effects of one sign, which a test of scores rightly finds. So `at_fdr` says \"this score is "
-        'no accident of the words\"; whether it is large enough to matter is for faithfulness and completeness to say.'
+        'chain with small effects of one sign, which a test of scores rightly finds. So `at_fdr` says "this score is '
+        'no accident of the words"; whether it is large enough to matter is for faithfulness and completeness to say.'
         if outside > 1.2
         else "Both nulls keep their rates here."
     )
@@ -349,11 +376,11 @@ def _reliability(rows: list[dict[str, float]] | None, *, every: bool = False) ->
     head = ["ratio", "groups", "mean exact effect", "first order", "corrected", "trapezoid"]
     table = [
         [f"{r['low']:.2g} to {r['high']:.2g}", f"{r['groups']}", *(f"{r[n]:.3f}" for n in ("exact", *names))]
-        for r in (rows if every else rows[1::2])
+        for r in (rows if every else rows[1::4] + rows[-1:])
     ]
     text = (
         "All (layer, position) groups of SmolLM2's neurons on nounpp, 8 pairs, by decile of the ratio of second to "
-        f"first order{'' if every else ' (every other decile)'}: mean |estimate - exact| in logits, with the exact "
+        f"first order{'' if every else ' (three deciles)'}: mean |estimate - exact| in logits, with the exact "
         "effect by patching the group. The second order costs one more backward pass per group; the trapezoid "
         "(gradients at both ends) the same."
     )
@@ -369,6 +396,18 @@ def _reliability(rows: list[dict[str, float]] | None, *, every: bool = False) ->
             f"{mean['trapezoid']:.3f} by the trapezoid, which costs as much."
         )
     return [_wrap(text), _table(head, table), *([] if every else [_wrap(after)])]
+
+
+def _screened(found: dict[str, dict[str, float]]) -> list[str]:
+    """What exact patching of the best nodes says of their scores."""
+    if not found:
+        return []
+    each = "; ".join(
+        f"{NAMES[task]}: {row['other sign']} with another sign, {row['twice off']} of a size more than twice off, "
+        f"correlation {row['correlation']:.2f}"
+        for task, row in found.items()
+    )
+    return [_wrap(f"Single nodes are patched instead (`evaluation.screen`). Of RelP's best 100 on {each}.")]
 
 
 def draw(found: dict[str, Any]) -> None:
@@ -448,6 +487,20 @@ def _name(key: tuple[str, str]) -> str:
     if key[0].startswith(("learned", "mask")):
         return f"the {key[0]}" if key[0].startswith("mask") else f"the mask {key[0]}"
     return f"{key[0]} ranked {RANKED[key[1]]}"
+
+
+def _marked(row: dict[str, Any]) -> str:
+    return row["method"] + (" *" if row.get("earlier") else "")
+
+
+def _earlier(found: dict[str, Any]) -> str:
+    """What the stars mean, if there are any."""
+    rows = [row for model in found["models"].values() for row in model["equal"] if row.get("earlier")]
+    names = {"known": "the known circuits' table", "reliability": "the table of groups"}
+    parts = [names[part] for part in found.get("kept", [])]
+    starred = ["rows with a star"] if rows else []
+    kept = " and ".join([*starred, *parts])
+    return f"From an earlier run of the same cells on the same pairs: {kept}. " if kept else ""
 
 
 def _pairs(counts: dict[str, list[int]]) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 
 from tests.study.cases import MODELS, TASKS
 from tests.study.cells import CROSSED, Cell
-from tests.study.methods import ENTRIES, FROM_ZERO
+from tests.study.methods import ENTRIES, FROM_ZERO, SCREENED
+from tl_neuron_circuits import NodeScores
 from tl_neuron_circuits.evaluation._curve import log_area
 
 DRAWS, LEVEL = 2000, 0.95
@@ -257,6 +258,26 @@ def reliability_table(folder: Path) -> list[dict[str, float]] | None:
     return rows
 
 
+def screened_table(folder: Path) -> dict[str, dict[str, float]]:
+    """By task what exact patching says of RelP's best 100 on SmolLM2: other signs, sizes more than twice off, and the
+    correlation of score and effect.
+    """
+    table = {}
+    for task in TASKS:
+        place = folder / "scores" / "smollm2" / task
+        paths = [place / f"{ENTRIES[name].key}.corrupt" for name in ("RelP", SCREENED)]
+        if all(path.with_name(path.name + ".json").exists() for path in paths):
+            relp, exact = (NodeScores.load(path).flat().numpy() for path in paths)
+            best = np.argsort(-np.abs(relp), kind="stable")[:100]
+            relp, exact = relp[best], exact[best]
+            low, high = np.sort(np.abs([relp, exact]), axis=0)
+            table[task] = {
+                "other sign": int((np.sign(relp) != np.sign(exact)).sum()), "twice off": int((high > 2 * low).sum()),
+                "correlation": float(np.corrcoef(relp, exact)[0, 1]),
+            }  # fmt: skip
+    return table
+
+
 def summarize(folder: Path) -> dict[str, Any]:
     """Everything that the page shows, as JSON has it."""
     results = Results(folder)
@@ -279,8 +300,8 @@ def summarize(folder: Path) -> dict[str, Any]:
     }
     return {
         "models": models, "recommended": recommend(results), "known": known_table(folder),
-        "stability": fdr_table(folder),
-        "reliability": reliability_table(folder), "stopped": stopped, "minutes": minutes(folder),
+        "stability": fdr_table(folder), "reliability": reliability_table(folder), "stopped": stopped,
+        "screened": screened_table(folder), "minutes": minutes(folder),
     }  # fmt: skip
 
 

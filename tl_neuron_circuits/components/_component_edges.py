@@ -146,7 +146,7 @@ class EdgeScores:
 
         Raises:
             SettingsError: heads that are not split (`component_edges(split_qkv=True)`), or more edges than there are.
-            FileFormatError: a folder that holds something else than nine circuits.
+            FileFormatError: a folder that holds anything other than nine circuits.
             SaveError: it could not be written.
 
         Example:

@@ -75,7 +75,7 @@ def write_mib(
 def _graph(
     names: Sequence[str], edges: Mapping[tuple[str, str], float], cfg: Mapping[str, Any], n_edges: int | None
 ) -> dict[str, Any]:
-    """The graph with a circuit of so many edges."""
+    """The graph with a circuit of `n_edges` edges."""
     order = sorted(edges, key=lambda edge: -abs(edges[edge]))  # stable: ties by order in the graph
     kept, nodes = _connected(set(order[:n_edges]) if n_edges is not None else set())
     return {

@@ -1,7 +1,7 @@
 """Learned masks under resampling: a mask is no mean over pairs, so every draw of words learns one of its own.
 
-In draw b a pair is taken w_b times, the product of its words' Poisson weights (`_stability.py`), and the mask is learned
-from its start on these pairs, in the same order of steps and budgets. Over draws
+In draw b a pair is taken w_b times, the product of its words' Poisson weights (`_stability.py`), and the mask is
+learned from its start on these pairs, in the same order of steps and budgets. Over draws
 
     best_b = the best nodes of draw b          se = standard deviation of a node's score over draws
 

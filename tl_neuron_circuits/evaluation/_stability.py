@@ -147,9 +147,7 @@ class Stability:
             false = self.other_counts
         else:
             if null == "signs" and (reason := self.settings.get("no_sign_flips")):
-                raise SettingsError(
-                    f"null='signs' swaps answers, and {reason}. Use null='pairs'."
-                )
+                raise SettingsError(f"null='signs' swaps answers, and {reason}. Use null='pairs'.")
             need = "null_draws= above 0" if null == "signs" else "null_pairs="
             raise SettingsError(f"these results have no null of {null!r}: call stability with {need}.")
         return (false / torch.arange(1, len(false) + 1)).clamp(max=1.0)

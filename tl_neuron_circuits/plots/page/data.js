@@ -137,19 +137,21 @@ const nameOf = (node) => {
 };
 
 // The tokens that a neuron raises most by what it writes here: with a negative activation those at the other end.
-function promoted(node, most, form = /^/) {
+function promoted(node, most, form = /^/, shown = wholeWord) {
   const details = detailsOf(node), sign = node.activation === null ? 1 : Math.sign(node.activation) || 1;
   if (!details) return [];
   const effects = details.direct_logit_effects.filter(([token, value]) => value * sign > 0 && form.test(token));
-  return effects.sort((a, b) => (b[1] - a[1]) * sign).slice(0, most).map(([token]) => wholeWord(token));
+  return effects.sort((a, b) => (b[1] - a[1]) * sign).slice(0, most).map(([token]) => shown(token));
 }
-// A token that is the beginning of a word alone, with how it goes on most often: strugg(le).
-const wholeWord = (token, shown = showToken(token)) => (Object.hasOwn(data.word_ends, token) ? `${shown}(${data.word_ends[token]})` : shown);
+// A token that is the beginning of a word alone, with how it goes on most often: strugg(le); or only that it goes on.
+const isPiece = (token) => Object.hasOwn(data.word_ends, token);
+const wholeWord = (token) => showToken(token) + (isPiece(token) ? `(${data.word_ends[token]})` : "");
+const pieceOfWord = (token) => showToken(token) + (isPiece(token) ? "…" : "");
 // For captions: whole words, and only in the upper half of the layers; below, the direct effect is little of what a neuron does.
 const HAS_SPACES = data.details.some((details) => details.direct_logit_effects.some(([token]) => token.startsWith(" ")));
-function words(node, most) {
+function words(node, most, shown) {
   if (node.kind === "neuron" && 2 * node.layer < data.n_layers) return [];
-  return promoted(node, 12, HAS_SPACES ? /^ \p{L}{2,}$/u : /\p{L}{2,}/u).slice(0, most);
+  return promoted(node, 12, HAS_SPACES ? /^ \p{L}{2,}$/u : /\p{L}{2,}/u, shown).slice(0, most);
 }
 const hasLabel = (node) => node.label !== node.node;
 

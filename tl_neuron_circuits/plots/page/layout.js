@@ -21,10 +21,9 @@ function captionOf(node, letters) {
   if (!CHOSEN.has(node.kind)) return [node.position < 0 ? shorten(clean(node.label), letters) : "", ""];
   const name = hasLabel(node) ? shorten(clean(node.label), letters) : node.unit >= 0 && LETTERS[node.kind] ? LETTERS[node.kind] + node.unit : shorten(clean(node.node), letters);
   let tokens = "";
-  for (const token of words(node, 3)) {
+  for (const token of words(node, 3, letters > GOOD_CAPTION ? wholeWord : pieceOfWord)) {
     const longer = tokens ? tokens + ", " + token : "→ " + token;
-    const room = letters - [...name].length - 1;
-    if ([...longer].length > room) { tokens = tokens || (room > 7 ? shorten(longer, room) : ""); break; }
+    if ([...name].length + [...longer].length + 1 > letters) break;
     tokens = longer;
   }
   return [name, tokens];

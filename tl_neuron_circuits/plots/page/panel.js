@@ -135,7 +135,7 @@ function aboutDetails(node) {
     const grid = element("div", { class: "effects" });
     const here = node.activation < 0 ? -1 : 1;  // what it promotes on this prompt comes first
     for (const [token, value] of [...found.direct_logit_effects].sort((a, b) => here * (b[1] - a[1]))) {
-      grid.append(element("code", {}, "“" + wholeWord(token, clean(token)) + "”"),
+      grid.append(element("code", {}, "“" + clean(token) + (isPiece(token) ? `(${data.word_ends[token]})` : "") + "”"),
         element("span", { class: "bar " + (value < 0 ? "negative" : "positive"), style: `width: ${(100 * Math.abs(value)) / most}%` }),
         element("span", { class: "number" }, number(value)));
     }
