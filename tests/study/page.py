@@ -309,7 +309,7 @@ def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
     text = (
         "Area under the ROC curve, mean over cases. Planted circuits: heads and MLPs that do the task against those "
         f"that distract, each as high as its best node ({judged.get('planted', 0)} cases). Compiled programs (tracr): "
-        f"neurons on a path to the output against other neurons that are no padding ({judged.get('tracr', 0)} "
+        f"neurons on a path to the output against other neurons that are not padding ({judged.get('tracr', 0)} "
         "programs, most with one such neuron). RelP freezes attention patterns, through which much of these programs "
         "runs: on some it gives no neuron a score."
     )

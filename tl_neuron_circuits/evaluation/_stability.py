@@ -237,7 +237,7 @@ def stability(
     Args:
         model: a HookedTransformer or TransformerBridge.
         pairs: as in `attribute`; both directions of a contrast carry the same words.
-        method: as in `attribute`, but for "random". A learned mask is learned anew in every draw.
+        method: as in `attribute`, except "random". A learned mask is learned anew in every draw.
         sizes: numbers of best nodes to look at.
         clusters: kinds of words, each with one label per pair, such as [subjects, attractors, templates]; the pairs'
             own labels unless given. False discoveries use the first kind.
