@@ -199,8 +199,9 @@ def test_gradients_are_those_of_transformer_lens_where_it_has_rules_of_its_own()
                 direction = torch.linspace(-1, 1, store[end].numel()).reshape(store[end].shape).to(store[end])
                 gradients = torch.autograd.grad((store[end] * direction).sum(), [store[name] for name in names[:-1]])
                 found.append(dict(zip(names, gradients, strict=False)))
-        assert len(coverage.installed) == 8 and not coverage.skipped  # ln1, ln2, activation and gate of two layers
-        assert_close(*found, case)
+        # ln1, ln2, activation and gate of two layers
+        assert coverage is not None and len(coverage.installed) == 8 and not coverage.skipped
+        assert_close(found[0], found[1], case)
 
 
 @pytest.mark.parametrize("case", all_models("gpt2"))

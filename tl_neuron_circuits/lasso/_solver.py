@@ -542,6 +542,7 @@ def fista(
     return weights, gaps
 
 
-def largest_eigenvalue(gram: Float64[Tensor, "source source"]) -> float:
-    """The Gram's largest eigenvalue, with a grain of safety: 1 / step."""
+def largest_eigenvalue(gram: Float64[Tensor, "source source"] | Products) -> float:
+    """The largest eigenvalue of a whole Gram, with a grain of safety: 1 / step."""
+    assert isinstance(gram, Tensor), "regressions from samples have no groups and no labels"
     return max(float(torch.linalg.eigvalsh(gram)[-1]) * (1 + 1e-9), 1e-300)
