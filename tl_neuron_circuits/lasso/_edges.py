@@ -100,7 +100,8 @@ def edge_keys(fits: Sequence[Fitted], nodes: Nodes) -> set[tuple[int, int]]:
 def weight_places(weights: Float64[Tensor, "source target"]) -> tuple[Int[Tensor, " _"], Int[Tensor, " _"]]:
     """Source and target of every weight that is not zero, of a dense or a sparse matrix."""
     if not weights.is_sparse:
-        return weights.nonzero(as_tuple=True)
+        source, target = weights.nonzero(as_tuple=True)
+        return source, target
     source, target = weights.coalesce().indices()
     return source, target
 
