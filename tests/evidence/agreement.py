@@ -6,12 +6,13 @@ ablation, without BOS, on evaluation pairs that the model gets right in both dir
 is claimed only if the whole 95 % interval, paired, over couples of nouns, lies below 0. Secondary, the same way: RelP
 minus AtP on neurons, by |score| and by score; neurons minus randomly rotated neurons. All else is description.
 
-Means come from the learning pairs. The curves of the declared contrasts are measured on 200 and 60 pairs, all others,
-and those again, on 96 and 40; no number here is of both. All pairs and interchange are repeated for neurons, BOS for
-MLP outputs too. Integrated gradients one site at a time cost 30 x 5 backward passes, so they see 16 learning pairs, beside
-RelP on the same 16.
+Means come from the learning pairs. The curves of the declared contrasts are measured on 200 and 60 pairs, all
+others, and those again, on 96 and 40; no number here is of both. All pairs and interchange are repeated for
+neurons, BOS for MLP outputs too. Integrated gradients one site at a time cost 30 x 5 backward passes, so they see
+16 learning pairs, beside RelP on the same 16.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,8 @@ def live_nodes(kept: cells.Cells, name: str, basis: str = "neurons") -> dict[str
     scores = kept.scores(f"scores-{name}-{basis}-relp")
     live = int((scores.flat() != 0).sum())
     unique = {k: len(scores.top(k)[["layer", "unit"]].drop_duplicates()) for k in (30, 100, 300, 1000)}
-    layers = scores.top(100)["layer"].value_counts().sort_index()
-    at = scores.top(100)["position"].value_counts().sort_index()
+    count = lambda column: Counter(sorted(scores.top(100)[column].tolist()))  # noqa: E731
+    layers, at = count("layer"), count("position")
     return {
         "nodes": len(scores), "live": live, "unique": unique,
         "layers of the best 100": {int(k): int(v) for k, v in layers.items()},

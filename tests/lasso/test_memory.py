@@ -12,6 +12,7 @@ from tests.loops import for_each
 from tl_neuron_circuits._meter import Meter
 from tl_neuron_circuits.lasso import _circuit_lasso
 from tl_neuron_circuits.lasso._memory import Size
+from tl_neuron_circuits.lasso._statistics import Statistics
 
 PROMPTS = tnc.tasks.subject_verb_agreement("simple", n=16)
 NODES = tnc.bases.Neurons(layers=[3])
@@ -31,7 +32,7 @@ def test_joined_blocks_give_the_circuit_of_blocks_kept_apart(monkeypatch: pytest
     joined = method.observe(model, PROMPTS)
     assert [len(apart.blocks[0]), len(joined.blocks[0])] == [4, 1]
     for first, second in zip(apart.total(), joined.total(), strict=True):
-        assert first.n == second.n
+        assert first.n == second.n and isinstance(first, Statistics) and isinstance(second, Statistics)
         assert torch.allclose(first.products, second.products, rtol=1e-12, atol=1e-10)
     first, second = (method.solve(observed).edges for observed in (apart, joined))
     assert list(first["source"]) == list(second["source"]) and len(first) > 0

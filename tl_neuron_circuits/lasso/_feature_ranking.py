@@ -335,6 +335,7 @@ def solve_labels(
     first = torch.cat([standard.new_zeros(standard.shape[1], y.shape[1]), torch.logit(share)[None]])
     if start is not None:
         first = torch.cat([start.weights, start.intercept[None]])
+    assert isinstance(problem.gram, Tensor)
     step = 4 / max(largest_eigenvalue(problem.gram), 1.0)
     labels = torch.arange(y.shape[1], device=y.device)
     solution, gaps = fista(first, step, gradient, shrink, gap, labels, tolerance, max_steps)
