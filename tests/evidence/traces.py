@@ -26,6 +26,7 @@ from tests import smollm2
 from tl_neuron_circuits import Circuit, PromptPairs, TokenizedPairs
 from tl_neuron_circuits.demo._text import Chance, sentence
 from tl_neuron_circuits.interventions._steering_prompts import read_prompts
+from tl_neuron_circuits.interventions._sweep import SteeringSweep
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "docs" / "evidence" / "traces.json", ROOT / "docs" / "walk-through.md"
@@ -177,7 +178,7 @@ def differences(result: tnc.SteeringResult) -> tuple[Tensor, Tensor]:
     return before, after
 
 
-def flips(swept: tnc.SteeringSweep) -> dict[str, float]:
+def flips(swept: SteeringSweep) -> dict[str, float]:
     """By group and scale: the share of prompts that take the other verb."""
     names = [f"{name} {scale}" for name in swept.steered for scale in swept.scales]
     return {

@@ -10,9 +10,9 @@ import torch
 from tests.families import ModelCase, all_models, random_tokens
 from tests.loops import for_each
 from tl_neuron_circuits._errors import SettingsError
-from tl_neuron_circuits.explain import MaxActivatingExamples, max_activating_examples
+from tl_neuron_circuits.explain import max_activating_examples
 from tl_neuron_circuits.explain._highlight import highlight
-from tl_neuron_circuits.explain._max_activating_examples import Example
+from tl_neuron_circuits.explain._max_activating_examples import Example, MaxActivatingExamples
 
 few_models = pytest.mark.parametrize("case", all_models("gpt2"))
 

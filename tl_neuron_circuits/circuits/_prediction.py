@@ -45,7 +45,7 @@ def predicted_by_prompt(
 ) -> list[dict[str, Any]]:
     """Of each prompt: its text, its target token and that one's value, probability and rank, and the likeliest token.
 
-    Rank and probability are None where the target is no token. Of a rollout the target is all of its tokens, and the
+    Rank and probability are None where the target is not a token. Of a rollout the target is all of its tokens, and the
     probability is their product.
     """
     found, (first, *others) = [], effects.targets

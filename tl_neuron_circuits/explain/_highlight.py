@@ -7,7 +7,7 @@ _POSITIVE, _NEGATIVE = "42,157,143", "231,111,81"
 
 
 def color_scale(values: Iterable[Sequence[float]]) -> float:
-    """The largest |value| of any prompt's tokens but for its first.
+    """The largest |value| of any prompt's tokens except its first.
 
     Activations at BOS, or at whatever token comes first, are often far above all others: attention rests there.
     """
