@@ -122,7 +122,7 @@ def test_files_read_and_written_back_are_equal(case: ModelCase, tmp_path: Path) 
 
 
 def test_nine_circuits_are_a_submission_and_come_back(tmp_path: Path) -> None:
-    model = GPT2[0].values[0].build()
+    model = all_models("gpt2")[0].values[0].build()
     edges = component_edges(model, some_pairs(model), method="eap", split_qkv=True)
     for _ in range(2):  # one folder of circuits may replace another
         edges.to_mib(tmp_path / "ioi_gpt2", n_edges="mib")
