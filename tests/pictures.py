@@ -1,16 +1,13 @@
 """Make the pictures of the README and the documentation: `python -m tests.pictures [name ...]`.
 
-Needs what `pip install -e ".[dev,docs]" nbconvert pillow` brings, and Chromium.
+Needs `pip install -e ".[dev,pictures]"` and Chromium.
 
-    sparsity      docs/images/sparsity.png       bases on the agreement task, from `compare`
     circuit_page  docs/images/circuit_page.png   the page of the Dallas circuit
     notebook      docs/images/notebook.png       outputs of notebooks/01_quickstart.ipynb
-    site          docs/images/site.png           this documentation
 
 They are screenshots of headless Chromium; look at them before you commit them.
 """
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,25 +26,6 @@ from .notebooks import CHROMIUM, PLOTLY, ROOT, outputs
 
 IMAGES = ROOT / "docs" / "images"
 PROMPT = "The capital of the state containing Dallas is"
-
-
-def sparsity(page: Page, scratch: Path) -> None:
-    """Four bases by RelP beside random nodes, on nouns that were not used to choose them."""
-    train, test = tnc.tasks.subject_verb_agreement("nounpp", n=128, seed=0).split(0.5, seed=0, by="label")
-    kinds = ("sae", "transcoder")
-    dictionaries = [tnc.bases.Dictionaries(tnc.load_demo_dictionaries(kind), name=kind) for kind in kinds]
-    figure = tnc.compare(
-        tnc.load_demo_model(),
-        train,
-        test,
-        bases=[tnc.bases.Neurons(), tnc.bases.MLPOutputs(), *dictionaries],
-        methods=["relp", "random"],
-    ).plot()
-    figure.write_html(scratch / "figure.html", include_plotlyjs=True, config={"displayModeBar": False})
-    page.set_viewport_size({"width": 1000, "height": 490})
-    page.goto((scratch / "figure.html").as_uri())
-    page.wait_for_selector(".main-svg")
-    page.screenshot(path=IMAGES / "sparsity.png", clip={"x": 0, "y": 40, "width": 1000, "height": 450})
 
 
 def circuit_page(page: Page, scratch: Path) -> None:
@@ -76,7 +54,7 @@ def notebook(page: Page, scratch: Path) -> None:
         output.get("data", {}).pop(PLOTLY, None)  # its script would come from the network; the picture stays
     html, _ = nbconvert.HTMLExporter().from_notebook_node(content)
     (scratch / "notebook.html").write_text(html, encoding="utf-8")
-    page.set_viewport_size({"width": 960, "height": 1300})
+    page.set_viewport_size({"width": 960, "height": 1345})
     page.goto((scratch / "notebook.html").as_uri())
     page.get_by_text("3. Score every neuron").first.scroll_into_view_if_needed()
     page.evaluate("window.scrollBy(0, document.querySelectorAll('h2')[2].getBoundingClientRect().top - 20)")
@@ -84,21 +62,9 @@ def notebook(page: Page, scratch: Path) -> None:
     page.screenshot(path=IMAGES / "notebook.png")
 
 
-def site(page: Page, scratch: Path) -> None:
-    """The methods page of the documentation as it is built."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--no-directory-urls", "--site-dir", str(scratch)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    page.set_viewport_size({"width": 1300, "height": 900})
-    page.goto((scratch / "methods.html").as_uri())
-    page.wait_for_timeout(500)
-    page.screenshot(path=IMAGES / "site.png")
-
-
 PICTURES: dict[str, Callable[[Page, Path], None]] = {
-    "sparsity": sparsity,
     "circuit_page": circuit_page,
     "notebook": notebook,
-    "site": site,
 }
 
 

@@ -144,7 +144,7 @@ def test_the_core_dependencies_keep_what_is_installed(metadata: Message) -> None
 
 
 def test_the_metadata_names_extras_python_and_the_command(metadata: Message, wheel: Path) -> None:
-    assert {"saes", "explain", "docs", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"saes", "explain", "docs", "pictures", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     declared = {line.rpartition(" ")[2] for line in metadata.get_all("Classifier", []) if ":: Python :: 3." in line}
     assert declared == {"3.10", "3.11", "3.12", "3.13"}
     assert metadata["Requires-Python"] == ">=3.10"

@@ -36,6 +36,7 @@ PHRASES = {
     r"\b(information|software|training|research|evidence)s\b": "no plural",
     r"\ballows? to [a-z]+": "lets you",
     r"\bas good as possible\b": "as well as",
+    r"(?-i:\b(CLAIMS\d|TODO|FIXME|TBD)\b)": "what belongs here",
     r"\bmake(s)? sense to [a-z]+ that\b": "",
 }
 

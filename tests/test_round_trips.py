@@ -55,7 +55,24 @@ def circuit_tracers_graph(folder: Path) -> tuple[Any, Any]:
     with pytest.warns(UserWarning, match="1 of 104 links"):
         circuit = tnc.Circuit.from_neuronpedia(folder / "theirs.json")
     circuit.to_neuronpedia(folder / "ours.json")
+    files = [json.loads((folder / name).read_text()) for name in ("theirs.json", "ours.json")]
+    for kind in ("cross layer transcoder", "mlp reconstruction error", "embedding", "logit"):
+        own = [[n for n in file["nodes"] if n["feature_type"] == kind] for file in files]
+        for key in ("ctx_idx", "clerp", "activation", "token_prob", "is_target_logit", "influence"):
+            theirs, ours = ([n.get(key) or None for n in nodes] for nodes in own)  # no text, number or influence
+            assert theirs == ours or (kind, key) == ("logit", "influence")  # theirs has none
     return tables(tnc.Circuit.from_neuronpedia(folder / "ours.json")), tables(circuit)
+
+
+def pinned_graph(folder: Path) -> tuple[Any, Any]:
+    graph, _ = written_by_circuit_tracer(2)
+    features = [n["node_id"] for n in graph["nodes"] if n["feature_type"].startswith("cross")]
+    graph["qParams"] = {"pinnedIds": features[4:9], "supernodes": [["two", *features[4:6]]], "linkType": "both"}
+    (folder / "theirs.json").write_text(json.dumps(graph))
+    circuit = tnc.Circuit.from_neuronpedia(folder / "theirs.json")
+    circuit.to_neuronpedia(folder / "ours.json")
+    ours = json.loads((folder / "ours.json").read_text())["qParams"]
+    return {name: ours[name] for name in graph["qParams"]}, graph["qParams"]
 
 
 def weights(dictionaries: list[Dictionary]) -> list[Any]:
@@ -157,6 +174,7 @@ FORMATS: dict[str, Format] = {
     "our circuits": saved_circuit,
     "our attribution graphs": our_graph,
     "circuit-tracer's attribution graphs": circuit_tracers_graph,
+    "graphs with pinned nodes": pinned_graph,
     "SAELens folders": saelens,
     "circuit-tracer's transcoders": tracer,
     "circuit-tracer's cross-layer transcoders": cross_layer,

@@ -1,4 +1,4 @@
-"""The documentation as it is built: `TNC_SITE=folder pytest tests/test_site.py` after `mkdocs build --site-dir folder`."""
+"""The documentation as built: `TNC_SITE=folder pytest tests/test_site.py` after `mkdocs build --site-dir folder`."""
 
 import os
 import threading
@@ -42,7 +42,12 @@ def browser() -> Iterator[object]:
 
 
 def test_search_finds_what_people_ask(address: str, browser) -> None:
-    expected = {"cite": "cite/", "chat template": "how-to/chat-models/", "GPU": "how-to/gpu/", "steer": "how-to/steering/"}
+    expected = {
+        "cite": "cite/",
+        "chat template": "how-to/chat-models/",
+        "GPU": "how-to/gpu/",
+        "steer": "how-to/steering/",
+    }
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     for query, where in expected.items():
         page.goto(address)

@@ -67,6 +67,7 @@ def plain_scores(model: Any, pairs: Any, method: LearnedMask, budgets: list[floa
             loss = ((d - known.full).abs() / span).mean()
         adam.zero_grad()
         loss.backward()
+        assert scores.grad is not None
         found.append(scores.grad.clone())
         if method.learn:
             adam.step()

@@ -1,6 +1,6 @@
 """Stability: draws of words against one pair after the other, and false discoveries where the truth is known."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def test_what_cannot_be_drawn_is_refused(error: type[Exception], message: str, s
 
 
 def test_null_scores_are_those_of_swapped_answers_and_refused_where_scores_do_not_read_them() -> None:
-    model, pairs = model_of(MODEL), labelled(*[4] * 8)
+    model, pairs = model_of(MODEL), labeled(*[4] * 8)
     settings: dict[str, Any] = {"metric": tnc.tasks.answer_log_probability, "method": "gradient"}
     found = stability(model, pairs, sizes=[5], draws=5, null_draws=7, **settings)
     sums = []
@@ -153,24 +153,25 @@ def test_null_scores_are_those_of_swapped_answers_and_refused_where_scores_do_no
     expected = flipped_counts(sums[0][:, live], counts, observed, 7, 1, sums[1][:, live])
     assert (found.null_counts - expected).abs().max() <= 1  # of nodes whose statistics are equal but for rounding
     assert not torch.equal(expected, flipped_counts(sums[0][:, live], counts, observed, 7, 1))
-    for more, message in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"metric": lambda logits, batch: logits[:, -1].logsumexp(-1)}, "does not change with them"),
         ({"method": "mask_gradient(steps=2, loss=kl)"}, "mask_gradient.* do not read the answers"),
         ({"method": "activation_difference"}, "do not read the answers"),
-    ):
-        found = stability(model, pairs, sizes=[5], draws=5, null_draws=9, null_pairs=labelled(*[4] * 8, seed=1), **more)
+    )
+    for more, message in refused:
+        found = stability(model, pairs, sizes=[5], draws=5, null_draws=9, null_pairs=labeled(*[4] * 8, seed=1), **more)
         with pytest.raises(SettingsError, match=message):
             found.at_fdr(0.1)
         found.at_fdr(0.1, null="pairs")
 
 
 def test_a_learned_mask_is_learned_anew_in_every_draw_and_null_set() -> None:
-    model, pairs = model_of(MODEL), labelled(*[4] * 8)
+    model, pairs = model_of(MODEL), labeled(*[4] * 8)
     mask = tnc.LearnedMask(steps=3, loss="metric", pairs_per_step=4)
     learn = lambda some: attribute(model, some, method=mask).flat()  # noqa: E731
     with unchanged(model):
         found = stability(
-            model, pairs, method=mask, sizes=[3, 6], draws=4, null_draws=2, null_pairs=labelled(*[4] * 8, seed=1)
+            model, pairs, method=mask, sizes=[3, 6], draws=4, null_draws=2, null_pairs=labeled(*[4] * 8, seed=1)
         )
     assert torch.equal(found.scores.flat(), learn(pairs)) and found.settings["ranking"] == "signed"
     weights = draw_weights([(name,) for name in "abcd"], 4, 0).long()
@@ -182,7 +183,7 @@ def test_a_learned_mask_is_learned_anew_in_every_draw_and_null_set() -> None:
     t, _ = statistic(found.scores.flat(), torch.stack(drawn).std(0))
     assert torch.allclose(found.t, t, rtol=1e-4, atol=1e-5)
     assert found.null_counts.shape[0] == 2 and found.other is not None
-    assert torch.equal(found.other, learn(labelled(*[4] * 8, seed=1)))
+    assert torch.equal(found.other, learn(labeled(*[4] * 8, seed=1)))
     matching = stability(model, pairs, method=tnc.LearnedMask(steps=1), sizes=[3], draws=2, null_draws=2)
     with pytest.raises(SettingsError, match="do not read the answers"):
         matching.at_fdr(0.1)
@@ -192,7 +193,8 @@ def test_a_circuit_keeps_the_nodes_that_pass_the_test() -> None:
     model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=16, verbs=["is"])
     circuit = tnc.trace(model, pairs, nodes=300)
     found = stability(model, pairs, sizes=[5], draws=2, null_pairs="same_answer")
-    for null in ("signs", "pairs"):
+    nulls: tuple[Literal["signs", "pairs"], ...] = ("signs", "pairs")
+    for null in nulls:
         named = found.at_fdr(0.005, null=null)
         kept = circuit.at_fdr(0.005, null=null)
         assert kept.members == circuit.members & set(named.top(len(named))["label"])

@@ -6,8 +6,8 @@ ablation, without BOS, on evaluation pairs that the model gets right in both dir
 is claimed only if the whole 95 % interval, paired, over couples of nouns, lies below 0. Secondary, the same way: RelP
 minus AtP on neurons, by |score| and by score; neurons minus randomly rotated neurons. All else is description.
 
-Means come from the learning pairs. The curves of the declared contrasts are measured on 200 and 60 pairs, all others, and
-those again, on 96 and 40; no number here is of both. All pairs and interchange are repeated for neurons, BOS for MLP
+Means come from the learning pairs. The curves of the declared contrasts are measured on 200 and 60 pairs, all others,
+and those again, on 96 and 40; no number here is of both. All pairs and interchange are repeated for neurons, BOS for MLP
 outputs too. Integrated gradients one site at a time cost 30 x 5 backward passes, so they see 16 learning pairs, beside
 RelP on the same 16.
 """

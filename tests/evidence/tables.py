@@ -82,7 +82,10 @@ def agreement_tables() -> dict[str, str]:
         if row is not None:
             by_name = row["structures"]
             each = [f"{by_name[name]['difference']:+.2f}" if name in by_name else None for name in STRUCTURES]
-            contrasts.append([title, pairs[many], *each, f"{row['mean']:+.2f}", within(row["interval"])])
+            used = pairs[many]
+            if "_few_" in key:
+                used = f"{found['settings']['ig pairs']} / {used.split(' / ')[1]}"
+            contrasts.append([title.removesuffix("*"), used, *each, f"{row['mean']:+.2f}", within(row["interval"])])
     both = []
     for name, title in (("neurons_relp_abs", "neurons"), ("mlp_outputs_relp_abs", "MLP outputs"),
                         ("rotated_relp_abs", "rotated neurons"), ("neurons_atp_abs", "neurons, AtP"),

@@ -30,7 +30,7 @@ KNOWN = ("planted", "tracr", "stability", "reliability")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("study"), help="for the cells")
     parser.add_argument("--models", nargs="*", default=[*MODELS], choices=[*MODELS])
     parser.add_argument("--tasks", nargs="*", default=[*TASKS], choices=[*TASKS])

@@ -127,7 +127,7 @@ def run(cell: Cell, folder: Path) -> bool:
         pairs,
         scores,
         sizes=SIZES[cell.model],
-        ablation=cell.judged,
+        ablation=cell.judged,  # pyright: ignore[reportArgumentType]
         ranking=cell.ranking,  # pyright: ignore[reportArgumentType]
     )
     rows = {name: [_rounded(row) for row in getattr(curve, name).tolist()] for name in ("kept", "removed")}

@@ -110,7 +110,7 @@ def compiled_row(program: str) -> dict[str, Any] | None:
     return {"case": program, "size": n, **_frequencies(found, true, inside), "rates": rates}
 
 
-def _frequencies(found: Stability, true: np.ndarray, inside: np.ndarray | None = None) -> dict[str, float]:
+def _frequencies(found: Stability, true: np.ndarray, inside: np.ndarray | None = None) -> dict[str, Any]:
     """Mean selection frequency of true nodes and of false ones, over those that have one at all, and the core."""
     size = found.sizes[-1]
     index, counts = found.best[:, :size].unique(return_counts=True)

@@ -49,9 +49,10 @@ def keep_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> None:
         model["equal"] = [row for row in model["equal"] if (row["method"], row["ranking"]) not in names]
         model["equal"] += [row | {"earlier": True} for row in kept]
         model["pairs"] = model["pairs"] or old["pairs"]
-    for part in ("known", "reliability"):
-        lacking = not found[part] if part != "known" else not found[part]["auroc"]
-        if lacking and earlier.get(part):
+    count = lambda known: sum(len(cases) for cases in known["cases"].values()) if known else 0  # noqa: E731
+    lacking = {"known": count(found["known"]) < count(earlier.get("known")), "reliability": not found["reliability"]}
+    for part, lacks in lacking.items():
+        if lacks and earlier.get(part):
             found[part] = earlier[part]
             found["kept"] = [*found.get("kept", []), part]
 
@@ -114,7 +115,7 @@ def page(found: dict[str, Any]) -> str:
         "## What this does not say",
         _wrap(
             "One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, "
-            f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells took "
+            f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells of this run took "
             f"{found['minutes']:.0f} CPU minutes of one thread ({versions}). `python -m "
             "tests.study` goes on from the cells that are there."
         ),
@@ -204,11 +205,7 @@ def _notes(found: dict[str, Any]) -> list[str]:
         rows = [row for row in found["models"]["smollm2"]["equal"] if row["tasks"][task]]
         row = max(rows, key=lambda row: row["tasks"][task][0])
         best.append(f"{_name((row['method'], row['ranking']))} on {NAMES[task]} ({row['tasks'][task][0]:.2f})")
-    notes = [
-        f"The most compact on each task: {', '.join(best)}.",
-        'CP-LRP (`rules="cp"`) has the same rules as RelP, so the same scores. Second order is the gradient\'s score '
-        "plus the node's share of its group's second order (`tnc.reliability`).",
-    ]
+    notes = [f'The most compact on each task: {", ".join(best)}. CP-LRP (`rules="cp"`) is RelP here.']
     chosen = {task: name for task, name in found["stopped"].items() if name}
     if chosen:
         steps = ", ".join(f"{name.removeprefix('learned, ')} on {NAMES[task]}" for task, name in chosen.items())
@@ -275,20 +272,21 @@ def crossed(rows: list[dict[str, Any]]) -> str:
         "Compactness when nodes are scored with interchange (the pair's corrupt prompt) or with the mean over prompts, "
         "and judged with either. Empty: not computed on all tasks."
     )
-    wins = {}
+    wins = []
     for a, b in pairs:
         there = [row for row in rows if row[f"{a}/{b} difference"]]
         if there:
             best = max(there, key=lambda row: row[f"{a}/{b} difference"][0])
-            difference = best[f"{a}/{b} difference"]
-            sure = "surely" if difference[1] > 0 else "not surely"
-            wins[a, b] = f"{_name((best['method'], best['ranking']))} ({_signed(difference)}, {sure} above the default)"
-    after = "; ".join(f"scored with {ways[a]}, judged with {ways[b]}: {text}" for (a, b), text in wins.items())
-    after = f"The best beside RelP by absolute score under the same two ablations: {after}." if after else ""
+            wins.append(f"{_name((best['method'], best['ranking']))} ({_signed(best[f'{a}/{b} difference'])})")
+    after = f"Column by column the best beside RelP by absolute score: {'; '.join(wins)}." if wins else ""
     return "\n\n".join(part for part in (text, _table(head, table), _wrap(after)) if part)
 
 
 _SHOWN_KNOWN = ("RelP", "IG over inputs", "mask gradient", "learned, 150 steps", "exact patching")
+
+
+def _same(one: str, other: str) -> bool:
+    return one.split("|")[0] == other.split("|")[0]
 
 
 def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
@@ -297,7 +295,10 @@ def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
     kinds = [kind for kind in ("planted", "tracr") if kind in found["auroc"]]
     names = list(dict.fromkeys(name for kind in kinds for name in found["auroc"][kind]))
     if not every:
-        names = [name for name in names if name.split("|")[0] in _SHOWN_KNOWN]
+        both = [name for name in names if name.split("|")[0] in _SHOWN_KNOWN]
+        planted = found["auroc"][kinds[0]]
+        names = [name for name in both if planted[name][0] == max(planted[n][0] for n in both if _same(n, name))]
+        names = list({name.split("|")[0]: name for name in reversed(names)}.values())[::-1]
 
     def cell(kind: str, name: str) -> str:
         values = found["auroc"][kind].get(name)
@@ -308,7 +309,7 @@ def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
     text = (
         "Area under the ROC curve, mean over cases. Planted circuits: heads and MLPs that do the task against those "
         f"that distract, each as high as its best node ({judged.get('planted', 0)} cases). Compiled programs (tracr): "
-        f"neurons on a path to the output against other neurons that are no padding ({judged.get('tracr', 0)} "
+        f"neurons on a path to the output against other neurons that are not padding ({judged.get('tracr', 0)} "
         "programs, most with one such neuron). RelP freezes attention patterns, through which much of these programs "
         "runs: on some it gives no neuron a score."
     )
@@ -325,7 +326,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
     for row in found["rates"]:
         without = [f"{row['without_effect'][x]:.2f}" for x in ("0.0", "0.001", "0.01")]
         first = [row["kind"], row["null"], f"{row['nominal']:.2f}", f"{row['nodes']:.0f}", f"{row['outside']:.2f}"]
-        rows.append([*first, *without, f"{row['outside_mass']:.2f}"][: len(head)])
+        if every or row["nominal"] != 0.1:
+            rows.append([*first, *without, f"{row['outside_mass']:.2f}"][: len(head)])
     if every:
         shares = [
             f"{row['kind']}, {row['null']} at {row['nominal']}: {row['effects_named']['0.0']:.0%} of nodes with an "
@@ -338,7 +340,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
         f"`tnc.stability(...).at_fdr(rate, null=...)` on {cases['planted']} chains of the planted circuits (RelP) and "
         f"{cases['tracr']} compiled programs (gradient), one question at a time, 64 pairs. There are two truths. "
         "*Outside the circuit*: not one of the chain's heads and MLPs, or not on a path to the program's output. *An "
-        "effect*: patching the node alone, exactly, moves the metric; the last column asks for .1 % of what the "
+        "effect*: patching the node alone, exactly, moves the metric on these "
+        "pairs; the last column asks for .1 % of what the "
         "strongest node does."
     )
     frequency = (
@@ -381,8 +384,7 @@ def _reliability(rows: list[dict[str, float]] | None, *, every: bool = False) ->
     text = (
         "All (layer, position) groups of SmolLM2's neurons on nounpp, 8 pairs, by decile of the ratio of second to "
         f"first order{'' if every else ' (three deciles)'}: mean |estimate - exact| in logits, with the exact "
-        "effect by patching the group. The second order costs one more backward pass per group; the trapezoid "
-        "(gradients at both ends) the same."
+        "effect by patching the group. Correction and trapezoid (gradients at both ends) cost the same."
     )
     middle = [r for r in rows if r["high"] >= 0.1 and r["low"] <= 1]
     after = ""
@@ -393,7 +395,7 @@ def _reliability(rows: list[dict[str, float]] | None, *, every: bool = False) ->
         after = (
             f"In the deciles that reach between .1 and 1 the correction {verb} the error: {mean['first_order']:.3f} at "
             f"first order, {mean['corrected']:.3f} corrected, "
-            f"{mean['trapezoid']:.3f} by the trapezoid, which costs as much."
+            f"{mean['trapezoid']:.3f} by the trapezoid."
         )
     return [_wrap(text), _table(head, table), *([] if every else [_wrap(after)])]
 

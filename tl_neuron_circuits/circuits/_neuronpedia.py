@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,9 @@ _KIND_OF_TYPE = {
 }  # fmt: skip
 INFLUENCE_BEFORE_PRUNING = "influence_before_pruning"
 """In the settings of a pruned circuit: the cumulative influence that each of its nodes had in the whole one."""
+_PINNED = "pinned"
+"""In the settings of a graph that was read: nodes that stand on its page without being in a group."""
+_LOGIT_CLERP = re.compile(r'Output "(.*)" \(p=[0-9.e-]+\)', re.DOTALL)
 
 
 def write(circuit: Circuit, path: Path, slug: str | None, scan: str | None) -> None:
@@ -87,7 +91,10 @@ def write(circuit: Circuit, path: Path, slug: str | None, scan: str | None) -> N
             },
         },
         "qParams": {
-            "pinnedIds": [ids[node] for node in nodes.loc[nodes["group"] != "", "node"]],
+            "pinnedIds": [
+                ids[node] for node, group in zip(nodes["node"], nodes["group"], strict=True)
+                if group or node in settings.get(_PINNED, ())
+            ],
             "supernodes": [
                 [group, *(ids[node] for node in same["node"])]
                 for group, same in nodes[nodes["group"] != ""].groupby("group", sort=False)
@@ -144,6 +151,7 @@ class _Node(msgspec.Struct):
     clerp: str | None = None
     activation: _Finite | None = None
     token_prob: _Finite | None = None
+    influence: Annotated[float, msgspec.Meta(ge=0, le=1.001)] | None = None
 
 
 class _Link(msgspec.Struct):
@@ -162,6 +170,7 @@ class _Metadata(msgspec.Struct):
 
 class _Parameters(msgspec.Struct):
     supernodes: list[Annotated[list[str], msgspec.Meta(min_length=1)]] = []
+    pinnedIds: list[str] = []
 
 
 class _Graph(msgspec.Struct):
@@ -233,6 +242,8 @@ def _node(row: Mapping[Any, Any], node_id: str, influence: float, first: bool, n
         layer = str(row["layer"]) if row["layer"] >= 0 else "E"
         if kind == BIAS or feature >= n_layers:
             feature = -1 - (feature if kind == BIAS else feature - n_layers)  # no vocabulary entry's number
+    if row["label"] == row["node"] == node_id:  # a frontend has its own text where there is none
+        clerp = ""
     return {
         "node_id": node_id, "layer": layer, "ctx_idx": int(position), "feature": feature, "feature_type": kind,
         "jsNodeId": f"{start}_{number}-{position}", "clerp": clerp, "influence": influence,
@@ -334,8 +345,9 @@ def _read_ours(
 def _read_foreign(graph: _Graph) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, Any]]:
     """Nodes, edges and settings of a graph that is not ours.
 
-    Weights are its own. Relative weights are weights over the sum of the sizes of all weights into the target, and a
-    logit's score is its probability: other programs give neither shares of activations nor scores.
+    Weights are its own, and the influence that is written with its nodes again. Relative weights are over the sum of
+    the sizes of all weights into the target, and a logit's score is its probability: other programs give neither shares
+    of activations nor scores.
 
     Raises:
         FileFormatError: ids that are not unique, links to nodes that are not there, or no logit with a probability.
@@ -350,8 +362,17 @@ def _read_foreign(graph: _Graph) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[st
     )
     edges["weight"] = edges["weight"].astype(float)
     _require_finite(edges)
+    ids = [row["node"] for row in rows]
     rows, edges = _told_apart(rows, edges)
     nodes = node_table(rows)
+    before = {
+        row["node"]: min(node.influence, 1.0)
+        for row, node in zip(rows, graph.nodes, strict=True) if node.influence is not None
+    }  # fmt: skip
+    pinned = [
+        row["node"] for row, node_id in zip(rows, ids, strict=True)
+        if node_id in graph.qParams.pinnedIds and not row["group"] and row["kind"] != "error"
+    ]  # fmt: skip
     edges["attribution"] = edges["weight"]
     edges["relative"] = np.sign(edges["weight"]) * normalized(nodes, Links.read(nodes, edges))
     target_value = float(nodes.loc[nodes["kind"] == "logit", "score"].sum())
@@ -364,6 +385,7 @@ def _read_foreign(graph: _Graph) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[st
         "target": [row["label"] for row in rows if row["kind"] == "logit"], "target_value": target_value,
         "position": len(tokens) - 1, "rules": [], "versions": {},
         "generator": (metadata.info or {}).get("generator"),
+        **({INFLUENCE_BEFORE_PRUNING: before} if before else {}), **({_PINNED: pinned} if pinned else {}),
     }  # fmt: skip
     return *complete(nodes, edges, target_value), settings
 
@@ -465,9 +487,10 @@ def _foreign_row(node: _Node, tokens: list[str], groups: Mapping[str, str]) -> d
     kind = _KIND_OF_TYPE.get(node.feature_type, "feature")
     layer, position = str(node.layer), node.ctx_idx
     parts = node.node_id.split("_")
-    activation = node.activation
+    activation, output = node.activation, _LOGIT_CLERP.fullmatch(node.clerp or "")
+    label = output[1] if kind == "logit" and output is not None else node.clerp
     return {
-        "node": node.node_id, "label": node.clerp or node.node_id, "kind": kind,
+        "node": node.node_id, "label": label or (node.node_id if kind == "logit" else ""), "kind": kind,
         "layer": int(layer) if layer.isdigit() else -1,
         "unit": int(parts[1]) if kind != "error" and len(parts) == 3 and parts[1].isdigit() else -1,
         "position": position, "token": tokens[position] if 0 <= position < len(tokens) else "",

@@ -93,7 +93,7 @@ def evaluate_edges(
     if scores.basis is None:
         raise SettingsError("this circuit was loaded without its dictionaries: Circuit.load(path, basis=...).")
     tokens = tokenize(model, pairs)
-    _check(tokens, scores, ablation)
+    _check(tokens, scores, ablation, None)
     edges = ranked_edges(circuit)
     sizes = _sizes(sizes, len(edges))
     nodes = circuit.nodes.set_index("node")

@@ -237,7 +237,7 @@ def stability(
     Args:
         model: a HookedTransformer or TransformerBridge.
         pairs: as in `attribute`; both directions of a contrast carry the same words.
-        method: as in `attribute`, but for "random". A learned mask is learned anew in every draw.
+        method: as in `attribute`, except "random". A learned mask is learned anew in every draw.
         sizes: numbers of best nodes to look at.
         clusters: kinds of words, each with one label per pair, such as [subjects, attractors, templates]; the pairs'
             own labels unless given. False discoveries use the first kind.
@@ -549,10 +549,11 @@ def _swapping(scope: Scope, method: Method, tokens: TokenizedPairs) -> str:
     with torch.no_grad():
         logits = run_logits(scope.model, batch.clean, batch.attention_mask)
         one, other = (measure(scope.metric, logits, which) for which in (batch, swapped))
-    close = {"rtol": 1e-4, "atol": 1e-4 * float(one.abs().max())}
-    if torch.allclose(one, other, **close):
+    least = 1e-4 * float(one.abs().max())
+    if torch.allclose(one, other, rtol=1e-4, atol=least):
         return f"the metric {metric_name(scope.metric)} does not change with them"
-    return "flips" if torch.allclose(one, -other, **close) and not isinstance(method, LearnedMask) else "changes"
+    flips = torch.allclose(one, -other, rtol=1e-4, atol=least) and not isinstance(method, LearnedMask)
+    return "flips" if flips else "changes"
 
 
 def _same_answer(tokens: TokenizedPairs, words: Sequence[Sequence[str]]) -> TokenizedPairs:
