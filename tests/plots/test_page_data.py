@@ -131,7 +131,9 @@ def test_pieces_of_words_are_known_from_the_vocabulary() -> None:
     assert word_ends(None, asked) == word_ends(load_demo_model(), asked) == {}
 
 
-def test_without_details_there_are_logit_effects_while_the_model_lives(tmp_path: Path) -> None:
+def test_without_details_there_are_logit_effects_while_the_model_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_demo_model()
     dallas = trace(model, PROMPT, " Austin", nodes=5)
     data = page_data(dallas)
@@ -141,6 +143,10 @@ def test_without_details_there_are_logit_effects_while_the_model_lives(tmp_path:
     assert effects == pytest.approx(dict(zip(table["token"], table["effect"], strict=True)), rel=1e-4)
     dallas.save(tmp_path / "dallas")
     assert page_data(Circuit.load(tmp_path / "dallas"))["details"] == []
+    monkeypatch.setattr("tl_neuron_circuits.plots._page._MOST_EFFECTS", 2)  # of the strongest neurons, in any layer
+    strongest = dallas.nodes.query("kind == 'neuron'").sort_values("score", key=abs)["node"].tail(2)
+    assert set(page_data(dallas)["detail_of"]) == set(strongest)
+    monkeypatch.undo()
     given = {neuron: {"direct_logit_effects": [("given", 1.0)]}}
     data = page_data(dallas, given)
     assert data["details"][data["detail_of"][neuron]]["direct_logit_effects"] == [["given", 1.0]]

@@ -188,7 +188,9 @@ def _with_effects(circuit: "Circuit", details: Details | None) -> Details:
     """The details, and direct logit effects of the strongest neurons that have none, while the model still lives."""
     given = details or {}
     model = None if circuit.traced is None else circuit.traced.model()
-    nodes = circuit.nodes.loc[circuit.nodes["kind"] == "neuron", "node"].head(_MOST_EFFECTS)
+    chosen = circuit.nodes[circuit.nodes["kind"] == "neuron"]
+    by = "score" if chosen["score"].notna().any() else "influence"
+    nodes = chosen.sort_values(by, key=abs, ascending=False, kind="stable")["node"].head(_MOST_EFFECTS)
     neurons = {node: node.partition("@")[0] for node in nodes if not {node, node.partition("@")[0]} & set(given)}
     if model is None or not neurons:
         return given
