@@ -138,4 +138,4 @@ def test_the_command_writes_a_model_its_card_and_the_page(tmp_path: Path, monkey
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["recipe"]["steps"] == 2
     assert f"| {metrics['tasks']['IOI']['accuracy']:.3f} |" in (folder / "README.md").read_text()
-    assert "## demo-gelu" in page.read_text()
+    assert f"| {metrics['tasks']['IOI']['accuracy']:.3f} |" in page.read_text()

@@ -117,7 +117,7 @@ def page(found: dict[str, Any]) -> str:
             "One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, "
             f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells of this run took "
             f"{found['minutes']:.0f} CPU minutes of one thread ({versions}). `python -m "
-            "tests.study` goes on from the cells that are there."
+            "tests.study` resumes from the cells that are there."
         ),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
