@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.lasso.problems import regression, standardized_columns, structural_model
 from tests.loops import for_each
 from tl_neuron_circuits._errors import NumericalError, SettingsError
-from tl_neuron_circuits.lasso._solver import largest_penalty, lasso_path, r_squared, solve_lasso
+from tl_neuron_circuits.lasso._solver import largest_penalty, r_squared, solve_lasso
 from tl_neuron_circuits.lasso._statistics import Statistics, standardize
 
 sklearn = pytest.importorskip("sklearn.linear_model")
@@ -77,15 +77,15 @@ def test_each_target_alone_gives_the_same_as_all_together() -> None:
     assert torch.allclose(together, torch.cat(alone, 1), atol=1e-9)
 
 
-def test_a_path_equals_its_penalties_one_by_one_in_any_order() -> None:
+def test_where_a_solution_starts_changes_nothing() -> None:
     x, y = regression(120, 30, 3, shared=1.0)
     problem = standardize(Statistics.from_rows(x, y))
-    penalties = [share * largest_penalty(problem) for share in (0.03, 0.5, 0.1)]
-    path = lasso_path(problem, penalties, tolerance=1e-12)
-    assert [solution.penalty for solution in path] == penalties
-    for solution in path:
-        alone = solve_lasso(problem, solution.penalty, tolerance=1e-12)
-        assert torch.allclose(solution.weights, alone.weights, atol=1e-9)
+    start = None
+    for share in (0.03, 0.5, 0.1):
+        penalty = share * largest_penalty(problem)
+        found = solve_lasso(problem, penalty, start=start, tolerance=1e-12)
+        assert torch.allclose(found.weights, solve_lasso(problem, penalty, tolerance=1e-12).weights, atol=1e-9)
+        start = found.weights
 
 
 def test_collinear_columns_share_one_weight_and_the_fit_is_the_same() -> None:

@@ -10,7 +10,7 @@ columns each may use. The solution of the lasso is unique unless columns are col
 Source: Friedman et al. 2010; Tibshirani et al. 2012 (screening); METHODS 3.3.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,19 +31,7 @@ _GATHERED = 2**20  # numbers in gathered sub-matrices: 8 MB, which caches hold
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LassoSolution:
-    """Weights for one penalty: `weights[i, j]` is what source i adds to target j, in the problem's units.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits.lasso._statistics import Statistics, standardize
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = standardize(Statistics.from_rows(x, y))
-        >>> found = tnc.lasso.solve_lasso(problem, 0.1 * tnc.lasso.largest_penalty(problem))
-        >>> found.n_edges, tuple(found.weights.shape)
-        (2, (3, 1))
-    """
+    """Weights for one penalty: `weights[i, j]` is what source i adds to target j, in the problem's units."""
 
     penalty: float
     weights: Float64[Tensor, "source target"]
@@ -63,18 +51,7 @@ class LassoSolution:
 
 
 def largest_penalty(problem: Standardized, allowed: Bool[Tensor, "source target"] | None = None) -> float:
-    """The penalty from which on every weight is zero.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits.lasso._statistics import Statistics, standardize
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = standardize(Statistics.from_rows(x, y))
-        >>> tnc.lasso.solve_lasso(problem, 1.01 * tnc.lasso.largest_penalty(problem)).n_edges
-        0
-    """
+    """The penalty from which on every weight is zero."""
     cross = problem.cross if allowed is None else problem.cross * allowed
     return 2 * problem.n * float(cross.abs().max()) if cross.numel() else 0.0
 
@@ -103,17 +80,6 @@ def solve_lasso(
     Raises:
         SettingsError: the penalty is not positive.
         NumericalError: a target did not reach `tolerance`.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits.lasso._statistics import Statistics, standardize
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = standardize(Statistics.from_rows(x, y))
-        >>> solution = tnc.lasso.solve_lasso(problem, 0.1 * tnc.lasso.largest_penalty(problem))
-        >>> (solution.weights != 0).flatten().tolist(), bool(solution.r2 > 0.95)
-        ([True, True, False], True)
     """
     alpha = check_penalty(penalty) / (2 * problem.n)
     weights = torch.zeros_like(problem.cross) if start is None else start.clone()
@@ -131,43 +97,6 @@ def solve_lasso(
             f"expected {tolerance:.1e}. Raise the penalty, max_rounds or tolerance (nearly collinear sources do this)."
         )
     return LassoSolution(penalty, weights, gap, r_squared(problem, weights))
-
-
-def lasso_path(
-    problem: Standardized,
-    penalties: Sequence[float],
-    *,
-    allowed: Bool[Tensor, "source target"] | None = None,
-    tolerance: float = 1e-8,
-    max_rounds: int = 200,
-    verbose: bool | None = False,
-) -> list[LassoSolution]:
-    """Solve for several penalties, the largest first, each starting from the last; results in the order of `penalties`.
-
-    Raises:
-        SettingsError: a penalty is not positive.
-        NumericalError: a target did not reach `tolerance`.
-
-    Example:
-        >>> import torch
-        >>> import tl_neuron_circuits as tnc
-        >>> from tl_neuron_circuits.lasso._statistics import Statistics, standardize
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> y = 2 * x[:, :1] - x[:, 1:2]
-        >>> problem = standardize(Statistics.from_rows(x, y))
-        >>> largest = tnc.lasso.largest_penalty(problem)
-        >>> [solution.n_edges for solution in tnc.lasso.lasso_path(problem, [0.9 * largest, 0.1 * largest])]
-        [1, 2]
-    """
-    order = sorted(range(len(penalties)), key=lambda k: -penalties[k])
-    solutions: dict[int, LassoSolution] = {}
-    start = None
-    for k in progress(order, desc="penalties", verbose=verbose):
-        solutions[k] = solve_lasso(
-            problem, penalties[k], allowed=allowed, start=start, tolerance=tolerance, max_rounds=max_rounds
-        )
-        start = solutions[k].weights
-    return [solutions[k] for k in range(len(penalties))]
 
 
 def r_squared(problem: Standardized, weights: Float64[Tensor, "source target"]) -> Float64[Tensor, " target"]:

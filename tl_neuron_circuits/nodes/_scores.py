@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _html
-from .._errors import FileFormatError, NumericalError, SettingsError
+from .._errors import FileFormatError, NumericalError
 from .._files import formed, read_directory, require_shapes, write_directory
 from .._indices import as_count
 from .._typing import checked
@@ -249,13 +249,3 @@ def require_finite(scores: NodeScores) -> NodeScores:
             "bfloat16, and check_model(model)."
         )
     return scores
-
-
-def require_kept(positions: str) -> None:
-    """Raise unless `positions` is a choice.
-
-    Raises:
-        SettingsError: it is not.
-    """
-    if positions not in ("keep", "sum"):
-        raise SettingsError(f"expected positions 'keep' or 'sum'; got {positions!r}.")
