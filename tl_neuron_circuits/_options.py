@@ -88,7 +88,7 @@ def parse_options(text: str, kinds: Mapping[str, type[O]], *, what: str, unwritt
     return kind(**options)
 
 
-def _read(field: "dataclasses.Field[Any]", value: str) -> Any:
+def _read(field: Any, value: str) -> Any:
     """By the option's default or type: text, an integer, or a number (also where the default is none)."""
     default = field.default
     if isinstance(default, str | tuple):

@@ -43,7 +43,7 @@ _SMALLEST = 0.002  # of the sum of an edge's |parts|: smaller ones share a row
 class Traced:
     """What a circuit was traced on."""
 
-    model: "weakref.ref[Any]"
+    model: weakref.ref
     pairs: TokenizedPairs
 
 

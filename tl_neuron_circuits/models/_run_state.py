@@ -74,7 +74,7 @@ def _dropout_problems(model: TransformerLensModel) -> list[str]:
     return []
 
 
-def _dropouts(model: TransformerLensModel) -> list[tuple[str, "weakref.ref[nn.Module]", str]]:
+def _dropouts(model: TransformerLensModel) -> list[tuple[str, Any, str]]:
     if model not in _DROPOUTS:
         found = []
         for name, module in nn.Module.named_modules(model):  # pyright: ignore[reportArgumentType]
