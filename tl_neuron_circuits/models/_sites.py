@@ -127,7 +127,9 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
             problems.append(Problem(message, ("attention",)))
     norms = (*(_norm_sites(name, points) for name in points if _is_our_norm(name)), *_bare_norms(model, points))
     norms = tuple(norm for norm in norms if not _precedes_embedding(norm, points))
-    ends = ("unembed.hook_in", "ln_final.hook_out", "ln_final.hook_scale", f"blocks.{n_layers - 1}.hook_resid_post")
+    # TransformerLens 2 has no hook point at the unembedding; what enters hook_scale is cut off by the rule for norms.
+    ends = ["unembed.hook_in", "ln_final.hook_out", "ln_final.hook_normalized"]
+    ends.append(f"blocks.{n_layers - 1}.hook_resid_post")
     last = next((name for name in ends if name in points), "")
     if not last:
         problems.append(Problem(f"none of {ends} exists: the end of a forward pass cannot be seen.", _EVERY))
