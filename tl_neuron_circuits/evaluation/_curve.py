@@ -465,30 +465,28 @@ def _error(faithfulness: np.ndarray) -> np.ndarray:
 
 def size_within(sizes: Sequence[int], faithfulness: np.ndarray, tolerance: float) -> float:
     """The size from which |1 - faithfulness| stays within `tolerance`, log-interpolated; inf where it never does."""
+    within = np.abs(1 - faithfulness) <= tolerance
+    return _size_from(sizes, faithfulness, within, lambda last: 1 - tolerance if last < 1 else 1 + tolerance)
+
+
+def size_at(sizes: Sequence[int], faithfulness: np.ndarray, level: float) -> float:
+    """The size from which faithfulness stays at `level` or above, log-interpolated; inf where it never does."""
+    return _size_from(sizes, faithfulness, faithfulness >= level, lambda _: level)
+
+
+def _size_from(
+    sizes: Sequence[int], faithfulness: np.ndarray, reached: np.ndarray, bound: Callable[[float], float]
+) -> float:
+    """Where faithfulness last crosses the bound that the last size with `reached` false has still to cross."""
     x = np.log(np.maximum(np.asarray(sizes, dtype=float), 0.5))
-    outside = np.flatnonzero(~(np.abs(1 - faithfulness) <= tolerance))
+    outside = np.flatnonzero(~reached)
     if len(outside) == 0:
         return float(sizes[0])
     last = int(outside[-1])
     if last == len(sizes) - 1:
         return float("inf")
     low, high = faithfulness[last], faithfulness[last + 1]
-    bound = 1 - tolerance if low < 1 else 1 + tolerance
-    share = (bound - low) / (high - low) if np.isfinite(low) else 1.0
-    return float(np.exp(x[last] + share * (x[last + 1] - x[last])))
-
-
-def size_at(sizes: Sequence[int], faithfulness: np.ndarray, level: float) -> float:
-    """The size from which faithfulness stays at `level` or above, log-interpolated; inf where it never does."""
-    x = np.log(np.maximum(np.asarray(sizes, dtype=float), 0.5))
-    below = np.flatnonzero(~(faithfulness >= level))
-    if len(below) == 0:
-        return float(sizes[0])
-    last = int(below[-1])
-    if last == len(sizes) - 1:
-        return float("inf")
-    low, high = faithfulness[last], faithfulness[last + 1]
-    share = (level - low) / (high - low) if np.isfinite(low) else 1.0
+    share = (bound(low) - low) / (high - low) if np.isfinite(low) else 1.0
     return float(np.exp(x[last] + share * (x[last + 1] - x[last])))
 
 
