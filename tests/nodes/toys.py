@@ -3,15 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformer_lens
 from torch import Tensor
-from transformer_lens import HookedRootModule
+from transformer_lens import hook_points
 from transformer_lens.hook_points import HookPoint
 
 from tl_neuron_circuits.bases._activations import ActivationSite
 from tl_neuron_circuits.tasks import TokenizedPairs
+
+# TransformerLens 2 has the class in hook_points alone, 4 in the package alone.
+if TYPE_CHECKING:
+    from transformer_lens import HookedRootModule
+else:
+    HookedRootModule = getattr(transformer_lens, "HookedRootModule", None) or hook_points.HookedRootModule
 
 
 class Toy(HookedRootModule):
