@@ -24,6 +24,7 @@ TEXTS = ["The dogs near the girl are old.", "The dog is here.", "She lives in Da
 PLAIN = ["The dogs near the cat are", "The dogs are", "The cats near the girl are"]
 TARGETS = [" old", " here", " old"]
 NUMBERS = ["weight", "attribution"]
+WITHOUT_BIASES = [p for p in all_models("llama") if p.values[0].backend == "TransformerBridge"]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,10 @@ def assert_prompts_average_to(circuit: Circuit) -> None:
     np.testing.assert_allclose(of_nodes["weight"][has_change], own["change"][has_change], atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize(("case", "paired"), [(all_models("llama")[-1], False), (all_models("gpt2")[0], True)])
-def test_prompts_in_one_batch_give_what_they_give_one_by_one_and_alone(case: Any, paired: bool) -> None:
-    case = case.values[0]
+@pytest.mark.parametrize(
+    ("case", "paired"), [*((p.values[0], False) for p in WITHOUT_BIASES), (all_models("gpt2")[0].values[0], True)]
+)
+def test_prompts_in_one_batch_give_what_they_give_one_by_one_and_alone(case: ModelCase, paired: bool) -> None:
     model = case.build()
     assert can_share(model, find_slots(model, tnc.bases.Neurons()), paired=paired)
     tokens, others = random_tokens(model, 3, 6), random_tokens(model, 3, 6, seed=1)
@@ -182,7 +184,7 @@ def test_profiles_are_those_of_the_model(demo: Any, marked: Circuit) -> None:
     np.testing.assert_allclose(tokens.reindex(embedding.index).fillna(0.0), embedding, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", all_models("llama")[-1:])
+@pytest.mark.parametrize("case", WITHOUT_BIASES)
 def test_profiles_of_a_model_without_biases_sum_to_everything(case: ModelCase) -> None:
     model = case.build()
     circuit = trace(model, random_tokens(model, 2, 5), [3, 4], nodes=20, profiles=True)

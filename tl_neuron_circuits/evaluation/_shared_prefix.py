@@ -11,7 +11,6 @@ Architectures and versions differ in how they treat them, so the first batch is 
 by more than rounding, where a call fails, and where the model has hooks of the user's, all positions are run.
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from .._memory import is_out_of_memory
 from ..bases._runs import answers_only, run_logits
 from ..bases._site import Parts
 from ..interventions._ablation import Ablation, Kept
+from ..models._key_values import bridge_cache_argument, hooked_transformer_cache, takes_hooked_transformer_cache
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._run_state import require_steady
 from ..models._threads import held, this_thread_only
@@ -115,7 +115,7 @@ class SharedPrefix:
         first, rest = batch.clean[:, :start], batch.clean[:, start:]
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(held(model, "an evaluation from a cached prefix"))
-            if "past_kv_cache" in inspect.signature(type(model).forward).parameters:
+            if takes_hooked_transformer_cache(model):
                 options = _hooked_transformer_cache(model, first)
             else:
                 options = stack.enter_context(_bridge_cache(model))
@@ -161,9 +161,7 @@ def _at_answers(logits: Tensor, batch: Batch) -> Tensor:
 
 def _hooked_transformer_cache(model: Any, first: Tensor) -> Callable[[Tensor | None], dict[str, Any]]:
     """The options of a call: the first fills the cache; None freezes it, so that the others leave it as it is."""
-    from transformer_lens import TransformerLensKeyValueCache
-
-    cache = TransformerLensKeyValueCache.init_cache(model.cfg, first.device, len(first))
+    cache = hooked_transformer_cache(model, len(first), first.device)
 
     def options(tokens: Tensor | None) -> dict[str, Any]:
         if tokens is None:
@@ -194,8 +192,7 @@ def _bridge_cache(model: Any) -> Iterator[Callable[[Tensor | None], dict[str, An
         return arguments, options
 
     cache = Frozen()
-    names = inspect.signature(model.original_model.forward).parameters
-    name = "cache" if "cache" in names else "past_key_values"
+    name = bridge_cache_argument(model)
 
     def options(tokens: Tensor | None) -> dict[str, Any]:
         cache.full = cache.full or tokens is None

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..models._key_values import bridge_cache_argument, hooked_transformer_cache, takes_hooked_transformer_cache
 from ..models._protocol import TransformerLensModel
 from ..models._threads import hooked
 from ._ablation import Hooks
@@ -105,7 +106,7 @@ def _probe(model: Any, tokens: Tensor, one_pass: Pass) -> dict[int, Tensor] | No
 @contextmanager
 def _cached_pass(model: Any, batch: int, both_names: bool) -> Iterator[Pass | None]:
     """Passes that share one cache, or None where nothing of the kind is known for this model."""
-    hooked_transformer = "past_kv_cache" in inspect.signature(model.forward).parameters
+    hooked_transformer = takes_hooked_transformer_cache(model)
     attention = [module for module in model.modules() if hasattr(module, "_update_kv_cache")]
     with ExitStack() as stack:
         if hooked_transformer and not both_names:
@@ -119,11 +120,7 @@ def _cached_pass(model: Any, batch: int, both_names: bool) -> Iterator[Pass | No
 
 
 def _pass_of_hooked_transformer(model: Any, batch: int) -> Pass:
-    import transformer_lens
-
-    names = ("TransformerLensKeyValueCache", "HookedTransformerKeyValueCache")  # of 3 and of 2
-    kind = next(getattr(transformer_lens, name) for name in names if hasattr(transformer_lens, name))
-    cache = kind.init_cache(model.cfg, model.cfg.device, batch)
+    cache = hooked_transformer_cache(model, batch, model.cfg.device)
     return lambda tokens, seen: model(tokens, past_kv_cache=cache, attention_mask=torch.ones_like(tokens))
 
 
@@ -134,7 +131,7 @@ def _pass_of_bridge(model: Any, batch: int) -> Pass:
     if "config" in inspect.signature(DynamicCache).parameters:
         options["config"] = original.config.get_text_config()
     cache, known = DynamicCache(**options), inspect.signature(original.forward).parameters
-    name = "cache" if "cache" in known else "past_key_values"
+    name = bridge_cache_argument(model)
 
     def one_pass(tokens: Tensor, seen: int) -> Tensor:
         mask = torch.ones(batch, seen + tokens.shape[1], dtype=torch.long, device=tokens.device)
