@@ -5,6 +5,7 @@ bias, a norm weight or a soft cap gives another number. The seed fixes the model
 """
 
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ try:
 except ImportError:  # TransformerLens 2 has no TransformerBridge
     build_bridge_from_module = None
 
+MAJOR = int(version("transformer-lens").split(".")[0])
 N_LAYERS, D_MODEL, N_HEADS, D_HEAD, D_MLP, D_VOCAB, N_CTX = 2, 16, 4, 4, 24, 50, 32
 
 

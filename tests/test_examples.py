@@ -6,12 +6,12 @@ import importlib
 import inspect
 import typing
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import tl_neuron_circuits as tnc
+from tests.families import MAJOR
 from tests.test_architecture import re_exports, results
 from tl_neuron_circuits.propagation import rules
 
@@ -37,7 +37,6 @@ def public() -> dict[str, object]:
 
 PUBLIC = public()
 ENTRY_POINTS = {"cli.main"}  # it exits; tests/test_package.py and tests/test_cli.py call it
-MAJOR = int(version("transformer-lens").split(".")[0])
 NEWER = ("TransformerBridge", 'load_demo_dictionaries("transcoder")')
 
 

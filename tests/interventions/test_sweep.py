@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import tl_neuron_circuits as tnc
-from tests.families import ModelCase, all_models, random_tokens
+from tests.families import MAJOR, ModelCase, all_models, random_tokens
 from tests.interventions.test_steering import logits_with
 from tests.loops import for_each
 from tests.propagation.test_threads import in_a_thread
@@ -85,7 +85,7 @@ def test_the_complement_of_nothing_is_everything_and_of_everything_nothing(chang
 
 def test_complements_of_features_and_what_has_none() -> None:
     model = tnc.load_demo_model()
-    basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
+    basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae"))
     n_features = [int(site.dictionary.W_dec.shape[0]) for site in basis.sites(model)]
     every = [
         f"L{site.layer}/F{unit}" for site, n in zip(basis.sites(model), n_features, strict=True) for unit in range(n)
@@ -153,7 +153,7 @@ def test_controls_are_other_nodes_of_the_same_place_and_size() -> None:
 
 def test_a_group_that_is_silent_has_no_relative_change_and_no_p() -> None:
     model = tnc.load_demo_model()
-    basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("transcoder"))
+    basis = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae"))
     labels = [f"L1/F{unit}@2" for unit in range(60)]
     values = tnc.node_values(model, TEXTS[0], labels, basis=basis)[0]
     silent = [label for label, value in zip(labels, values, strict=True) if value == 0][:3]
@@ -244,6 +244,7 @@ def test_text_generated_with_the_cache_is_the_text_without(case: ModelCase, unto
         assert widths[-4:] == [1] * 4  # and nothing was run over the whole text after the comparison
 
 
+@pytest.mark.skipif(MAJOR < 3, reason="TransformerLens 2 has no TransformerBridge")
 def test_a_cache_that_loses_the_prompt_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from tl_neuron_circuits.interventions import _continue
 
