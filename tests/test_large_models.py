@@ -142,9 +142,9 @@ def test_an_estimate_says_what_fits() -> None:
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tl_neuron_circuits.nodes._memory.available_memory", lambda model: 200_000)
+    monkeypatch.setattr("tl_neuron_circuits.nodes._memory.available_memory", lambda model: 150_000)
     model = scaled_llama("HookedTransformer", layers=2)
-    with pytest.raises(SettingsError, match=r"available 0\.0002 GB.*batch_size="):
+    with pytest.raises(SettingsError, match=r"available 0\.00015 GB.*batch_size="):
         attribute(model, PAIRS, batch_size=8)
     used = attribute(model, PAIRS, batch_size="auto").settings["batch_size"]
     assert 1 <= used < 8

@@ -71,7 +71,7 @@ def train(model: Any, pairs: Any, verbose: bool | None) -> None:
 
 
 def measure_fidelity(model: Any, pairs: Any, verbose: bool | None) -> None:
-    dictionaries, tokens = tnc.load_demo_dictionaries("transcoder")[:1], model.to_tokens(pairs.clean)
+    dictionaries, tokens = tnc.load_demo_dictionaries("sae")[:1], model.to_tokens(pairs.clean)
     tnc.transcoders.fidelity(model, dictionaries, tokens, baselines=False, verbose=verbose)
 
 
