@@ -63,7 +63,7 @@ from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import provenance
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
-from ._learned_stability import learn_draws, learned_nulls, swap_answers
+from ._learned_stability import Learn, learn_draws, learned_nulls, swap_answers
 
 _MARGIN = 4.0  # standard errors above its mean up to which a node may still enter a ranking
 _TESTED = 100_000  # ranks at which false discoveries are counted
@@ -297,30 +297,15 @@ def stability(
         check_pairs(theirs, scope)
     swapping = _swapping(scope, method, tokens)
     signs = null_draws if swapping in ("flips", "changes") else 0
-    ranked = lambda n: sorted({min(size, n) for size in sizes})  # noqa: E731
-    other = counted = None
     if learned:
         learn = lambda some: attribute(  # noqa: E731
             model, some, method=method, basis=basis, metric=metric, positions=positions, baseline=baseline,
             batch_size=batch_size, verbose=False,
         )  # fmt: skip
-        scores = learn(tokens)
-        flat, names = scores.flat().cpu(), list(zip(*words, strict=True))
-        cells = list(dict.fromkeys(names))
-        weights = draw_weights(cells, draws, seed)[:, [cells.index(name) for name in names]]
-        found = learn_draws(learn, tokens, weights, ranked(len(flat))[-1], verbose)
-        best, n_clusters = found.best, len(set(words[0]))
-        t, live = statistic(flat, found.deviation)
-        observed = t.abs()[live].sort(descending=True).values[:_TESTED]
-        rows = [
-            _count(statistic(null, found.deviation)[0].abs()[live], observed)
-            for null in learned_nulls(learn, tokens, words[0], signs, seed + 1)
-        ]
-        flips = torch.stack(rows) if rows else torch.zeros(0, len(observed))
-        if theirs is not None:
-            other = _same_nodes(learn(theirs).flat().cpu(), flat)
-            counted = _count(statistic(other, found.deviation)[0].abs()[live], observed)
-        settings = dict(scores.settings)
+        scores, best, t, flips, counted, other = _from_masks(
+            learn, tokens, theirs, words, max(sizes), draws, signs, seed, verbose
+        )
+        n_clusters, settings = len(set(words[0])), dict(scores.settings)
     else:
         settings = {
             "method": method.label, "method_options": method.to_json(), "positions": positions, "units": "keep",
@@ -330,11 +315,12 @@ def stability(
         if method.ranking != "abs":
             settings["ranking"] = method.ranking
         with current_processes().together("stability", settings):
+            other = counted = None
             made = Cells(scope, method, tokens, words, batch_size, verbose)
             flat, n_clusters = made.total / len(tokens), len(made.counts)
             scores = require_finite(_as_scores(made.shape(settings, nodes_of), flat))
             deviation = standard_error(made.by_cluster, made.counts)
-            best = _draw(made, flat, ranked(len(flat))[-1], rank, draws, seed)
+            best = _draw(made, flat, min(max(sizes), len(flat)), rank, draws, seed)
             t, live = statistic(flat, deviation)
             observed = t.abs()[live].sort(descending=True).values[:_TESTED]
             swapped = None
@@ -355,7 +341,29 @@ def stability(
         "seed": seed,
         **({} if swapping in ("flips", "changes") else {"no_sign_flips": swapping}),
     }
-    return Stability(scores, tuple(ranked(len(flat))), best, t, flips, counted, other, settings | more)
+    ranked = sorted({min(size, len(scores.flat())) for size in sizes})
+    return Stability(scores, tuple(ranked), best, t, flips, counted, other, settings | more)
+
+
+def _from_masks(
+    learn: Learn, tokens: TokenizedPairs, theirs: TokenizedPairs | None, words: Sequence[Sequence[str]], size: int,
+    draws: int, null_draws: int, seed: int, shown: bool | None,
+) -> tuple[NodeScores, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """A learned mask's scores, the best of each draw, t, and counts of both nulls with the second's scores."""
+    scores = learn(tokens)
+    flat, names = scores.flat().cpu(), list(zip(*words, strict=True))
+    cells = list(dict.fromkeys(names))
+    weights = draw_weights(cells, draws, seed)[:, [cells.index(name) for name in names]]
+    found = learn_draws(learn, tokens, weights, size, shown)
+    t, live = statistic(flat, found.deviation)
+    observed = t.abs()[live].sort(descending=True).values[:_TESTED]
+    count = lambda null: _count(statistic(null, found.deviation)[0].abs()[live], observed)  # noqa: E731
+    rows = [count(null) for null in learned_nulls(learn, tokens, words[0], null_draws, seed + 1)]
+    flips = torch.stack(rows) if rows else torch.zeros(0, len(observed))
+    if theirs is None:
+        return scores, found.best, t, flips, None, None
+    other = _same_nodes(learn(theirs).flat().cpu(), flat)
+    return scores, found.best, t, flips, count(other), other
 
 
 def nodes_at_fdr(
