@@ -6,15 +6,13 @@ ablation, without BOS, on evaluation pairs that the model gets right in both dir
 is claimed only if the whole 95 % interval, paired, over couples of nouns, lies below 0. Secondary, the same way: RelP
 minus AtP on neurons, by |score| and by score; neurons minus randomly rotated neurons. All else is description.
 
-Means come from the learning pairs. The curves of the declared contrasts are measured on 200 and 60 pairs, all
-others, and those again, on 96 and 40; no number here is of both. All pairs and interchange are repeated for
-neurons, BOS for MLP outputs too. Integrated gradients one site at a time cost 30 x 5 backward passes, so they see
-16 learning pairs, beside RelP on the same 16.
+Means come from the learning pairs: 200, or as many as there are, against 60 for evaluation. All pairs and
+interchange are repeated for neurons, BOS for MLP outputs too. Integrated gradients one site at a time cost 30 x 5
+backward passes, so they see 16 learning pairs, beside RelP on the same 16.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +22,7 @@ import tl_neuron_circuits as tnc
 from tests.evidence import cells, splits
 from tests.evidence.controls import mean_difference_basis, pca_basis, rotated_basis
 
-LARGE, SMALL = (200, 60), (96, 40)
-"""Learning and evaluation pairs: of the declared contrasts ("agreement-200"), and of everything ("agreement")."""
+N_LEARNING, N_EVALUATION = 200, 60
 N_IG, STEPS = 16, 5
 SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 THREE_RULES = tnc.RelP(rules=("ln", "identity", "half"))
@@ -57,8 +54,7 @@ EXTRA = ("corrupt", "all", "bos")
 
 def pairs_of(model: Any, name: splits.Structure, kept: cells.Cells, *, bos: bool = False) -> dict[str, tnc.PromptPairs]:
     """Learning and evaluation pairs that the model gets right, and "all" evaluation pairs."""
-    n_learning, n_evaluation = LARGE if kept.folder.name.endswith("-200") else SMALL
-    sizes: Any = {"learning": n_learning, "evaluation": n_evaluation, "development": 8}
+    sizes: Any = {"learning": N_LEARNING, "evaluation": N_EVALUATION, "development": 8}
     drawn: dict[str, splits.AgreementSplit] = {}
 
     def draw() -> splits.AgreementSplit:
@@ -123,12 +119,8 @@ class Structure:
         return self.kept.curve("_".join(filter(None, (self.name, basis, method, ranking, kind))), make)
 
 
-def run(model: Any, kept: cells.Cells, large: cells.Cells, names: Sequence[splits.Structure]) -> None:
+def run(model: Any, kept: cells.Cells, names: Sequence[splits.Structure]) -> None:
     """Every cell; the most important ones of all structures first."""
-    for name in names:
-        structure = Structure(model, name, large)
-        for basis, method, ranking, complete in ORDER[:5]:
-            structure.curve(basis, method, ranking, complete)
     structures = [Structure(model, name, kept) for name in names]
     for start, stop in ((0, 5), (5, 10), (10, 15)):
         for structure in structures:
@@ -236,31 +228,22 @@ def curves(kept: cells.Cells) -> dict[str, Any]:
 
 def collect(kept: cells.Cells) -> dict[str, Any]:
     """Everything that the page shows, from the cells."""
-    small, large = (cells.Cells(folder, run=False) for folder in (kept.folder, large_folder(kept.folder)))
-    found = curves(small)
+    found = curves(kept)
     return {
-        "settings": {"pairs": n_pairs(small), "ig pairs": N_IG, "ig steps": STEPS},
+        "settings": {"pairs": n_pairs(kept), "ig pairs": N_IG, "ig steps": STEPS},
         "curves": found,
-        "live": {name: live_nodes(small, name) for name in splits.STRUCTURES if f"{name}_neurons_relp_abs" in found},
-        "contrasts": contrasts(small),
-        "large": {"pairs": n_pairs(large), "curves": curves(large), "contrasts": contrasts(large)},
+        "live": {name: live_nodes(kept, name) for name in splits.STRUCTURES if f"{name}_neurons_relp_abs" in found},
+        "contrasts": contrasts(kept),
     }  # fmt: skip
-
-
-def large_folder(folder: Path) -> Path:
-    """Where the cells of 200 and 60 pairs are."""
-    return folder.with_name(f"{folder.name}-200")
 
 
 def main() -> None:
     given = cells.options(__doc__)
     kept = cells.Cells(given.work / "agreement", run=not given.no_run)
     if kept.run:
-        model = cells.load_model()
-        large = cells.Cells(large_folder(kept.folder))
-        run(model, kept, large, [name for name in splits.STRUCTURES if not given.only or name in given.only])
+        run(cells.load_model(), kept, [name for name in splits.STRUCTURES if not given.only or name in given.only])
     if given.update_docs:
-        cells.write_results("agreement", collect(kept))
+        cells.write_results("agreement", collect(cells.Cells(kept.folder, run=False)))
         from tests.evidence.tables import agreement_tables, in_short
 
         cells.update_page(agreement_tables() | in_short())

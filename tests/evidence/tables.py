@@ -47,19 +47,6 @@ def at(curve: Json | None, key: str, size: int) -> float | None:
     return curve[key][curve["sizes"].index(size)]
 
 
-def counted(pairs: dict[str, list[int]]) -> str:
-    """The most learning and evaluation pairs of a structure."""
-    return " / ".join(str(max(each)) for each in zip(*pairs.values(), strict=True)) if pairs else "–"
-
-
-def largest_contrast(found: Json, key: str) -> tuple[Json | None, bool]:
-    """A contrast on the larger set of pairs where all structures are there, and whether it is."""
-    row = found["large"]["contrasts"].get(key)
-    if row is not None and len(row["structures"]) == len(STRUCTURES):
-        return row, True
-    return found["contrasts"].get(key), False
-
-
 def within(low_high: list[float]) -> str:
     """An interval."""
     return f"{low_high[0]:+.2f} to {low_high[1]:+.2f}"
@@ -74,27 +61,16 @@ def agreement_tables() -> dict[str, str]:
         each = [curves.get(f"{structure}_{name}") for structure in STRUCTURES]
         return [None if curve is None else curve[key] if size is None else at(curve, key, size) for curve in each]
 
-    large, pairs = found["large"], {}
-    pairs[True], pairs[False] = (counted(one["pairs"]) for one in (large, found["settings"]))
     contrasts = []
     for key, title in CONTRASTS.items():
-        row, many = largest_contrast(found, key)
+        row = found["contrasts"].get(key)
         if row is not None:
             by_name = row["structures"]
             each = [f"{by_name[name]['difference']:+.2f}" if name in by_name else None for name in STRUCTURES]
-            used = pairs[many]
-            if "_few_" in key:
-                used = f"{found['settings']['ig pairs']} / {used.split(' / ')[1]}"
-            contrasts.append([title.removesuffix("*"), used, *each, f"{row['mean']:+.2f}", within(row["interval"])])
-    both = []
-    for name, title in (("neurons_relp_abs", "neurons"), ("mlp_outputs_relp_abs", "MLP outputs"),
-                        ("rotated_relp_abs", "rotated neurons"), ("neurons_atp_abs", "neurons, AtP"),
-                        ("neurons_relp_signed", "neurons, by score")):  # fmt: skip
-        for many, source in ((True, large["curves"]), (False, curves)):
-            each = [source.get(f"{structure}_{name}") for structure in STRUCTURES]
-            both.append([f"{title}, {pairs[many]}", *(" / ".join(
-                cells.show(at(curve, "faithfulness", size)) for size in (10, 100, 1000)) for curve in each),
-            ])  # fmt: skip
+            title = (
+                title.replace("*", f" ({found['settings']['ig pairs']} learning pairs)") if "_few_" in key else title
+            )
+            contrasts.append([title, *each, f"{row['mean']:+.2f}", within(row["interval"])])
     bases = [(name, title) for name, title in BASES.items() if any(per(f"{name}_relp_abs", "nodes"))]
     methods = [(f"neurons_{method}_{ranking}", title) for (method, ranking), title in METHODS.items()]
     methods = [(name, title) for name, title in methods if any(per(name, "nodes"))]
@@ -106,15 +82,12 @@ def agreement_tables() -> dict[str, str]:
     live = found["live"]
     draw_curves(curves)
     return {
-        "agreement-contrasts": cells.table(["difference of E", "pairs", *STRUCTURES, "mean", "95 %"], contrasts),
+        "agreement-contrasts": cells.table(["difference of E", *STRUCTURES, "mean", "95 %"], contrasts),
         "agreement-bases": cells.table(
             ["basis, by RelP", *(f"{structure}: 10 / 100 / 1,000" for structure in STRUCTURES)],
             [[title, *(" / ".join(cells.show(value) for value in row) for row in zip(
                 *(per(f"{name}_relp_abs", "faithfulness", size) for size in (10, 100, 1000)), strict=True))]
              for name, title in bases],
-        ),
-        "agreement-sizes": cells.table(
-            ["RelP unless said, pairs", *(f"{structure}: 10 / 100 / 1,000" for structure in STRUCTURES)], both,
         ),
         "agreement-within": cells.table(
             ["stays within .2 of 1 from", *STRUCTURES],
@@ -376,15 +349,14 @@ def in_short() -> dict[str, str]:
         each = [at(curves.get(f"{structure}_{name}"), "faithfulness", 100) for structure in STRUCTURES]
         return ", ".join(cells.show(value) for value in each)
 
-    for key, question, one, other in (  # `hundred` reads the curves that the contrast is of
+    for key, question, one, other in (
         ("neurons_relp_abs minus mlp_outputs_relp_abs", "Are neurons sparser than MLP outputs?", "neurons", "MLPs"),
         ("neurons_relp_abs minus rotated_relp_abs", "Is it the neurons' own axes?", "neurons", "rotated"),
         ("neurons_relp_abs minus neurons_atp_abs", "Does RelP rank neurons better than AtP?", "RelP", "AtP"),
         ("neurons_relp_abs minus neurons_ig_inputs_abs", "... better than IG over inputs?", "RelP", "IG over inputs"),
     ):
-        row, many = largest_contrast(agreement, key)
+        row = agreement["contrasts"].get(key)
         if row is not None:
-            curves = agreement["large"]["curves"] if many else agreement["curves"]
             first, second = key.split(" minus ")
             missing = len(STRUCTURES) - len(row["structures"])
             rows.append([question, decided(row["interval"]) + (f" (structures missing: {missing})" if missing else ""),
@@ -402,7 +374,6 @@ def in_short() -> dict[str, str]:
         rows.append(["Do about 100 neurons control agreement?",
                      f"in {len(yes)} of {len(yes) + len(no)}" + (f": not in {', '.join(no)}" if no else ""),
                      f"flips of known / new verbs: {figures}"])  # fmt: skip
-    curves = agreement["curves"]
     both = [(curves[f"{name}_neurons_relp_abs"], curves[f"{name}_heads_relp_abs"], name) for name in STRUCTURES
             if f"{name}_heads_relp_abs" in curves]  # fmt: skip
     if both:
