@@ -1,6 +1,6 @@
 """Neurons against dictionaries at equal layers, on SmolLM2: `python -m tests.evidence.dictionaries`
 
-Two layers, those whose neurons' scores sum to the most by RelP on the learning pairs (|sum|, mean over structures).
+Four layers, those whose neurons' scores sum to the most by RelP on the learning pairs (|sum|, mean over structures).
 SAEs and transcoders are trained by the package on these layers, from zero, on real English: `pydoc_data.topics`, the
 language reference that comes with Python, 64 tokens a row, each token once; a quarter, a half and all of it. The last
 rows are held out for fidelity. The layers' neurons and MLP outputs stand beside them, on the same pairs.
@@ -22,10 +22,10 @@ from tests.evidence import cells, splits
 from tl_neuron_circuits import transcoders
 
 N_LEARNING, N_EVALUATION = 32, 24
-STRUCTURES: tuple[splits.Structure, ...] = ("nounpp", "rc")
+STRUCTURES = splits.STRUCTURES
 SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000)
-N_LAYERS, WIDTH, ACTIVE = 2, 4, 32
-N_TOKENS, ROW, N_HELD_OUT = 16_384, 64, 16
+N_LAYERS, WIDTH, ACTIVE = 4, 4, 32
+N_TOKENS, ROW, N_HELD_OUT = 65_536, 64, 16
 BATCH = 128
 SHARES = {"quarter": 4, "half": 2, "all": 1}
 KINDS = ("sae", "transcoder")

@@ -2,7 +2,7 @@
 
 Curves: neurons found on some cities, judged on other cities of the same states (mean ablation, means from the learning
 pairs). RelP is run with all four rules, with each one left out, and beside AtP, to see which rule costs what on a
-prompt of some thirty tokens.
+prompt of some thirty tokens. Differences have intervals over states, of which there are six.
 
 Interchange: the best neurons at the city's positions take the values that they have on a donor prompt,
 
@@ -12,6 +12,10 @@ Interchange: the best neurons at the city's positions take the values that they 
     matched neurons       not chosen, of the same layer and position and of the nearest size of change
 
 A shift is how far the difference of the two capitals' logits moves on the way to the donor's own: 0 nothing, 1 all.
+All of it twice: for the best neurons of any layer, and for those after layer 0, which reads the city's token alone.
+
+Steering: for every evaluation city and every other state, the best neurons after layer 0 at the city move from their
+values towards those that they have after the other state's *learning* city, once, twice or four times the way.
 """
 
 from typing import Any
@@ -23,14 +27,16 @@ import tl_neuron_circuits as tnc
 from tests.evidence import cells, splits
 from tests.evidence.matching import matched_nodes
 
-N_LEARNING, N_EVALUATION = 16, 12
+N_LEARNING, N_EVALUATION = 30, 30
 SIZES = (30, 100, 300, 1000, 3000, 10_000)
 KEPT = (100, 300, 1000)
+TIMES = (1, 2, 4)
 RULES: dict[str, Any] = {
     "relp": "relp", "atp": "gradient",
     "without attention": tnc.RelP(rules=("ln", "identity", "half")),
     "without ln": tnc.RelP(rules=("identity", "half", "attention")),
     "without half": tnc.RelP(rules=("ln", "identity", "attention")),
+    "without identity": tnc.RelP(rules=("ln", "half", "attention")),
     "attention alone": tnc.RelP(rules=("attention",)),
 }  # fmt: skip
 OTHER = splits.QUESTION.replace("capital", "governor")
@@ -69,7 +75,7 @@ def curves(
             ),
         )
         kept.curve(f"{basis}_{rules}_{ranking}", lambda scores=scores, ranking=ranking: tnc.evaluate(
-            model, evaluation, scores, reference=learning, sizes=SIZES, ranking=ranking, batch_size=12,
+            model, evaluation, scores, reference=learning, sizes=SIZES, ranking=ranking, batch_size=30,
             completeness=False,
         ))  # fmt: skip
 
@@ -123,18 +129,52 @@ def interchanges(model: Any, kept: cells.Cells, split: dict[str, Any], evaluatio
     sizes = kept.scores("scores-difference", lambda: tnc.attribute(
         model, spread(evaluation, 8), method="activation_difference", batch_size=10))  # fmt: skip
     by_donor = donors(model, split, evaluation)
+    for which, among in (("", at_city), ("later-", at_city[at_city["layer"] > 0])):
+        for k in KEPT:
+            nodes = among.head(k)
+            kept.values(f"chosen-{which}{k}", lambda nodes=nodes: {
+                "layers": {int(layer): int(n) for layer, n in nodes["layer"].value_counts().sort_index().items()},
+                "unique": len(nodes[["layer", "unit"]].drop_duplicates()),
+                "labels": nodes["label"].head(10).tolist(),
+            })  # fmt: skip
+            for name, donor in by_donor.items():
+                kept.values(f"interchange-{which}{k}-{name}",
+                            lambda donor=donor, nodes=nodes: shift(model, evaluation, donor, nodes))  # fmt: skip
+            kept.values(f"interchange-{which}{k}-matched neurons", lambda nodes=nodes: shift(
+                model, evaluation, by_donor["another state"], matched_nodes(nodes, sizes)))  # fmt: skip
+    later = at_city[at_city["layer"] > 0]
     for k in KEPT:
-        nodes = at_city.head(k)
-        kept.values(f"chosen-{k}", lambda nodes=nodes: {
-            "layers": {int(layer): int(n) for layer, n in nodes["layer"].value_counts().sort_index().items()},
-            "unique": len(nodes[["layer", "unit"]].drop_duplicates()),
-            "labels": nodes["label"].head(10).tolist(),
-        })  # fmt: skip
-        for name, donor in by_donor.items():
-            kept.values(f"interchange-{k}-{name}",
-                        lambda donor=donor, nodes=nodes: shift(model, evaluation, donor, nodes))  # fmt: skip
-        kept.values(f"interchange-{k}-matched neurons", lambda nodes=nodes: shift(
-            model, evaluation, by_donor["another state"], matched_nodes(nodes, sizes)))  # fmt: skip
+        for times in TIMES:
+            kept.values(f"steer-{k}-{times}", lambda k=k, times=times: steer_states(
+                model, split, later.head(k), times))  # fmt: skip
+            kept.values(f"steer-{k}-{times}-matched", lambda k=k, times=times: steer_states(
+                model, split, matched_nodes(later.head(k), sizes), times))  # fmt: skip
+
+
+def steer_states(model: Any, split: dict[str, Any], nodes: pd.DataFrame, times: float) -> dict[str, Any]:
+    """Every evaluation city towards every other state, whose learning city says where the neurons go."""
+    prompt = lambda city: splits.SHOTS + splits.QUESTION.format(city=city)  # noqa: E731
+    rows = [(state, to) for state in split["evaluation"] for to in split["learning"] if to != state]
+    clean = [prompt(split["evaluation"][state][0]) for state, _ in rows]
+    donor = [prompt(split["learning"][to][0]) for _, to in rows]
+    own, other = (tnc.node_values(model, texts, nodes, prepend_bos=False) for texts in (clean, donor))
+    result = tnc.steer(model, clean, nodes, value=own + times * (other - own), prepend_bos=False, batch_size=10)
+    first = lambda text: model.to_tokens(text, prepend_bos=False)[0, 0].item()  # noqa: E731
+    capitals = torch.tensor([first(f" {capital}") for capital, _ in splits.STATES.values()])
+    names = list(splits.STATES)
+    best = [names[place] for place in result.after[:, capitals].argmax(-1).tolist()]
+    top = [model.tokenizer.decode([token]) for token in result.after.argmax(-1).tolist()]
+    probability = result.after.softmax(-1)[range(len(rows)), [first(f" {splits.STATES[to][0]}") for _, to in rows]]
+    share = lambda chosen: sum(chosen) / len(rows)  # noqa: E731
+    return {
+        "target capital first of all capitals": share(to == name for (_, to), name in zip(rows, best, strict=True)),
+        "own capital first of all capitals": share(state == name for (state, _), name in zip(rows, best, strict=True)),
+        "target capital's probability": float(probability.mean()), "kl": float(result.kl.mean()),
+        "rows": [
+            {"city": split["evaluation"][state][0], "to": to, "best capital": splits.STATES[name][0], "top": token}
+            for (state, to), name, token in zip(rows, best, top, strict=True)
+        ],
+    }  # fmt: skip
 
 
 def placed(kept: cells.Cells, method: str) -> dict[str, float]:
@@ -185,6 +225,15 @@ def collect(kept: cells.Cells) -> dict[str, Any]:
             curve = kept.curve(path.name)
             assert curve is not None
             found["curves"][path.name] = cells.summary(curve)
+    contrasts = {
+        f"{name} minus relp": ("neurons_relp_abs", f"neurons_{name}_abs") for name in RULES if name != "relp"
+    } | {"atp, by score minus relp, by score": ("neurons_relp_signed", "neurons_atp_signed")}  # fmt: skip
+    found["contrasts"] = {}
+    for name, (base, changed) in contrasts.items():
+        one, two = kept.curve(changed), kept.curve(base)
+        if one is not None and two is not None:
+            row = one.contrast(two, largest=cells.LARGEST)
+            found["contrasts"][name] = {key: float(row[key]) for key in ("difference", "low", "high")}
     if "positions" in found:
         found["placed"] = {method: placed(kept, method) for method in ("relp", "atp", "without attention")}
     return found

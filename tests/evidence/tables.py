@@ -259,14 +259,29 @@ def hops_tables() -> dict[str, str]:
         "neurons_relp_signed": "RelP, by score", "neurons_atp_signed": "AtP, by score",
         "mlp_outputs_relp_abs": "MLP outputs, RelP", "mlp_outputs_atp_abs": "MLP outputs, AtP",
     }  # fmt: skip
-    sizes = (10, 30, 100, 300, 1000, 3000)
+    sizes = (30, 100, 300, 1000, 3000)
+
+    def against(name: str) -> str | None:
+        method = name.removeprefix("neurons_").removesuffix("_abs")
+        key = "atp, by score minus relp, by score" if name == "neurons_atp_signed" else f"{method} minus relp"
+        row = found["contrasts"].get(key) if name.startswith("neurons_") else None
+        return row and f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+
     conditions = ("another state", "another attribute", "same state", "matched neurons")
     rows = []
-    for k in (30, 100, 300, 1000):
-        cell = [found.get(f"interchange-{k}-{name}") for name in conditions]
+    for which, k in ((which, k) for which in ("", "later-") for k in (100, 300, 1000)):
+        cell = [found.get(f"interchange-{which}{k}-{name}") for name in conditions]
         if any(cell):
-            rows.append([f"{k:,}", *(None if c is None else " / ".join(map(cells.show, (
+            title = f"{k:,}" + (" after layer 0" if which else "")
+            rows.append([title, *(None if c is None else " / ".join(map(cells.show, (
                 c["shift"], c["other capital higher"]))) for c in cell)])  # fmt: skip
+    steered = []
+    for k in (100, 300, 1000):
+        for times in (1, 2, 4):
+            each = [found.get(f"steer-{k}-{times}{which}") for which in ("", "-matched")]
+            if all(each):
+                keys = ("target capital first of all capitals", "own capital first of all capitals", "kl")
+                steered.append([f"{k:,}, {times} x", *(each[0][key] for key in keys), each[1][keys[0]]])
     placed = [[{"relp": "RelP, four rules", "atp": "AtP"}.get(method, "RelP without the attention rule"),
                *values.values()] for method, values in found.get("placed", {}).items()]  # fmt: skip
     heads = list(next(iter(found["placed"].values()))) if found.get("placed") else []
@@ -274,9 +289,13 @@ def hops_tables() -> dict[str, str]:
     chosen = found.get("chosen-100", {}).get("layers", {})
     return {
         "hops-rules": cells.table(
-            ["faithfulness, neurons by |score|", *(f"{size:,}" for size in sizes), "E"],
-            [[title, *(at(curves[name], "faithfulness", size) for size in sizes), curves[name]["error"]]
+            ["faithfulness, neurons by |score|", *(f"{size:,}" for size in sizes), "E", "E minus RelP's"],
+            [[title, *(at(curves[name], "faithfulness", size) for size in sizes), curves[name]["error"], against(name)]
              for name, title in titles.items() if name in curves],
+        ),
+        "hops-steering": cells.table(
+            ["neurons after layer 0, times the way", "the other state's capital first", "its own first", "KL (nats)",
+             "matched: the other state's first"], steered,
         ),
         "hops-placed": cells.table(["share of |score|", *heads], placed),
         "hops-interchange": cells.table(["best neurons at the city", *conditions], rows),
@@ -390,12 +409,15 @@ def in_short() -> dict[str, str]:
                      f"100 nodes: neurons {cells.show(at(neurons, 'faithfulness', 100))}, heads "
                      f"{cells.show(at(heads, 'faithfulness', 100))}"])  # fmt: skip
     hops = cells.read_results("hops") if (cells.RESULTS / "hops.json").exists() else {}
-    if {"neurons_relp_abs", "neurons_atp_abs"} <= set(hops.get("curves", {})):
+    if "atp minus relp" in hops.get("contrasts", {}):
         relp, atp = (hops["curves"][f"neurons_{name}_abs"] for name in ("relp", "atp"))
         values = [f"{size:,} nodes {cells.show(at(relp, 'faithfulness', size))} and "
                   f"{cells.show(at(atp, 'faithfulness', size))}" for size in (100, 1000)]  # fmt: skip
-        ahead = "yes" if relp["error"] < atp["error"] else "no"
-        rows.append(["Two hops: is RelP ahead of AtP there too?", ahead, f"RelP and AtP: {'; '.join(values)}"])
+        row = hops["contrasts"]["atp minus relp"]
+        low_high = [-row["high"], -row["low"]]
+        values.append(f"difference of E {-row['difference']:+.2f} ({within(low_high)})")
+        rows.append(["Two hops: is RelP ahead of AtP there too?", decided(low_high),
+                     f"RelP and AtP: {'; '.join(values)}"])  # fmt: skip
     return {"in-short": cells.table(["question", "answer", "figures (order: simple, nounpp, rc, within_rc)"], rows)
             .replace("---: |", "--- |")}  # fmt: skip
 
