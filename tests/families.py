@@ -4,6 +4,7 @@ Every parameter is random (norm weights about one, biases about zero, none exact
 bias, a norm weight or a soft cap gives another number. The seed fixes the model; the global seed is never touched.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 import transformers
 from jaxtyping import Int
 from torch import Tensor
+
+from tests.loops import for_each_of
 
 try:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -306,6 +309,26 @@ def model_cases(*names: str, supported: bool = True) -> list[ModelCase]:
 def all_models(*names: str) -> list[Any]:
     """Parametrize a test by `ModelCase`, with ids such as "gemma2-TransformerBridge"."""
     return [pytest.param(case, id=case.id) for case in model_cases(*names)]
+
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "plain": ("gpt2", "gpt2_folded", "opt", "no_norm", "bloom"),
+    "parallel": ("pythia", "gptj", "phi", "falcon"),
+    "gated": ("llama", "llama_biased", "llama_folded", "mistral", "qwen2"),
+    "more_norms": ("gemma2", "gemma3", "qwen3"),
+    "solu": ("solu", "solu_ln", "solu_ln_folded"),
+}
+"""The supported families by how their layers are wired; those of one kind share a test."""
+
+
+def each_model(*names: str, backend: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test on each model that `all_models` lists: one test per kind and class, which names the models that fail."""
+    cases = [case for case in model_cases(*names) if backend in (None, case.backend)]
+    kinds = {family: kind for kind, families in KINDS.items() for family in families}
+    groups: dict[str, list[ModelCase]] = {}
+    for case in cases:
+        groups.setdefault(f"{kinds[case.family]}-{case.backend}", []).append(case)
+    return for_each_of("case", groups, ids=lambda case: case.id)
 
 
 TYPICAL = {

@@ -1,7 +1,7 @@
 """Run a test's body for several members in one test: models are built once, and a failure names its members."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -63,5 +63,24 @@ def for_each(
         kept = [p for p in inspect.signature(test).parameters.values() if p.name not in names]
         looped.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]  # what pytest passes
         return looped
+
+    return decorate
+
+
+def for_each_of(
+    name: str, groups: Mapping[str, Iterable[Any]], ids: Callable[[Any], str] = str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make one test of each group, which calls the test's body once per member, as `for_each` does."""
+    given = {group: list(members) for group, members in groups.items()}
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @wraps(test)
+        def grouped(group: str, **arguments: Any) -> None:
+            for_each(name, given[group], ids)(test)(**arguments)
+
+        own = [p for p in inspect.signature(test).parameters.values() if p.name != name]
+        group = inspect.Parameter("group", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        grouped.__signature__ = inspect.Signature([group, *own])  # type: ignore[attr-defined]  # what pytest passes
+        return pytest.mark.parametrize("group", given)(grouped)
 
     return decorate

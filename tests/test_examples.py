@@ -12,6 +12,7 @@ import pytest
 
 import tl_neuron_circuits as tnc
 from tests.families import MAJOR
+from tests.loops import for_each_of
 from tests.test_architecture import re_exports, results
 from tl_neuron_circuits.propagation import rules
 
@@ -40,6 +41,14 @@ ENTRY_POINTS = {"cli.main"}  # it exits; tests/test_package.py and tests/test_cl
 NEWER = ("TransformerBridge", 'load_demo_dictionaries("transcoder")')
 
 
+def by_room() -> dict[str, list[str]]:
+    """The names, by the room whose code they are."""
+    rooms: dict[str, list[str]] = {}
+    for name, value in sorted(PUBLIC.items()):
+        rooms.setdefault(getattr(value, "__module__", NAME).split(".")[1], []).append(name)
+    return rooms
+
+
 def docstrings(name: str, value: object) -> Iterator[tuple[str, str]]:
     """The docstring of a public object and those of its own public methods and properties."""
     yield name, inspect.getdoc(value) or ""
@@ -64,22 +73,17 @@ def cached(name: str) -> typing.Any:
     return functools.cache(getattr(tnc, name))
 
 
-@pytest.fixture
-def cheap_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Demo models and dictionaries once loaded are kept, and files go to a folder that is thrown away."""
-    for name in LOADERS:
-        monkeypatch.setattr(tnc, name, cached(name))
-    monkeypatch.chdir(tmp_path)
-
-
 def test_every_public_name_has_an_example() -> None:
     without = sorted(name for name, value in PUBLIC.items() if not has_example(value) and name not in ENTRY_POINTS)
     assert not without, f"add an `Example:` to the docstrings of {', '.join(without)}"
 
 
-@pytest.mark.usefixtures("cheap_loads")
-@pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_the_example_runs(name: str) -> None:
+@for_each_of("name", by_room())
+def test_the_examples_of_a_room_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Demo models and dictionaries once loaded are kept, and files go to a folder that is thrown away."""
+    for loader in LOADERS:
+        monkeypatch.setattr(tnc, loader, cached(loader))
+    monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
     report: list[str] = []
     sources = [example.source for test in examples(PUBLIC[name], name) for example in test.examples]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import FAMILIES, ModelCase, all_models, hooked_transformer, model_cases
+from tests.families import FAMILIES, ModelCase, all_models, each_model, hooked_transformer, model_cases
 from tests.propagation.readings import assert_close, model_of, tokens_of
 from tests.replicas import _forward, replica_gradients, replica_of
 from tl_neuron_circuits._errors import UnsupportedModelError
@@ -43,7 +43,7 @@ def test_known_ratios_are_exact(known: Activation) -> None:
         assert float(known.ratio(torch.zeros(1))) == 0.5
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_the_models_own_activation_is_found(case: ModelCase) -> None:
     """By its values, on either model class; SoLU looks at all neurons together."""
     kinds = {"gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "solu_ln": "solu"}
@@ -81,7 +81,7 @@ def stabilized(kind: str, x: Tensor, rules: Any) -> Tensor:
     return x * (value / (x + x.sign() * 1e-6)).detach() if "identity" in rules else value
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_the_stabilizer_gives_the_forks_gradients(case: ModelCase, monkeypatch: Any) -> None:
     """The fork also moves the forward pass by 1e-6; relp does not, so the two agree to that."""
     model, tokens = model_of(case), tokens_of(case)

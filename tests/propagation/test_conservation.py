@@ -12,6 +12,7 @@ from tests.families import (
     N_LAYERS,
     ModelCase,
     all_models,
+    each_model,
     hooked_transformer,
     model_cases,
     random_tokens,
@@ -69,7 +70,7 @@ def cuts_of(model: Any) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_check_model_measures_conservation_with_biases_and_soft_caps(case: ModelCase, untouched: Untouched) -> None:
     model = model_of(case)
     with untouched(model):
@@ -79,7 +80,7 @@ def test_check_model_measures_conservation_with_biases_and_soft_caps(case: Model
     assert report.model_class == case.backend
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_every_cut_of_a_bias_free_model_carries_the_logits(case: ModelCase) -> None:
     model = without_biases(case)
     tokens = random_tokens(model, batch=1, pos=7)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import ModelCase, all_models, model_cases, random_tokens
+from tests.families import ModelCase, each_model, random_tokens
 from tests.loops import for_each
 from tests.propagation.readings import ALL_RULES, STEPWISE_NORMS, model_of, tokens_of
 from tests.real_models import load_stories260K
@@ -29,21 +29,21 @@ def assert_identical(model: Any, tokens: Tensor, rules: tuple[str, ...] = ALL_RU
         assert torch.equal(inside[name], value), name
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_forward_is_bit_identical(case: ModelCase) -> None:
     model, tokens = model_of(case), tokens_of(case)
     assert_identical(model, tokens)
     assert_identical(model, tokens, ("half",), stabilizer=1e-6)
 
 
+@each_model()
 @for_each("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", all_models())
 def test_forward_is_bit_identical_in_other_dtypes(case: ModelCase, dtype: torch.dtype) -> None:
     model = case.build(dtype=dtype)
     assert_identical(model, random_tokens(model))
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.id) for c in model_cases() if c.backend == "TransformerBridge"])
+@each_model(backend="TransformerBridge")
 def test_forward_is_bit_identical_in_compatibility_mode(case: ModelCase) -> None:
     """Folded and centered weights, and TransformerLens' old hook names."""
     model = case.build(dtype=torch.float32)
@@ -58,7 +58,7 @@ def test_forward_of_a_real_model_is_bit_identical(backend: str, shared_models: A
 
 
 @STEPWISE_NORMS
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_values_at_hooks_with_backward_hooks_are_bit_identical(case: ModelCase) -> None:
     """A backward hook at a norm makes the Bridge compute it another way; relp must not add to that."""
     model, tokens = model_of(case), tokens_of(case)

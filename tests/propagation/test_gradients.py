@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import ModelCase, all_models
+from tests.families import ModelCase, all_models, each_model
 from tests.loops import for_each
 from tests.propagation.readings import (
     ALL_RULES,
@@ -30,8 +30,8 @@ Untouched = Callable[[Any], AbstractContextManager[None]]
 
 
 @STEPWISE_NORMS
+@each_model()
 @for_each("reading", READINGS)
-@pytest.mark.parametrize("case", all_models())
 def test_gradients_are_the_replicas(case: ModelCase, reading: str, untouched: Untouched) -> None:
     """Each rule alone and all together; three ways of reading; the parameters get no `.grad`."""
     model, tokens = model_of(case), tokens_of(case)
@@ -47,7 +47,7 @@ def test_gradients_are_the_replicas(case: ModelCase, reading: str, untouched: Un
     assert all(parameter.grad is None for parameter in torch.nn.Module.parameters(model))
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_gradients_are_the_replicas_for_every_pair_of_rules(case: ModelCase) -> None:
     model, tokens = model_of(case), tokens_of(case)
     apart = {"half"} - rules_that_matter(case)  # where no product is, half changes nothing: no need to try its pairs
@@ -57,7 +57,7 @@ def test_gradients_are_the_replicas_for_every_pair_of_rules(case: ModelCase) -> 
             assert_close(by_capture(model, tokens, list(expected)), expected, case, rules)
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_no_rules_are_the_plain_gradient(case: ModelCase) -> None:
     model, tokens = model_of(case), tokens_of(case)
     names = list(expected_gradients(case, ()))
@@ -68,7 +68,7 @@ def test_no_rules_are_the_plain_gradient(case: ModelCase) -> None:
         assert torch.equal(inside[name], plain[name]), name
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_each_rule_that_applies_changes_the_gradient(case: ModelCase) -> None:
     """Without this, a rule that does nothing would agree with a replica that does nothing."""
     plain = expected_gradients(case, ())["hook_embed"]

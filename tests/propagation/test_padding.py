@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import ModelCase, all_models
+from tests.families import ModelCase, each_model
 from tests.loops import for_each
 from tests.propagation.readings import model_of
 from tl_neuron_circuits._errors import NumericalError
@@ -45,8 +45,8 @@ def one_by_one(case: ModelCase) -> list[tuple[Tensor, dict[str, Tensor]]]:
     return [gradients(model_of(case), single) for single in singles]
 
 
+@each_model()
 @for_each("side", ["left", "right"])
-@pytest.mark.parametrize("case", all_models())
 def test_a_padded_batch_is_its_members(case: ModelCase, side: Literal["left", "right"]) -> None:
     model, tokens = model_of(case), pairs()
     (padded,) = tokens.batches(8, equal_length=False, padding_side=side)

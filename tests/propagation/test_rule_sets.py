@@ -19,6 +19,7 @@ from tests.families import (
     MAJOR,
     ModelCase,
     all_models,
+    each_model,
     build_bridge_from_module,
     hooked_transformer,
     hugging_face,
@@ -66,11 +67,11 @@ def sets_and_models(*families: str, sets: Collection[str] = SETS) -> list[Any]:
 
 
 def each_set(*families: str, sets: Collection[str] = SETS) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Parametrize a test by a model, and loop over the sets that it offers inside."""
+    """Run a test on each model, with the sets that it offers."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         looped = for_each("name", sets, unless=lambda case, name: name == "gim" and case in WITHOUT_SCORES)(test)
-        return pytest.mark.parametrize("case", all_models(*families))(looped)
+        return each_model(*families)(looped)
 
     return decorate
 
@@ -143,7 +144,7 @@ def test_gradients_are_the_replicas(case: ModelCase, name: str, untouched: Untou
             assert_close(found, expected, case, name)
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_no_gradient_arrives_at_queries_and_keys_that_relp_cuts(case: ModelCase) -> None:
     model, tokens = model_of(case), tokens_of(case)
     heard: list[Tensor] = []
@@ -158,7 +159,7 @@ def test_no_gradient_arrives_at_queries_and_keys_that_relp_cuts(case: ModelCase)
     assert not any(gradient.any() for gradient in (*found, *heard) if gradient is not None)
 
 
-@pytest.mark.parametrize("case", all_models())
+@each_model()
 def test_cp_is_relp_bit_for_bit_and_both_are_the_four_rules(case: ModelCase) -> None:
     """The default, the set's two names, and the tuple of its rules."""
     model, tokens = model_of(case), tokens_of(case)
