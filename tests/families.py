@@ -322,7 +322,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 
 def each_model(*names: str, backend: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test on each model that `all_models` lists: one test per kind and class, which names the models that fail."""
+    """Run a test on each model of `all_models`: one test per kind and class, which names the models that fail."""
     cases = [case for case in model_cases(*names) if backend in (None, case.backend)]
     kinds = {family: kind for kind, families in KINDS.items() for family in families}
     groups: dict[str, list[ModelCase]] = {}

@@ -259,15 +259,15 @@ def _suppressed(number: int) -> Iterator[None]:
             raise
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count what is lost; exit with a message where something is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=100, help="kills of each kind")
     parser.add_argument("--saves", type=int, default=150, help="of each of two processes, of each kind")
     parser.add_argument("--kinds", nargs="*", help="all unless given")
     parser.add_argument("--disk", action="store_true", help="mount a small disk, where allowed; else limit file sizes")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = parser.parse_args(arguments)
     dice = random.Random(options.seed)
     totals: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -287,4 +287,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

@@ -15,8 +15,6 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import tl_neuron_circuits
 from tests.loops import for_each
 
@@ -315,7 +313,7 @@ def test_the_order_check_can_fail(source: str, allowed: bool) -> None:
     assert (wrong_way(ast.parse(source), IN_TASKS) == []) is allowed
 
 
-@pytest.mark.parametrize(
+@for_each(
     "source",
     ["import pickle", "torch.load('x')", "print(1)", "torch.manual_seed(0)", "np.load('x', allow_pickle=True)"],
 )

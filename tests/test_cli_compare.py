@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.loops import for_each
 from tests.test_cli import run
 from tl_neuron_circuits import Comparison, Dictionary, save_dictionary
 from tl_neuron_circuits.tasks import subject_verb_agreement
@@ -62,7 +63,7 @@ def test_a_layer_without_a_dictionary_is_left_out_of_every_basis(pairs_file: Pat
     assert sizes == {"neurons": 3 * 512, "mlp_outputs": 3 * D_MODEL, "sae": 3 * (8 + 1)}
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("option", "message"),
     [
         (("--basis", "nothing"), "expected --basis out of"),

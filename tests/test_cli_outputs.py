@@ -67,9 +67,8 @@ def test_circuits_and_steering_conform(pairs: Path, tmp_path: Path) -> None:
     printed("export", tmp_path / "t", "--out", tmp_path / "t.html")
     printed("steer", "demo-gelu", PROMPT, "--node", "L0/N1", "--scale", "0", "--generate", "1")
     printed("steer", "demo-gelu", PROMPT, "--node", "L0/N1", "--scale", "0")
-    edges = printed(
-        "lasso", "demo-gelu", "--pairs", pairs, "--n-edges", "3", "--attention", "layers", "--out", tmp_path / "l"
-    )["edges"]
+    few_regressors = ("--n-edges", "3", "--attention", "layers", "--regressors", "same")
+    edges = printed("lasso", "demo-gelu", "--pairs", pairs, *few_regressors, "--out", tmp_path / "l")["edges"]
     assert 0 < len(edges) <= 3
 
 

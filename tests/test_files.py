@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,9 @@ import pytest
 import torch
 
 import tl_neuron_circuits as tnc
+from tests import killed_saves
 from tests.killed_saves import small_files
+from tests.loops import for_each
 from tests.saved_files import plain
 from tl_neuron_circuits import FileFormatError, PairsError, PromptPairs, SaveError
 from tl_neuron_circuits._files import read_directory, staged, write_directory, write_text
@@ -22,14 +22,12 @@ from tl_neuron_circuits.bases import _dictionary_files
 PAIRS = PromptPairs(clean=["The dog", "The dogs"], answer=[" is", " are"])
 
 
-def test_kills_races_and_full_disks_lose_and_mix_nothing() -> None:
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # of the forks that save
+def test_kills_races_and_full_disks_lose_and_mix_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """A few trials of three kinds of save: one file, two files that belong together, text."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.killed_saves", "--trials", "5", "--saves", "10"]
-    command += ["--kinds", "scores", "dictionary", "pairs"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
-    assert "'killed: kills': 15" in done.stdout and "'full disk: full: refused': 3" in done.stdout
+    killed_saves.main(["--trials", "5", "--saves", "10", "--kinds", "scores", "dictionary", "pairs"])
+    shown = capsys.readouterr().out
+    assert "'killed: kills': 15" in shown and "'full disk: full: refused': 3" in shown
 
 
 def test_only_stages_that_no_process_holds_are_swept(tmp_path: Path) -> None:
@@ -130,7 +128,7 @@ def test_json_lines_end_at_line_feeds_alone_and_may_begin_with_a_mark(tmp_path: 
     assert PromptPairs.from_jsonl(tmp_path / "pairs").clean == prompts
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("line", "message"),
     [
         (

@@ -29,7 +29,7 @@ def test_pairs_are_chosen_by_indices_and_masks(key: Any) -> None:
     assert [pair.clean for pair in PAIRS[key]] == ["a", "d"]
 
 
-@pytest.mark.parametrize("key", [3, -1, np.int32(3), np.array(3), torch.tensor(3)], ids=repr)
+@for_each("key", [3, -1, np.int32(3), np.array(3), torch.tensor(3)], ids=repr)
 def test_one_pair_is_chosen_by_any_integer(key: Any) -> None:
     assert PAIRS[key].clean == "d"
 

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from . import notebooks
+from .loops import for_each
 from .smollm2 import HUB_NAME
 
 NAMES = (
@@ -21,7 +22,7 @@ MODEL = "TNC_NOTEBOOK_MODEL"  # what the notebooks read; the hub name of tests/s
 ROOT = notebooks.ROOT
 # An sdist is without the notebooks.
 present = pytest.mark.skipif(not notebooks.NOTEBOOKS, reason="there is no folder notebooks/ here")
-each_notebook = pytest.mark.parametrize("path", notebooks.NOTEBOOKS, ids=[path.stem for path in notebooks.NOTEBOOKS])
+every_notebook = for_each("path", notebooks.NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def read(path: Path) -> Any:
@@ -45,7 +46,7 @@ def test_the_notebooks_are_there() -> None:
     assert tuple(path.stem for path in notebooks.NOTEBOOKS) == NAMES
 
 
-@each_notebook
+@every_notebook
 def test_the_first_cell_installs_the_package(path: Path) -> None:
     first, *rest = read(path).cells
     assert first.cell_type == "code" and first.source == "%pip install -q tl_neuron_circuits"
@@ -53,7 +54,7 @@ def test_the_first_cell_installs_the_package(path: Path) -> None:
     assert not any("tags" in cell.metadata for cell in rest)
 
 
-@each_notebook
+@every_notebook
 def test_the_badge_opens_this_notebook_in_colab(path: Path) -> None:
     badge = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     address = f"https://colab.research.google.com/github/{repository()}/blob/main/notebooks/{path.name}"
@@ -68,7 +69,7 @@ def test_the_documentation_links_every_notebook() -> None:
     assert tuple(found) == NAMES
 
 
-@each_notebook
+@every_notebook
 def test_one_line_switches_the_model(path: Path) -> None:
     notebook = read(path)
     switch = ['os.environ.get("TNC_NOTEBOOK_MODEL", "demo-gelu")']
@@ -76,7 +77,7 @@ def test_one_line_switches_the_model(path: Path) -> None:
     assert "What this does not show" in source(notebook)
 
 
-@each_notebook
+@every_notebook
 def test_outputs_are_stored_without_complaints_or_paths_of_a_machine(path: Path) -> None:
     notebook = read(path)
     ran = [cell for cell in notebook.cells[1:] if cell.cell_type == "code"]
@@ -87,14 +88,14 @@ def test_outputs_are_stored_without_complaints_or_paths_of_a_machine(path: Path)
     assert path.stat().st_size < MOST_BYTES
 
 
-@each_notebook
+@every_notebook
 def test_every_figure_is_also_a_picture(path: Path) -> None:
     data = [output.data for output in notebooks.outputs(read(path)) if notebooks.PLOTLY in output.get("data", {})]
     assert all(figure.get("image/png") for figure in data)
 
 
 @pytest.mark.notebooks
-@each_notebook
+@pytest.mark.parametrize("path", notebooks.NOTEBOOKS, ids=[path.stem for path in notebooks.NOTEBOOKS])
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if (real := os.environ.get(MODEL)) == HUB_NAME:
         monkeypatch.setenv(MODEL, str(request.getfixturevalue("smollm2_folder")))

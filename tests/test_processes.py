@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from tests import worker_of_two as worker
 from tests.families import random_tokens
@@ -34,21 +35,26 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes wrote; the second one was killed at the end."""
-    path = tmp_path_factory.mktemp("two")
+    """What two processes wrote; the second one was killed at the end. Workers of pytest-xdist share one."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            launch(path)
+    return path
+
+
+def launch(path: Path) -> None:
+    path.mkdir()
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), TIMEOUT: "120"}
     common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in range(2):
-        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "tests.worker_of_two", str(path)]
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    outputs = [process.communicate(timeout=400)[0].decode() for process in started]
-    assert (path / "0" / "killed.json").exists(), outputs[0] + outputs[1]
-    assert [process.returncode for process in started] == [0, -9], outputs
-    return path
+    command = [sys.executable, "-m", "tests.worker_of_two", str(path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **common}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400
+    )
+    shown = done.stdout.decode()
+    assert (path / "0" / "killed.json").exists(), shown
+    assert "ended: [0, -9]" in shown, shown
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def test_a_lasso_sees_the_blocks_of_both_processes(folder: Path, model: Any) -> 
         pd.testing.assert_frame_equal(LassoCircuit.load(folder / rank / "lasso").edges, expected.edges)
 
 
-@pytest.mark.parametrize("ablation", worker.ABLATIONS)
+@for_each("ablation", worker.ABLATIONS)
 def test_curves_are_those_of_one_process(folder: Path, model: Any, ablation: Any) -> None:
     pairs = worker.PAIRS["kept"]
     expected = evaluate(model, pairs, attribute(model, pairs), sizes=[1, 10], ablation=ablation, batch_size=2)
@@ -103,7 +109,7 @@ def weights_of(folder: Path, rank: str, name: str) -> dict[str, torch.Tensor]:
     return {f"{layer} {key}": value for layer, each in enumerate(layers) for key, value in each.tensors().items()}
 
 
-@pytest.mark.parametrize("name", [*CASES, "resumed"])
+@for_each("name", [*CASES, "resumed"])
 def test_trained_weights_are_the_same_on_every_process(folder: Path, name: str) -> None:
     first, second = (weights_of(folder, rank, name) for rank in "01")
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -130,7 +136,7 @@ def test_one_process_can_work_alone(folder: Path, model: Any) -> None:
     assert torch.equal(NodeScores.load(folder / "0" / "alone").flat(), expected.flat())
 
 
-@pytest.mark.parametrize("where", ["raises", "raises inside compare"])
+@for_each("where", ["raises", "raises inside compare"])
 def test_an_error_in_one_process_raises_in_both(folder: Path, where: str) -> None:
     first, second = (json.loads((folder / rank / "failures.json").read_text())[where] for rank in "01")
     assert second["kind"] == "ArithmeticError" and first["kind"] == "ProcessesError"

@@ -22,6 +22,7 @@ import torch
 
 import tl_neuron_circuits as tnc
 from tests import smollm2 as smollm2_cache
+from tests.loops import for_each
 from tests.smollm2 import HUB_NAME, LABEL, REVISION, WEIGHTS_SHA256
 from tl_neuron_circuits.evaluation import _shared_prefix
 
@@ -75,33 +76,15 @@ def test_it_knows_the_capital_of_france_and_reads_english(smollm2: Any) -> None:
     assert float(loss) < 2.5
 
 
-BOOT = """
-import sys, torch
-from transformer_lens.model_bridge import TransformerBridge
-model = TransformerBridge.boot_transformers(sys.argv[1], device="cpu")
-with torch.no_grad():
-    print(model.tokenizer.decode([int(model(sys.argv[2])[0, -1].argmax())]))
-"""
-
-
-def test_the_hub_name_boots_offline(smollm2_folder: Path) -> None:
+def test_the_hub_name_boots_offline_on_the_command_line(smollm2_folder: Path) -> None:
     # In a process of its own: the hub's client reads its environment when it is imported.
-    command = [sys.executable, "-c", BOOT, HUB_NAME, PROMPT]
+    command = [sys.executable, "-m", "tl_neuron_circuits.cli", "steer", HUB_NAME, PROMPT, "--node", "L10/N5"]
     done = subprocess.run(
-        command, env=smollm2_cache.environment(), capture_output=True, text=True, encoding="utf-8", timeout=300
-    )
+        [*command, "--scale", "1", "--json"], env=smollm2_cache.environment(), capture_output=True, text=True,
+        encoding="utf-8", timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout == " Paris\n"
-
-
-def test_the_command_line_takes_the_hub_name_offline(smollm2_folder: Path) -> None:
-    command = [sys.executable, "-m", "tl_neuron_circuits.cli", "check", HUB_NAME, "--json"]
-    done = subprocess.run(
-        command, env=smollm2_cache.environment(), capture_output=True, text=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["ok"] and report["conservation"] == pytest.approx(1, abs=1e-5)
+    assert json.loads(done.stdout)["top_before"] == " Paris"
 
 
 # Its tokenizer
@@ -116,7 +99,7 @@ def test_the_vocabulary_has_the_size_of_the_embedding(smollm2: Any) -> None:
     assert len(smollm2.tokenizer) == smollm2.cfg.d_vocab == 49_152
 
 
-@pytest.mark.parametrize(
+@for_each(
     "text",
     [
         "The dogs near the cat are here.",
@@ -130,7 +113,7 @@ def test_text_survives_the_tokenizer(text: str, smollm2: Any) -> None:
     assert smollm2.tokenizer.decode(tokens) == text
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("text", "expected"),
     [
         ("in 1987", ["in", " ", "1", "9", "8", "7"]),
@@ -165,7 +148,7 @@ def test_check_model_passes_and_relevance_is_conserved(smollm2: Any, untouched: 
     assert (sites["role"] == "neurons").sum() == N_LAYERS and sites["fires"].all()
 
 
-@pytest.mark.parametrize("rules", ["relp", "cp", "attnlrp", "gim", ("ln", "identity", "half"), ()], ids=str)
+@for_each("rules", ["relp", "cp", "attnlrp", "gim", ("ln", "identity", "half"), ()])
 def test_the_forward_is_bit_identical_inside_relp(rules: Any, smollm2: Any, untouched: Untouched) -> None:
     expected = smollm2(PROMPT)
     with untouched(smollm2):

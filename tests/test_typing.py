@@ -63,9 +63,8 @@ def test_arguments_that_were_renamed_are_on_the_migration_page() -> None:
         assert re.search(rf"`?{function}\b.*{argument}=", page), (function, argument)
 
 
-@pytest.mark.parametrize("room", ["", ".tasks"])
-def test_importing_an_old_name_says_the_new_one(room: str) -> None:
-    old, new = ("tokenise", "tasks.tokenize") if room else ("transplant", "interchange")
+@for_each(("room", "old", "new"), [("", "transplant", "interchange"), (".tasks", "tokenise", "tasks.tokenize")])
+def test_importing_an_old_name_says_the_new_one(room: str, old: str, new: str) -> None:
     script = f"from tl_neuron_circuits{room} import {old}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
     last = done.stderr.strip().splitlines()[-1]

@@ -1,12 +1,15 @@
-"""One of two processes: what `tests/test_processes.py` launches. Writes what it found to a folder of its own.
+"""Two processes, which `tests/test_processes.py` launches; each writes what it found to a folder of its own.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 python -m tests.worker_of_two FOLDER
+WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 python -m tests.worker_of_two FOLDER
+
+They are forks of one that has imported everything. It prints how they ended.
 """
 
 import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +110,24 @@ def main(folder: Path) -> None:
     (own / "killed.json").write_text(json.dumps(killed))
 
 
+def fork(rank: int, folder: Path) -> int:
+    """Start the process of this rank; its number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        main(folder)
+        code = 0
+    except BaseException:  # noqa: BLE001 (shown, and an exit code)
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the other process was killed on purpose, and gloo may abort where it takes its connection down
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # the other process was killed on purpose, and gloo may abort where it takes its connection down
+    children = [fork(rank, Path(sys.argv[1])) for rank in range(2)]
+    print("ended:", [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])

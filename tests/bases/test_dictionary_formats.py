@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.loops import for_each
 from tl_neuron_circuits import as_dictionary, load_dictionary, save_dictionary
 from tl_neuron_circuits._errors import DictionaryError, FileFormatError, SettingsError
 from tl_neuron_circuits.bases import Dictionary, load_dictionaries
@@ -143,7 +144,7 @@ def test_a_cross_layer_transcoder_writes_to_every_later_layer(tmp_path: Path, th
         assert_comes_back(d, tmp_path / d.name.replace(" ", "-"))
 
 
-@pytest.mark.parametrize("site", ["res", "mlp", "att", "transcoders", "nowhere"])
+@for_each("site", ["res", "mlp", "att", "transcoders", "nowhere"])
 def test_gemma_scope_arrays_take_their_hooks_from_the_path(tmp_path: Path, site: str) -> None:
     t = random_tensors()
     path = tmp_path / f"gemma-scope-2b-pt-{site}" / "layer_7" / "width_16k" / "average_l0_80" / "params.npz"

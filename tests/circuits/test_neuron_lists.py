@@ -9,6 +9,7 @@ import pytest
 from tests.circuits.checks import small_circuit
 from tests.components.test_component_edges import some_pairs
 from tests.families import all_models
+from tests.loops import for_each
 from tl_neuron_circuits import Circuit, attribute
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.circuits import compare_with_neuron_list
@@ -72,7 +73,7 @@ def test_scores_are_compared_by_their_best_neurons() -> None:
         compare_with_neuron_list(scores, best[["layer", "unit"]])
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("text", "message"),
     [
         ("layer,weight\n1,2\n", "columns layer and unit"),

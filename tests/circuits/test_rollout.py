@@ -8,6 +8,7 @@ import torch
 
 from tests.circuits.checks import assert_sums_hold
 from tests.families import ModelCase, random_tokens, typical_models
+from tests.loops import for_each
 from tl_neuron_circuits import Circuit, load_demo_model, trace
 from tl_neuron_circuits._errors import SettingsError
 
@@ -104,7 +105,7 @@ def test_rollouts_of_several_prompts_are_the_mean_of_single_ones() -> None:
     assert given.nodes.equals(together.nodes)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("options", "message"),
     [
         ({"target": {42: 3}}, "by the position that predicts them, 0 to 9"),

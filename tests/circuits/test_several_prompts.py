@@ -11,6 +11,7 @@ import torch
 import tl_neuron_circuits as tnc
 from tests.circuits.checks import assert_sums_hold
 from tests.families import ModelCase, all_models, random_tokens
+from tests.loops import for_each
 from tl_neuron_circuits import Circuit, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.circuits import ByExplained
@@ -273,7 +274,7 @@ def test_an_aligned_circuit_is_steered_prompt_by_prompt_and_refused_elsewhere(de
             refused()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("prompts", "options", "message"),
     [
         (["The dogs", "The dogs near the cat"], {}, "marks that say what differs"),

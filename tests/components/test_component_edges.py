@@ -175,7 +175,7 @@ def test_eap_under_relps_rules_is_relp() -> None:
         assert torch.equal(ruled.nan_to_num(), relp_scores.nan_to_num())
 
 
-@pytest.mark.parametrize("method", [EAP(("ln", "half")), EAPIGInputs(3, "relp"), ACDC(0.5, "metric"), Random(2)])
+@for_each("method", [EAP(("ln", "half")), EAPIGInputs(3, "relp"), ACDC(0.5, "metric"), Random(2)])
 def test_a_method_is_its_label(method: Any) -> None:
     model = model_cases("gpt2")[0].build()
     pairs = some_pairs(model, n=1)
@@ -184,7 +184,7 @@ def test_a_method_is_its_label(method: Any) -> None:
     assert by_label.settings["method"] == method.label and by_label.settings["method_options"] == method.to_json()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("method", "message"),
     [
         ("eap_ig", "expected a method out of"),

@@ -1,5 +1,6 @@
 """Every task fits the demo models' tokenizer: single-token answers, aligned pairs, one length a phrasing."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -44,12 +45,15 @@ def test_years_are_one_token_each(demo_tokenizer_model: Any) -> None:
     assert len(set(metric.tokens.tolist())) == 100
 
 
+loaded = functools.cache(load_demo_model)  # once for all tasks
+
+
 @for_each("demo", ["demo-gelu", "demo-swiglu"])
 @for_each("name", FITTING)
 def test_the_demo_models_prefer_the_answer(demo: str, name: str) -> None:
     if not demo_model_path(demo).is_dir():
         pytest.skip(f"the weights of {demo} are not in this checkout: run tl_neuron_circuits.demo.train_models")
-    model = load_demo_model(demo)
+    model = loaded(demo)
     pairs = make(name, n=min(TASKS[name][2], 200))
     metric = ProbabilityDifference.for_years(model, pairs) if name == "greater_than" else logit_difference
     with torch.no_grad():

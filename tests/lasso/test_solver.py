@@ -117,7 +117,7 @@ def test_held_out_r2_is_that_of_other_observations() -> None:
     assert float(r_squared(problem, weights)) == pytest.approx(float(expected))
 
 
-@pytest.mark.parametrize("penalty", [0.0, -1.0, float("inf"), float("nan")])
+@for_each("penalty", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_penalty_must_be_positive(penalty: float) -> None:
     x, y = regression(20, 3, 1)
     with pytest.raises(SettingsError, match="positive penalty"):

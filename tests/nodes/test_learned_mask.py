@@ -169,7 +169,7 @@ def test_a_learned_order_is_never_ranked_by_size() -> None:
         tnc.evaluate(model, pairs, scores, sizes=[2], ranking="abs")
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("message", "settings"),
     [
         ("schedule of learned_mask out of", {"method": "learned_mask(schedule=linear)"}),

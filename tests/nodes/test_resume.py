@@ -8,6 +8,7 @@ import torch
 
 from tests.bases.site_dictionaries import dictionaries, pairs
 from tests.families import model_cases
+from tests.loops import for_each
 from tests.nodes.plain import random_pairs
 from tl_neuron_circuits import attribute
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
@@ -89,7 +90,7 @@ def test_only_what_was_left_is_computed(model: Any, tmp_path: Path) -> None:
     assert sum(rest.calls) == len(PAIRS) - 2
 
 
-@pytest.mark.parametrize(
+@for_each(
     "changes",
     [
         {"method": "gradient"},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.loops import for_each
 from tl_neuron_circuits._errors import NumericalError, PairsError, SettingsError
 from tl_neuron_circuits.tasks import (
     ProbabilityDifference,
@@ -55,7 +56,7 @@ def test_probability_difference_is_its_definition() -> None:
         ProbabilityDifference(torch.tensor([2, 3]))(logits, batch)
 
 
-@pytest.mark.parametrize("metric", [*METRICS.values(), ProbabilityDifference(torch.arange(D_VOCAB))])
+@for_each("metric", [*METRICS.values(), ProbabilityDifference(torch.arange(D_VOCAB))])
 def test_half_precision_logits_are_measured_in_float32(metric: Any) -> None:
     logits, batch = setting(torch.bfloat16)
     values = measure(metric, logits, batch)
@@ -63,7 +64,7 @@ def test_half_precision_logits_are_measured_in_float32(metric: Any) -> None:
     torch.testing.assert_close(values, measure(metric, logits.double(), batch).float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("metric", [*METRICS.values(), ProbabilityDifference(torch.arange(D_VOCAB))])
+@for_each("metric", [*METRICS.values(), ProbabilityDifference(torch.arange(D_VOCAB))])
 def test_gradients_reach_only_the_position_that_is_read(metric: Any) -> None:
     logits, batch = setting()
     logits.requires_grad_(True)
@@ -99,7 +100,7 @@ def item(logits: Tensor, batch: Batch) -> float:
     return logit_difference(logits, batch).mean().item()
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("metric", "message"),
     [
         (

@@ -52,7 +52,7 @@ def test_columns_that_do_not_fit_are_refused_by_pair(columns: dict, message: str
         PromptPairs(**columns)
 
 
-@pytest.mark.parametrize("answer", [[3], 5, [None], b"x"])
+@for_each("answer", [[3], 5, [None], b"x"])
 def test_columns_of_another_type_are_refused(answer: Any) -> None:
     with pytest.raises((PairsError, TypeCheckError)):  # the type check runs first where tests switch it on
         PromptPairs(clean=["a"], answer=answer)

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 
+from tests.loops import for_each
 from tl_neuron_circuits import load_demo_model
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.tasks import apply_chat_template
 from tl_neuron_circuits.tasks._spans import read_marks, span_tokens
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("text", "plain", "spans"),
     [
         ("of {city:Dallas} is", "of Dallas is", [("city", 3, 9)]),
