@@ -242,9 +242,9 @@ def _walk_tables(walk: Mapping[str, Any]) -> dict[str, str]:
     tables: dict[str, list[dict[str, Any]]] = {"groups": groups}
     for title, scale in (("ablated", 0.0), ("moved", "donor")):
         tables[title] = [{title: name, **tested(name, scale)} for name in [*names, "whole circuit"]]
-        tables[f"{title} matrix"] = [
-            {title: name, **{other: f"{proof[name, scale, other]['mean']:+.2f}" for other in names}} for name in names
-        ]
+    tables["moved matrix"] = [
+        {"moved": name, **{other: f"{proof[name, 'donor', other]['mean']:+.2f}" for other in names}} for name in names
+    ]
     tables["rest"] = [
         {
             "all but": name, "ablated: change": _interval(rest[f"all but {name}", 0.0, read]),
