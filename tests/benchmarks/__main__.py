@@ -156,7 +156,7 @@ def page(results: dict[str, Any]) -> str:
     verdict = "Every limit is met." if not over else "Over their limit, or failed: " + ", ".join(over) + "."
     paragraphs = [
         "# Benchmarks",
-        f"How much each call costs beside a reference that ran in turn with it: the median ratio of CPU seconds and its "
+        "How much each call costs beside a reference that ran in turn with it: the median ratio of CPU seconds and its "
         f"range over rounds. {verdict}",
         "CPU seconds, and peak memory above the model's, are call / reference. Models are demo-gelu or random with "
         "GPT-2's shape (12 x 768 and 8 prompts of 32 tokens for RelP and `attribute`, 6 x 256 for integrated "
