@@ -218,7 +218,7 @@ def _traces_table(rows: Mapping[str, Any]) -> str:
                 "neurons": f"{row['nodes']:,}", "edges": f"{row['edges']:,}", "explained": f"{row['explained']:.0%}",
                 "ablated": f"{row['effect']:+.1f} {unit}",
                 "matched (size)": f"{low:+.1f} to {high:+.1f} ({row['control_size']:.2f})",
-                "trace": f"{row['trace_s']:.1f} s", "steering": f"{row['steer_s']:.1f} s",
+                "trace": f"{row['trace_s']:.1f} s",
             }
         )  # fmt: skip
     return _markdown(table)
