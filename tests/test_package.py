@@ -72,6 +72,8 @@ def test_every_name_of_the_stub_is_there_and_listed() -> None:
         tnc.no_such_name  # noqa: B018
     with pytest.raises(AttributeError, match=r"^module 'tl_neuron_circuits.bases' has no attribute 'no_such_name'$"):
         tnc.bases.no_such_name  # noqa: B018
+    assert {"attribute", "bases"} < set(dir(tnc)) and "Neurons" in dir(tnc.bases)  # what a notebook completes
+    assert not {"lazy_names", "explain_old_names"} & {*dir(tnc), *dir(tnc.bases)}
 
 
 def test_a_stub_may_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

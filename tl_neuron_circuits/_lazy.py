@@ -37,7 +37,7 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *sources})
+        return sorted({*vars(sys.modules[package]), *sources} - {"lazy_names"})  # what tab completion shows
 
     return __getattr__, __dir__
 
@@ -51,7 +51,10 @@ def explain_old_names(room: str) -> None:
     def __getattr__(name: str) -> Any:
         raise unknown_name(room, name)
 
-    sys.modules[room].__dict__["__getattr__"] = __getattr__
+    def __dir__() -> list[str]:
+        return sorted(vars(sys.modules[room]).keys() - {"explain_old_names"})
+
+    sys.modules[room].__dict__.update(__getattr__=__getattr__, __dir__=__dir__)
 
 
 def unknown_name(package: str, name: str) -> AttributeError | ImportError:

@@ -6,8 +6,8 @@ ablation, without BOS, on evaluation pairs that the model gets right in both dir
 is claimed only if the whole 95 % interval, paired, over couples of nouns, lies below 0. Secondary, the same way: RelP
 minus AtP on neurons, by |score| and by score; neurons minus randomly rotated neurons. All else is description.
 
-Means come from the learning pairs: 200, or as many as there are, against 60 for evaluation. All pairs and
-interchange are repeated for neurons, BOS for MLP outputs too. Integrated gradients one site at a time cost 30 x 5
+Means come from the learning pairs: 200, or as many as there are, against 60 for evaluation. All pairs are
+repeated for neurons, interchange and BOS for MLP outputs too. Integrated gradients one site at a time cost 30 x 5
 backward passes, so they see 16 learning pairs, beside RelP on the same 16.
 """
 
@@ -128,7 +128,8 @@ def run(model: Any, kept: cells.Cells, names: Sequence[splits.Structure]) -> Non
                 structure.curve(basis, method, ranking, complete)
         if start == 0:
             for structure in structures:
-                structure.curve("neurons", "relp", "abs", True, "corrupt")
+                for basis in ("neurons", "mlp_outputs"):
+                    structure.curve(basis, "relp", "abs", True, "corrupt")
     for structure in structures:
         structure.curve("neurons", "relp", "abs", True, "all")
     for name in names:

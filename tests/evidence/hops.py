@@ -219,6 +219,9 @@ def _cities(model: Any) -> dict[str, Any]:
 def collect(kept: cells.Cells) -> dict[str, Any]:
     """Everything that the page shows, from the cells."""
     found: dict[str, Any] = {path.stem: kept.values(path.stem, dict) for path in sorted(kept.folder.glob("*.json"))}
+    for name in found:
+        if name.startswith("steer-") and name != "steer-1000-2":  # the rows of one setting are enough to look at
+            found[name].pop("rows")
     found["curves"] = {}
     for path in sorted(kept.folder.iterdir()):
         if path.is_dir() and not path.name.startswith("scores"):
