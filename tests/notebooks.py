@@ -45,7 +45,7 @@ def run(path: Path, directory: Path) -> Any:
         "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm, where no browser shows its bars
     }
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(directory)}}
+        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(directory)}}
     )
     client.execute(env=environment)
     for cell, source in zip(skipped, sources, strict=True):

@@ -152,20 +152,19 @@ def exceeded(results: dict[str, Any]) -> list[str]:
 def page(results: dict[str, Any]) -> str:
     """docs/benchmarks.md, from the JSON alone."""
     m, over = results["machine"], exceeded(results)
-    threads = f"{m['threads']} thread{'s' if m['threads'] > 1 else ''} used"
+    threads = f"{m['threads']} thread{'s' if m['threads'] > 1 else ''}"
     verdict = "Every limit is met." if not over else "Over their limit, or failed: " + ", ".join(over) + "."
     paragraphs = [
         "# Benchmarks",
-        "Written by `python -m tests.benchmarks --update-docs` (or `nox -s benchmarks`) from "
-        "[benchmarks.json](benchmarks.json).",
-        f"{m['cpu']}, {m['cores']} cores, {threads}, {m['system']}, Python {m['python']}, torch {m['torch']}, "
-        f"TransformerLens {m['transformer-lens']}, {m['date']}. {verdict}",
-        "Each row compares work with a reference, taking turns in one process: the median ratio of CPU seconds and its "
-        "range over rounds. CPU seconds and peak memory are work / reference. malloc keeps freed blocks, since page "
-        "faults would add up to a tenth to either side by chance. Memory is resident memory above the model's, each "
-        "side in its own process. Models are random with GPT-2's shape (12 x 768 and 8 prompts of 32 tokens for RelP "
-        "and `attribute`, 6 x 256 for integrated gradients, 12 x 256 for edges), or demo-gelu. What limits each call: "
+        "How much each call costs beside a reference that ran in turn with it: the median ratio of CPU seconds and its "
+        f"range over rounds. {verdict}",
+        "CPU seconds, and peak memory above the model's, are call / reference. Models are demo-gelu or random with "
+        "GPT-2's shape (12 x 768 and 8 prompts of 32 tokens for RelP and `attribute`, 6 x 256 for integrated "
+        "gradients, 12 x 256 for edges). What limits each call: "
         "[Save memory](how-to/large-models.md#what-each-call-costs).",
+        f"{m['cpu']}, {threads} of {m['cores']} cores, {m['system']}, Python {m['python']}, torch {m['torch']}, "
+        f"TransformerLens {m['transformer-lens']}, {m['date']}. Written by `python -m tests.benchmarks --update-docs` "
+        "from [benchmarks.json](benchmarks.json).",
     ]
     wrapped = [textwrap.fill(text, 160, break_long_words=False, break_on_hyphens=False) for text in paragraphs]
     table = "\n".join([HEAD, *(line(row) for row in results["rows"].values())])

@@ -157,10 +157,13 @@ def figure_of(references: pd.DataFrame, rows: pd.DataFrame) -> go.Figure:
                 showlegend=column == 1,
                 line={"color": "#555", "dash": dash, "width": 1}, row=1, col=column,
             )  # fmt: skip
-    figure.update_xaxes(type="log", title="units kept (0 at the left edge)")
+    figure.update_xaxes(type="log", title="units kept")
     figure.update_yaxes(title="p(later years) - p(others)", col=1)
+    figure.update_layout(legend={"orientation": "h", "y": -0.2}, margin={"r": 20})
     return finish(
-        figure, "Greater-than: units kept, the rest zero", "demo-gelu · ranked on other events than judged on"
+        figure,
+        "Greater-than: units kept, the rest zero",
+        "demo-gelu · ranked on other events than judged on · left edge: none kept",
     )
 
 
@@ -191,7 +194,7 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         notes = {"references": references.to_dict("records"), "curves": rows.to_dict("records")}
         (options.folder / "greater_than.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
-        write_png(figure_of(references, rows), options.folder / "greater_than.png", width=1400)
+        write_png(figure_of(references, rows), options.folder / "greater_than.png", width=1000)
 
 
 if __name__ == "__main__":

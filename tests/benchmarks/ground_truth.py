@@ -284,19 +284,18 @@ def written(results: dict[str, Any]) -> dict[str, str]:
     def spread(row: dict[str, Any], column: str, digits: int) -> str:
         return "" if column not in row else f"{row[column]:.{digits}f}±{row[f'{column}_std']:.{digits}f}"
 
-    main = ["| nodes, true edges | | " + " | ".join(MAIN) + " |", "| --- " * (2 + len(MAIN)) + "|"]
+    main = ["| circuits, true edges | | " + " | ".join(MAIN) + " |", "| --- " * (2 + len(MAIN)) + "|"]
     for kind in ("compiled", "planted"):
-        for nodes, said in (("heads", "heads"), ("layers", "modules")):
-            for truth, meant in (("program", "all"), ("effect", "with effect")):
-                if kind == "planted" and truth == "effect":
-                    continue  # the same edges
-                found = [rows[kind, nodes, truth, method or "EAP"] for method in MAIN.values()]
-                cells = [best(row) if method else f"{row['shd_empty']:.2f}"
-                         for row, method in zip(found, MAIN.values(), strict=True)]  # fmt: skip
-                main.append(f"| {kind} {said}, {meant} | SHD (best) | " + " | ".join(cells) + " |")
-                cells = [f"{row['auroc']:.3f}" if method and "auroc" in row else ""
-                         for row, method in zip(found, MAIN.values(), strict=True)]  # fmt: skip
-                main.append("| | AUROC | " + " | ".join(cells) + " |")
+        for truth, meant in (("program", "all"), ("effect", "with effect")):
+            if kind == "planted" and truth == "effect":
+                continue  # the same edges
+            found = [rows[kind, "heads", truth, method or "EAP"] for method in MAIN.values()]
+            cells = [best(row) if method else f"{row['shd_empty']:.2f}"
+                     for row, method in zip(found, MAIN.values(), strict=True)]  # fmt: skip
+            main.append(f"| {kind}, {meant} | SHD (best) | " + " | ".join(cells) + " |")
+            cells = [f"{row['auroc']:.3f}" if method and "auroc" in row else ""
+                     for row, method in zip(found, MAIN.values(), strict=True)]  # fmt: skip
+            main.append("| | AUROC | " + " | ".join(cells) + " |")
     every = ["| | " + " | ".join(f"{k}: {label}" for k in ("compiled", "planted") for label in ("SHD", "AUROC")) + " |"]
     every.append("| --- " * 5 + "|")
     names = [r["method"] for r in results["rows"] if r["kind"] == "planted" and r["nodes"] == "heads"]
@@ -308,17 +307,6 @@ def written(results: dict[str, Any]) -> dict[str, str]:
             ]  # fmt: skip
             said = name.replace("CircuitLasso", "lasso").replace(", 1,024 prompts", "")
             every.append(f"| {said} | " + " | ".join(cells) + " |")
-    swept = [name for name in LASSOS if name in ("same", "pooled, 1,024 prompts, noise .3")]
-    titles = {name: "noise" if "noise" in name else name for name in swept}
-    sweep = ["| penalty | " + " | ".join(f"{k}, {titles[n]}" for k in ("compiled", "planted") for n in swept) + " |"]
-    sweep.append("| --- " * (1 + 2 * len(swept)) + "|")
-    for share in PENALTIES:
-        cells = []
-        for kind in ("compiled", "planted"):
-            for name in swept:
-                row = rows[kind, "heads", "program", f"CircuitLasso ({name}), literal pattern at {share}"]
-                cells.append(f"{row['shd']:.2f} ({row['n_edges']:.1f})")
-        sweep.append(f"| {share:g} | " + " | ".join(cells) + " |")
     took = {(r["kind"], r["method"]): r["seconds"] for r in results["times"]}
     columns = ("CircuitLasso (same)", "CircuitLasso (pooled)", "EAP", "EAP-IG")
     clock = ["| | lasso | lasso, pooled | EAP | EAP-IG | EAP / lasso | EAP-IG / lasso |", "| --- " * 7 + "|"]
@@ -330,14 +318,7 @@ def written(results: dict[str, Any]) -> dict[str, str]:
     clock.append(
         f"| the paper, s on an A100 | {lasso} | | {eap} | {eap_ig} | {eap / lasso:.2f} | {eap_ig / lasso:.2f} |"
     )
-    counts = {(row["kind"], row["method"]): row for row in results["against"]}
-    against = ["| lower / equal / higher than EAP-IG | compiled | planted |", "| --- " * 3 + "|"]
-    for title, name in MAIN.items():
-        if name and name != "EAP-IG":
-            cells = [" / ".join(str(counts[kind, name][what]) for what in ("lower", "equal", "higher"))
-                     for kind in ("compiled", "planted")]  # fmt: skip
-            against.append(f"| {title} | " + " | ".join(cells) + " |")
-    page = {"main": main, "sweep": sweep, "times": clock, "every": every, "against": against}
+    page = {"main": main, "times": clock, "every": every}
     return {name: "\n".join(lines) for name, lines in page.items()}
 
 

@@ -121,6 +121,12 @@ def winners(front: ParetoFront, measure: str, *, higher: bool) -> str:
     return f"By {measure} SAEs are ahead in {len(ahead)} of {len(wide)} places: {places or 'none'}."
 
 
+def narrow(figure: Any) -> Any:
+    """The figure for a page's column: short axis titles and the legend below."""
+    figure.update_xaxes(title="L0")
+    return figure.update_layout(legend={"orientation": "h", "y": -0.2}, margin={"r": 20})
+
+
 def main() -> None:
     """Train, measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -163,7 +169,7 @@ def main() -> None:
             "table": json.loads(front.to_dataframe().to_json(orient="records", double_precision=6)),
         }
         (options.folder / f"pareto_{name}.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
-        write_png(front.plot(measure="divergence"), options.folder / f"pareto_{name}.png", width=1400)
+        write_png(narrow(front.plot(measure="divergence")), options.folder / f"pareto_{name}.png", width=1000)
 
 
 if __name__ == "__main__":

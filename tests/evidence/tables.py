@@ -229,7 +229,7 @@ def dictionary_tables() -> dict[str, str]:
                 for row in each)])  # fmt: skip
     return {
         "dictionaries-raw": cells.table(
-            [f"layers {' and '.join(map(str, layers))}", "F(M)", "F(0)", "effect", "share of clean minus corrupt",
+            [f"layers {', '.join(map(str, layers))}", "F(M)", "F(0)", "effect", "share of clean minus corrupt",
              "a ratio is given"], raw,
         ),
         "dictionaries-lift": cells.table(

@@ -218,7 +218,7 @@ def _traces_table(rows: Mapping[str, Any]) -> str:
                 "neurons": f"{row['nodes']:,}", "edges": f"{row['edges']:,}", "explained": f"{row['explained']:.0%}",
                 "ablated": f"{row['effect']:+.1f} {unit}",
                 "matched (size)": f"{low:+.1f} to {high:+.1f} ({row['control_size']:.2f})",
-                "trace": f"{row['trace_s']:.1f} s", "steering": f"{row['steer_s']:.1f} s",
+                "trace": f"{row['trace_s']:.1f} s",
             }
         )  # fmt: skip
     return _markdown(table)
@@ -242,9 +242,9 @@ def _walk_tables(walk: Mapping[str, Any]) -> dict[str, str]:
     tables: dict[str, list[dict[str, Any]]] = {"groups": groups}
     for title, scale in (("ablated", 0.0), ("moved", "donor")):
         tables[title] = [{title: name, **tested(name, scale)} for name in [*names, "whole circuit"]]
-        tables[f"{title} matrix"] = [
-            {title: name, **{other: f"{proof[name, scale, other]['mean']:+.2f}" for other in names}} for name in names
-        ]
+    tables["moved matrix"] = [
+        {"moved": name, **{other: f"{proof[name, 'donor', other]['mean']:+.2f}" for other in names}} for name in names
+    ]
     tables["rest"] = [
         {
             "all but": name, "ablated: change": _interval(rest[f"all but {name}", 0.0, read]),

@@ -344,28 +344,25 @@ def _places(step: dict[str, Any]) -> str:
     )
 
 
-_EXPLANATION = """Held out means never in the training text:
+_EXPLANATION = """Never in the training text:
 
-- agreement: one in ten ordered pairs of subject and attractor nouns ("simple" has one noun: nothing is held out); the
-  verb with the right number must score above the other;
-- two-hop: 400 of 2,400 (town, attribute) combinations, in any phrasing; the answer must be the top token in all three
-  phrasings;
-- IOI: one in ten unordered pairs of names; the answer must be the top token;
-- greater-than: one in ten (event, century, start year) triples; the number is the mean probability of later years minus
-  that of the others;
-- "town to state" and "one-hop facts" are facts as such and are in the training text.
+- agreement: one in ten ordered pairs of nouns, none in "simple"; the right verb must score above the other;
+- two-hop: 400 of 2,400 pairs of town and attribute; the answer must be the top token in all three phrasings;
+- IOI: one in ten pairs of names; the answer must be the top token;
+- greater-than: one in ten triples of event, century and start year; mean probability of later years minus the others'.
 
-Hidden step: the MLP neurons of a two-hop prompt take their values from a prompt about another state that asks for
-another attribute, never at the last position; both combinations are held out. The number is the share of {swaps} random
-pairs for which the answer becomes the first prompt's attribute of the other state. "Few neurons" are those with the
-largest mean |change x gradient|, summed over positions, on 256 other pairs.
+"Town to state" and "one-hop facts" are in it.
 
-The hidden step was trained in: it is a known truth to test methods against, not a discovery. Next-token prediction
-alone (600 steps, two kinds of text) gave GPT-2-like models of the same accuracy that passed this test on 0.07 and 0.35
-of the pairs, because they worked out the state at the last position. So training adds a counterfactual loss on two-hop
-prompts (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826): the neurons of all layers, or of
-layer 0 alone, at every position but the last come from another two-hop prompt, and the target is the first prompt's
-attribute of the other state. Held-out combinations are never a target."""
+Hidden step: the MLP neurons of a two-hop prompt, except at the last position, take their values from a prompt about
+another state and attribute, both held out. The number is the share of {swaps} pairs whose answer becomes the first
+prompt's attribute of the other state. Few, or the best, neurons have the largest mean |change x gradient| on 256 other
+pairs.
+
+This step was trained in: it is a known truth to test methods against, not a discovery. GPT-2-like models trained on
+text alone answered as well but passed on 0.07 and 0.35 of the pairs, since they worked out the state at the last
+position. So training includes such exchanges, in all layers or in layer 0 alone, with the other state's attribute as
+the target (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826); held-out pairs are never a
+target."""
 
 
 def write_card(folder: Path, name: str, metrics: dict[str, Any], recipe: dict[str, Any]) -> None:
@@ -409,12 +406,12 @@ def documentation(all_metrics: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# The demo models",
         "Two small models come with the package for use offline: `demo-gelu` (GPT-2-like) and `demo-swiglu` "
-        "(Llama-like).\nThis page is written by\n\n"
-        "    python -m tl_neuron_circuits.demo.train_models --evaluate-only --documentation docs/demo_models.md",
+        "(Llama-like). They answer\nall questions below but greater-than, and hold the state of a two-hop question "
+        "where they were trained to.\n\n```bash\npython -m tl_neuron_circuits.demo.train_models --evaluate-only "
+        "--documentation docs/demo_models.md\n```",
         "## Accuracy\n\n" + _table(["task", "prompts", *names], rows),
         "## The hidden step\n\nShare of pairs whose answer turns when neurons take another state's values: those at "
-        "the second piece of the\ntown's name, in layer 0 and in all layers, or the best few anywhere but at the last "
-        "position. Every layer and place\nis in the model's `metrics.json` and card.",
+        "the second piece of\nthe town's name, or the best few anywhere but at the last position.",
         _hidden_steps(all_metrics),
     ]
     parts.append("## What the numbers mean\n\n" + _EXPLANATION.format(swaps=SWAPS))
