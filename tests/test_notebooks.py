@@ -11,14 +11,15 @@ import pytest
 
 from . import notebooks
 from .loops import for_each
-from .smollm2 import HUB_NAME
+from .smollm2 import HUB_NAME, environment
 
 NAMES = (
     *("01_quickstart", "02_neurons_vs_saes", "03_two_hop_circuit_and_steering", "04_transcoder_circuits"),
     *("05_circuit_lasso", "06_your_own_model_and_task"),
 )
-DEMO_FIRST = (NAMES[2], NAMES[4])
-"""Open on the demo model: SmolLM2 does not have the step of 03, and patching every edge (05) takes hours on it."""
+DEMO_FIRST = NAMES[2:5]
+"""Open on the demo model: SmolLM2 does not have the step of 03, transcoders (04) take long to train, and patching every
+edge (05) takes hours."""
 MOST_SECONDS, MOST_BYTES = 45, 1_000_000
 MODEL = "TNC_NOTEBOOK_MODEL"  # what the notebooks read; the hub name of tests/smollm2.py runs them on its folder
 ROOT = notebooks.ROOT
@@ -104,7 +105,9 @@ def test_every_figure_is_also_a_picture(path: Path) -> None:
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     real = os.environ.get(MODEL)
     if real == HUB_NAME:
-        monkeypatch.setenv(MODEL, str(request.getfixturevalue("smollm2_folder")))
+        request.getfixturevalue("smollm2_folder")  # skips, or fails, without it
+        for name in ("HF_HOME", "HF_HUB_CACHE"):
+            monkeypatch.setenv(name, environment()[name])
     elif real is None and path.stem != NAMES[0]:
         monkeypatch.setenv(MODEL, "demo-gelu")
     elif real is None:  # as a reader without the hub runs it
