@@ -259,11 +259,13 @@ def _entries(member: Any) -> tuple[Any, ...]:
 
 def _is_wanted_as_it_is(value: Any, members: Sequence[Any]) -> bool:
     """Whether the annotation takes the tensor or array that the value is."""
-    return hasattr(value, "dtype") and any(
-        member is Any or isinstance(value, getattr(member, "array_type", member if isinstance(member, type) else ()))
-        for member in members
-        if member is not float  # NumPy's float64 is one, but a tensor of shape () goes the same way
-    )
+    if not hasattr(value, "dtype"):
+        return False
+    # To Python 3.10 list[int] is a type too. NumPy's float64 is a float, but a tensor of shape () goes the same way.
+    arrays = [member.array_type for member in members if hasattr(member, "array_type")]
+    rest = [member for member in members if not hasattr(member, "array_type") and member is not float]
+    plain = [member for member in rest if isinstance(member, type) and typing.get_origin(member) is None]
+    return Any in members or isinstance(value, (*arrays, *plain))
 
 
 def _written(annotation: Any) -> str:

@@ -25,7 +25,7 @@ _RANGE = (-0.3, 1.5)
 """What the panels show; curves that leave it are marked at the edge."""
 
 
-def plot_curves(curves: Sequence["Curve"]) -> go.Figure:
+def plot_curves(curves: "Sequence[Curve]") -> go.Figure:
     """Curves side by side: faithfulness left (1 is ideal), completeness right (0 is ideal).
 
     Example:
@@ -202,7 +202,7 @@ def _averaged(rows: Any, measure: str) -> pd.DataFrame:
     return pd.DataFrame({"size": sizes, measure: np.mean(each, axis=0)})
 
 
-def _subtitle(curves: Sequence["Curve"], tasks: Sequence[str], notes: Sequence[str] = ()) -> str:
+def _subtitle(curves: "Sequence[Curve]", tasks: Sequence[str], notes: Sequence[str] = ()) -> str:
     first = curves[0].settings
     counts = sorted({len(curve.full) for curve in curves})
     named = ", ".join(task for task in tasks if task != "task")
