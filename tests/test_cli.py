@@ -183,7 +183,7 @@ def test_demo_runs_in_a_terminal_and_writes_what_it_names(tmp_path: Path) -> Non
 def test_ctrl_c_in_the_midst_of_a_run_leaves_no_traceback(tmp_path: Path) -> None:
     pairs = tmp_path / "many.json"  # enough for seconds of curves, so that the key comes in time on a busy machine too
     fields = ("clean_prefix", "clean_answer", "patch_prefix", "patch_answer")
-    task = subject_verb_agreement("within_rc", n=300)
+    task = subject_verb_agreement("within_rc", n=1000)
     rows = [dict(zip(fields, (p.clean, p.answer, p.corrupt, p.wrong_answer), strict=True)) for p in task]
     pairs.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with terminal("compare", "demo-gelu", "--pairs", str(pairs), "--out", str(tmp_path / "o")) as (process, end):
