@@ -12,7 +12,7 @@ Interchange: the best neurons at the city's positions take the values that they 
     matched neurons       not chosen, of the same layer and position and of the nearest size of change
 
 A shift is how far the difference of the two capitals' logits moves on the way to the donor's own: 0 nothing, 1 all.
-All of it twice: for the best neurons of any layer, and for those after layer 0, which reads the city's token alone.
+All of it twice: for the best neurons of any layer, and for those after layer 0, which knows little but the token.
 
 Steering: for every evaluation city and every other state, the best neurons after layer 0 at the city move from their
 values towards those that they have after the other state's *learning* city, once, twice or four times the way.
