@@ -12,10 +12,11 @@ from tests.families import ModelCase, all_models, random_tokens, typical_models
 from tests.loops import for_each
 from tl_neuron_circuits import bases
 from tl_neuron_circuits._errors import NumericalError, PropagationError, UnsupportedModelError
-from tl_neuron_circuits.circuits import _direct_effects
-from tl_neuron_circuits.circuits._direct_effects import DirectEffects, direct_effects, mean_totals
+from tl_neuron_circuits.circuits import _total_effects
+from tl_neuron_circuits.circuits._direct_effects import DirectEffects, direct_effects
 from tl_neuron_circuits.circuits._slots import find_slots
 from tl_neuron_circuits.circuits._targets import metric_target, token_target
+from tl_neuron_circuits.circuits._total_effects import mean_totals
 from tl_neuron_circuits.nodes import attribute
 from tl_neuron_circuits.tasks import TokenizedPairs, answer_logit, logit_difference
 
@@ -192,7 +193,7 @@ def test_sums_that_do_not_hold_are_an_error(case: ModelCase, monkeypatch: pytest
     def without_biases(model: Any) -> Any:
         yield {}
 
-    monkeypatch.setattr(_direct_effects, "biases_in_graph", without_biases)
+    monkeypatch.setattr(_total_effects, "biases_in_graph", without_biases)
     with pytest.raises(NumericalError, match="do not sum"):
         effects_of(case.build())
 

@@ -12,8 +12,9 @@ from tests.loops import for_each
 from tl_neuron_circuits import bases, trace
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.circuits import _prompt_graph
-from tl_neuron_circuits.circuits._direct_effects import OpenPrompt, bytes_per_receiver, open_prompt
+from tl_neuron_circuits.circuits._direct_effects import bytes_per_receiver
 from tl_neuron_circuits.circuits._slots import NeuronSlot, find_slots
+from tl_neuron_circuits.circuits._total_effects import OpenPrompt, open_prompt
 from tl_neuron_circuits.models._protocol import hook_points, submodule
 
 NORM_AFTER_MLP = {"gemma2-HookedTransformer"}

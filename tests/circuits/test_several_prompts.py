@@ -15,9 +15,10 @@ from tests.loops import for_each
 from tl_neuron_circuits import Circuit, trace
 from tl_neuron_circuits._errors import PairsError, SettingsError
 from tl_neuron_circuits.circuits import ByExplained
-from tl_neuron_circuits.circuits._direct_effects import can_share, direct_effects
+from tl_neuron_circuits.circuits._direct_effects import direct_effects
 from tl_neuron_circuits.circuits._slots import find_slots
 from tl_neuron_circuits.circuits._targets import answer_target
+from tl_neuron_circuits.circuits._total_effects import can_share
 from tl_neuron_circuits.tasks import TokenizedPairs
 
 MARKED = ["The {subject:dogs near the cat} are", "The {subject:dogs} are", "The {subject:cats near the girl} are"]

@@ -26,11 +26,11 @@ from ..tasks._provenance import model_name
 from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._attention import AttentionContributions, attention_contributions
-from ._direct_effects import open_prompt
 from ._heads import Receivers, Sources, attention_hooks, split_by_head
 from ._slots import Slot, find_slots
 from ._table import HEAD_COLUMNS, typed
 from ._targets import Target, TargetLike, answer_target, difference_target, find_targets, token_target
+from ._total_effects import open_prompt
 
 if TYPE_CHECKING:
     from ._circuit import Circuit

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from .._errors import SettingsError, UnsupportedModelError
 from ..models._protocol import TransformerLensModel, hook_points
-from ._direct_effects import OpenPrompt
 from ._prompt_graph import PromptRun
 from ._slots import seeds_at, widened
+from ._total_effects import OpenPrompt
 
 _ALLOWED = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 _HOOKS = ("hook_v", "hook_pattern", "hook_z")

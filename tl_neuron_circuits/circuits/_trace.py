@@ -1,8 +1,8 @@
 """`trace`: from prompts, or pairs, to a circuit of neurons or dictionary features with all edges between them.
 
 What is asked is read by `_trace_prompts.py` and `_targets.py`, where tokens stand by `_alignment.py`, the nodes' homes
-by `_slots.py`; `_choose.py` chooses nodes by their scores, and `_direct_effects.py` computes scores and edges. Here
-they meet, and numbers become the tables of a circuit.
+by `_slots.py`. `_total_effects.py` computes scores, `_choose.py` chooses nodes by them, `_direct_effects.py` computes
+the edges. Here they meet, and numbers become the tables of a circuit.
 """
 
 import logging
@@ -29,7 +29,7 @@ from ._alignment import Places
 from ._by_prompt import prompt_table
 from ._choose import ByShare, Choice, choose_nodes, rank_nodes
 from ._circuit import Circuit
-from ._direct_effects import DirectEffects, Targets, Totals, can_share, direct_effects, each_totals, mean_totals
+from ._direct_effects import DirectEffects, direct_effects
 from ._edge_heads import Traced
 from ._explained import ByExplained, count_explained
 from ._flow import complete
@@ -38,6 +38,7 @@ from ._rollout import Rollout
 from ._slots import Slot, find_slots
 from ._table import node_table
 from ._targets import Target, TargetLike, find_targets, rollout_targets, target_label
+from ._total_effects import Targets, Totals, can_share, each_totals, mean_totals
 from ._trace_prompts import Prompt, TracedPrompts, find_places, is_paired, read_question
 from ._trace_tables import edge_rows, source_rows, target_rows
 
