@@ -358,19 +358,26 @@ def decided(low_high: list[float]) -> str:
     return "yes" if low_high[1] < 0 else "no: the other way around" if low_high[0] > 0 else "undecided"
 
 
+def between(values: list[float | None]) -> str:
+    """The smallest to the largest of what was measured."""
+    there = [value for value in values if value is not None]
+    low, high = cells.show(min(there)), cells.show(max(there))
+    return low if low == high else f"{low} to {high}"
+
+
 def in_short() -> dict[str, str]:
     """The questions of the page, their answers, and the figures that they rest on."""
     rows: list[list[Any]] = []
     agreement = cells.read_results("agreement")
     curves = agreement["curves"]
 
-    def hundred(name: str) -> str:
-        each = [at(curves.get(f"{structure}_{name}"), "faithfulness", 100) for structure in STRUCTURES]
-        return ", ".join(cells.show(value) for value in each)
+    def spread(key: str, size: int) -> str:
+        each = [at(curves.get(f"{structure}_{key}"), "faithfulness", size) for structure in STRUCTURES]
+        return between(each)
 
     for key, question, one, other in (
         ("neurons_relp_abs minus mlp_outputs_relp_abs", "Are neurons sparser than MLP outputs?", "neurons", "MLPs"),
-        ("neurons_relp_abs minus rotated_relp_abs", "Is it the neurons' own axes?", "neurons", "rotated"),
+        ("neurons_relp_abs minus rotated_relp_abs", "Do the neurons' own axes matter?", "neurons", "rotated"),
         ("neurons_relp_abs minus neurons_atp_abs", "Does RelP rank neurons better than AtP?", "RelP", "AtP"),
         ("neurons_relp_abs minus neurons_ig_inputs_abs", "... better than IG over inputs?", "RelP", "IG over inputs"),
     ):
@@ -379,47 +386,42 @@ def in_short() -> dict[str, str]:
             first, second = key.split(" minus ")
             missing = len(STRUCTURES) - len(row["structures"])
             rows.append([question, decided(row["interval"]) + (f" (structures missing: {missing})" if missing else ""),
-                         f"100 nodes: {one} {hundred(first)}; {other} {hundred(second)}. "
-                         f"Difference of E {row['mean']:+.2f} ({within(row['interval'])})"])  # fmt: skip
-    flips = cells.read_results("flips") if (cells.RESULTS / "flips.json").exists() else {}
-    if flips.get("reproduced"):
-        yes = [name for name, value in flips["reproduced"].items() if value]
-        no = [name for name, value in flips["reproduced"].items() if not value]
-        figures = "; ".join(
-            f"{name} {cells.show(flips[f'{name}-100']['flips, known verbs'])} / "
-            f"{cells.show(flips[f'{name}-100']['flips, new verbs'])}, matched "
-            f"{cells.show(flips[f'{name}-100-matched']['flips'])}" for name in flips["reproduced"]
-        )  # fmt: skip
-        rows.append(["Do about 100 neurons control agreement?",
-                     f"in {len(yes)} of {len(yes) + len(no)}" + (f": not in {', '.join(no)}" if no else ""),
-                     f"flips of known / new verbs: {figures}"])  # fmt: skip
-    both = [(curves[f"{name}_neurons_relp_abs"], curves[f"{name}_heads_relp_abs"], name) for name in STRUCTURES
+                         f"{one} {spread(first, 100)}, {other} {spread(second, 100)}; "
+                         f"E {row['mean']:+.2f} ({within(row['interval'])})"])  # fmt: skip
+    both = [(curves[f"{name}_neurons_relp_abs"], curves[f"{name}_heads_relp_abs"]) for name in STRUCTURES
             if f"{name}_heads_relp_abs" in curves]  # fmt: skip
     if both:
-        lower = sum(neurons["error"] < heads["error"] for neurons, heads, _ in both)
-        values = [f"{name}: neurons {cells.show(at(neurons, 'faithfulness', 10))} and "
-                  f"{cells.show(at(neurons, 'faithfulness', 100))}, heads {cells.show(at(heads, 'faithfulness', 10))} "
-                  f"and {cells.show(at(heads, 'faithfulness', 100))}" for neurons, heads, name in both]  # fmt: skip
-        rows.append(["Are neurons sparser than head outputs?", f"in {lower} of {len(both)} structures run",
-                     f"10 and 100 nodes: {'; '.join(values)}"])  # fmt: skip
+        lower = sum(neurons["error"] < heads["error"] for neurons, heads in both)
+        rows.append(["Are neurons sparser than head outputs?", f"in {lower} of {len(both)} structures",
+                     "; ".join(f"{size} nodes: neurons {spread('neurons_relp_abs', size)}, heads "
+                               f"{spread('heads_relp_abs', size)}" for size in (10, 100))])  # fmt: skip
     other = cells.read_results("other_tasks")["curves"] if (cells.RESULTS / "other_tasks.json").exists() else {}
     if {"ioi_neurons_relp", "ioi_heads_relp"} <= set(other):
         neurons, heads = other["ioi_neurons_relp"], other["ioi_heads_relp"]
         rows.append(["... on IOI?", "yes" if neurons["error"] < heads["error"] else "no",
-                     f"100 nodes: neurons {cells.show(at(neurons, 'faithfulness', 100))}, heads "
+                     f"neurons {cells.show(at(neurons, 'faithfulness', 100))}, heads "
                      f"{cells.show(at(heads, 'faithfulness', 100))}"])  # fmt: skip
+    flips = cells.read_results("flips") if (cells.RESULTS / "flips.json").exists() else {}
+    if flips.get("reproduced"):
+        yes = [name for name, value in flips["reproduced"].items() if value]
+        no = [name for name, value in flips["reproduced"].items() if not value]
+        known, fresh, matched = (
+            between([flips[f"{name}-100{kind}"][key] for name in flips["reproduced"]])
+            for kind, key in (("", "flips, known verbs"), ("", "flips, new verbs"), ("-matched", "flips"))
+        )
+        rows.append(["Do about 100 neurons control agreement?",
+                     f"in {len(yes)} of {len(yes) + len(no)} structures" + (f": not in {', '.join(no)}" if no else ""),
+                     f"share of answers flipped: {known} (new verbs {fresh}), by matched neurons {matched}"])
     hops = cells.read_results("hops") if (cells.RESULTS / "hops.json").exists() else {}
     if "atp minus relp" in hops.get("contrasts", {}):
         relp, atp = (hops["curves"][f"neurons_{name}_abs"] for name in ("relp", "atp"))
-        values = [f"{size:,} nodes {cells.show(at(relp, 'faithfulness', size))} and "
-                  f"{cells.show(at(atp, 'faithfulness', size))}" for size in (100, 1000)]  # fmt: skip
+        values = [f"{cells.show(at(relp, 'faithfulness', size))}, {cells.show(at(atp, 'faithfulness', size))}"
+                  f" ({size:,} nodes)" for size in (100, 1000)]  # fmt: skip
         row = hops["contrasts"]["atp minus relp"]
         low_high = [-row["high"], -row["low"]]
-        values.append(f"difference of E {-row['difference']:+.2f} ({within(low_high)})")
-        rows.append(["Two hops: is RelP ahead of AtP there too?", decided(low_high),
-                     f"RelP and AtP: {'; '.join(values)}"])  # fmt: skip
-    return {"in-short": cells.table(["question", "answer", "figures (order: simple, nounpp, rc, within_rc)"], rows)
-            .replace("---: |", "--- |")}  # fmt: skip
+        values.append(f"E {-row['difference']:+.2f} ({within(low_high)})")
+        rows.append(["Does RelP beat AtP on two-hop questions?", decided(low_high), f"RelP, AtP: {'; '.join(values)}"])
+    return {"in-short": cells.table(["question", "answer", "figures"], rows).replace("---: |", "--- |")}
 
 
 def main() -> None:
