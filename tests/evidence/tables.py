@@ -409,9 +409,13 @@ def in_short() -> dict[str, str]:
             between([flips[f"{name}-100{kind}"][key] for name in flips["reproduced"]])
             for kind, key in (("", "flips, known verbs"), ("", "flips, new verbs"), ("-matched", "flips"))
         )
-        rows.append(["Do about 100 neurons control agreement?",
-                     f"in {len(yes)} of {len(yes) + len(no)} structures" + (f": not in {', '.join(no)}" if no else ""),
-                     f"share of answers flipped: {known} (new verbs {fresh}), by matched neurons {matched}"])
+        rows.append(
+            [
+                "Do about 100 neurons control agreement?",
+                f"in {len(yes)} of {len(yes) + len(no)} structures" + (f": not in {', '.join(no)}" if no else ""),
+                f"share of answers flipped: {known} (new verbs {fresh}), by matched neurons {matched}",
+            ]
+        )
     hops = cells.read_results("hops") if (cells.RESULTS / "hops.json").exists() else {}
     if "atp minus relp" in hops.get("contrasts", {}):
         relp, atp = (hops["curves"][f"neurons_{name}_abs"] for name in ("relp", "atp"))

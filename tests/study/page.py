@@ -68,39 +68,49 @@ def page(found: dict[str, Any]) -> str:
         "# Which method?",
         *_advice(found),
         _wrap(
-            "Written by `python -m tests.study --page` from [which-method.json](which-method.json): no number is typed "
-            "by hand, and the recommendation is made from the table by a rule that was fixed before. "
-            "[All tables](which-method-tables.md)."
+            "`python -m tests.study --page` writes every number of this page from "
+            "[which-method.json](which-method.json), "
+            "and a rule that was fixed before makes the recommendation. [All tables](which-method-tables.md)."
         ),
         "## The measure",
         _wrap(
-            f"{LABEL}; MLP neurons at every position (276,480 at six tokens). Tasks: agreement across a prepositional "
-            "phrase (nounpp) and a relative clause (rc), and the capital of the state that contains a city; only "
-            "contrasts that the model gets right both ways. Pairs for scores (20), for development and for judging "
-            f"share no noun (no state). Judged on {_pairs(main['pairs'])}."
+            f"{LABEL}; MLP neurons at every position (276,480 at six tokens). Three tasks: agreement across a "
+            "prepositional phrase (nounpp) and across a relative clause (rc), and the capital of the state that "
+            "contains a "
+            "city. The model gets every contrast right both ways. Nodes are scored on 20 pairs; the pairs for "
+            "scores, for "
+            f"development and for judging share no noun or state. Judged: {_pairs(main['pairs'])}."
         ),
         _wrap(
-            "**Primary endpoint**, fixed before the first run: *compactness* under interchange, scored with "
-            "interchange too, averaged over the three tasks. It is the mean of two areas over the logarithm of "
-            "circuit size, from 1 node to all: the share of pairs that the best nodes alone still answer right, and "
-            "the share answered wrong when the best nodes alone take the corrupt prompt's values. 1 is a circuit of "
-            "one node that does everything. Intervals are 95 %, over words drawn with replacement (both words of a "
-            "pair together); differences are paired. All else is secondary, not corrected for its number."
+            "**Compactness** is the primary endpoint, fixed before the first run: the mean of two areas over the "
+            "log of "
+            "circuit size, from 1 node to all. One is the share of pairs that the best nodes alone still answer "
+            "right, the "
+            "other the share answered wrong when they alone take the corrupt prompt's values. 1 is a single node that "
+            "does everything. Nodes are scored and judged under interchange, and tasks are averaged. Intervals are "
+            "95 %, "
+            "over words drawn with replacement (both words of a pair together), and differences are paired. Everything "
+            "else is secondary and not corrected for multiple tests."
         ),
         _wrap(
-            "**Price**: forward passes per pair that is scored; a backward pass counts as one. Settings are the "
-            "package's defaults (IG with 5 steps, the mask gradient with 10); development pairs choose among the "
-            "checkpoints of a learned mask alone."
+            "**Price** is in forward passes per scored pair; a backward pass counts as one. Settings are the package's "
+            "defaults (IG with 5 steps, the mask gradient with 10). Development pairs only choose among the "
+            "checkpoints "
+            "of a learned mask."
         ),
         "## SmolLM2",
         f"![Endpoint against price](images/{FIGURE.name})",
         equal(_better(main["equal"])),
         _wrap(
-            "Each method in its better ranking, RelP in both ([all](which-method-tables.md)). *Ranked* by the "
-            "score's size or sign. *Difference* is to RelP by size, the default. *Error* is the mean of "
-            "|1 - faithfulness| over log size, lower is better: compactness asks only whether the answer is right, so "
-            "a ranking by sign, which leaves out nodes that work against the answer, gains on it and overshoots. Who "
-            "wants the circuit's logit difference to be the model's looks at the error."
+            "Each method in its better ranking, RelP in both ([all](which-method-tables.md)). *Ranked*: by the score's "
+            "size or sign. *Difference*: to RelP by size, the default. *Error*: the distance of "
+            "faithfulness from 1, averaged over log size."
+        ),
+        _wrap(
+            "**Look at the error if the circuit's logit difference should be the model's.** Compactness asks only "
+            "whether "
+            "the answer is right. A ranking by sign leaves out nodes that work against the answer, so it gains "
+            "compactness and overshoots."
         ),
         *_notes(found),
         "## Scored with one ablation, judged with another",
@@ -114,10 +124,10 @@ def page(found: dict[str, Any]) -> str:
         *_screened(found["screened"]),
         "## What this does not say",
         _wrap(
-            "One small model, three tasks, one draw of pairs, neurons alone. On SmolLM2, "
-            f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells of this run took "
-            f"{found['minutes']:.0f} CPU minutes of one thread ({versions}). `python -m "
-            "tests.study` resumes from the cells that are there."
+            "One small model, three tasks, one draw of pairs, neurons only. On SmolLM2, "
+            f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells took {found['minutes']:.0f} CPU "
+            "minutes "
+            f"of one thread ({versions}). `python -m tests.study` resumes from the cells that exist."
         ),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -130,7 +140,7 @@ def tables(found: dict[str, Any]) -> str:
     sizes = ", ".join(f"{n:,}" for n in SIZES["smollm2"])
     parts = [
         "# Which method? All tables",
-        _wrap("What [Which method?](which-method.md) is made from; the words are explained there."),
+        _wrap("[Which method?](which-method.md) is made from these tables and explains their words."),
         "## SmolLM2, every ranking",
         equal(main["equal"]),
         "## SmolLM2, by task",
@@ -140,8 +150,8 @@ def tables(found: dict[str, Any]) -> str:
         by_size(main["equal"]),
         "## Demo models",
         _wrap(
-            "The same methods on the two demo models and their own tasks, with intervals over their words; sizes 1 to "
-            "3,000. Exact patching of every neuron is for nounpp alone."
+            "The same methods on the demo models' own tasks, with intervals over their words; sizes 1 to 3,000. Exact "
+            "patching of every neuron was run on nounpp only."
         ),
         *[
             text
@@ -184,9 +194,8 @@ def _advice(found: dict[str, Any]) -> list[str]:
         verdict = "RelP by absolute score stays the default: nothing at its price is better."
     elif free[-1] == ("RelP", "signed"):
         verdict = (
-            "RelP stays the default method: none at its price is better. For circuits that are to answer right, rank "
-            'its scores by sign: `scores.top(k, by="signed")`, '
-            '`evaluate(..., ranking="signed")`.'
+            "RelP stays the default method: none at its price is better. If the circuit should answer right, rank its "
+            'scores by sign: `scores.top(k, by="signed")`, `evaluate(..., ranking="signed")`.'
         )
     else:
         verdict = f"At RelP's price {_name(free[-1])} is better on this endpoint: use it where the answer alone counts."
@@ -205,11 +214,11 @@ def _notes(found: dict[str, Any]) -> list[str]:
         rows = [row for row in found["models"]["smollm2"]["equal"] if row["tasks"][task]]
         row = max(rows, key=lambda row: row["tasks"][task][0])
         best.append(f"{_name((row['method'], row['ranking']))} on {NAMES[task]} ({row['tasks'][task][0]:.2f})")
-    notes = [f'The most compact on each task: {", ".join(best)}. CP-LRP (`rules="cp"`) is RelP here.']
+    notes = [f'Most compact by task: {", ".join(best)}. CP-LRP (`rules="cp"`) is RelP here.']
     chosen = {task: name for task, name in found["stopped"].items() if name}
     if chosen:
         steps = ", ".join(f"{name.removeprefix('learned, ')} on {NAMES[task]}" for task, name in chosen.items())
-        notes.append(f"Of the checkpoints of the learned mask development pairs chose {steps}.")
+        notes.append(f"For the learned mask, development pairs chose {steps}.")
     return [_wrap(" ".join(notes))]
 
 
@@ -269,17 +278,16 @@ def crossed(rows: list[dict[str, Any]]) -> str:
     head = ["method", "ranked", *(f"{ways[a]}, judged by {ways[b]}" for a, b in pairs)]
     table = [[row["method"], SHORT[row["ranking"]], *(_interval(row[f"{a}/{b}"]) for a, b in pairs)] for row in rows]
     text = _wrap(
-        "Compactness when nodes are scored with interchange (the pair's corrupt prompt) or with the mean over prompts, "
-        "and judged with either. Empty: not computed on all tasks."
+        "Compactness when nodes are scored, and judged, with interchange (the pair's corrupt prompt) or with the "
+        "mean over "
+        "prompts. Empty: not computed on all tasks."
     )
-    wins = []
+    best = []
     for a, b in pairs:
         there = [row for row in rows if row[f"{a}/{b} difference"]]
-        if there:
-            best = max(there, key=lambda row: row[f"{a}/{b} difference"][0])
-            wins.append(f"{_name((best['method'], best['ranking']))} ({_signed(best[f'{a}/{b} difference'])})")
-    after = f"Column by column the best beside RelP by absolute score: {'; '.join(wins)}." if wins else ""
-    return "\n\n".join(part for part in (text, _table(head, table), _wrap(after)) if part)
+        row = max(there, key=lambda row: row[f"{a}/{b} difference"][0]) if there else None
+        best.append(f"{_short(row)} {_signed(row[f'{a}/{b} difference'])}" if row else "")
+    return "\n\n".join([text, _table(head, [*table, ["**best minus RelP by size**", "", *best]])])
 
 
 _SHOWN_KNOWN = ("RelP", "IG over inputs", "mask gradient", "learned, 150 steps", "exact patching")
@@ -307,13 +315,14 @@ def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
     judged = {kind: sum(true < parts for _, parts, true in found["cases"][kind]) for kind in kinds}
     table = [[name.split("|")[0], SHORT[name.split("|")[1]], *(cell(kind, name) for kind in kinds)] for name in names]
     text = (
-        "Area under the ROC curve, mean over cases. Planted circuits: heads and MLPs that do the task against those "
-        f"that distract, each as high as its best node ({judged.get('planted', 0)} cases). Compiled programs (tracr): "
-        f"neurons on a path to the output against other neurons that are not padding ({judged.get('tracr', 0)} "
-        "programs, most with one such neuron). RelP freezes attention patterns, through which much of these programs "
-        "runs: on some it gives no neuron a score."
+        "Area under the ROC curve, mean over cases. *Planted* circuits: do heads and MLPs that do the task rank above "
+        f"those that distract, each as high as its best node ({judged.get('planted', 0)} cases)? *Compiled* programs "
+        "(tracr): do neurons on a path to the output rank above other neurons that are not padding "
+        f"({judged.get('tracr', 0)} programs, most with one such neuron)? RelP freezes attention patterns, through "
+        "which "
+        "much of these programs runs, and gives no neuron a score on some."
     )
-    return [_wrap(text), _table(["method", "ranked", *kinds], table)]
+    return [*([] if every else [_wrap(text)]), _table(["method", "ranked", *kinds], table)]
 
 
 def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
@@ -321,34 +330,34 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
         return ["Not computed within the time."]
     f, cases = found["frequencies"], found["cases"]
     head = ["circuits", "null", "nominal", "nodes named", "outside", "without effect", "effect under .1 %"]
-    head += ["under 1 %", "part of scores outside"] if every else []
+    head += ["under 1 %", "part of scores outside", "named", "named, 1 %"] if every else []
     rows = []
     for row in found["rates"]:
         without = [f"{row['without_effect'][x]:.2f}" for x in ("0.0", "0.001", "0.01")]
         first = [row["kind"], row["null"], f"{row['nominal']:.2f}", f"{row['nodes']:.0f}", f"{row['outside']:.2f}"]
         if every or row["nominal"] != 0.1:
-            rows.append([*first, *without, f"{row['outside_mass']:.2f}"][: len(head)])
+            named = [f"{row['effects_named'][x]:.0%}" for x in ("0.0", "0.01")]
+            rows.append([*first, *without, f"{row['outside_mass']:.2f}", *named][: len(head)])
     if every:
-        shares = [
-            f"{row['kind']}, {row['null']} at {row['nominal']}: {row['effects_named']['0.0']:.0%} of nodes with an "
-            f"effect, {row['effects_named']['0.01']:.0%} of those with 1 % of the strongest"
-            for row in found["rates"]
-        ]
-        return [_table(head, rows), _wrap("Named of all that could be: " + "; ".join(shares) + ".")]
+        text = "*Named*: of all nodes with an effect, and of those with 1 % of the strongest, the share that is named."
+        return [_wrap(text), _table(head, rows)]
     plain, compiled = f["planted"], f["tracr"]
     text = (
         f"`tnc.stability(...).at_fdr(rate, null=...)` on {cases['planted']} chains of the planted circuits (RelP) and "
-        f"{cases['tracr']} compiled programs (gradient), one question at a time, 64 pairs. There are two truths. "
-        "*Outside the circuit*: not one of the chain's heads and MLPs, or not on a path to the program's output. *An "
-        "effect*: patching the node alone, exactly, moves the metric on these "
-        "pairs; the last column asks for .1 % of what the "
-        "strongest node does."
+        f"{cases['tracr']} compiled programs (gradient), one question at a time, 64 pairs. Two truths: a node is "
+        "*outside* "
+        "if it is not one of the chain's heads and MLPs, or not on a path to the program's output; it has an "
+        "*effect* if "
+        "patching it alone, exactly, moves the metric. The last column counts effects under .1 % of the strongest "
+        "node's."
     )
     frequency = (
-        f"Selection frequency: of the 10 best nodes of a draw {plain['true_share_of_draws']:.0%} belong to the planted "
-        f"chain, and {plain['core_true']:.1f} of the {plain['core']:.1f} nodes in nine draws out of ten (a node of the "
-        f"chain is selected in {plain['mean_true']:.1%} of draws, another in {plain['mean_false']:.2%}); in compiled "
-        f"programs {compiled['true_share_of_draws']:.0%} and {compiled['core_true']:.1f} of {compiled['core']:.1f}."
+        f"Selection frequency: {plain['true_share_of_draws']:.0%} of a draw's 10 best nodes belong to the planted "
+        "chain, "
+        f"and {plain['core_true']:.1f} of the {plain['core']:.1f} nodes in nine draws out of ten (a node of the "
+        "chain is "
+        f"in {plain['mean_true']:.1%} of draws, another in {plain['mean_false']:.2%}); in compiled programs "
+        f"{compiled['true_share_of_draws']:.0%} and {compiled['core_true']:.1f} of {compiled['core']:.1f}."
     )
     planted = [row for row in found["rates"] if row["kind"] == "planted"]
     outside = max(row["outside"] / row["nominal"] for row in planted)
@@ -356,16 +365,17 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
     broken = [row for row in found["rates"] if row["without_effect"]["0.0"] > row["nominal"]]
     worst = max(broken, key=lambda row: row["without_effect"]["0.0"]) if broken else None
     effects = (
-        "against the second truth both nulls keep their rates in every row"
+        "by effect both nulls keep their rates in every row"
         if kept or worst is None
-        else f"against the second truth they keep their rates but for {len(broken)} of {len(found['rates'])} rows "
+        else f"by effect they keep their rates in all except {len(broken)} of {len(found['rates'])} rows "
         f"({worst['kind']}, {worst['null']}: {worst['without_effect']['0.0']:.2f} at a nominal {worst['nominal']})"
     )
     after = (
         f"**Neither null bounds how many nodes lie outside a planted circuit** (up to {outside:.0f} times the nominal "
-        f"share), and the reason is not false alarms: {effects}. Training leaves heads and MLPs outside a "
-        'chain with small effects of one sign, which a test of scores rightly finds. So `at_fdr` says "this score is '
-        'no accident of the words"; whether it is large enough to matter is for faithfulness and completeness to say.'
+        f"share). These are not false alarms: {effects}. Training leaves heads and MLPs outside a chain with small "
+        "effects "
+        'of one sign, which a test of scores rightly finds. So `at_fdr` says "this score is no accident of the words"; '
+        "faithfulness and completeness say whether it matters."
         if outside > 1.2
         else "Both nulls keep their rates here."
     )
@@ -379,12 +389,13 @@ def _reliability(rows: list[dict[str, float]] | None, *, every: bool = False) ->
     head = ["ratio", "groups", "mean exact effect", "first order", "corrected", "trapezoid"]
     table = [
         [f"{r['low']:.2g} to {r['high']:.2g}", f"{r['groups']}", *(f"{r[n]:.3f}" for n in ("exact", *names))]
-        for r in (rows if every else rows[1::4] + rows[-1:])
+        for r in (rows if every else rows[1::4])
     ]
     text = (
         "All (layer, position) groups of SmolLM2's neurons on nounpp, 8 pairs, by decile of the ratio of second to "
-        f"first order{'' if every else ' (three deciles)'}: mean |estimate - exact| in logits, with the exact "
-        "effect by patching the group. Correction and trapezoid (gradients at both ends) cost the same."
+        "first "
+        "order (three deciles shown): mean |estimate - exact| in logits, exact by patching the group. "
+        "Correction and trapezoid (gradients at both ends) cost the same."
     )
     middle = [r for r in rows if r["high"] >= 0.1 and r["low"] <= 1]
     after = ""
@@ -393,23 +404,23 @@ def _reliability(rows: list[dict[str, float]] | None, *, every: bool = False) ->
         mean = {n: sum(r[n] * r["groups"] for r in middle) / count for n in names}
         verb = "lowers" if mean["corrected"] < mean["first_order"] else "does **not** lower"
         after = (
-            f"In the deciles that reach between .1 and 1 the correction {verb} the error: {mean['first_order']:.3f} at "
-            f"first order, {mean['corrected']:.3f} corrected, "
-            f"{mean['trapezoid']:.3f} by the trapezoid."
+            f"Where the ratio is between .1 and 1, the correction {verb} the error: {mean['first_order']:.3f} at first "
+            f"order, {mean['corrected']:.3f} corrected, {mean['trapezoid']:.3f} by the trapezoid."
         )
-    return [_wrap(text), _table(head, table), *([] if every else [_wrap(after)])]
+    return [_table(head, table)] if every else [_wrap(after), _wrap(text), _table(head, table)]
 
 
 def _screened(found: dict[str, dict[str, float]]) -> list[str]:
     """What exact patching of the best nodes says of their scores."""
     if not found:
         return []
-    each = "; ".join(
-        f"{NAMES[task]}: {row['other sign']} with another sign, {row['twice off']} of a size more than twice off, "
-        f"correlation {row['correlation']:.2f}"
+    head = ["task", "another sign", "more than twice off in size", "correlation"]
+    table = [
+        [NAMES[task], f"{row['other sign']}", f"{row['twice off']}", f"{row['correlation']:.2f}"]
         for task, row in found.items()
-    )
-    return [_wrap(f"Single nodes are patched instead (`evaluation.screen`). Of RelP's best 100 on {each}.")]
+    ]
+    text = "Single nodes can be patched instead (`evaluation.screen`). RelP's best 100 against their exact effects:"
+    return [text, _table(head, table)]
 
 
 def draw(found: dict[str, Any]) -> None:
@@ -489,6 +500,10 @@ def _name(key: tuple[str, str]) -> str:
     if key[0].startswith(("learned", "mask")):
         return f"the {key[0]}" if key[0].startswith("mask") else f"the mask {key[0]}"
     return f"{key[0]} ranked {RANKED[key[1]]}"
+
+
+def _short(row: dict[str, Any]) -> str:
+    return f"{row['method']} by {SHORT[row['ranking']]}"
 
 
 def _marked(row: dict[str, Any]) -> str:
