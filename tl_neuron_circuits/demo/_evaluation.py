@@ -352,7 +352,7 @@ _EXPLANATION = """Held out of training:
 - greater-than: one in ten triples of event, century, and start year; the number is the mean probability of later years
   minus that of the others.
 
-All prompts of "simple", "town to state", and "one-hop facts" were in the training text.
+Nothing of "simple", "town to state", or "one-hop facts" was held out.
 
 Hidden step: the MLP neurons of a two-hop prompt, except at the last position, take their values from a prompt about
 another state and attribute, both pairs held out. The number is the share of {swaps} pairs whose answer becomes the
