@@ -156,7 +156,7 @@ def page(results: dict[str, Any]) -> str:
     verdict = "Every limit is met." if not over else "Over their limit, or failed: " + ", ".join(over) + "."
     paragraphs = [
         "# Benchmarks",
-        "Each call alternates with a reference. The ratio is the median over rounds of CPU seconds, with its range. "
+        "Each call alternates with a reference. Ratios of CPU seconds are medians, with the range over rounds. "
         f"{verdict}",
         "CPU seconds and peak memory (above the model's) are given as call / reference. Models are demo-gelu or random "
         "ones of GPT-2's shape: 12 x 768 and 8 prompts of 32 tokens for RelP and `attribute`, 6 x 256 for integrated "
