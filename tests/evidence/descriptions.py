@@ -308,8 +308,8 @@ def tables(found: dict[str, Any]) -> str:
     about, nodes = found["about"], found["nodes"]
     sets = (("random", f"{nodes['random']} random"), ("circuit", f"{nodes['neurons of the circuit']} of a circuit"))
     lines = [
-        f"{found['model']}, {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs of "
-        "prose from the documentation of Python packages; the held-out half is from other packages.",
+        f"Measured on {found['model']}, with {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} "
+        "paragraphs of prose from the documentation of Python packages. The held-out half is from other packages.",
         "",
         "| neurons | | signs with a label | precision | recall | base rate | above 5 x base rate |",
         "|---|---|---|---|---|---|---|",
