@@ -50,7 +50,7 @@ def circuit_page(page: Page, scratch: Path) -> None:
 
 
 def agreement_smollm2(page: Page, scratch: Path) -> None:
-    """The circuit of docs/walk-through.md, in its groups, with the strongest early neuron at the noun selected."""
+    """The circuit of docs/walk-through.md, in its groups."""
     model = traces.load("smollm2")
     _, train, _ = traces.walk_pairs(model)
     circuit = tnc.trace(model, train, nodes=150)
@@ -59,8 +59,6 @@ def agreement_smollm2(page: Page, scratch: Path) -> None:
     circuit.to_html(scratch / "circuit.html", details=tnc.node_details(model, circuit, train.clean))
     page.set_viewport_size({"width": 1280, "height": 760})
     page.goto((scratch / "circuit.html").as_uri())
-    page.locator(f'[data-key="{named["noun, early"][0]}"]').first.click()
-    page.mouse.move(600, 20)
     page.wait_for_timeout(500)
     page.screenshot(path=IMAGES / "agreement_smollm2.png")
 

@@ -177,7 +177,7 @@ def measure_conservation(
 
 
 def _start_leaf(store: dict[str, Tensor], name: str, value: Tensor, hook: Any) -> Tensor:
-    """As a hook: go on from a leaf. Biases before an embedding are part of it."""
+    """As a hook: the model continues from a leaf. Biases before an embedding are part of it."""
     store[f"{name} before"] = value
     store[name] = value.detach().requires_grad_(True)
     return store[name]
