@@ -1,5 +1,6 @@
 """Fixtures that every room's tests share."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -84,3 +85,9 @@ def smollm2_folder() -> Path:
 def smollm2(smollm2_folder: Path) -> Any:
     """Return a real language model: SmolLM2-135M-Instruct as a TransformerBridge, `smollm2.LABEL` in full."""
     return boot_folder(smollm2_folder)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of every later garbage collection, which would walk through it again and again."""
+    gc.collect()
+    gc.freeze()

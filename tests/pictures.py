@@ -2,8 +2,9 @@
 
 Needs `pip install -e ".[dev,pictures]"` and Chromium.
 
-    circuit_page  docs/images/circuit_page.png   the page of the Dallas circuit
-    notebook      docs/images/notebook.png       outputs of notebooks/01_quickstart.ipynb
+    circuit_page       docs/images/circuit_page.png       the page of the Dallas circuit
+    agreement_smollm2  docs/images/agreement_smollm2.png  the page of the walk-through's circuit (needs SmolLM2)
+    notebook           docs/images/notebook.png           outputs of notebooks/01_quickstart.ipynb
 
 They are screenshots of headless Chromium; look at them before you commit them.
 """
@@ -22,6 +23,7 @@ from playwright.sync_api import Page, sync_playwright
 import tl_neuron_circuits as tnc
 from tl_neuron_circuits.demo import capitals
 
+from .evidence import traces
 from .notebooks import CHROMIUM, PLOTLY, ROOT, outputs
 
 IMAGES = ROOT / "docs" / "images"
@@ -47,6 +49,20 @@ def circuit_page(page: Page, scratch: Path) -> None:
     page.screenshot(path=IMAGES / "circuit_page.png")
 
 
+def agreement_smollm2(page: Page, scratch: Path) -> None:
+    """The circuit of docs/walk-through.md, in its groups."""
+    model = traces.load("smollm2")
+    _, train, _ = traces.walk_pairs(model)
+    circuit = tnc.trace(model, train, nodes=150)
+    named = traces.groups_of(model, circuit)
+    circuit = circuit.group(named)
+    circuit.to_html(scratch / "circuit.html", details=tnc.node_details(model, circuit, train.clean))
+    page.set_viewport_size({"width": 1280, "height": 760})
+    page.goto((scratch / "circuit.html").as_uri())
+    page.wait_for_timeout(500)
+    page.screenshot(path=IMAGES / "agreement_smollm2.png")
+
+
 def notebook(page: Page, scratch: Path) -> None:
     """Outputs of the first notebook: the map of the scores and the curve."""
     content = nbformat.read(ROOT / "notebooks" / "01_quickstart.ipynb", as_version=4)
@@ -64,6 +80,7 @@ def notebook(page: Page, scratch: Path) -> None:
 
 PICTURES: dict[str, Callable[[Page, Path], None]] = {
     "circuit_page": circuit_page,
+    "agreement_smollm2": agreement_smollm2,
     "notebook": notebook,
 }
 

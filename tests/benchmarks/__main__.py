@@ -156,11 +156,11 @@ def page(results: dict[str, Any]) -> str:
     verdict = "Every limit is met." if not over else "Over their limit, or failed: " + ", ".join(over) + "."
     paragraphs = [
         "# Benchmarks",
-        "How much each call costs beside a reference that ran in turn with it: the median ratio of CPU seconds and its "
-        f"range over rounds. {verdict}",
-        "CPU seconds, and peak memory above the model's, are call / reference. Models are demo-gelu or random with "
-        "GPT-2's shape (12 x 768 and 8 prompts of 32 tokens for RelP and `attribute`, 6 x 256 for integrated "
-        "gradients, 12 x 256 for edges). What limits each call: "
+        "Each call alternates with a reference. Ratios of CPU seconds are medians, with the range over rounds. "
+        f"{verdict}",
+        "CPU seconds and peak memory (above the model's) are given as call / reference. Models are demo-gelu or random "
+        "ones of GPT-2's shape: 12 x 768 and 8 prompts of 32 tokens for RelP and `attribute`, 6 x 256 for integrated "
+        "gradients, 12 x 256 for edges. What limits each call: "
         "[Save memory](how-to/large-models.md#what-each-call-costs).",
         f"{m['cpu']}, {threads} of {m['cores']} cores, {m['system']}, Python {m['python']}, torch {m['torch']}, "
         f"TransformerLens {m['transformer-lens']}, {m['date']}. Written by `python -m tests.benchmarks --update-docs` "

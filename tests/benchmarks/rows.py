@@ -258,7 +258,7 @@ ALL = [
     Row("relp/forward", "RelP, four rules, checks", "one forward", relp_over("forward")),
     Row("relp", "RelP, four rules, checks", BOTH, relp_over("both"), 0.95, True, 9, 0.8),
     Row("relp-bridge", f"RelP on {BRIDGE}", BOTH, relp_over("both", BRIDGE), 0.95, True, 9, 0.8),
-    Row("relp-50257", f"RelP, {GPT2}", BOTH, relp_over("both", d_vocab=relp_cost.GPT2_VOCAB), 0.95, True, 5, 0.8),
+    Row("relp-50257", f"RelP, {GPT2}", BOTH, relp_over("both", d_vocab=relp_cost.GPT2_VOCAB), 0.95, True, 9, 0.8),
     Row(
         "relp-bridge-50257",
         f"RelP on {BRIDGE}, {GPT2}",
@@ -266,7 +266,7 @@ ALL = [
         relp_over("both", BRIDGE, relp_cost.GPT2_VOCAB),
         0.95,
         True,
-        5,
+        9,
         0.8,
     ),
     Row("attribute", "`attribute`, scores included", "its bare passes", attribute_over_passes, 1.1, True, 7),

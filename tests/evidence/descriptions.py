@@ -308,8 +308,8 @@ def tables(found: dict[str, Any]) -> str:
     about, nodes = found["about"], found["nodes"]
     sets = (("random", f"{nodes['random']} random"), ("circuit", f"{nodes['neurons of the circuit']} of a circuit"))
     lines = [
-        f"{found['model']}, {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} paragraphs of "
-        "English prose out of the documentation of Python packages; other packages in the other half.",
+        f"Measured on {found['model']}, with {sum(found['positions']):,} positions in {sum(about['paragraphs']):,} "
+        "paragraphs of prose from the documentation of Python packages. The held-out half is from other packages.",
         "",
         "| neurons | | signs with a label | precision | recall | base rate | above 5 x base rate |",
         "|---|---|---|---|---|---|---|",
@@ -318,7 +318,7 @@ def tables(found: dict[str, Any]) -> str:
             for which, name in sets for key in CASES if key in found[which]
         ),
         "",
-        "The first of the random neurons, as they were drawn: " + "; ".join(map(said, found["examples"][:6])) + ".",
+        "The first random neurons drawn: " + "; ".join(map(said, found["examples"][:6])) + ".",
         "",
         timing_line(found["timing"]),
     ]  # fmt: skip
@@ -340,9 +340,8 @@ def said(row: dict[str, Any]) -> str:
 
 def timing_line(timing: dict[str, Any]) -> str:
     return (
-        f"Time for all {timing['neurons']} neurons on {timing['tokens']:,} tokens, in CPU seconds of one thread: "
-        f"{timing['seconds']['describe']:.0f} in all, {timing['ratio']:.2f} times the bare forward passes "
-        f"({timing['passes']:.0f} s, from every fourth batch). {timing['rest']:.0f} s do not grow with the texts."
+        f"All {timing['neurons']} neurons on {timing['tokens']:,} tokens took {timing['seconds']['describe']:.0f} CPU "
+        f"seconds on one thread, {timing['ratio']:.2f} times the bare forward passes."
     )
 
 

@@ -133,9 +133,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 def walk(name: str) -> dict[str, Any]:
     """Agreement across a phrase: a circuit of some nouns, and every claim tested on others."""
     model = load(name)
-    pairs = tnc.tasks.subject_verb_agreement("nounpp", n=192, seed=0, model=model).where_model_is_right(model)
-    train, test = pairs.split(0.5, by="label")
-    train, test = (part[range(n)] for part, n in zip((train, test), WALKED, strict=True))
+    pairs, train, test = walk_pairs(model)
     circuit, seconds = timed(lambda: tnc.trace(model, train, nodes=150))
     groups = groups_of(model, circuit)
     everything = [node for nodes in groups.values() for node in nodes]
@@ -157,6 +155,13 @@ def walk(name: str) -> dict[str, Any]:
         "proof": _records(proof.effects()), "rest": _records(rest.effects()), "few": _records(few.effects()),
         "flips": flips(proof) | flips(rest) | flips(few),
     }  # fmt: skip
+
+
+def walk_pairs(model: Any) -> tuple[PromptPairs, PromptPairs, PromptPairs]:
+    """All pairs of the walk, and those to choose neurons on and to test claims on."""
+    pairs = tnc.tasks.subject_verb_agreement("nounpp", n=192, seed=0, model=model).where_model_is_right(model)
+    train, test = (part[range(n)] for part, n in zip(pairs.split(0.5, by="label"), WALKED, strict=True))
+    return pairs, train, test
 
 
 def groups_of(model: Any, circuit: Circuit) -> dict[str, list[str]]:

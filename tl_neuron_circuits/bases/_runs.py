@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .._errors import UnsupportedModelError
 from ..models._protocol import TransformerLensModel, hook_point, submodule
 from ..models._run_state import require_steady
-from ..models._threads import hooked, this_thread_only
+from ..models._threads import hooked, keep_value, this_thread_only
 from ..tasks._metrics import Metric, reads_answers_only
 from ..tasks._tokenized import Batch
 from ._site import Parts, Site
@@ -48,27 +49,22 @@ def answers_only(model: TransformerLensModel, batch: Batch, metric: Metric) -> I
     if unembed is None or hooked or not reads_answers_only(metric):
         yield batch
         return
-
-    def keep_answers(module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        residual, *others = arguments
-        rows = torch.arange(len(residual), device=residual.device)
-        return (residual[rows, batch.position.to(residual.device)][:, None], *others)
-
-    handle = unembed.register_forward_pre_hook(this_thread_only(keep_answers))
+    handle = unembed.register_forward_pre_hook(this_thread_only(partial(_keep_answers, batch.position)))
     try:
         yield replace(batch, position=torch.zeros_like(batch.position))
     finally:
         handle.remove()
 
 
+def _keep_answers(position: Tensor, module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    residual, *others = arguments
+    rows = torch.arange(len(residual), device=residual.device)
+    return (residual[rows, position.to(residual.device)][:, None], *others)
+
+
 def capture(store: Values, name: str) -> tuple[str, Any]:
     """A forward hook that keeps the value."""
-
-    def keep(value: Tensor, hook: Any) -> Tensor:
-        store[name] = value
-        return value  # else a view that TransformerLens reshapes for hooks (`hook_conversion`) is not in the graph
-
-    return name, keep
+    return name, partial(keep_value, store, name)
 
 
 def run_values(model: TransformerLensModel, batch: Batch, names: Iterable[str]) -> Values:
@@ -101,19 +97,21 @@ def values_at(
     # Where accelerate moves weights in and out (offloading), only the end of the pass puts them back.
     modules = torch.nn.Module.modules(model)  # pyright: ignore[reportArgumentType]
     to_the_end = not wanted or any(hasattr(module, "_hf_hook") for module in modules)
-
-    def read(name: str) -> Callable[..., Tensor]:
-        def hook(value: Tensor, hook: Any) -> Tensor:
-            store[name] = value if kept is None else kept(value)
-            if not to_the_end and len(store) == len(wanted):
-                raise _AllRead
-            return value
-
-        return hook
-
-    with suppress(_AllRead), torch.no_grad(), hooked(model, [*hooks, *((name, read(name)) for name in wanted)]):
+    count = None if to_the_end else len(wanted)
+    readers = [(name, partial(_read, store, name, kept, count)) for name in wanted]
+    with suppress(_AllRead), torch.no_grad(), hooked(model, [*hooks, *readers]):
         run_logits(model, tokens, attention_mask)
     return require_fired(store, wanted, model)
+
+
+def _read(
+    store: Values, name: str, kept: Callable[[Tensor], Tensor] | None, count: int | None, value: Tensor, hook: Any
+) -> Tensor:
+    """Keep the value; when `count` are there, end the pass."""
+    store[name] = value if kept is None else kept(value)
+    if len(store) == count:
+        raise _AllRead
+    return value
 
 
 class _AllRead(Exception):

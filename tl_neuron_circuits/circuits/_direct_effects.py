@@ -390,26 +390,26 @@ class _Edges:
         prompt, columns, members = self._prompt, self.columns, self._members
         run, change = prompt.paths.runs[end.index], prompt.changes[end.index]
         slot = prompt.slots[end.index]
-
-        def add_nodes(index: int, contribution: Callable[[Tensor, Tensor], Tensor]) -> None:
-            """Chosen nodes of a slot that write here: theirs, and not the remainder's."""
-            own = (members.slot == index).nonzero()[:, 0]
-            parts = contribution(members.at[own], members.unit[own])
-            weights.index_add_(1, members.prompt[own] * len(columns) + members.node[own], parts)
-            weights.index_add_(1, columns.unselected + self._rest[members.at[own]], parts, alpha=-1)
-
         own = (members.slot == end.index).nonzero()[:, 0]
         found = slot.contributions(gradient, run, change, members.at[own], members.unit[own])
         weights.index_add_(1, columns.unselected + self._rest, found.everything)
-        add_nodes(end.index, lambda *_: found.nodes)
+        self._add_nodes(weights, own, found.nodes)
         for index, other in enumerate(prompt.slots):  # earlier layers of a cross-layer transcoder write here too
             if isinstance(slot, DictionarySlot) and isinstance(other, DictionarySlot) and slot.receives_from(other):
-                other_change = prompt.changes[index]
-                add_nodes(index, lambda a, u, o=other, c=other_change: slot.contributions_of(o, gradient, c, a, u))
+                own = (members.slot == index).nonzero()[:, 0]
+                place, unit = members.at[own], members.unit[own]
+                parts = slot.contributions_of(other, gradient, prompt.changes[index], place, unit)
+                self._add_nodes(weights, own, parts)
         if found.error is not None:
             weights.index_add_(1, columns.errors(end.index).start + self._rest, found.error)
         if found.bias is not None and not prompt.paired:
             weights[:, columns.bias] += found.bias
+
+    def _add_nodes(self, weights: Tensor, own: Tensor, parts: Float[Tensor, "receiver member"]) -> None:
+        """What chosen nodes write: theirs, and not the remainder's."""
+        members, columns = self._members, self.columns
+        weights.index_add_(1, members.prompt[own] * len(columns) + members.node[own], parts)
+        weights.index_add_(1, columns.unselected + self._rest[members.at[own]], parts, alpha=-1)
 
     def _sparse(
         self, index: int, rows: Tensor, weights: Tensor, attributions: Tensor | None

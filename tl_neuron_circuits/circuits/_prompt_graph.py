@@ -13,6 +13,7 @@ graph itself; if so, the receivers of each slot take the whole graph below them 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -72,31 +73,19 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
     stream: Seen = {}
     unembedded: list[tuple[Tensor, Tensor]] = []
 
-    def embed(value: Tensor, hook: Any, name: str) -> Tensor:
-        # Always a leaf: what comes before (BLOOM's norm of the embedding) is part of the embedding.
-        embeddings[name] = value.detach().requires_grad_(True) if torch.is_grad_enabled() else value
-        return embeddings[name]
-
-    def note(value: Tensor, hook: Any, name: str, change: Callable[..., Tensor]) -> Tensor:
-        noted[name] = change(value, hook=hook)
-        return noted[name]
-
-    def unembedding(module: Any, arguments: Any, output: Any) -> None:
-        unembedded.append((arguments[0], output))
-
     standard = model.cfg.positional_embedding_type == "standard" and "hook_pos_embed" in points
     names = ["hook_embed", "hook_pos_embed"] if standard else ["hook_embed"]
-    hooks: list[tuple[str, Any]] = [(n, lambda value, hook, n=n: embed(value, hook, n)) for n in names]
+    hooks: list[tuple[str, Any]] = [(name, partial(_embed, embeddings, name)) for name in names]
     for slot, record in zip(slots, seen, strict=True):
-        hooks += [(n, lambda v, hook, n=n, change=h: note(v, hook, n, change)) for n, h in slot.hooks(record)]
+        hooks += [(name, partial(_note_change, noted, name, change)) for name, change in slot.hooks(record)]
     above = [f"blocks.{layer}.hook_resid_pre" for layer in range(1, int(model.cfg.n_layers))]
     # Pre-hooks see the tensors of the graph itself; a hook point's forward hooks may already have reshaped copies.
-    early = [(name, note_input(stream, name)) for name in above if name in points]
+    early: list[tuple[str, Any]] = [(name, partial(note_input, stream, name)) for name in above if name in points]
     kept: Seen = {}
-    early += [(name, note_input(kept, name)) for name in keep]
+    early += [(name, partial(note_input, kept, name)) for name in keep]
     early += [pair for slot, record in zip(slots, seen, strict=True) for pair in slot.early_hooks(record)]
     with ExitStack() as stack:
-        stack.callback(unembed.register_forward_hook(this_thread_only(unembedding)).remove)
+        stack.callback(unembed.register_forward_hook(this_thread_only(partial(_note_logits, unembedded))).remove)
         for name, hook in early:
             place = points.get(name) or submodule(model, name)
             if place is not None:
@@ -120,6 +109,21 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
         stream=[*(stream.get(name) for name in above), final],
         kept=kept,
     )
+
+
+def _embed(seen: Seen, name: str, value: Tensor, hook: Any) -> Tensor:
+    """Always a leaf: what comes before (BLOOM's norm of the embedding) is part of the embedding."""
+    seen[name] = value.detach().requires_grad_(True) if torch.is_grad_enabled() else value
+    return seen[name]
+
+
+def _note_change(seen: Seen, name: str, change: Callable[..., Tensor], value: Tensor, hook: Any) -> Tensor:
+    seen[name] = change(value, hook=hook)
+    return seen[name]
+
+
+def _note_logits(seen: list[tuple[Tensor, Tensor]], module: Any, arguments: Any, output: Any) -> None:
+    seen.append((arguments[0], output))
 
 
 Kind = Literal["slot", "embedding", "positional", "bias"]

@@ -24,6 +24,7 @@ from ..bases._dictionary_basis import DictionarySite
 from ..bases._site import Basis, basis_name, basis_sites
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._sites import MLPSites, bias_after_product, find_sites
+from ..models._threads import keep_value
 from ._linear_encoder import LinearEncoder, NormReader, PlainReader, find_reader, linear_encoder
 
 Hooks = list[tuple[str, Callable[..., Tensor]]]
@@ -151,18 +152,13 @@ class NeuronSlot:
 
     def early_hooks(self, seen: Seen) -> list[tuple[str, Callable[..., None]]]:
         """Forward pre-hooks of hook points and modules: values before anybody's TransformerLens hooks edit them."""
-        return [(name, note_input(seen, name)) for name in (*self.outputs, self.path)]
+        return [(name, partial(note_input, seen, name)) for name in (*self.outputs, self.path)]
 
     def hooks(self, seen: Seen) -> Hooks:
         """Forward hooks. With a graph, later layers read a leaf."""
-
-        def cut(value: Tensor, hook: Any) -> Tensor:
-            seen["written"] = value
-            seen["read"] = value.detach().requires_grad_(True) if torch.is_grad_enabled() else value
-            return seen["read"]
-
         branches = [("pre", self.mlp.pre)] + ([] if self.mlp.up is None else [("up", self.mlp.up)])
-        return [(self.mlp.post, cut), *((name, keep_value(seen, key)) for key, name in branches)]
+        readers = [(name, partial(keep_value, seen, key)) for key, name in branches]
+        return [(self.mlp.post, partial(_write_leaf, seen)), *readers]
 
     def run(self, seen: Seen) -> SlotRun:
         """What the hooks recorded."""
@@ -298,20 +294,27 @@ def neuron_slot(model: TransformerLensModel, mlp: MLPSites, points: Collection[s
     """The slot of an MLP, with the linear maps that its module shows. They are used where they prove right."""
     path = mlp.post.removesuffix(".hook_post")
     module, after = submodule(model, path), bias_after_product(model, mlp.layer)
-
-    def linear(weights: str, bias: str) -> Linear | None:
-        tensor, added = (getattr(module, name, None) if name else None for name in (weights, bias))
-        if not isinstance(tensor, Tensor) or tensor.dim() != 2:
-            return None
-        return Linear(tensor.detach(), added.detach() if isinstance(added, Tensor) else None)
-
-    up = linear("W_in", "b_in" if after is None else "")
+    up = _linear(module, "W_in", "b_in" if after is None else "")
     outputs = tuple(n for n in (f"{path}.hook_out", f"blocks.{mlp.layer}.hook_mlp_out") if n in points)
     return NeuronSlot(
-        mlp, path, linear("W_out", "b_out"), outputs,
-        into=(up,) if mlp.up is None else (linear("W_gate", "b_gate"), up),
+        mlp, path, _linear(module, "W_out", "b_out"), outputs,
+        into=(up,) if mlp.up is None else (_linear(module, "W_gate", "b_gate"), up),
         after_product=None if after is None else after.detach(),
     )  # fmt: skip
+
+
+def _linear(module: nn.Module | None, weights: str, bias: str) -> Linear | None:
+    tensor, added = (getattr(module, name, None) if name else None for name in (weights, bias))
+    if not isinstance(tensor, Tensor) or tensor.dim() != 2:
+        return None
+    return Linear(tensor.detach(), added.detach() if isinstance(added, Tensor) else None)
+
+
+def _write_leaf(seen: Seen, value: Tensor, hook: Any) -> Tensor:
+    """As a hook: what later layers read is a leaf, where there is a graph."""
+    seen["written"] = value
+    seen["read"] = value.detach().requires_grad_(True) if torch.is_grad_enabled() else value
+    return seen["read"]
 
 
 def _write(nodes: Float[Tensor, "pos d_mlp"], weights: Float[Tensor, "d_mlp d_model"]) -> Float[Tensor, "pos d_model"]:
@@ -352,7 +355,7 @@ class DictionarySlot:
 
     def hooks(self, seen: Seen) -> Hooks:
         keys = {name: "x" if name == self.site.hook_in else name for name in self.site.reads if name != self.site.hook}
-        readers: Hooks = [(name, keep_value(seen, key)) for name, key in keys.items()]
+        readers: Hooks = [(name, partial(keep_value, seen, key)) for name, key in keys.items()]
         return [*readers, (self.site.hook, partial(self._replace, seen))]
 
     def _replace(self, seen: Seen, value: Tensor, hook: Any) -> Tensor:
@@ -523,24 +526,10 @@ def find_slots(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> t
     return tuple(sorted(slots, key=lambda slot: slot.layer))
 
 
-def keep_value(seen: Seen, key: str) -> Callable[..., Tensor]:
-    """A hook that keeps the value. It returns it too, which keeps reshaped views in the graph."""
-
-    def hook(value: Tensor, hook: Any) -> Tensor:
-        seen[key] = value
-        return value
-
-    return hook
-
-
-def note_input(seen: Seen, key: str) -> Callable[..., None]:
-    """A forward pre-hook that keeps what enters a hook point, before anything replaces it."""
-
-    def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
-        if arguments:
-            seen[key] = arguments[0]
-
-    return hook
+def note_input(seen: Seen, key: str, module: Any, arguments: tuple[Tensor, ...]) -> None:
+    """As a forward pre-hook: keep what enters a hook point, before anything replaces it."""
+    if arguments:
+        seen[key] = arguments[0]
 
 
 def leaves_of(outputs: Iterable[Tensor], stops: Iterable[Tensor]) -> dict[int, Tensor]:

@@ -344,25 +344,26 @@ def _places(step: dict[str, Any]) -> str:
     )
 
 
-_EXPLANATION = """Never in the training text:
+_EXPLANATION = """Held out of training:
 
-- agreement: one in ten ordered pairs of nouns, none in "simple"; the right verb must score above the other;
+- agreement, except "simple": one in ten ordered pairs of nouns; the right verb must score above the other;
 - two-hop: 400 of 2,400 pairs of town and attribute; the answer must be the top token in all three phrasings;
 - IOI: one in ten pairs of names; the answer must be the top token;
-- greater-than: one in ten triples of event, century and start year; mean probability of later years minus the others'.
+- greater-than: one in ten triples of event, century, and start year; the number is the mean probability of later years
+  minus that of the others.
 
-"Town to state" and "one-hop facts" are in it.
+Nothing of "simple", "town to state", or "one-hop facts" was held out.
 
 Hidden step: the MLP neurons of a two-hop prompt, except at the last position, take their values from a prompt about
-another state and attribute, both held out. The number is the share of {swaps} pairs whose answer becomes the first
-prompt's attribute of the other state. Few, or the best, neurons have the largest mean |change x gradient| on 256 other
+another state and attribute, both pairs held out. The number is the share of {swaps} pairs whose answer becomes the
+first prompt's attribute of the other state. The best neurons have the largest mean |change x gradient| on 256 other
 pairs.
 
-This step was trained in: it is a known truth to test methods against, not a discovery. GPT-2-like models trained on
-text alone answered as well but passed on 0.07 and 0.35 of the pairs, since they worked out the state at the last
-position. So training includes such exchanges, in all layers or in layer 0 alone, with the other state's attribute as
-the target (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826); held-out pairs are never a
-target."""
+The step was trained in. It is a known truth to test methods against, not a discovery: GPT-2-like models trained on text
+alone answered as well, but passed on only 0.07 and 0.35 of the pairs, since they worked out the state at the last
+position. Training therefore includes such exchanges, in all layers or in layer 0 alone, with the other state's
+attribute as the target (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826). Held-out pairs are
+never targets."""
 
 
 def write_card(folder: Path, name: str, metrics: dict[str, Any], recipe: dict[str, Any]) -> None:
@@ -405,13 +406,12 @@ def documentation(all_metrics: dict[str, dict[str, Any]]) -> str:
     rows.append(["greater-than (probability difference)", "", *years])
     parts = [
         "# The demo models",
-        "Two small models come with the package for use offline: `demo-gelu` (GPT-2-like) and `demo-swiglu` "
-        "(Llama-like). They answer\nall questions below but greater-than, and hold the state of a two-hop question "
-        "where they were trained to.\n\n```bash\npython -m tl_neuron_circuits.demo.train_models --evaluate-only "
+        "Two small models come with the package for offline use: `demo-gelu` (GPT-2-like) and `demo-swiglu` "
+        "(Llama-like).\n\n```bash\npython -m tl_neuron_circuits.demo.train_models --evaluate-only "
         "--documentation docs/demo_models.md\n```",
         "## Accuracy\n\n" + _table(["task", "prompts", *names], rows),
-        "## The hidden step\n\nShare of pairs whose answer turns when neurons take another state's values: those at "
-        "the second piece of\nthe town's name, or the best few anywhere but at the last position.",
+        "## The hidden step\n\nShare of pairs whose answer flips when neurons take another state's values: those at "
+        "the second piece of\nthe town's name, or the best few anywhere except at the last position.",
         _hidden_steps(all_metrics),
     ]
     parts.append("## What the numbers mean\n\n" + _EXPLANATION.format(swaps=SWAPS))

@@ -289,13 +289,11 @@ def _edit(hook: Any, rows: pd.DataFrame, how: How, amount: Amount) -> _Edit:
     fixed = rows["position"].to_numpy() >= 0
     column = {key: torch.as_tensor(rows[key].to_numpy(dtype="int64", copy=True)) for key in ("unit", "position")}
     index, keep = torch.as_tensor(rows.index.to_numpy(dtype="int64", copy=True)), torch.as_tensor(fixed)
-
-    def part(chosen: Tensor) -> Any:
-        return amount[..., index[chosen].to(amount.device)] if isinstance(amount, Tensor) and amount.dim() else amount
-
-    return _Edit(
-        str(hook), how, column["unit"][~keep], column["unit"][keep], column["position"][keep], part(~keep), part(keep)
+    whole, own = (
+        amount[..., index[chosen].to(amount.device)] if isinstance(amount, Tensor) and amount.dim() else amount
+        for chosen in (~keep, keep)
     )
+    return _Edit(str(hook), how, column["unit"][~keep], column["unit"][keep], column["position"][keep], whole, own)
 
 
 def _fit(amount: Any, like: Tensor, extra: int) -> Any:

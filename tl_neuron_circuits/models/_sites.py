@@ -14,10 +14,12 @@ import torch
 from .._errors import UnsupportedModelError
 from ._protocol import TransformerLensModel, hook_points, submodule
 
-_NORM_ON_RESIDUAL = re.compile(r"(blocks\.\d+\.)?[^.]+\.hook_scale")
+_OUR_NORM = re.compile(
+    r"(blocks\.\d+\.)?[^.]+\.hook_scale"  # on the residual stream
+    r"|blocks\.\d+\.attn\.(v_norm|kv_a_layernorm)\.hook_scale"
+    r"|blocks\.\d+\.mlp\.ln\.hook_scale"
+)
 _NORM_OF_QUERIES = re.compile(r"blocks\.\d+\.attn\.[qk]_norm\.hook_scale")
-_NORM_OF_VALUES = re.compile(r"blocks\.\d+\.attn\.(v_norm|kv_a_layernorm)\.hook_scale")
-_NORM_IN_MLP = re.compile(r"blocks\.\d+\.mlp\.ln\.hook_scale")
 _GATES_OF_ATTENTION = ("hook_q_gate", "hook_gate", "gate.hook_out")
 _EVERY = ("ln", "identity", "half", "attention", "values", "scores")
 _ACTIVATION_FIELDS = ("act_fn", "hidden_activation", "hidden_act", "activation_function")
@@ -125,7 +127,7 @@ def find_sites(model: TransformerLensModel, points: dict[str, Any] | None = None
         elif f"blocks.{layer}.attn.hook_pattern" in points:
             message = f"blocks.{layer}.attn has no hook_q and hook_k: leave 'attention' out of the rules."
             problems.append(Problem(message, ("attention",)))
-    norms = (*(_norm_sites(name, points) for name in points if _is_our_norm(name)), *_bare_norms(model, points))
+    norms = (*(_norm_sites(name, points) for name in points if _OUR_NORM.fullmatch(name)), *_bare_norms(model, points))
     norms = tuple(norm for norm in norms if not _precedes_embedding(norm, points))
     # TransformerLens 2 has no hook point at the unembedding; what enters hook_scale is cut off by the rule for norms.
     ends = ["unembed.hook_in", "ln_final.hook_out", "ln_final.hook_normalized"]
@@ -180,16 +182,12 @@ def bias_after_product(model: TransformerLensModel, layer: int) -> torch.Tensor 
     return own["b_in"] if own.keys() >= {"b_in", "W_gate"} else None
 
 
-def _is_our_norm(name: str) -> bool:
-    return any(kind.fullmatch(name) for kind in (_NORM_ON_RESIDUAL, _NORM_IN_MLP, _NORM_OF_VALUES))
-
-
 def _bare_norms(model: TransformerLensModel, points: dict[str, Any]) -> list[NormSites]:
     """Norms that `TransformerBridge` mounts as bare modules: an input and an output, but no scale."""
     norms = []
     for output in points:
         scale = output.removesuffix(".hook_out") + ".hook_scale"
-        if output.endswith(".hook_out") and scale not in points and _is_our_norm(scale):
+        if output.endswith(".hook_out") and scale not in points and _OUR_NORM.fullmatch(scale):
             path = output.removesuffix(".hook_out")
             component = getattr(submodule(model, path), "original_component", None)
             if "norm" in type(component).__name__.lower() and f"{path}.hook_in" in points:

@@ -158,6 +158,15 @@ def _in_backward() -> bool:
     return current is not None and current() != -1
 
 
+def keep_value(store: dict[str, Any], name: str, value: Any, hook: Any) -> Any:
+    """As a hook, `partial(keep_value, store, name)`: keep the value, and return it.
+
+    Otherwise a view that TransformerLens reshapes for hooks (`hook_conversion`) is not in the graph.
+    """
+    store[name] = value
+    return value
+
+
 @contextmanager
 def hooked(model: TransformerLensModel, hooks: Iterable[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
     """`model.hooks(fwd_hooks=hooks)` for this package's hooks: for this thread alone, which holds the model meanwhile.

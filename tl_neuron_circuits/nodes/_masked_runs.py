@@ -13,8 +13,9 @@ Source: METHODS 5.8.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -127,34 +128,38 @@ def masked_run(
     Masks are of what stays live ("keep") or of what takes counterfactual values ("flip").
     """
     counterfactuals = _counterfactual_parts(scope, batch, references, means)
-    fired: dict[str, Tensor] = {}
-
-    def hooks_of(site: Site) -> Iterator[tuple[str, Callable[..., Tensor | None]]]:
+    fired: Values = {}
+    hooks: list[tuple[str, Any]] = []
+    for site in scope.sites:
         seen: Values = {}
-        for name in site.reads:
-            if name != site.hook:
-                yield name, lambda value, hook, name=name: seen.__setitem__(name, value)
-
-        def mix(value: Tensor, hook: Any) -> Tensor:
-            live, other = site.take_apart({**seen, site.hook: value}), counterfactuals[site.hook]
-            seen.clear()
-            fired[site.hook] = value
-            nodes = _mix(method, live.nodes, other and other.nodes, masks[site.hook, "node"])
-            vectors = {
-                kind: _mix(method, vector, other and other.vectors[kind], masks[site.hook, kind][..., None])
-                for kind, vector in live.vectors.items()
-            }
-            return site.put_together(Parts(nodes, vectors), value)
-
-        yield site.hook, mix
-
-    hooks = [hook for site in scope.sites for hook in hooks_of(site)]
+        hooks += [(name, partial(_note, seen, name)) for name in site.reads if name != site.hook]
+        hooks.append((site.hook, partial(_mix_site, method, site, masks, counterfactuals[site.hook], seen, fired)))
     logits, narrowed = _run(method, scope, batch, hooks)
     require_fired(fired, [site.hook for site in scope.sites], scope.model)
     fired.clear()
     if method.loss == "kl":
         return read(logits, narrowed).log_softmax(-1)
     return measure(scope.metric, logits, narrowed)
+
+
+def _note(seen: Values, name: str, value: Tensor, hook: Any) -> None:
+    seen[name] = value
+
+
+def _mix_site(
+    method: NestedMasks, site: Site, masks: Blocks, other: Parts | None, seen: Values, fired: Values, value: Tensor,
+    hook: Any,
+) -> Tensor:  # fmt: skip
+    """As a hook: every node of a site mixed with its counterfactual value."""
+    live = site.take_apart({**seen, site.hook: value})
+    seen.clear()
+    fired[site.hook] = value
+    nodes = _mix(method, live.nodes, other and other.nodes, masks[site.hook, "node"])
+    vectors = {
+        kind: _mix(method, vector, other and other.vectors[kind], masks[site.hook, kind][..., None])
+        for kind, vector in live.vectors.items()
+    }
+    return site.put_together(Parts(nodes, vectors), value)
 
 
 def measure_references(

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .._errors import NumericalError, PropagationError, UnsupportedModelError
 from .._memory import is_out_of_memory
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._sites import ModelSites, bias_after_product, find_sites
-from ..models._threads import hooked, this_thread_only
+from ..models._threads import hooked, keep_value, this_thread_only
 from ._biases import biases_in_graph
 from .rules import RULE_SETS
 
@@ -123,32 +124,19 @@ def measure_conservation(
     if end != ends[0] and "ln_final.hook_scale" in points:
         end = None  # HookedTransformer's final norm shows no output
 
-    def keep(value: Tensor, hook: Any, name: str) -> Tensor:
-        store[name] = value
-        return value
-
-    def start(value: Tensor, hook: Any, name: str) -> Tensor:
-        store[f"{name} before"] = value
-        store[name] = value.detach().requires_grad_(True)  # biases before an embedding are part of it
-        return store[name]
-
-    def unembedded(module: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
-        store["unembedded"] = arguments[0].detach()
-        raw_logits.append(output)
-
     starts = [name for name in (*embeddings, cut) if name in points]
     kept = [name for mlp in sites.mlps for name in (mlp.pre, mlp.up, mlp.post) if name is not None]
     kept += [name for attention in sites.attentions for name in (attention.query, attention.key)]
     kept += [first] if constant else []
     kept += [end] if end is not None and end != cut else []
-    hooks = [(name, lambda value, hook, name=name: start(value, hook, name)) for name in starts]
-    hooks += [(name, lambda value, hook, name=name: keep(value, hook, name)) for name in dict.fromkeys(kept)]
+    hooks = [(name, partial(_start_leaf, store, name)) for name in starts]
+    hooks += [(name, partial(keep_value, store, name)) for name in dict.fromkeys(kept)]
     unembed = submodule(model, "unembed")
     if unembed is None:
         raise UnsupportedModelError("expected an unembedding; this model has none, so it gives no logits.")
 
     with _users_hooks_aside(model, points):
-        handle = unembed.register_forward_hook(this_thread_only(unembedded))
+        handle = unembed.register_forward_hook(this_thread_only(partial(_keep_logits, store, raw_logits)))
         try:
             with all_rules, biases_in_graph(model) as biases, _graph_size(model) as size:
                 with hooked(model, hooks):
@@ -188,6 +176,20 @@ def measure_conservation(
     return Conservation(relevance / float(total), float(size[0]), problem)
 
 
+def _start_leaf(store: dict[str, Tensor], name: str, value: Tensor, hook: Any) -> Tensor:
+    """As a hook: the model continues from a leaf. Biases before an embedding are part of it."""
+    store[f"{name} before"] = value
+    store[name] = value.detach().requires_grad_(True)
+    return store[name]
+
+
+def _keep_logits(
+    store: dict[str, Tensor], raw_logits: list[Tensor], module: Any, arguments: tuple[Any, ...], output: Tensor
+) -> None:
+    store["unembedded"] = arguments[0].detach()
+    raw_logits.append(output)
+
+
 @dataclass(frozen=True)
 class _Gradients:
     """Of the metric, in two stages: from the end to the cut, and from the cut to the embeddings."""
@@ -203,20 +205,21 @@ class _Gradients:
 def _gradients(
     metric: Tensor, logits: Tensor, store: dict[str, Tensor], cut: str, biases: dict[str, Tensor]
 ) -> _Gradients:
-    def stage(outputs: Tensor, inputs: dict[str, Tensor], seed: Tensor | None) -> dict[str, Tensor]:
-        live = {name: x for name, x in inputs.items() if x.requires_grad}
-        if not outputs.requires_grad or not live:
-            return {}
-        found = torch.autograd.grad(outputs, list(live.values()), seed, allow_unused=True, retain_graph=True)
-        return {name: g for name, g in zip(live, found, strict=True) if g is not None}
-
     inner = {name: x for name, x in store.items() if not name.endswith(" before")} | biases
-    end = stage(metric, {"logits": logits, **inner}, None)
+    end = _stage(metric, {"logits": logits, **inner}, None)
     if "logits" not in end:
         raise PropagationError("expected a logit that depends on its input; no gradient reaches the logits.")
     if cut not in end:
         return _Gradients(end, {})
-    return _Gradients(end, stage(store[f"{cut} before"], inner, end[cut]))
+    return _Gradients(end, _stage(store[f"{cut} before"], inner, end[cut]))
+
+
+def _stage(outputs: Tensor, inputs: dict[str, Tensor], seed: Tensor | None) -> dict[str, Tensor]:
+    live = {name: x for name, x in inputs.items() if x.requires_grad}
+    if not outputs.requires_grad or not live:
+        return {}
+    found = torch.autograd.grad(outputs, list(live.values()), seed, allow_unused=True, retain_graph=True)
+    return {name: g for name, g in zip(live, found, strict=True) if g is not None}
 
 
 def _dots(value: Tensor | None, gradient: Tensor | None, *, by_token: bool = False) -> Tensor:

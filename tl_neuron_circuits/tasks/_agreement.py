@@ -86,13 +86,12 @@ def subject_verb_agreement(
         transitive: int,
         preposition: int,
     ) -> tuple[PromptPair, PromptPair]:
-        def side(number: bool) -> tuple[str, str]:
+        words, sides = {"verb": TRANSITIVE_VERBS[transitive], "preposition": PREPOSITIONS[preposition]}, []
+        for number in (False, True):
             numbers = (bool(plural), number) if inside else (number, bool(plural))
-            words = {"verb": TRANSITIVE_VERBS[transitive], "preposition": PREPOSITIONS[preposition]}
             prompt = agreement_prompt(structure, subject, numbers[0], other, numbers[1], **words)
-            return prompt, " " + asked[verb].form(number)
-
-        return both(side(False), side(True), (label, label))
+            sides.append((prompt, " " + asked[verb].form(number)))
+        return both(sides[0], sides[1], (label, label))
 
     if model is None:
 

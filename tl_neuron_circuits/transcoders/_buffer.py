@@ -8,6 +8,7 @@ forward pass beyond its capacity.
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -90,12 +91,12 @@ def flat_values(
 ) -> dict[str, Float[Tensor, "position width"]]:
     """Activations of one forward pass, heads concatenated, without the positions of ignored tokens."""
     kept = ~torch.isin(tokens, torch.tensor(ignore, dtype=tokens.dtype, device=tokens.device)) if ignore else None
+    return values_at(model, tokens, names, kept=partial(_as_rows, kept, dtype))
 
-    def flat(value: Tensor) -> Tensor:
-        rows = value.flatten(0, 1) if kept is None else value[kept.to(value.device)]
-        return rows.flatten(1).to(dtype, copy=True)  # a copy: some models go on in place
 
-    return values_at(model, tokens, names, kept=flat)
+def _as_rows(kept: Tensor | None, dtype: torch.dtype, value: Tensor) -> Float[Tensor, "position width"]:
+    rows = value.flatten(0, 1) if kept is None else value[kept.to(value.device)]
+    return rows.flatten(1).to(dtype, copy=True)  # a copy: some models go on in place
 
 
 class TokenStream:
