@@ -355,7 +355,7 @@ def draw_curves(curves: Json, path: Path = IMAGE) -> None:
 
 def decided(low_high: list[float]) -> str:
     """What an interval of a difference of errors says of what is named first."""
-    return "yes" if low_high[1] < 0 else "no: the other way around" if low_high[0] > 0 else "undecided"
+    return "yes" if low_high[1] < 0 else "no, worse" if low_high[0] > 0 else "undecided"
 
 
 def between(values: list[float | None]) -> str:
@@ -376,10 +376,10 @@ def in_short() -> dict[str, str]:
         return between(each)
 
     for key, question, one, other in (
-        ("neurons_relp_abs minus mlp_outputs_relp_abs", "Are neurons sparser than MLP outputs?", "neurons", "MLPs"),
-        ("neurons_relp_abs minus rotated_relp_abs", "Do the neurons' own axes matter?", "neurons", "rotated"),
-        ("neurons_relp_abs minus neurons_atp_abs", "Does RelP rank neurons better than AtP?", "RelP", "AtP"),
-        ("neurons_relp_abs minus neurons_ig_inputs_abs", "... better than IG over inputs?", "RelP", "IG over inputs"),
+        ("neurons_relp_abs minus mlp_outputs_relp_abs", "Neurons sparser than MLPs?", "neurons", "MLPs"),
+        ("neurons_relp_abs minus rotated_relp_abs", "Do their own axes matter?", "neurons", "rotated"),
+        ("neurons_relp_abs minus neurons_atp_abs", "RelP better than AtP?", "RelP", "AtP"),
+        ("neurons_relp_abs minus neurons_ig_inputs_abs", "... than IG over inputs?", "RelP", "IG over inputs"),
     ):
         row = agreement["contrasts"].get(key)
         if row is not None:
@@ -392,7 +392,7 @@ def in_short() -> dict[str, str]:
             if f"{name}_heads_relp_abs" in curves]  # fmt: skip
     if both:
         lower = sum(neurons["error"] < heads["error"] for neurons, heads in both)
-        rows.append(["Are neurons sparser than head outputs?", f"in {lower} of {len(both)} structures",
+        rows.append(["Neurons sparser than heads?", f"in {lower} of {len(both)}",
                      "; ".join(f"{size} nodes: neurons {spread('neurons_relp_abs', size)}, heads "
                                f"{spread('heads_relp_abs', size)}" for size in (10, 100))])  # fmt: skip
     other = cells.read_results("other_tasks")["curves"] if (cells.RESULTS / "other_tasks.json").exists() else {}
@@ -411,9 +411,9 @@ def in_short() -> dict[str, str]:
         )
         rows.append(
             [
-                "Do about 100 neurons control agreement?",
-                f"in {len(yes)} of {len(yes) + len(no)} structures" + (f": not in {', '.join(no)}" if no else ""),
-                f"share of answers flipped: {known} (new verbs {fresh}), by matched neurons {matched}",
+                "Do 100 control the answer?",
+                f"in {len(yes)} of {len(yes) + len(no)}" + (f": not in {', '.join(no)}" if no else ""),
+                f"answers flipped {known} (new verbs {fresh}), by matched neurons {matched}",
             ]
         )
     hops = cells.read_results("hops") if (cells.RESULTS / "hops.json").exists() else {}
@@ -424,7 +424,7 @@ def in_short() -> dict[str, str]:
         row = hops["contrasts"]["atp minus relp"]
         low_high = [-row["high"], -row["low"]]
         values.append(f"E {-row['difference']:+.2f} ({within(low_high)})")
-        rows.append(["Does RelP beat AtP on two-hop questions?", decided(low_high), f"RelP, AtP: {'; '.join(values)}"])
+        rows.append(["RelP over AtP, two hops?", decided(low_high), f"RelP, AtP: {'; '.join(values)}"])
     return {"in-short": cells.table(["question", "answer", "figures"], rows).replace("---: |", "--- |")}
 
 

@@ -79,7 +79,7 @@ def page(found: dict[str, Any]) -> str:
             "contains a "
             "city. The model gets every contrast right both ways. Nodes are scored on 20 pairs; the pairs for "
             "scores, for "
-            f"development and for judging share no noun or state. Judged: {_pairs(main['pairs'])}."
+            f"development and for judging share no noun or state. Judged on {_pairs(main['pairs'])}."
         ),
         _wrap(
             "**Compactness** is the primary endpoint, fixed before the first run: the mean of two areas over the "
@@ -522,7 +522,7 @@ def _earlier(found: dict[str, Any]) -> str:
 
 def _pairs(counts: dict[str, list[int]]) -> str:
     kinds = {task: "states" if task == "two_hop" else "couples of nouns" for task in TASKS}
-    return ", ".join(f"{pairs} of {n} {kinds[task]} ({NAMES[task]})" for task, (pairs, n) in counts.items())
+    return ", ".join(f"{pairs} pairs of {n} {kinds[task]} ({NAMES[task]})" for task, (pairs, n) in counts.items())
 
 
 def _interval(values: list[float] | None) -> str:
