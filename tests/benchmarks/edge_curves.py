@@ -86,7 +86,7 @@ def main() -> None:
     every = pd.concat(rows, ignore_index=True)
     table = every.groupby(["ranking", "percent"], sort=False).mean(numeric_only=True).reset_index()
     cells = [
-        [ranking, f"{percent:g} %", f"{edges:,.0f}", f"{left:.0f}", *(f"{value:.2f}" for value in rest)]
+        [ranking, f"{percent:g}%", f"{edges:,.0f}", f"{left:.0f}", *(f"{value:.2f}" for value in rest)]
         for ranking, percent, edges, left, *rest in table.to_numpy()
     ]
     for line in (list(table.columns), ["---"] * table.shape[1], *cells):

@@ -233,7 +233,7 @@ def summary(draws: list[list[dict[str, Any]]]) -> pd.DataFrame:
     rows = []
     for same in zip(*draws, strict=True):
         flips = {k: torch.stack([row[k] for row in same]) for k, v in same[0].items() if isinstance(v, Tensor)}
-        row: dict[str, Any] = {"neurons": f"{100 * same[0]['share']:g} %"}
+        row: dict[str, Any] = {"neurons": f"{100 * same[0]['share']:g}%"}
         for label, found in flips.items():
             row[label] = shown(found.float().mean(1).numpy())
         if "AtP" in flips:

@@ -82,7 +82,7 @@ def agreement_tables() -> dict[str, str]:
     live = found["live"]
     draw_curves(curves)
     return {
-        "agreement-contrasts": cells.table(["difference of E", *STRUCTURES, "mean", "95 %"], contrasts),
+        "agreement-contrasts": cells.table(["difference of E", *STRUCTURES, "mean", "95%"], contrasts),
         "agreement-bases": cells.table(
             ["basis, by RelP", *(f"{structure}: 10 / 100 / 1,000" for structure in STRUCTURES)],
             [[title, *(" / ".join(cells.show(value) for value in row) for row in zip(

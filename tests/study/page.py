@@ -88,7 +88,7 @@ def page(found: dict[str, Any]) -> str:
             "right, the "
             "other the share answered wrong when they alone take the corrupt prompt's values. 1 is a single node that "
             "does everything. Nodes are scored and judged under interchange, and tasks are averaged. Intervals are "
-            "95 %, "
+            "95%, "
             "over words drawn with replacement (both words of a pair together), and differences are paired. Everything "
             "else is secondary and not corrected for multiple tests."
         ),
@@ -329,8 +329,8 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
     if found is None:
         return ["Not computed within the time."]
     f, cases = found["frequencies"], found["cases"]
-    head = ["circuits", "null", "nominal", "nodes named", "outside", "without effect", "effect under .1 %"]
-    head += ["under 1 %", "part of scores outside", "named", "named, 1 %"] if every else []
+    head = ["circuits", "null", "nominal", "nodes named", "outside", "without effect", "effect under .1%"]
+    head += ["under 1%", "part of scores outside", "named", "named, 1%"] if every else []
     rows = []
     for row in found["rates"]:
         without = [f"{row['without_effect'][x]:.2f}" for x in ("0.0", "0.001", "0.01")]
@@ -339,7 +339,7 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
             named = [f"{row['effects_named'][x]:.0%}" for x in ("0.0", "0.01")]
             rows.append([*first, *without, f"{row['outside_mass']:.2f}", *named][: len(head)])
     if every:
-        text = "*Named*: of all nodes with an effect, and of those with 1 % of the strongest, the share that is named."
+        text = "*Named*: of all nodes with an effect, and of those with 1% of the strongest, the share that is named."
         return [_wrap(text), _table(head, rows)]
     plain, compiled = f["planted"], f["tracr"]
     text = (
@@ -348,7 +348,7 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
         "*outside* "
         "if it is not one of the chain's heads and MLPs, or not on a path to the program's output; it has an "
         "*effect* if "
-        "patching it alone, exactly, moves the metric. The last column counts effects under .1 % of the strongest "
+        "patching it alone, exactly, moves the metric. The last column counts effects under .1% of the strongest "
         "node's."
     )
     frequency = (
