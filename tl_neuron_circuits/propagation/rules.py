@@ -1,25 +1,27 @@
-"""The rules of relevance propagation, with their formulas, and the named sets that are made of them.
+"""Relevance propagation rules, with their formulas, and the named sets that are made of them.
 
-A rule says how the gradient g at the end of one piece of a transformer passes to the piece's inputs. Forward values
+A rule says how the gradient g at the output of one piece of a transformer passes to the piece's inputs. Forward values
 never change. Rules are pure functions of g and of what the piece was given, out of place, so that a batch of gradients
-(`is_grads_batched`) passes too. Linear maps need no rule: theirs is the plain gradient.
+(`is_grads_batched`) works too. Linear maps need no rule: they keep the plain gradient.
 
-    set        norm           activation   gated product   attention                                    conserves
-    "relp"     scale frozen   identity     half            queries and keys cut                         yes
-    "cp"       scale frozen   identity     half            queries and keys cut                         yes
-    "attnlrp"  scale frozen   identity     half            1/4 to queries and keys, 1/2 to values       no
-    "gim"      scale frozen   plain        half            as attnlrp, softmax at temperature 2         no
+    set        norm            activation   gated product   attention                                     conserves
+    "relp"     scale frozen    identity     half            pattern frozen: nothing to queries and keys   yes
+    "cp"       scale frozen    identity     half            the same                                      yes
+    "attnlrp"  scale frozen    identity     half            1/4 each to queries and keys, 1/2 to values   no
+    "gim"      scale frozen    plain        half            as attnlrp, softmax at temperature 2          no
 
-sg is stop-gradient: a factor held fixed. "Conserves" means: the gradient times the activation, summed over any cut of
-the network, biases included, gives the metric, where that is linear in the logits. It does so where every piece passes
-on what it gets: x * gradient(x), summed over a piece's inputs, equals y * g, less the share of a bias. That holds for
-what is linear once its constants are fixed (norm, activation, attention with a fixed pattern) and for a halved product;
-it does not for the plain gradient of a softmax or of an activation, in which x * f'(x) is not f(x).
-RelP on these operations is CP-LRP by another name; LXT's implementation of CP-LRP differs on gated MLPs, where it cuts
-the gate and gives everything to the linear branch.
+Frozen, or sg (stop-gradient): a factor that counts as a constant in the backward pass. "Conserves": with these rules,
+activation times gradient, summed over any cut of the network and the biases after it, equals the metric, if the metric
+is linear in the logits (before any soft cap). That follows where every piece passes on what it gets: x * gradient(x),
+summed over its inputs, equals y * g, summed over its outputs, minus the share of a bias. It holds for what is linear
+once its constants are frozen (norm, activation, attention) and for a halved product. It does not hold for the plain
+gradient of a softmax, nor of an activation where x * f'(x) is not f(x).
+RelP and CP-LRP are the same on these pieces. The LXT package's CP-LRP differs on gated MLPs: it cuts the gate and gives
+everything to the linear branch.
 
-Sources: Ali et al. 2022, arXiv 2202.07304 (cp, ln); Rezaei Jafari et al. 2025, arXiv 2508.21258 (relp); Arora et al.
-2026, arXiv 2601.22594 (neurons; frozen attention); Achtibat et al. 2024, arXiv 2402.05602 (attnlrp); 2505.17630 (gim).
+Sources: Ali et al. 2022, arXiv 2202.07304 (CP-LRP: norms, attention); Arras et al. 2019, arXiv 1909.12114 (half rule);
+Rezaei Jafari et al. 2025, arXiv 2508.21258 (RelP); Arora et al. 2026, arXiv 2601.22594 (RelP for neurons, the attention
+pattern frozen); Achtibat et al. 2024, arXiv 2402.05602 (AttnLRP); arXiv 2505.17630 (GIM); METHODS 1.1, 5.9.
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,10 @@ from ._norms import Norm
 
 @dataclass(frozen=True)
 class LnRule:
-    """A norm's denominator is a constant: y = weight * center(x) / sg(scale) + bias, center for LayerNorm only.
+    """A norm's scale is frozen: y = weight * (x - mean(x)) / sg(scale) + bias; RMSNorm does not subtract the mean.
+
+    The plain gradient is nearly orthogonal to x (a norm does not see the length of x), so x * gradient(x) would sum to
+    about zero, and no relevance would pass.
 
     Example:
         >>> from tl_neuron_circuits.propagation.rules import RULE_SETS
@@ -53,10 +58,11 @@ class LnRule:
 
 @dataclass(frozen=True)
 class IdentityRule:
-    """An activation is its input times a constant: f(x) = x * sg(f(x) / x).
+    """An activation is its input times a frozen ratio, f(x) = x * sg(f(x) / x): its relevance passes unchanged.
 
     The ratio is exact, from closed forms such as Phi(x) for GELU. `stabilizer` gives f(x) / (x + sign(x) * stabilizer)
-    instead, as the fork of TransformerLens by RelP's authors has it, whose gradients differ by up to 7e-3 near zero.
+    instead, and 0 at x = 0, as RelP's authors do in their fork of TransformerLens; near zero that loses relevance
+    (gradients up to 7e-3 off, measured).
 
     Example:
         >>> from tl_neuron_circuits.propagation.rules import IdentityRule
@@ -74,7 +80,7 @@ class IdentityRule:
         return torch.where(x == 0, torch.zeros_like(x), ratio)
 
     def value(self, x: Float[Tensor, "*pos d_mlp"], activation: Activation) -> Float[Tensor, "*pos d_mlp"]:
-        """f(x) as the rule sees it; it must be what the model computed."""
+        """x times the ratio; without a stabilizer f(x), which is compared with what the model computed."""
         return self.ratio(x, activation) * x
 
     def gradients(
@@ -86,7 +92,7 @@ class IdentityRule:
 
 @dataclass(frozen=True)
 class PlainActivation:
-    """No rule: g * f'(x). Stands where a gated product has a rule and its activation has none, as in gim."""
+    """No rule: g * f'(x). For a gated product whose activation has no rule, as in GIM."""
 
     def value(self, x: Float[Tensor, "*pos d_mlp"], activation: Activation) -> Float[Tensor, "*pos d_mlp"]:
         """f(x)."""
@@ -101,7 +107,9 @@ class PlainActivation:
 
 @dataclass(frozen=True)
 class HalfRule:
-    """Both factors of a product a * b get half of its relevance. Arras et al. 2019, arXiv 1904.12181.
+    """Each factor of a gated MLP's product a * b gets half of its relevance; plain gradients count it twice.
+
+    Source: Arras et al. 2019, arXiv 1909.12114.
 
     Example:
         >>> import torch
@@ -130,10 +138,10 @@ class PlainProduct:
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """The attention pattern is a constant: the gradient of queries and keys is cut, that of values is plain.
+    """The attention pattern is frozen: queries and keys get nothing, values their plain gradient.
 
-    It has factors instead of a formula: the gradients at `hook_q`, `hook_k` and `hook_v` are multiplied by them. Where
-    queries and keys are not cut, `temperature` makes a `SoftmaxRule`.
+    Its fields are factors, by which the gradients at `hook_q`, `hook_k` and `hook_v` are multiplied. A `temperature`
+    other than 1 puts a `SoftmaxRule` in place of the softmax's gradient.
 
     Example:
         >>> from tl_neuron_circuits.propagation.rules import AttentionRule
@@ -146,17 +154,15 @@ class AttentionRule:
     key: float = 0.0
     value: float = 1.0
     temperature: float = 1.0
-    """Of the softmax in the backward pass."""
+    """The softmax's temperature in the backward pass."""
 
 
 @dataclass(frozen=True)
 class SplitAttentionRule(AttentionRule):
-    """Both products of attention split in half: pattern * values, then, of the pattern's half, queries * keys.
+    """Each product in attention is halved: 1/2 to values, 1/2 to the pattern, which queries and keys share (1/4 each).
 
-    So 1/2 to values and 1/4 to queries and to keys; the softmax and a soft cap between have their plain gradients.
-    With `LnRule` the norms that some models put on queries and keys are frozen too: the plain gradient at such a norm's
-    input is orthogonal to it, so x * gradient(x) would sum to zero, and no relevance could flow there. Achtibat et al.
-    2024.
+    The softmax, and a soft cap before it, keep their plain gradients. With `LnRule` the norms that some models put on
+    queries and keys are frozen too. Source: Achtibat et al. 2024.
 
     Example:
         >>> from tl_neuron_circuits.propagation.rules import SplitAttentionRule
@@ -173,7 +179,7 @@ class SplitAttentionRule(AttentionRule):
 class SoftmaxRule:
     """The softmax goes backward as if its scores had been divided by a temperature (without the factor 1 / T).
 
-    A saturated softmax has no gradient; a warmer one lets the scores be seen. 2505.17630 (GIM).
+    A saturated softmax has almost no gradient; a warmer one lets some reach the scores. Source: arXiv 2505.17630 (GIM).
     """
 
     temperature: float
@@ -190,7 +196,7 @@ def masked_softmax(scores: Float[Tensor, "*pos key"]) -> Float[Tensor, "*pos key
     return torch.softmax(wide, dim=-1).masked_fill((wide == -torch.inf).all(-1, keepdim=True), 0)
 
 
-# --- pieces of a model: what a rule, or two in a row, stand for ---
+# --- pieces of a model: what one rule, or two in a row, apply to ---
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,7 @@ class NormPiece:
         return self.norm.bias
 
     def value(self, x: Tensor) -> Tensor:
-        """What the model should have computed."""
+        """The forward value, computed again to check the model's."""
         return self.norm.value(x)
 
     def gradients(self, g: Tensor, x: Tensor) -> tuple[Tensor]:
@@ -216,7 +222,7 @@ class NormPiece:
 
 @dataclass(frozen=True)
 class ActivationPiece:
-    """The activation of an MLP without a gate, from `hook_pre` to `hook_post` (`hook_mid` before a norm).
+    """The activation of an MLP without a gate, from `hook_pre` to `hook_post` (to `hook_mid` if a norm follows).
 
     Without the identity rule there is no such piece: autograd has the plain gradient already.
     """
@@ -226,7 +232,7 @@ class ActivationPiece:
     bias: None = None
 
     def value(self, pre: Tensor) -> Tensor:
-        """What the model should have computed."""
+        """The forward value, computed again to check the model's."""
         return self.rule.value(pre, self.activation)
 
     def gradients(self, g: Tensor, pre: Tensor) -> tuple[Tensor]:
@@ -244,7 +250,7 @@ class GatedPiece:
     bias: Tensor | None
 
     def value(self, gate: Tensor, up: Tensor) -> Tensor:
-        """What the model should have computed."""
+        """The forward value, computed again to check the model's."""
         product = self.gate_rule.value(gate, self.activation) * up
         return product if self.bias is None else product + self.bias
 
@@ -263,7 +269,7 @@ class SoftmaxPiece:
     bias: None = None
 
     def value(self, scores: Tensor) -> Tensor:
-        """What the model should have computed."""
+        """The forward value, computed again to check the model's."""
         return masked_softmax(scores)
 
     def gradients(self, g: Tensor, scores: Tensor) -> tuple[Tensor]:
@@ -295,7 +301,7 @@ class RuleSet:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What the set asks of a model's sites, in the words of `find_sites`."""
+        """What a model must have for this set, in the words of `find_sites`' problems."""
         names = [name for name in RULES if getattr(self, name) is not None]
         if self.attention is not None:
             names += ["values"] if self.attention.value != 1 else []
@@ -314,7 +320,7 @@ RULE_SETS = {
 
 
 def rule_set(rules: str | Sequence[str], stabilizer: float | None = None) -> RuleSet:
-    """The set called `rules`, or a set of the rules of these names ("ln" alone too); an empty one is the gradient.
+    """A named set, or a set of rules by their names ("ln", or ("ln", "half")); an empty tuple is the plain gradient.
 
     Raises:
         SettingsError: an unknown name, or a stabilizer out of range.
@@ -322,7 +328,7 @@ def rule_set(rules: str | Sequence[str], stabilizer: float | None = None) -> Rul
     if isinstance(rules, str):
         if rules not in RULE_SETS and rules not in RULES:
             raise SettingsError(
-                f"expected rules to be one of the sets {list(RULE_SETS)} or a tuple out of {list(RULES)}; got "
+                f"expected rules to be one of the sets {list(RULE_SETS)}, or one or a tuple of {list(RULES)}; got "
                 f"{rules!r}."
             )
         chosen = RULE_SETS[rules] if rules in RULE_SETS else RuleSet(**{rules: RULES[rules]})
