@@ -231,7 +231,8 @@ def _ascii(text: str) -> str:
 
 def _title(circuit: "Circuit") -> str:
     target = ", ".join(str(one).strip() for one in circuit.settings.get("target", []))
-    return f"Circuit for “{target}” on {str(circuit.settings.get('model', 'unknown')).rpartition('/')[2]}"
+    named = "the logit difference" if target == "logit_difference" else f"“{target}”"
+    return f"Circuit for {named} on {str(circuit.settings.get('model', 'unknown')).rpartition('/')[2]}"
 
 
 def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
@@ -239,11 +240,12 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
     settings = circuit.settings
     target = ", ".join(str(one).strip() for one in settings.get("target", []))
     unit, meaning = _unit(circuit)
+    named = "" if target == "logit_difference" else f"{target}: "
     prompts = int(settings.get("n_prompts", 1))
     explained = 1 - circuit.unexplained if circuit.target_value else float("nan")
     made_with = {"tl-neuron-circuits": versions()["tl-neuron-circuits"]} | dict(settings.get("versions") or {})
     facts = [
-        ("target", f"{target}: {unit} {circuit.target_value:.4g}", f"What the circuit explains. {meaning}", ""),
+        ("target", f"{named}{unit} {circuit.target_value:.4g}", f"What the circuit explains. {meaning}", ""),
         ("the model says", _prediction(settings), "The model's likeliest next tokens", ""),
         (
             "explained",
