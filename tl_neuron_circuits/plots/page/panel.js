@@ -223,15 +223,16 @@ function functionOf(ranked) {
 
 function aboutCircuit() {
   const list = element("ol", { "data-edges": "strongest" });
-  row.most = Math.max(1e-12, ...view.ranked.slice(0, MOST_ROWS).map(sizeOf));
-  for (const node of view.ranked.slice(0, MOST_ROWS)) {
-    list.append(row(node, node.members ? "" : besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)).replace("-", "−"),
+  const strongest = view.ranked.filter((node) => !node.members).slice(0, MOST_ROWS);  // collapsed groups have rows already
+  row.most = Math.max(1e-12, ...strongest.map(sizeOf));
+  for (const node of strongest) {
+    list.append(row(node, besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)).replace("-", "−"),
       `${nameOf(node)} ${where(node)}, ${SIZED_BY} ${percent(node[SIZED_BY])}`, lineOf(node)));
   }
   const groups = aboutGroups(), made = [...aboutEnds(), element("h2", {}, "Main groups"), ...aboutShares()];
   if (GROUPS.size) made.push(element("ol", { "data-groups": "" }, ...groupRows()));
   if (groups.length) made.push(element("h3", {}, "By token and layers"), element("ol", { "data-places": "" }, ...groups));
-  made.push(element("h3", {}, `Strongest nodes, by ${SIZED_BY}`), list);
+  if (strongest.length) made.push(element("h3", {}, `Strongest nodes, by ${SIZED_BY}`), list);
   return [...made, howToRead(), aboutMaking()];
 }
 
