@@ -1,5 +1,8 @@
 """Group and logistic variants against scikit-learn and a slow replica."""
 
+from importlib.metadata import version
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -86,8 +89,10 @@ def labeled(n: int = 200, p: int = 8):
 def test_labels_equal_scikit_learns_logistic_regression() -> None:
     x, y = labeled()
     solution = solve_labels(x, y, 5.0, tolerance=1e-12)
+    newer = tuple(map(int, version("scikit-learn").split(".")[:2])) >= (1, 8)  # which deprecates penalty=
+    l1: Any = {"l1_ratio": 1.0} if newer else {"penalty": "l1"}
     for label in range(2):
-        model = sklearn.LogisticRegression(C=1 / 5.0, l1_ratio=1.0, solver="saga", tol=1e-10, max_iter=100_000)
+        model = sklearn.LogisticRegression(C=1 / 5.0, **l1, solver="saga", tol=1e-10, max_iter=100_000)
         model.fit(standardized_columns(x).numpy(), y[:, label].numpy())
         assert np.abs(solution.weights[:, label].numpy() - model.coef_[0]).max() < 1e-5
         assert float(solution.intercept[label]) == pytest.approx(model.intercept_[0], abs=1e-5)
