@@ -228,5 +228,5 @@ def test_more_edges_than_memory_holds_are_refused_before_they_are_computed(monke
     index = torch.tensor(circuit.nodes.query("kind == 'neuron'")[["layer", "position", "unit"]].to_numpy())
     assert 0 < between.sum() <= _direct_effects.most_edges(index, 0)
     monkeypatch.setattr(_direct_effects, "free_memory", lambda device: 10_000)
-    with pytest.raises(SettingsError, match=r"40 nodes have up to .* edges.*Choose fewer nodes: about nodes=10 fit"):
+    with pytest.raises(SettingsError, match=r"40 nodes have up to .* edges.*Choose fewer: nodes=10 fits"):
         tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=40)

@@ -25,6 +25,7 @@ nodes passing on what reaches them; a node's contribution to each target is a ba
 Source: Arora et al. 2026, arXiv 2601.22594; Ameisen et al. 2025 (features, local replacement); METHODS 1.2, 1.5, 4.5.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -480,11 +481,10 @@ def _require_memory(nodes: Chosen, n_targets: int) -> None:
     edges, available = most_edges(nodes, n_targets), free_memory(torch.device("cpu"))
     needed = edges * _BYTES_PER_EDGE
     if available is not None and needed > available:
-        fitting = int(len(nodes) * (available / needed) ** 0.5)
+        fitting = max(10.0, len(nodes) * (available / needed) ** 0.5)
         raise SettingsError(
             f"{len(nodes):,} nodes have up to {edges:,} edges, which take about {needed / 1e9:,.0f} GB; "
-            f"{available / 1e9:,.0f} GB are free. Choose fewer nodes: about nodes={10 ** max(1, len(str(fitting)) - 1)} "
-            "fit."
+            f"{available / 1e9:,.0f} GB are free. Choose fewer: nodes={10 ** int(math.log10(fitting))} fits."
         )
 
 
