@@ -84,7 +84,10 @@ def smollm2_folder() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_folder: Path) -> Any:
     """Return a real language model: SmolLM2-135M-Instruct as a TransformerBridge, `smollm2.LABEL` in full."""
-    return boot_folder(smollm2_folder)
+    model = boot_folder(smollm2_folder)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]))  # TransformerBridge arranges hooks of its own on its first run
+    return model
 
 
 def pytest_collection_finish() -> None:

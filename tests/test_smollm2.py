@@ -144,6 +144,7 @@ def test_check_model_passes_and_relevance_is_conserved(smollm2: Any, untouched: 
         report = tnc.check_model(smollm2)
     assert report.ok, report.problems
     assert report.conservation == pytest.approx(1, abs=1e-5)
+    assert "prepend_bos=False" in report.input_line  # its BOS opens a turn of a chat
     sites = report.to_dataframe()
     assert (sites["role"] == "neurons").sum() == N_LAYERS and sites["fires"].all()
 

@@ -137,12 +137,13 @@ def first_batch(fixed: int, each: int, available: int | None, n: int) -> int:
 
 def available_memory(model: _Weights) -> int | None:
     """Bytes free on the devices that hold the model's parameters; None where a device does not report it."""
-    free = [_free(device) for device in {parameter.device for parameter in model.parameters()}]
+    free = [free_memory(device) for device in {parameter.device for parameter in model.parameters()}]
     known = [one for one in free if one is not None]
     return sum(known) if len(known) == len(free) else None
 
 
-def _free(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a device; None where it does not report it."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+import tl_neuron_circuits as tnc
 from tests.circuits.direct_by_hand import FrozenModel, edge_in_closed_form, replica_effects
 from tests.families import ModelCase, all_models, random_tokens, typical_models
 from tests.loops import for_each
 from tl_neuron_circuits import bases
-from tl_neuron_circuits._errors import NumericalError, PropagationError, UnsupportedModelError
-from tl_neuron_circuits.circuits import _total_effects
+from tl_neuron_circuits._errors import NumericalError, PropagationError, SettingsError, UnsupportedModelError
+from tl_neuron_circuits.circuits import _direct_effects, _total_effects
 from tl_neuron_circuits.circuits._direct_effects import DirectEffects, direct_effects
 from tl_neuron_circuits.circuits._slots import find_slots
 from tl_neuron_circuits.circuits._targets import metric_target, token_target
@@ -213,3 +214,19 @@ def test_mixtures_of_experts_are_refused() -> None:
     case = unsupported_models()[0].values[0]
     with pytest.raises((UnsupportedModelError, PropagationError)):
         effects_of(case.build())
+
+
+def test_more_edges_than_memory_holds_are_refused_before_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    nodes = torch.stack([torch.randint(0, n, (60,), generator=generator) for n in (4, 5, 9)], 1)
+    pairs = [(s, t) for s in nodes.tolist() for t in nodes.tolist() if s[0] < t[0] and s[1] <= t[1]]
+    assert _direct_effects.most_edges(nodes, 3) == len(pairs) + 3 * len(nodes)
+    model = tnc.load_demo_model()
+    circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=40)
+    chosen = circuit.nodes.query("kind == 'neuron'")["node"]
+    between = circuit.edges["source"].isin(chosen) & circuit.edges["target"].isin(chosen)
+    index = torch.tensor(circuit.nodes.query("kind == 'neuron'")[["layer", "position", "unit"]].to_numpy())
+    assert 0 < between.sum() <= _direct_effects.most_edges(index, 0)
+    monkeypatch.setattr(_direct_effects, "free_memory", lambda device: 10_000)
+    with pytest.raises(SettingsError, match=r"40 nodes have up to .* edges.*Choose fewer: nodes=10 fits"):
+        tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=40)

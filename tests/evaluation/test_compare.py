@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,9 @@ def test_ratio_and_headline_are_those_of_sizes_by_hand() -> None:
     sentences = made.headline()
     assert "at faithfulness 0.8 neurons need 0.316 x [0.316, 0.316] the nodes of sae" in sentences
     assert "the faithfulness of mlp_outputs does not stay above 0.8 at the sizes tried" in sentences
+    assert "unexplained" not in sentences
+    poor = replace(made, unexplained={key: 0.77 * (key.basis == "sae") for key in made.curves})
+    assert "sae leave 77% of the variance unexplained, so error nodes" in poor.headline()
     with pytest.raises(SettingsError, match="expected one of the curves"):
         made.ratio("neurons", "nothing", method="relp")
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -376,9 +377,16 @@ def test_a_circuit_is_named_by_neuron_and_sign_and_its_page_tells_more(
         tnc.Circuit.load(tmp_path / "saved").describe(texts)
 
 
-def test_groups_of_a_circuit_are_named_by_what_their_members_share(model: Any, texts: list[str]) -> None:
+def test_groups_of_a_circuit_are_named_by_what_their_members_share(
+    model: Any, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    circuit = tnc.trace(model, PROMPT, " Austin", nodes=16)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "sklearn.cluster", None)
+        with pytest.raises(tnc.NeuronCircuitsError, match="scikit-learn"):
+            circuit.describe((pytest.fail("the texts were read") for _ in range(1)), groups=4)
     pytest.importorskip("sklearn")
-    grouped = tnc.trace(model, PROMPT, " Austin", nodes=16).describe(texts, groups=4)
+    grouped = circuit.describe(texts, groups=4)
     groups = {name for name in grouped.nodes["group"] if name}
     assert len(groups) == 4 and all(
         name.startswith(("reads", "for", "against", "after", '"', "cluster")) for name in groups

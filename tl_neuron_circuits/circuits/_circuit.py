@@ -155,8 +155,8 @@ class Circuit:
             notes.append("the target is negative: the model is against it, and nodes with positive scores support it.")
         if self.target_value and self.unexplained > 0.5:
             notes.append(
-                f"{self.unexplained:.0%} of the target flows to what was left out. Choose more nodes (a number, "
-                "ByMass(0.8)); circuit.layers() shows where the rest is."
+                f"{self.unexplained:.0%} of the target flows to what was left out (circuit.layers() shows where). More "
+                "nodes explain more, slowly on deep models; tnc.steer and tnc.sweep show what these nodes do."
             )
         return notes
 

@@ -9,11 +9,12 @@ SCHEMA = 3
 """Of these tables in files. 3: one file, with a checksum.
 2: kinds `unselected` and `linearization_error`; `nodes` in the settings is a label."""
 NODE_COLUMNS = {
-    "node": "str", "label": "str", "kind": "str", "layer": "int64", "unit": "int64", "position": "int64",
-    "token": "str", "activation": "float64", "change": "float64", "sign": "int64", "gate_sign": "int64",
-    "up_sign": "int64", "score": "float64", "share": "float64", "flow": "float64", "influence": "float64",
-    "probability": "float64", "group": "str",
+    "node": "str", "label": "str", "score": "float64", "share": "float64", "kind": "str", "layer": "int64",
+    "unit": "int64", "position": "int64", "token": "str", "activation": "float64", "change": "float64", "sign": "int64",
+    "gate_sign": "int64", "up_sign": "int64", "flow": "float64", "influence": "float64", "probability": "float64",
+    "group": "str",
 }  # fmt: skip
+"""In an order in which a narrow terminal, which shows the first and the last columns, shows the scores."""
 EDGE_COLUMNS = {
     "source": "str",
     "target": "str",

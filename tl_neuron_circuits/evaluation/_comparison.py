@@ -43,6 +43,10 @@ class _Notes(msgspec.Struct, forbid_unknown_fields=True):
     unexplained: list[tuple[CurveKey, float]]
 
 
+_POOR = 0.25
+"""Unexplained variance of a dictionary above which the headline says so."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """Curves by (task, basis, method), evaluated on the same pairs within a task.
@@ -154,6 +158,13 @@ class Comparison:
             value, low, high = self.ratio(one, other, method=method, level=level, task=task)
             times = f"{value:.3g} x [{low:.3g}, {high:.3g}]"
             sentences.append(f"{where}at faithfulness {level:g} {one} need {times} the nodes of {other}")
+        for basis in bases:
+            missed = max((share for key, share in self.unexplained.items() if key.basis == basis), default=0.0)
+            if missed > _POOR:
+                sentences.append(
+                    f"{basis} leave {missed:.0%} of the variance unexplained, so error nodes, which count as their "
+                    "nodes, may do the work"
+                )
         return "; ".join(sentences) + f" (scored by {method}; 95 % over lexical items)."
 
     def save(self, path: str | Path) -> None:

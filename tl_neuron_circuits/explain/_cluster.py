@@ -84,6 +84,20 @@ class Clusters:
         return list(zip(self.nodes, self.labels.tolist(), strict=True))
 
 
+def require_scikit_learn() -> None:
+    """Raise where clustering could not run, before long work is done for it.
+
+    Raises:
+        NeuronCircuitsError: scikit-learn is not installed.
+    """
+    try:
+        import sklearn.cluster  # noqa: F401
+    except ImportError as error:
+        raise NeuronCircuitsError(
+            "clustering needs scikit-learn, which is not installed: pip install 'tl-neuron-circuits[explain]'."
+        ) from error
+
+
 @checked
 def cluster(
     profiles: Profiles, n_clusters: int = 8, *, labels: Mapping[str, str] | None = None, seed: int = 0
@@ -110,12 +124,9 @@ def cluster(
         >>> len(tnc.cluster(found, 4))
         4
     """
-    try:
-        from sklearn.cluster import SpectralClustering
-    except ImportError as error:
-        raise NeuronCircuitsError(
-            "clustering needs scikit-learn, which is not installed: pip install 'tl-neuron-circuits[explain]'."
-        ) from error
+    require_scikit_learn()
+    from sklearn.cluster import SpectralClustering
+
     if not 2 <= n_clusters < len(profiles.nodes):
         raise SettingsError(
             f"expected 2 to {len(profiles.nodes) - 1} clusters of {len(profiles.nodes)} nodes; got {n_clusters}."

@@ -13,7 +13,7 @@ from .._errors import SettingsError
 from ..circuits._circuit import Circuit
 from ..interventions._direct_logit_effects import direct_logit_effects
 from ..models._protocol import TransformerLensModel, model_name
-from ._cluster import cluster
+from ._cluster import cluster, require_scikit_learn
 from ._describe import describe
 from ._descriptions import SIGN_TEXT, Descriptions
 from ._profiles import profiles
@@ -43,6 +43,8 @@ def describe_circuit(
     rows = circuit.nodes[circuit.nodes["kind"].isin(["neuron", "feature"])]
     if rows.empty:
         raise SettingsError("expected a circuit with single neurons or features. Call this before collapse().")
+    if groups is not None:
+        require_scikit_learn()  # now, and not after the texts were read
     found = labels if isinstance(labels, Descriptions) else None
     if isinstance(labels, str | Path):
         found = Descriptions.from_file(labels)

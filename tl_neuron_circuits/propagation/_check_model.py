@@ -191,12 +191,15 @@ def _describe_input(model: TransformerLensModel) -> str:
     bos = getattr(tokenizer, "bos_token", None)
     prepends = bool(getattr(model.cfg, "default_prepend_bos", True))
     parts = [f"BOS {bos!r} is {'prepended' if prepends else 'not prepended'} by default" if bos else "no BOS token"]
+    template = getattr(tokenizer, "chat_template", None)
+    if bos and prepends and isinstance(template, str) and bos in template:
+        parts[0] += " and is a mark of the chat template: plain text may do better with prepend_bos=False"
     try:
         spaced = tokenizer.tokenize(" the") != tokenizer.tokenize("the")
     except (AttributeError, NotImplementedError, TypeError, ValueError):  # a user's own tokenizer may lack it
         spaced = False
     parts += ["an answer inside a sentence begins with a space (' the')"] if spaced else []
-    if getattr(tokenizer, "chat_template", None):
+    if template:
         parts.append("it has a chat template (tasks.apply_chat_template)")
     return "; ".join(parts)
 

@@ -42,7 +42,7 @@ def logit_difference(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -
     if batch.wrong_answer is None:
         raise PairsError(
             "the logit difference needs wrong answers, and these pairs have none. "
-            "Give wrong_answer=, or choose metric=answer_logit or answer_log_probability."
+            "Give wrong_answer=, or choose metric=tnc.tasks.answer_logit or tnc.tasks.answer_log_probability."
         )
     final = read(logits, batch)
     return _pick(final, batch.answer) - _pick(final, batch.wrong_answer)
