@@ -120,7 +120,7 @@ function number(value) {
   if (size !== 0 && (size < 1e-4 || size >= 1e6)) return value.toExponential(2);
   return String(Number(value.toPrecision(4)));
 }
-const percent = (value) => (value === null || value === undefined ? "—" : number(Number((100 * value).toPrecision(3))) + " %");
+const percent = (value) => (value === null || value === undefined ? "—" : number(Number((100 * value).toPrecision(3))).replace("-", "−") + " %");
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "0");
 const count = (value) => value.toLocaleString("en");
 const where = (node) => {

@@ -226,7 +226,7 @@ function aboutCircuit() {
   const strongest = view.ranked.filter((node) => !node.members).slice(0, MOST_ROWS);  // collapsed groups have rows already
   row.most = Math.max(1e-12, ...strongest.map(sizeOf));
   for (const node of strongest) {
-    list.append(row(node, besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)).replace("-", "−"),
+    list.append(row(node, besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)),
       `${nameOf(node)} ${where(node)}, ${SIZED_BY} ${percent(node[SIZED_BY])}`, lineOf(node)));
   }
   const groups = aboutGroups(), made = [...aboutEnds(), element("h2", {}, "Main groups"), ...aboutShares()];
