@@ -723,10 +723,10 @@ class Circuit:
 
     def __repr__(self) -> str:
         s = self.settings
-        target = ", ".join(map(repr, s["target"]))
+        target, prompts = ", ".join(map(repr, s["target"])), f"{s['n_prompts']} prompt{'s' * (s['n_prompts'] != 1)}"
         return (
             f"Circuit({len(self)} nodes, {len(self.edges):,} edges, target {target} = {self.target_value:.3f} on "
-            f"{s['model']}, {s['n_prompts']} prompt{'s' * (s['n_prompts'] != 1)}, {1 - self.unexplained:.0%} explained{self._predicted()}"
+            f"{s['model']}, {prompts}, {1 - self.unexplained:.0%} explained{self._predicted()}"
             f"{', spans ' + ', '.join(s['spans']) if s.get('spans') else ''})"
         )
 
