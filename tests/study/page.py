@@ -69,47 +69,40 @@ def page(found: dict[str, Any]) -> str:
         *_advice(found),
         _wrap(
             "`python -m tests.study --page` writes every number of this page from "
-            "[which-method.json](which-method.json), "
-            "and a rule that was fixed before makes the recommendation. [All tables](which-method-tables.md)."
+            "[which-method.json](which-method.json), and a rule that was fixed before makes the recommendation. [All "
+            "tables](which-method-tables.md)."
         ),
         "## The measure",
         _wrap(
             f"{LABEL}; MLP neurons at every position (276,480 at six tokens). Three tasks: agreement across a "
             "prepositional phrase (nounpp) and across a relative clause (rc), and the capital of the state that "
-            "contains a "
-            "city. The model gets every contrast right both ways. Nodes are scored on 20 pairs; the pairs for "
-            "scores, for "
-            f"development and for judging share no noun or state. Judged on {_pairs(main['pairs'])}."
+            "contains a city. The model gets every contrast right both ways. Nodes are scored on 20 pairs; the pairs "
+            f"for scores, for development and for judging share no noun or state. Judged on {_pairs(main['pairs'])}."
         ),
         _wrap(
-            "**Compactness** is the primary endpoint, fixed before the first run: the mean of two areas over the "
-            "log of "
-            "circuit size, from 1 node to all. One is the share of pairs that the best nodes alone still answer "
-            "right, the "
-            "other the share answered wrong when they alone take the corrupt prompt's values. 1 is a single node that "
-            "does everything. Nodes are scored and judged under interchange, and tasks are averaged. Intervals are "
-            "95%, "
-            "over words drawn with replacement (both words of a pair together), and differences are paired. Everything "
-            "else is secondary and not corrected for multiple tests."
+            "**Compactness** is the primary endpoint, fixed before the first run: the mean of two areas over the log "
+            "of circuit size, from 1 node to all. One is the share of pairs that the best nodes alone still answer "
+            "right, the other the share answered wrong when they alone take the corrupt prompt's values. 1 is a single "
+            "node that does everything. Nodes are scored and judged under interchange, and tasks are averaged. "
+            "Intervals are 95%, over words drawn with replacement (both words of a pair together), and differences are "
+            "paired. Everything else is secondary and not corrected for multiple tests."
         ),
         _wrap(
             "**Price** is in forward passes per scored pair; a backward pass counts as one. Settings are the package's "
             "defaults (IG with 5 steps, the mask gradient with 10). Development pairs only choose among the "
-            "checkpoints "
-            "of a learned mask."
+            "checkpoints of a learned mask."
         ),
         "## SmolLM2",
         f"![Endpoint against price](images/{FIGURE.name})",
         equal(_better(main["equal"])),
         _wrap(
             "Each method in its better ranking, RelP in both ([all](which-method-tables.md)). *Ranked*: by the score's "
-            "size or sign. *Difference*: to RelP by size, the default. *Error*: the distance of "
-            "faithfulness from 1, averaged over log size."
+            "size or sign. *Difference*: to RelP by size, the default. *Error*: the distance of faithfulness from 1, "
+            "averaged over log size."
         ),
         _wrap(
             "**Look at the error if the circuit's logit difference should be the model's.** Compactness asks only "
-            "whether "
-            "the answer is right. A ranking by sign leaves out nodes that work against the answer, so it gains "
+            "whether the answer is right. A ranking by sign leaves out nodes that work against the answer, so it gains "
             "compactness and overshoots."
         ),
         *_notes(found),
@@ -126,8 +119,7 @@ def page(found: dict[str, Any]) -> str:
         _wrap(
             "One small model, three tasks, one draw of pairs, neurons only. On SmolLM2, "
             f"{_left_out(main['equal'])}{_earlier(found)}The SmolLM2 and demo cells took {found['minutes']:.0f} CPU "
-            "minutes "
-            f"of one thread ({versions}). `python -m tests.study` resumes from the cells that exist."
+            f"minutes of one thread ({versions}). `python -m tests.study` resumes from the cells that exist."
         ),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -278,9 +270,8 @@ def crossed(rows: list[dict[str, Any]]) -> str:
     head = ["method", "ranked", *(f"{ways[a]}, judged by {ways[b]}" for a, b in pairs)]
     table = [[row["method"], SHORT[row["ranking"]], *(_interval(row[f"{a}/{b}"]) for a, b in pairs)] for row in rows]
     text = _wrap(
-        "Compactness when nodes are scored, and judged, with interchange (the pair's corrupt prompt) or with the "
-        "mean over "
-        "prompts. Empty: not computed on all tasks."
+        "Compactness when nodes are scored, and judged, with interchange (the pair's corrupt prompt) or with the mean "
+        "over prompts. Empty: not computed on all tasks."
     )
     best = []
     for a, b in pairs:
@@ -319,8 +310,7 @@ def _known(found: dict[str, Any], *, every: bool = False) -> list[str]:
         f"those that distract, each as high as its best node ({judged.get('planted', 0)} cases)? *Compiled* programs "
         "(tracr): do neurons on a path to the output rank above other neurons that are not padding "
         f"({judged.get('tracr', 0)} programs, most with one such neuron)? RelP freezes attention patterns, through "
-        "which "
-        "much of these programs runs, and gives no neuron a score on some."
+        "which much of these programs runs, and gives no neuron a score on some."
     )
     return [*([] if every else [_wrap(text)]), _table(["method", "ranked", *kinds], table)]
 
@@ -345,18 +335,14 @@ def _fdr(found: dict[str, Any] | None, *, every: bool = False) -> list[str]:
     text = (
         f"`tnc.stability(...).at_fdr(rate, null=...)` on {cases['planted']} chains of the planted circuits (RelP) and "
         f"{cases['tracr']} compiled programs (gradient), one question at a time, 64 pairs. Two truths: a node is "
-        "*outside* "
-        "if it is not one of the chain's heads and MLPs, or not on a path to the program's output; it has an "
-        "*effect* if "
-        "patching it alone, exactly, moves the metric. The last column counts effects under .1% of the strongest "
-        "node's."
+        "*outside* if it is not one of the chain's heads and MLPs, or not on a path to the program's output; it has an "
+        "*effect* if patching it alone, exactly, moves the metric. The last column counts effects under .1% of the "
+        "strongest node's."
     )
     frequency = (
         f"Selection frequency: {plain['true_share_of_draws']:.0%} of a draw's 10 best nodes belong to the planted "
-        "chain, "
-        f"and {plain['core_true']:.1f} of the {plain['core']:.1f} nodes in nine draws out of ten (a node of the "
-        "chain is "
-        f"in {plain['mean_true']:.1%} of draws, another in {plain['mean_false']:.2%}); in compiled programs "
+        f"chain, and {plain['core_true']:.1f} of the {plain['core']:.1f} nodes in nine draws out of ten (a node of the "
+        f"chain is in {plain['mean_true']:.1%} of draws, another in {plain['mean_false']:.2%}); in compiled programs "
         f"{compiled['true_share_of_draws']:.0%} and {compiled['core_true']:.1f} of {compiled['core']:.1f}."
     )
     planted = [row for row in found["rates"] if row["kind"] == "planted"]
@@ -393,9 +379,8 @@ def _reliability(rows: list[dict[str, float]] | None, *, every: bool = False) ->
     ]
     text = (
         "All (layer, position) groups of SmolLM2's neurons on nounpp, 8 pairs, by decile of the ratio of second to "
-        "first "
-        "order (three deciles shown): mean |estimate - exact| in logits, exact by patching the group. "
-        "Correction and trapezoid (gradients at both ends) cost the same."
+        "first order (three deciles shown): mean |estimate - exact| in logits, exact by patching the group. Correction "
+        "and trapezoid (gradients at both ends) cost the same."
     )
     middle = [r for r in rows if r["high"] >= 0.1 and r["low"] <= 1]
     after = ""
