@@ -25,7 +25,7 @@ from ..bases._runs import require_fired, run_logits
 from ..models._protocol import TransformerLensModel, hook_points, submodule
 from ..models._threads import hooked, this_thread_only
 from ..tasks._tokenized import Batch
-from ._slots import Seen, Slot, SlotRun, by_position, leaves_of, node_gradient, note_input
+from ._slots import Seen, Slot, SlotRun, as_leaf, by_position, leaves_of, node_gradient, note_input
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def run_prompt(model: TransformerLensModel, batch: Batch, slots: Sequence[Slot],
 
 def _embed(seen: Seen, name: str, value: Tensor, hook: Any) -> Tensor:
     """Always a leaf: what comes before (BLOOM's norm of the embedding) is part of the embedding."""
-    seen[name] = value.detach().requires_grad_(True) if torch.is_grad_enabled() else value
+    seen[name] = as_leaf(value)
     return seen[name]
 
 

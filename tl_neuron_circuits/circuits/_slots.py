@@ -313,7 +313,7 @@ def _linear(module: nn.Module | None, weights: str, bias: str) -> Linear | None:
 def _write_leaf(seen: Seen, value: Tensor, hook: Any) -> Tensor:
     """As a hook: what later layers read is a leaf, where there is a graph."""
     seen["written"] = value
-    seen["read"] = value.detach().requires_grad_(True) if torch.is_grad_enabled() else value
+    seen["read"] = as_leaf(value)
     return seen["read"]
 
 
@@ -524,6 +524,11 @@ def find_slots(model: TransformerLensModel, basis: Basis | Sequence[Basis]) -> t
             "as in basis=[bases.Neurons(layers=[0, 1]), bases.Dictionaries(those_of_layers_2_and_3)]."
         )
     return tuple(sorted(slots, key=lambda slot: slot.layer))
+
+
+def as_leaf(value: Tensor) -> Tensor:
+    """The value without a past, where there is a graph."""
+    return value.detach().requires_grad_(True) if torch.is_grad_enabled() else value
 
 
 def note_input(seen: Seen, key: str, module: Any, arguments: tuple[Tensor, ...]) -> None:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import SettingsError
-from ..bases._runs import Values, answers_only, require_fired, run_logits
+from ..bases._runs import Values, answers_only, capture, require_fired, run_logits
 from ..bases._site import Parts, Site, refuse_cross_layer
 from ..models._threads import hooked
 from ..propagation._relp import frozen
@@ -132,7 +132,7 @@ def masked_run(
     hooks: list[tuple[str, Any]] = []
     for site in scope.sites:
         seen: Values = {}
-        hooks += [(name, partial(_note, seen, name)) for name in site.reads if name != site.hook]
+        hooks += [capture(seen, name) for name in site.reads if name != site.hook]
         hooks.append((site.hook, partial(_mix_site, method, site, masks, counterfactuals[site.hook], seen, fired)))
     logits, narrowed = _run(method, scope, batch, hooks)
     require_fired(fired, [site.hook for site in scope.sites], scope.model)
@@ -140,10 +140,6 @@ def masked_run(
     if method.loss == "kl":
         return read(logits, narrowed).log_softmax(-1)
     return measure(scope.metric, logits, narrowed)
-
-
-def _note(seen: Values, name: str, value: Tensor, hook: Any) -> None:
-    seen[name] = value
 
 
 def _mix_site(
