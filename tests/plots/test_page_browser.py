@@ -25,6 +25,11 @@ def read(page: Any, field: str) -> str:
     return page.locator(f'#panel [data-field="{field}"]').inner_text()
 
 
+def value(text: str) -> float:
+    """A number as the page writes it, with its own minus sign."""
+    return float(text.removesuffix(" %").replace("−", "-"))
+
+
 def heading(page: Any) -> str:
     return page.locator("#panel h2").inner_text()
 
@@ -66,16 +71,16 @@ def test_a_click_shows_the_numbers_of_the_tables(dallas: Circuit, open_page: Ope
         assert read(page, "layer") == str(row["layer"]) and read(page, "unit") == str(row["unit"])
         assert read(page, "position") == str(row["position"]) and read(page, "token") == f"“{row['token']}”"
         activation, sign = re.fullmatch(r"(\S+) \((.)\)", read(page, "activation")).groups()
-        assert float(activation) == pytest.approx(row["activation"], rel=1e-3)
+        assert value(activation) == pytest.approx(row["activation"], rel=1e-3)
         assert sign == {1: "+", -1: "−", 0: "0"}[row["sign"]]
         for field in ("score", "flow", "influence"):
-            assert float(read(page, field)) == pytest.approx(row[field], rel=1e-3)
-        assert float(read(page, "share").removesuffix(" %")) / 100 == pytest.approx(row["share"], rel=6e-3)
+            assert value(read(page, field)) == pytest.approx(row[field], rel=1e-3)
+        assert value(read(page, "share")) / 100 == pytest.approx(row["share"], rel=6e-3)
         for end, other in (("source", "target"), ("target", "source")):
             edges = dallas.edges[dallas.edges[other] == row["node"]].head(12)
             buttons = page.locator(f'#panel [data-edges="{end}"] button')
             assert [b.get_attribute("data-target") for b in buttons.all()] == edges[end].tolist()
-            numbers = [float(text) for text in buttons.locator(".number").all_inner_texts()]
+            numbers = [value(text) for text in buttons.locator(".number").all_inner_texts()]
             assert numbers == pytest.approx(edges["attribution"].tolist(), rel=1e-3)
 
 
@@ -94,7 +99,7 @@ def test_pointing_at_a_node_tells_its_numbers(dallas: Circuit, open_page: Opener
     node(page, row["node"]).hover()
     tip = page.locator("#tip").inner_text()
     assert tip.startswith(row["label"]) and f"“{row['token']}”" in tip
-    score = float(re.search(r"score (\S+),", tip)[1])
+    score = value(re.search(r"score (\S+),", tip)[1])
     assert score == pytest.approx(row["score"], rel=1e-3)
     show_all(page)
     page.mouse.move(5, 5)
@@ -108,11 +113,11 @@ def test_the_head_says_what_the_circuit_is(dallas: Circuit, open_page: Opener) -
     assert page.locator("h1").inner_text() == "Circuit for “Austin” on demo-gelu" == page.title()
     assert page.locator("#prompt").inner_text() == dallas.settings["prompt"]
     fact = lambda name: page.locator(f'[data-fact="{name}"]').inner_text()  # noqa: E731
-    assert float(fact("explained").removesuffix(" %")) == pytest.approx(100 * (1 - dallas.unexplained), abs=0.051)
+    assert value(fact("explained")) == pytest.approx(100 * (1 - dallas.unexplained), abs=0.051)
     page.locator("#making summary").click()
     assert fact("torch") == dallas.settings["versions"]["torch"]
     assert fact("target").startswith("Austin: logit ")
-    assert float(fact("target").split()[-1]) == pytest.approx(dallas.target_value, rel=1e-3)
+    assert value(fact("target").split()[-1]) == pytest.approx(dallas.target_value, rel=1e-3)
 
 
 @pytest.mark.parametrize("measure", ["attribution", "relative"])
@@ -178,10 +183,10 @@ def test_a_group_collapses_to_the_supernode_of_the_tables(dallas: Circuit, open_
     assert f"of {len(collapsed.edges):,} edges" in page.locator("#counts").inner_text()
     node(page, "group:Texas").click()
     row = collapsed.nodes.set_index("node").loc["Texas"]
-    assert float(read(page, "score")) == pytest.approx(row["score"], rel=2e-3)
-    assert float(read(page, "change")) == pytest.approx(row["change"], rel=2e-3)
+    assert value(read(page, "score")) == pytest.approx(row["score"], rel=2e-3)
+    assert value(read(page, "change")) == pytest.approx(row["change"], rel=2e-3)
     into = collapsed.edges[collapsed.edges["target"] == "Texas"].head(12)
-    numbers = [float(text) for text in page.locator('#panel [data-edges="source"] .number').all_inner_texts()]
+    numbers = [value(text) for text in page.locator('#panel [data-edges="source"] .number').all_inner_texts()]
     assert numbers == pytest.approx(into["attribution"].tolist(), rel=2e-3)
     page.get_by_role("button", name="Expand Texas").click()
     assert all(node(page, member).count() == 1 for member in members)
@@ -265,7 +270,7 @@ def test_details_are_shown_as_text(dallas: Circuit, open_page: Opener) -> None:
     page = open_page(dallas, details=details)
     node(page, row["node"]).click()
     text = page.locator("#panel").inner_text()
-    for part in ("fires on <b>cities</b>", "“ Austin”", "“<i>”", "-0.25", "one text", "Dallas</p>", "strongest"):
+    for part in ("fires on <b>cities</b>", "“ Austin”", "“<i>”", "−0.25", "one text", "Dallas</p>", "strongest"):
         assert part in text
     assert page.locator("#panel b, #panel i").count() == 0
     shade = page.locator(".example span[title='2']").evaluate("mark => getComputedStyle(mark).backgroundColor")
@@ -486,3 +491,20 @@ def test_the_panel_says_which_heads_bring_an_edge(dallas: Circuit, open_page: Op
     show_all(page)
     node(page, best["target"]).click()
     assert page.locator("#panel .heads").count() == 0
+
+
+def test_a_resize_redraws_nodes_and_edges_before_it_is_painted(dallas: Circuit, open_page: Opener) -> None:
+    page = open_page(dallas)
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            const view = document.getElementById("view"), canvas = document.getElementById("edges");
+            const differences = () => [canvas.width - view.clientWidth, canvas.height - view.clientHeight];
+            new ResizeObserver(() => seen.push(differences())).observe(view);
+        }"""
+    )
+    for width, height in ((1000, 700), (700, 500), (1600, 1000)):
+        page.set_viewport_size({"width": width, "height": height})
+        shown(page)
+    seen = page.evaluate("seen")
+    assert len(seen) >= 4 and all(left == [0, 0] for left in seen)

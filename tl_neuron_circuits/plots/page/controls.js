@@ -201,7 +201,8 @@ function listen() {
   listenToGraph();
   listenToKeys();
   listenToPrinting();
-  new ResizeObserver(() => { if (state.layout && JSON.stringify(roomFor()) !== listen.room) { listen.room = JSON.stringify(roomFor()); soon(); } }).observe($("view"));
+  // At once, not with the next frame: a picture taken between them would show the old arrangement in the new room.
+  new ResizeObserver(() => { if (state.layout && JSON.stringify(roomFor()) !== listen.room) { listen.room = JSON.stringify(roomFor()); update(); } }).observe($("view"));
 }
 
 function listenToGraph() {

@@ -117,10 +117,10 @@ function shorten(text, length) {
 function number(value) {
   if (value === null || value === undefined) return "—";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-4 || size >= 1e6)) return value.toExponential(2);
-  return String(Number(value.toPrecision(4)));
+  const text = size !== 0 && (size < 1e-4 || size >= 1e6) ? size.toExponential(2) : String(Number(size.toPrecision(4)));
+  return value < 0 ? "−" + text : text;
 }
-const percent = (value) => (value === null || value === undefined ? "—" : number(Number((100 * value).toPrecision(3))).replace("-", "−") + " %");
+const percent = (value) => (value === null || value === undefined ? "—" : number(Number((100 * value).toPrecision(3))) + " %");
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "0");
 const count = (value) => value.toLocaleString("en");
 const where = (node) => {

@@ -232,6 +232,7 @@ function drawEdges() {
   const canvas = $("edges"), ratio = devicePixelRatio || 1, { width, height } = roomFor();
   canvas.width = Math.round(width * ratio);
   canvas.height = Math.round(height * ratio);
+  Object.assign(canvas.style, { width: width + "px", height: height + "px", transform: "" });
   const pen = canvas.getContext("2d"), { x, y, k } = state.transform;
   pen.setTransform(k * ratio, 0, 0, k * ratio, x * ratio, y * ratio);
   for (const { look, path } of state.paths) {
@@ -241,7 +242,6 @@ function drawEdges() {
     pen.setLineDash(look.isEnd ? [3, 3] : []);
     pen.stroke(path);
   }
-  canvas.style.transform = "";
   state.drawnAt = state.transform;
 }
 
