@@ -56,7 +56,7 @@ def test_a_draw_that_cannot_be_normalized_is_left_out_silently() -> None:
 
 
 def test_the_band_covers_the_truth_about_as_often_as_it_says() -> None:
-    """40 items of mean faithfulness .5: 95 % bands hold it in most of 200 repetitions."""
+    """40 items of mean faithfulness .5: 95% bands hold it in most of 200 repetitions."""
     hits = 0
     for seed in range(200):
         values = 0.5 + 0.3 * torch.randn(1, 40, generator=torch.Generator().manual_seed(seed))

@@ -195,7 +195,7 @@ def test_ratio_and_headline_are_those_of_sizes_by_hand() -> None:
     assert "the faithfulness of mlp_outputs does not stay above 0.8 at the sizes tried" in sentences
     assert "unexplained" not in sentences
     poor = replace(made, unexplained={key: 0.77 * (key.basis == "sae") for key in made.curves})
-    assert "sae leave 77% of the variance unexplained, so error nodes" in poor.headline()
+    assert "with sae, 77% of the variance stays unexplained: error nodes" in poor.headline()
     with pytest.raises(SettingsError, match="expected one of the curves"):
         made.ratio("neurons", "nothing", method="relp")
 

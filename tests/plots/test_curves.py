@@ -40,14 +40,14 @@ def test_one_task_is_drawn_as_it_was_measured_with_bands(made: Comparison) -> No
     assert (faithfulness.xaxis, completeness.xaxis) == ("x", "x2") and figure.layout.xaxis.type == "log"
     assert len([trace for trace in figure.data if trace.fill == "toself"]) == 2 * 2 * 2
     title = figure.layout.title.text
-    assert all(word in title for word in ("made", "one", "4 held-out pairs", "mean ablation", "95 %"))
+    assert all(word in title for word in ("made", "one", "4 held-out pairs", "mean ablation", "95%"))
 
 
 def test_several_tasks_are_averaged_and_stay_where_they_end(made: Comparison) -> None:
     figure = made.plot()
     (faithfulness, _) = lines(figure, "neurons, RelP")
     np.testing.assert_allclose(np.array(faithfulness.y), [0.2, 0.6, 1.0], atol=1e-6)
-    assert "averaged over 2 tasks" in figure.layout.title.text and "95 %" not in figure.layout.title.text
+    assert "averaged over 2 tasks" in figure.layout.title.text and "95%" not in figure.layout.title.text
     curves = {key: value for key, value in made.curves.items() if key.task == "one"}
     longer = curve([1, 1000], [0.0, 1.0], 1000, groups=GROUPS)
     both = comparison({**curves, ("two", "neurons", "relp"): longer, ("two", "neurons", "random"): longer})

@@ -27,7 +27,7 @@ def read(page: Any, field: str) -> str:
 
 def value(text: str) -> float:
     """A number as the page writes it, with its own minus sign."""
-    return float(text.removesuffix(" %").replace("−", "-"))
+    return float(text.removesuffix("%").replace("−", "-"))
 
 
 def heading(page: Any) -> str:
@@ -453,10 +453,10 @@ def test_a_reader_new_to_the_circuit_finds_what_its_marks_and_numbers_mean(dalla
         part in legend for part in ("supports the target", "opposes it", "area: share", "promotes", "underlined")
     )
     panel = page.locator("#panel").inner_text()
-    assert f"What was left out holds the other {100 * dallas.unexplained:.1f} %" in panel
+    assert f"What was left out holds the other {100 * dallas.unexplained:.1f}%" in panel
     assert "do not add up to what is explained" in panel
     title = page.locator("#facts div", has_text="explained").get_attribute("title")
-    assert f"{100 * dallas.unexplained:.1f} %" in title and "support and opposition" in title
+    assert f"{100 * dallas.unexplained:.1f}%" in title and "support and opposition" in title
     assert "the State" in page.locator("[data-places]").inner_text()  # labels say what a group does
     node(page, second).hover()
     assert "promotes Nevada" in page.locator("#tip").inner_text()

@@ -59,7 +59,7 @@ class Circuit:
         >>> model = tnc.load_demo_model()
         >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
         >>> circuit
-        Circuit(30 nodes, 775 edges, target 'Austin' = 18.412 on demo-gelu, 1 prompt, 31% explained, p = 99.9%)
+        Circuit(30 nodes, 775 edges, target 'Austin' = 18.412 (p = 99.9%) on demo-gelu, 1 prompt, 31% explained)
         >>> small = circuit.prune(count=10)
         >>> len(small & circuit), len(circuit - small)
         (10, 20)
@@ -725,20 +725,20 @@ class Circuit:
         s = self.settings
         target, prompts = ", ".join(map(repr, s["target"])), f"{s['n_prompts']} prompt{'s' * (s['n_prompts'] != 1)}"
         return (
-            f"Circuit({len(self)} nodes, {len(self.edges):,} edges, target {target} = {self.target_value:.3f} on "
-            f"{s['model']}, {prompts}, {1 - self.unexplained:.0%} explained{self._predicted()}"
+            f"Circuit({len(self)} nodes, {len(self.edges):,} edges, target {target} = {self.target_value:.3f}"
+            f"{self._predicted()} on {s['model']}, {prompts}, {1 - self.unexplained:.0%} explained"
             f"{', spans ' + ', '.join(s['spans']) if s.get('spans') else ''})"
         )
 
     def _predicted(self) -> str:
-        """How likely the model finds the one token that a prompt's circuit explains."""
+        """The probability that the model gives the one token that a prompt's circuit explains, and its rank."""
         ranks = self.settings.get("target_ranks") or {}
         if len(ranks) != 1:
             return ""
         ((name, rank),) = ranks.items()
         rows = self.nodes.loc[self.nodes["node"] == name, "probability"]
-        rank_text = f" (rank {rank})" if rank > 1 else ""
-        return f", p = {float(rows.iloc[0]):.1%}{rank_text}" if len(rows) else ""
+        rank_text = f", rank {rank}" if rank > 1 else ""
+        return f" (p = {float(rows.iloc[0]):.1%}{rank_text})" if len(rows) else ""
 
     def _repr_html_(self) -> str:
         best = self.to_dataframe().query("kind not in ('logit', 'unselected', 'bias')").head(20)

@@ -471,7 +471,7 @@ def most_edges(nodes: Chosen, n_targets: int) -> int:
 
 
 def _require_memory(nodes: Chosen, n_targets: int) -> None:
-    """Refuse what cannot be held before anything is computed: a process that is killed says nothing.
+    """Refuse what cannot be held before edges are computed: a process that is killed says nothing.
 
     Raises:
         SettingsError: with how many nodes fit.

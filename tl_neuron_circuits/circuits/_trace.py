@@ -137,7 +137,7 @@ def trace(
         PairsError: prompts of different token lengths without marks, no corrupt prompts, or a target that is not one
             token.
         SettingsError: other marks in other prompts, arguments that contradict each other, no node that qualifies, two
-            bases in one layer, or a dictionary with an encoder of its own.
+            bases in one layer, a dictionary with an encoder of its own, or more edges than memory holds.
         NumericalError: the target is zero, or incoming edges do not sum to a node's activation.
 
     Source: Arora et al. 2026, arXiv 2601.22594; Ameisen et al. 2025 (local replacement); METHODS 1.2, 1.5, 1.6, 4.5.

@@ -8,7 +8,7 @@ Heads read by three edges, into q, k and v. A circuit holds the `n` edges with t
 lie on no path from the input to the logits, as its evaluation prunes them. Two ways to count it are in use, and both
 are in the file's "counts": the leaderboard puts a circuit at the share of edges asked for, int(p * N) of N; the paper
 at the share that pruning leaves. A submission is a folder per task and model, such as `ioi_gpt2`, with one file of
-scores, or with nine circuits, of at most .1, .2, .5, 1, 2, 5, 10, 20 and 50 % of the edges, and nothing else. Sign:
+scores, or with nine circuits, of at most .1, .2, .5, 1, 2, 5, 10, 20 and 50% of the edges, and nothing else. Sign:
 positive supports the answer, as where its loss is the negative difference.
 Source: hannamw/EAP-IG (`Graph.to_json`, `apply_topn`), MIB-circuit-track (`evaluate_area_under_curve`); METHODS 5.2 and
 5.11.

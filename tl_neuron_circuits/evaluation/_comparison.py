@@ -80,7 +80,7 @@ class Comparison:
         return list(dict.fromkeys(key.task for key in self.curves))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per task, basis, method and size, with 95 % bands over lexical items (columns `*_low`, `*_high`)."""
+        """One row per task, basis, method and size, with 95% bands over lexical items (columns `*_low`, `*_high`)."""
         frames = []
         for key, curve in self.curves.items():
             frame = curve.to_dataframe()
@@ -121,7 +121,7 @@ class Comparison:
         level: float = 0.8,
         task: str | None = None,
     ) -> tuple[float, float, float]:
-        """How many times the nodes of `other` does `basis` need at `level` of faithfulness: value, low, high (95 %).
+        """How many times the nodes of `other` does `basis` need at `level` of faithfulness: value, low, high (95%).
 
         The two curves are drawn together over lexical items. A curve that does not stay above the level counts as inf,
         so the ratio may be inf, 0, or nan where neither does; draws in which neither does are left out of the band.
@@ -162,10 +162,10 @@ class Comparison:
             missed = max((share for key, share in self.unexplained.items() if key.basis == basis), default=0.0)
             if missed > _POOR:
                 sentences.append(
-                    f"{basis} leave {missed:.0%} of the variance unexplained, so error nodes, which count as their "
+                    f"with {basis}, {missed:.0%} of the variance stays unexplained: error nodes, which count as "
                     "nodes, may do the work"
                 )
-        return "; ".join(sentences) + f" (scored by {method}; 95 % over lexical items)."
+        return "; ".join(sentences) + f" (scored by {method}; 95% over lexical items)."
 
     def save(self, path: str | Path) -> None:
         """Write a directory with `comparison.safetensors`, all curves in it; an existing one is replaced at once.

@@ -182,7 +182,7 @@ class Curve:
         draws: int = 2000,
         seed: int = 0,
     ) -> pd.Series:
-        """This curve's `measure` minus another's on the same pairs, with a 95 % bootstrap interval over clusters.
+        """This curve's `measure` minus another's on the same pairs, with a 95% bootstrap interval over clusters.
 
         Both curves see the same draws of clusters, so what pairs have in common does not widen the interval.
 
@@ -196,7 +196,7 @@ class Curve:
             seed: of the draws.
 
         Returns:
-            difference, low, high (the middle 95 % of the draws), clusters (how many there are).
+            difference, low, high (the middle 95% of the draws), clusters (how many there are).
 
         Raises:
             SettingsError: the curves are not of the same pairs, or clusters are not one label per pair.

@@ -153,7 +153,7 @@ class Stability:
         return (false / torch.arange(1, len(false) + 1)).clamp(max=1.0)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """By size: nodes in the core, and the Jaccard index of draws with the ranking of all pairs (median, 95 %)."""
+        """By size: nodes in the core, and the Jaccard index of draws with the ranking of all pairs (median, 95%)."""
         whole, rows = self._ranked(), []
         for size in self.sizes:
             share = jaccard(self.best[:, :size], whole[:size].expand(len(self.best), -1))
@@ -163,7 +163,7 @@ class Stability:
         return pd.DataFrame(rows)
 
     def agreement(self, other: "Stability") -> pd.DataFrame:
-        """Jaccard index of two methods' best nodes by size, of all pairs and over draws of the same words (95 %).
+        """Jaccard index of two methods' best nodes by size, of all pairs and over draws of the same words (95%).
 
         Raises:
             SettingsError: other nodes, sizes or draws.

@@ -91,8 +91,8 @@ class SteeringSweep:
     def effects(self) -> pd.DataFrame:
         """One row per steered group, scale and thing read: a watched group, or what became of the next token.
 
-        Columns: steered, scale, read, mean (over prompts), low and high (95 % over prompts; nan for one prompt) and,
-        where controls were drawn, control (mean over draws), control_low and control_high (95 % of the draws),
+        Columns: steered, scale, read, mean (over prompts), low and high (95% over prompts; nan for one prompt) and,
+        where controls were drawn, control (mean over draws), control_low and control_high (95% of the draws),
         control_size (|activation| of the drawn nodes over the group's) and p (share of draws, the group counted among
         them, whose effect is as large). A read group has its relative change; "kl" and "log p" are in nats, "logit
         difference" in logits. "log p" is of the pairs' answer, otherwise of the unsteered top token.
@@ -347,7 +347,7 @@ def readings(result: SteeringResult) -> dict[str, Float[Tensor, " prompt"]]:
 
 
 def bootstrap_interval(values: Float[Tensor, " prompt"], labels: Sequence[str] | None) -> tuple[float, float]:
-    """95 % of the means of bootstrap samples; prompts with one label are drawn together."""
+    """95% of the means of bootstrap samples; prompts with one label are drawn together."""
     names = list(range(len(values))) if labels is None else list(labels)
     order = {name: place for place, name in enumerate(dict.fromkeys(names))}
     if len(order) < 2:

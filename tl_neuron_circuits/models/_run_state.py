@@ -45,7 +45,7 @@ def state_problems(model: TransformerLensModel) -> list[str]:
 
 
 def _autocast_problem() -> str | None:
-    """Why no rule can be trusted now: autocast rounds what a rule rebuilds, and scores move by 2 to 3 %."""
+    """Why no rule can be trusted now: autocast rounds what a rule rebuilds, and scores move by 2 to 3%."""
     for device in ("cpu", "cuda"):
         if _autocast_is_on(device):
             return (

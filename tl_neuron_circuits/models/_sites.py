@@ -255,7 +255,7 @@ def _mlp_sites(
 
 
 def _unsupported_flags(model: TransformerLensModel, points: dict[str, Any]) -> list[Problem]:
-    """On `TransformerBridge` these flags apply ln1 again without hooks: gradients would be wrong by 7 to 30 %."""
+    """On `TransformerBridge` these flags apply ln1 again without hooks: gradients would be wrong by 7 to 30%."""
     is_bridge = "blocks.0.ln1.hook_out" in points or "blocks.0.hook_in" in points
     flags = ("use_split_qkv_input", "use_attn_in")
     wrong = [flag for flag in flags if is_bridge and getattr(model.cfg, flag, False)]

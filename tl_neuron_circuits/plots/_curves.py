@@ -67,7 +67,7 @@ def plot_comparison(comparison: "Comparison", task: str | None = None) -> go.Fig
             drawn = rows if len(tasks) == 1 else _averaged(rows, measure)
             _line(figure, column, drawn, measure, basis, method, palette[basis], _width(method, keys[0].method))
     _legend(figure, palette, (key.method for key in keys))
-    notes = ["bands: 95 % over words" if len(tasks) == 1 else f"averaged over {len(tasks)} tasks"]
+    notes = ["bands: 95% over words" if len(tasks) == 1 else f"averaged over {len(tasks)} tasks"]
     return finish(figure, "Sparsity of bases", _subtitle([comparison.curves[key] for key in keys], tasks, notes))
 
 

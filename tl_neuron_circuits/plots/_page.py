@@ -294,7 +294,7 @@ def _prediction(settings: Mapping[str, Any]) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %" if np.isfinite(value) else ""
+    return f"{100 * value:.1f}%" if np.isfinite(value) else ""
 
 
 def _column(values: pd.Series) -> list[Any]:

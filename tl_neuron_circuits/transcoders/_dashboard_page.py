@@ -60,7 +60,7 @@ def _restricted() -> str:
 
 def _facts(firing: Firing) -> str:
     facts = [
-        ("fires on", f"{100 * firing.frequency:.3g} % of {firing.positions:,} positions"),
+        ("fires on", f"{100 * firing.frequency:.3g}% of {firing.positions:,} positions"),
         ("largest activation", f"{firing.largest:.4g}"),
     ]
     return f'<div class="facts">{"".join(f"<span>{name} <b>{value}</b></span>" for name, value in facts)}</div>'

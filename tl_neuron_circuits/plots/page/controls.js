@@ -44,7 +44,7 @@ function readControls() {
 
 function sayCounts() {
   const all = view.ranked.length, found = state.search ? `${count(state.shown.filter(matches).length)} found · ` : "";
-  const weakest = state.count ? percent(sizeOf(view.ranked[state.count - 1])) : "0 %";
+  const weakest = state.count ? percent(sizeOf(view.ranked[state.count - 1])) : "0%";
   const nodes = `${count(state.count)} of ${count(all)}`, edges = state.edgeLimit === null ? "each node's strongest, by share" : state.drawn.length === state.visible ? "any share" : `at least ${percent(state.edgeLimit)}`;
   for (const [name, text] of [["node", nodes], ["edge", edges]]) {
     $(name + "-limit").textContent = text;

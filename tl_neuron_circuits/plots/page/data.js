@@ -120,7 +120,7 @@ function number(value) {
   const text = size !== 0 && (size < 1e-4 || size >= 1e6) ? size.toExponential(2) : String(Number(size.toPrecision(4)));
   return value < 0 ? "−" + text : text;
 }
-const percent = (value) => (value === null || value === undefined ? "—" : number(Number((100 * value).toPrecision(3))) + " %");
+const percent = (value) => (value === null || value === undefined ? "—" : number(Number((100 * value).toPrecision(3))) + "%");
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "0");
 const count = (value) => value.toLocaleString("en");
 const where = (node) => {

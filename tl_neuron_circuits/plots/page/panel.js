@@ -170,7 +170,7 @@ function aboutEnds() {
   if (!ends.length || !data.target_value) return [];
   const left = sum(ends.filter((node) => REST.has(node.kind) && node.kind !== "bias").map((node) => node.flow)) / data.target_value;
   const part = (name, share) => element("span", { class: name, style: `width: ${Math.max(0, Math.min(100, 100 * share))}%` });
-  const text = (share) => `${(100 * share).toFixed(1)} %`;
+  const text = (share) => `${(100 * share).toFixed(1)}%`;
   return [
     element("h3", {}, "Where the target comes from"),
     element("div", { class: "ends", "aria-hidden": "true" }, part("part-explained", 1 - left), part("part-left", left)),
