@@ -12,6 +12,7 @@ from tests.loops import for_each
 from tests.test_cli import run
 from tl_neuron_circuits import Circuit
 from tl_neuron_circuits.cli._inputs import read_inputs
+from tl_neuron_circuits.cli._terminal import in_options
 from tl_neuron_circuits.tasks import subject_verb_agreement
 
 PROMPT = "The capital of the state containing Dallas is"
@@ -44,6 +45,46 @@ def test_trace_takes_several_prompts_and_writes_what_each_adds(tmp_path: Path) -
     assert not (tmp_path / "summed" / "neuronpedia.json").exists()
 
 
+MESSY = [  # two answers of several tokens, one pair of unequal lengths, two that fit as they are
+    ("The cat", "The cats", " is near", " are near"),
+    ("The cats", "The cat", " are near", " is near"),
+    ("The cat near it", "The cats", " is", " are"),
+    ("The dog", "The dogs", " is", " are"),
+    ("The dogs", "The dog", " are", " is"),
+]
+
+
+@for_each(
+    ("command", "options"),
+    [("attribute", ()), ("trace", ("--nodes", "5")), ("compare", ("--method", "relp", "--size", "10"))],
+)
+def test_pairs_that_do_not_fit_are_refused_or_left_out(command: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    fields = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
+    lines = [json.dumps(dict(zip(fields, row, strict=True))) for row in MESSY]
+    (tmp_path / "messy.json").write_text("\n".join(lines), encoding="utf-8")
+    call = [command, "demo-gelu", "--pairs", tmp_path / "messy.json", "--out", tmp_path / "out", "--json", *options]
+    code, out, err = run(*call)
+    assert (code, out) == (2, "") and "--keep-fitting" in err and "keep_fitting(" not in err
+    assert "--multi-token first_difference takes the first that differs" in err
+    code, out, err = run(*call, "--keep-fitting", "--multi-token", "first_difference")
+    assert code == 0 and json.loads(out)["command"] == command, err
+    assert "4 of 5 qualified (80%), left out 1 with clean and corrupt of different lengths" in err
+    code, _, err = run(*call, "--multi-token", "some")
+    assert code == 2 and "expected --multi-token error or first_difference; got 'some'" in err
+
+
+def test_left_out_pairs_change_nothing_for_the_others(tmp_path: Path) -> None:
+    fields = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
+    lines = [json.dumps(dict(zip(fields, row, strict=True))) for row in MESSY]
+    tops = []
+    for kept, options in ((lines, ["--keep-fitting"]), (lines[3:], [])):
+        (tmp_path / "pairs.json").write_text("\n".join(kept), encoding="utf-8")
+        code, out, err = run("attribute", "demo-gelu", "--pairs", tmp_path / "pairs.json", "--json", *options)
+        assert code == 0, err
+        tops.append(json.loads(out)["nodes"])
+    assert tops[0] == tops[1]
+
+
 def test_trace_chooses_as_many_nodes_as_explain_a_share(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("The dogs near the girl are old.\nThe dog is here.\n", encoding="utf-8")
     call = ["trace", "demo-gelu", PROMPT, "--target", " Austin", "--out", tmp_path / "out", "--json"]
@@ -56,6 +97,7 @@ def test_trace_chooses_as_many_nodes_as_explain_a_share(tmp_path: Path) -> None:
         (("--explained", "0.5", "--nodes", "20", "--reference", tmp_path / "texts.txt"), "either --nodes or"),
         (("--explained", "2", "--reference", tmp_path / "texts.txt"), "share between 0 and 1"),
         (("--positions", "some"), "--positions keep or sum"),
+        (("--keep-fitting",), "expected --pairs beside --keep-fitting"),
     ):
         code, out, err = run(*call, *options)
         assert code == 2 and message in " ".join(err.split()) and "Traceback" not in out + err, err
@@ -209,3 +251,13 @@ def test_running_out_of_memory_or_failing_a_check_is_exit_code_1(monkeypatch: py
         monkeypatch.setattr("tl_neuron_circuits.interventions._steer.steer", fails)
         code, _, err = run("steer", "demo-gelu", PROMPT, "--node", "L0/N1", "--scale", "0")
         assert code == (1 if isinstance(error, torch.OutOfMemoryError) else 2) and message in err
+
+
+def test_messages_name_options_where_the_command_has_them() -> None:
+    message = "pass positions='sum', nodes=100 or steps=20, or tasks.keep_fitting(model, pairs, same_length=True)"
+    options = {"positions": "--positions", "nodes": "--nodes"}
+    kept = ", or tasks.keep_fitting(model, pairs, same_length=True)"
+    assert in_options(message, options) == "pass --positions sum, --nodes 100 or steps=20" + kept
+    options["keep_fitting"] = "--keep-fitting"
+    assert in_options(message, options).endswith("steps=20, or --keep-fitting")
+    assert in_options(message, {}) == message

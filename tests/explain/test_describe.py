@@ -295,6 +295,17 @@ def test_a_writer_and_a_simulator_are_called_and_scored_on_held_out_windows(
         tnc.describe(model, ["L0/N5"], texts, write=lambda name, rows: 3)  # type: ignore[arg-type, return-value]
 
 
+def test_labels_that_fail_on_other_texts_name_nothing(tmp_path: Path) -> None:
+    rows = [(0, "holds", 0.3, 0.01), (1, "fails", 0.01, 0.01), (2, "absent", np.nan, 0.01), (3, "mine", np.nan, np.nan)]
+    table = pd.DataFrame(rows, columns=["unit", "label", "precision", "base_rate"]).assign(layer=0, sign=1, recall=0.1)
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    found = Descriptions.from_file(tmp_path / "labels.csv")
+    names = [f"L0/N{unit}" for unit in table["unit"]]
+    assert [found.text(name) for name in names] == ["holds", "", "", "mine"]
+    assert ["it fails there" in found.label_line(f"{name}+") for name in names] == [False, True, True, False]
+    assert found.table["label"].tolist() == table["label"].tolist()
+
+
 def test_files_of_labels_come_back_and_others_are_read(model: Any, texts: list[str], tmp_path: Path) -> None:
     found = tnc.describe(model, NODES, texts, k=2)
     for name, write in (("a.csv", found.to_csv), ("a.json", found.to_json), ("n.json", found.to_neuronpedia)):

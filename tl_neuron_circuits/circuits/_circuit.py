@@ -156,7 +156,7 @@ class Circuit:
         if self.target_value and self.unexplained > 0.5:
             notes.append(
                 f"{self.unexplained:.0%} of the target flows to what was left out (circuit.layers() shows where). More "
-                "nodes explain more, slowly on deep models; tnc.steer and tnc.sweep show what these nodes do."
+                "nodes explain more, slowly on deep models; steering shows what these nodes do."
             )
         return notes
 

@@ -14,14 +14,18 @@ from ._inputs import (
     Chat,
     Device,
     Dtype,
+    KeepFitting,
     Model,
+    MultiToken,
     Seed,
     SkipSpecial,
+    fitting,
     in_chat,
     load_circuit,
     load_model,
     load_saved,
     read_inputs,
+    tokens_of,
 )
 from ._terminal import console, print_json, show, show_written
 
@@ -68,6 +72,8 @@ def trace(
     profiles: Annotated[
         bool, typer.Option("--profiles", help="Also what each token brings to each neuron; see by_prompt.csv.")
     ] = False,
+    keep_fitting: KeepFitting = False,
+    multi_token: MultiToken = "error",
     chat: Chat = False,
     answer_start: AnswerStart = "",
     skip_special: SkipSpecial = False,
@@ -91,6 +97,8 @@ def trace(
         raise SettingsError(f"expected either PROMPT or --pairs; got {'both' if prompts else 'neither'}.")
     if pairs is not None and target:
         raise SettingsError("expected no --target beside --pairs: pairs have answers of their own. Leave it out.")
+    if pairs is None and (keep_fitting or multi_token != "error"):
+        raise SettingsError("expected --pairs beside --keep-fitting and --multi-token, which are about their answers.")
     choice = _choice(nodes, share, mass, explained)
     if (reference is not None) != (explained is not None and pairs is None):
         raise SettingsError(
@@ -106,6 +114,10 @@ def trace(
     loaded = load_model(model, backend, device, dtype)
     if pairs is not None:
         asked: Any = in_chat(loaded, questions, chat, answer_start)
+        if keep_fitting:
+            asked = fitting(loaded, asked, multi_token, same_length=positions == "keep")
+        if multi_token != "error":
+            asked = tokens_of(loaded, asked, multi_token)
     else:
         each = [in_chat(loaded, prompt, chat, answer_start) for prompt in questions]
         asked = each if len(each) > 1 else each[0]
@@ -135,7 +147,7 @@ def trace(
         return
     if by_prompt:
         show(DataFrame(by_prompt), "what the model says on each prompt")
-    show(best[["node", "kind", "token", "activation", "score", "share"]], repr(circuit))
+    show(best[["node", "token", "activation", "score", "share"]], repr(circuit))
     show_written(files)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .._errors import FileFormatError, PairsError, SettingsError
-from ._terminal import say
+from ._terminal import say, tell
 
 Model = Annotated[
     str,
@@ -21,6 +21,15 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_h
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables; progress goes to stderr.")]
 PairsFile = Annotated[
     Path, typer.Option("--pairs", help="JSON lines: clean_prefix, patch_prefix, clean_answer, patch_answer, case.")
+]
+KeepFitting = Annotated[
+    bool,
+    typer.Option(
+        "--keep-fitting", help="Leave out pairs that do not fit the tokenizer or have another length than most."
+    ),
+]
+MultiToken = Annotated[
+    str, typer.Option(help="Answers of several tokens: error, or first_difference, the first that differs.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Prompts per pass.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of all random draws.")]
@@ -37,6 +46,7 @@ SkipSpecial = Annotated[
 ]
 
 BACKENDS = ("auto", "HookedTransformer", "TransformerBridge")
+MULTI_TOKEN = ("error", "first_difference")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -131,6 +141,33 @@ def in_chat(model: Any, prompts: Any, chat: bool, answer_start: str) -> Any:
     from ..tasks._chat import apply_chat_template
 
     return apply_chat_template(model, prompts, answer_start=answer_start)
+
+
+def fitting(model: Any, pairs: Any, multi_token: str, *, same_length: bool = True) -> Any:
+    """Only the pairs that fit the tokenizer; stderr says how many were left out."""
+    from ..tasks._tokenize import keep_fitting
+
+    kept = keep_fitting(model, pairs, multi_token=_known(multi_token), same_length=same_length)
+    tell(f"--keep-fitting: {kept.selection}")
+    return kept
+
+
+def tokens_of(model: Any, pairs: Any, multi_token: str) -> Any:
+    """Tokenized pairs.
+
+    Raises:
+        SettingsError: an unknown --multi-token.
+        PairsError: a pair does not fit.
+    """
+    from ..tasks._tokenize import tokenize
+
+    return tokenize(model, pairs, multi_token=_known(multi_token))
+
+
+def _known(multi_token: str) -> Any:
+    if multi_token not in MULTI_TOKEN:
+        raise SettingsError(f"expected --multi-token {' or '.join(MULTI_TOKEN)}; got {multi_token!r}.")
+    return multi_token
 
 
 def read_inputs(pairs: Path | None, prompts: Path | None) -> Any:

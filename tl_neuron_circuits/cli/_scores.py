@@ -14,12 +14,16 @@ from ._inputs import (
     Chat,
     Device,
     Dtype,
+    KeepFitting,
     Model,
+    MultiToken,
     PairsFile,
     Seed,
     SkipSpecial,
+    fitting,
     in_chat,
     load_model,
+    tokens_of,
 )
 from ._terminal import FAILED, console, print_json, say, show, show_written
 
@@ -64,7 +68,8 @@ def attribute(
     ] = "relp",
     basis: Annotated[str, typer.Option(help="neurons, mlp_outputs, head_outputs or residual_stream.")] = "neurons",
     positions: Annotated[str, typer.Option(help="keep or sum.")] = "keep",
-    multi_token: Annotated[str, typer.Option(help="error or first_difference.")] = "error",
+    keep_fitting: KeepFitting = False,
+    multi_token: MultiToken = "error",
     batch_size: BatchSize = 32,
     top: Annotated[int, typer.Option(help="How many nodes to show.", min=1)] = 20,
     out: Annotated[Path | None, typer.Option(help="Save all scores to this folder.")] = None,
@@ -81,7 +86,6 @@ def attribute(
     from ..bases._activations import ACTIVATION_BASES
     from ..nodes._attribute import attribute as score
     from ..tasks._pairs import PromptPairs
-    from ..tasks._tokenize import tokenize
 
     if basis not in ACTIVATION_BASES:
         raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {basis!r}.")
@@ -89,9 +93,11 @@ def attribute(
     processes = current_processes()  # before the model is loaded: under `accelerate launch` it chooses the GPU
     loaded = load_model(model, backend, device, dtype)
     read = in_chat(loaded, read, chat, answer_start)
+    if keep_fitting:
+        read = fitting(loaded, read, multi_token, same_length=positions == "keep")
     scores = score(
         loaded,
-        tokenize(loaded, read, multi_token=multi_token),  # pyright: ignore[reportArgumentType]
+        tokens_of(loaded, read, multi_token),
         method=method,
         basis=ACTIVATION_BASES[basis](),
         positions=positions,  # pyright: ignore[reportArgumentType]
@@ -127,6 +133,8 @@ def compare(
     ] = None,
     error_nodes: Annotated[str, typer.Option(help="Errors of dictionaries: rank, keep or ablate.")] = "rank",
     mib: Annotated[bool, typer.Option("--mib", help="Also CPR and CMD on MIB's grid.")] = False,
+    keep_fitting: KeepFitting = False,
+    multi_token: MultiToken = "error",
     chat: Chat = False,
     answer_start: AnswerStart = "",
     batch_size: BatchSize = 64,
@@ -145,16 +153,18 @@ def compare(
     from ..tasks._pairs import PromptPairs
 
     bases = _bases(basis or ["neurons", "mlp_outputs"], sae or [], transcoder or [])
-    train = PromptPairs.from_jsonl(pairs)
-    if evaluation_pairs is None:
-        train, test = train.split(0.5, seed=seed, by="contrast" if train.labels is None else "label")
-    else:
-        test = PromptPairs.from_jsonl(evaluation_pairs)
+    read = [PromptPairs.from_jsonl(file) for file in (pairs, evaluation_pairs) if file is not None]
     loaded = load_model(model, backend, device, dtype)
+    sets = [in_chat(loaded, each, chat, answer_start) for each in read]
+    if keep_fitting:
+        sets = [fitting(loaded, each, multi_token) for each in sets]
+    if len(sets) == 1:
+        sets = sets[0].split(0.5, seed=seed, by="contrast" if sets[0].labels is None else "label")
+    train, test = (tokens_of(loaded, each, multi_token) for each in sets)
     result = run(
         loaded,
-        in_chat(loaded, train, chat, answer_start),
-        in_chat(loaded, test, chat, answer_start),
+        train,
+        test,
         bases=bases,
         methods=method or DEFAULT_METHODS,
         sizes=size,

@@ -2,14 +2,16 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.models import OptionInfo
 
 from ._interrupt import INTERRUPTED, unwinding
 
@@ -32,14 +34,18 @@ def guarded(command: F) -> F:
                 if interrupted() or isinstance(error, KeyboardInterrupt):
                     errors.print("\ninterrupted")
                     raise typer.Exit(INTERRUPTED) from None
-                _explain(error)
+                _explain(error, options_of(command))
                 raise
 
     return run  # pyright: ignore[reportReturnType]
 
 
-def _explain(error: BaseException) -> None:
+def _explain(error: BaseException, options: Mapping[str, str]) -> None:
     """End the command with a message and an exit code, if the error comes from this package or the file system.
+
+    Args:
+        error: what happened.
+        options: the command's, by the name of their parameter.
 
     Raises:
         typer.Exit: with the code.
@@ -60,8 +66,32 @@ def _explain(error: BaseException) -> None:
     else:
         return
     errors.print(f"[bold red]{kind}[/]: ", end="")
-    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    tell(in_options(message, options))
     raise typer.Exit(code) from None
+
+
+def options_of(command: Callable[..., Any]) -> dict[str, str]:
+    """A command's options, such as --batch-size, by the name of their parameter."""
+    found = {}
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                found[name] = (info.param_decls or ["--" + name.replace("_", "-")])[0]
+    return found
+
+
+def in_options(message: str, options: Mapping[str, str]) -> str:
+    """Write what a message tells a caller in Python to pass as the options that a command has for it."""
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"].strip("'")
+        return f"{options[name]} {value}" if name in options else found[0]
+
+    if "keep_fitting" in options:
+        message = re.sub(r"tasks\.keep_fitting\([^)]*\)", options["keep_fitting"], message)
+    if "multi_token" in options:
+        message = re.sub(r"tasks\.tokenize\(model, pairs, (multi_token='\w+')\)", r"\1", message)
+    return re.sub(r"\b(?P<name>\w+)=(?P<value>'[^']+'|[\d.]*\d)", option, message)
 
 
 def progress() -> bool:
@@ -73,6 +103,11 @@ def say(text: str) -> None:
     """Announce a step, in a terminal only."""
     if progress():
         errors.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr."""
+    errors.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show(frame: Any, title: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pandas as pd
 
 from .. import _html
@@ -70,6 +71,7 @@ class Descriptions:
     def text(self, name: str) -> str:
         """What is known of "L3/N5+", in words: the description, else the label; "" for none.
 
+        A label that fails on other texts (precision no higher than the base rate) is left out; `label_line` tells it.
         Without a sign, both signs' texts; where a file does not tell signs, its text serves for both.
         """
         node, sign = (name[:-1], {"+": 1, "-": -1}[name[-1]]) if name[-1:] in ("+", "-") else (name, 0)
@@ -85,14 +87,14 @@ class Descriptions:
         rows = self.table[[own == name for own in self._names()]]
         if rows.empty:
             return ""
-        row = rows.iloc[0]
+        row = rows.iloc[0].to_dict()
         if not row["label"]:
             return "no token, class or preceding token tells where it is active"
         if "precision" not in rows:
             return str(row["label"])
         return (
             f"{row['label']} (on other texts: precision {row['precision']:.2f}, recall {row['recall']:.2f}, "
-            f"base rate {row['base_rate']:.3f})"
+            f"base rate {row['base_rate']:.3f}{'' if _holds(row) else '; it fails there'})"
         )
 
     def example_table(self, name: str) -> pd.DataFrame:
@@ -220,7 +222,13 @@ class Descriptions:
 
 
 def _said(row: Mapping[Any, Any]) -> str:
-    return str(row.get("description") or row.get("label") or "")
+    return str(row.get("description") or (row.get("label") if _holds(row) else "") or "")
+
+
+def _holds(row: Mapping[Any, Any]) -> bool:
+    """Whether a label was not shown to fail: on other texts it occurs, and tells more than the base rate."""
+    base_rate = row.get("base_rate", float("nan"))  # nan where nothing was measured
+    return bool(np.isnan(base_rate) or row.get("precision", float("nan")) > base_rate)
 
 
 def _plain(value: Any) -> Any:

@@ -265,7 +265,8 @@ def _tokens_of(encode: Encoder, index: int, pair: PromptPair, multi_token: Multi
                 raise _misfit(
                     "with an answer of several tokens",
                     f"pair {index} ({pair.clean!r}): the answer {text!r} is {encode.show(tokens)}, expected one. "
-                    "Choose single-token answers, or pass multi_token='first_difference' for the first that differs.",
+                    "Choose answers of one token. For pairs, tasks.tokenize(model, pairs, "
+                    "multi_token='first_difference') takes the first that differs.",
                 )
     shared = _first_difference(encode, index, pair, answer, wrong)
     corrupt = None
@@ -354,8 +355,8 @@ def _check_contrast(
         raise _misfit(
             "with clean and corrupt of different lengths",
             f"pair {index}: clean and corrupt must have the same number of tokens, got {encode.show(clean)} for "
-            f"{pair.clean!r} and {encode.show(corrupt)} for {pair.corrupt!r}. Choose words of equal length, filter "
-            "with keep_fitting(model, pairs), or pass aligned=False if nothing is compared position by position.",
+            f"{pair.clean!r} and {encode.show(corrupt)} for {pair.corrupt!r}. Choose words of equal length; "
+            "tasks.tokenize(model, pairs, aligned=False) is for what compares nothing position by position.",
         )
     if clean == corrupt:
         raise _misfit(

@@ -379,7 +379,10 @@ def _process_folder(folder: Path, rank: int) -> Path:
 def _make_fresh(folder: Path) -> None:
     found = checkpoints(folder)
     if found:
-        raise SettingsError(f"{folder} already holds checkpoints ({found[-1].name}): pass resume=True to continue.")
+        raise SettingsError(
+            f"{folder} already holds checkpoints ({found[-1].name}). To continue that run with the same settings, pass "
+            "resume=True; for another, choose another directory."
+        )
     folder.mkdir(parents=True, exist_ok=True)
 
 
