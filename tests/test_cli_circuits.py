@@ -12,7 +12,7 @@ from tests.loops import for_each
 from tests.test_cli import run
 from tl_neuron_circuits import Circuit
 from tl_neuron_circuits.cli._inputs import read_inputs
-from tl_neuron_circuits.cli._terminal import in_options
+from tl_neuron_circuits.cli._terminal import in_options, show
 from tl_neuron_circuits.tasks import subject_verb_agreement
 
 PROMPT = "The capital of the state containing Dallas is"
@@ -261,3 +261,10 @@ def test_messages_name_options_where_the_command_has_them() -> None:
     options["keep_fitting"] = "--keep-fitting"
     assert in_options(message, options).endswith("steps=20, or --keep-fitting")
     assert in_options(message, {}) == message
+
+
+def test_tables_keep_each_row_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    show(pd.DataFrame([("a\nb", 1234.5, 0.0001, float("nan"))], columns=["token", "large", "tiny", "nothing"]), "title")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [cell.strip() for cell in rows[0].strip("│").split("│")] == ["a\\nb", "1234", "1.0e-04", ""]
+    assert len(rows) == 1

@@ -145,6 +145,25 @@ def test_a_model_without_tokenizer_asks_for_tokens(case: ModelCase) -> None:
         tokenize(case.build(), one("The keys", " are"))
 
 
+@pytest.mark.parametrize(
+    ("clean", "answer", "warns"),
+    [
+        ("The keys", "are", True),
+        ("The keys", " are", False),
+        ("The keys.\n", "are", False),
+        ("The keys", ".", False),
+        ("from 1732 to 17", "35", False),
+        ("钥匙", "在", False),
+    ],
+)
+def test_an_answer_without_its_space_is_reported(
+    byte_model: Any, caplog: pytest.LogCaptureFixture, clean: str, answer: str, warns: bool
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="tl_neuron_circuits"):
+        tokenize(byte_model, one(clean, answer), multi_token="first_difference")
+    assert ("1 of 2 answers continue the last word of their prompt" in caplog.text) == warns
+
+
 def test_keep_fitting_drops_both_directions_and_says_why(word_model: Any, caplog: pytest.LogCaptureFixture) -> None:
     good = PromptPairs(clean=["The keys"], answer=[" are"], corrupt=["The key"], wrong_answer=[" is"])
     bad = PromptPairs(clean=["The boys"], answer=[" were"], corrupt=["The wombat"], wrong_answer=[" was"])

@@ -151,13 +151,13 @@ def plain(content: Any) -> Any:
 
 
 def _cell(cell: Any) -> str:
-    """Three decimals, fewer for large numbers, two digits for tiny ones, empty where there is nothing."""
+    """Three decimals, fewer for large numbers, two digits for tiny ones, empty where there is nothing; no new lines."""
     import pandas as pd
 
     if pd.isna(cell):
         return ""
     if not isinstance(cell, float):
-        return str(cell)
+        return str(cell).replace("\n", "\\n")
     if abs(cell) >= 100:
         return f"{cell:.0f}"
     return f"{cell:.3f}" if cell == 0 or abs(cell) >= 0.001 else f"{cell:.1e}"

@@ -79,6 +79,7 @@ def tokenize(
             f"{error} To leave out pairs that do not fit: tasks.keep_fitting(model, pairs); built-in tasks draw only "
             "those that fit with model=model."
         ) from None
+    _warn_of_glued_answers(encode, pairs)
     return _assemble(encode, pairs, rows)
 
 
@@ -315,6 +316,25 @@ def _continuation(encode: Encoder, index: int, prompt: str, answer: str) -> Toke
             "Choose a word of its vocabulary; word-level tokenizers need the space before it (' are').",
         )
     return tokens
+
+
+def _warn_of_glued_answers(encode: Encoder, pairs: PromptPairs) -> None:
+    """Log answers that continue the prompt's last word, which a space would have made a word of their own."""
+    glued = [
+        pair for pair in pairs
+        if _is_cased(pair.clean[-1:]) and _is_cased(pair.answer[:1])
+        and encode(pair.clean + " " + pair.answer) != encode(pair.clean + pair.answer)
+    ]  # fmt: skip
+    if glued:
+        _logger.warning(
+            "%d of %d answers continue the last word of their prompt, as %r after %r. Did you mean %r, with a space?",
+            len(glued), len(pairs), glued[0].answer, glued[0].clean, " " + glued[0].answer,
+        )  # fmt: skip
+
+
+def _is_cased(character: str) -> bool:
+    """Whether it is a letter of a script that separates words by spaces, as all scripts with two cases do."""
+    return character.lower() != character.upper()
 
 
 def _first_difference(encode: Encoder, index: int, pair: PromptPair, answer: Tokens, wrong: Tokens | None) -> int:
