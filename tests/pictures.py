@@ -19,7 +19,6 @@ from typing import Any
 
 import nbconvert
 import nbformat
-from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 import tl_neuron_circuits as tnc
@@ -130,9 +129,6 @@ def main(names: list[str]) -> None:
         for name in names or PICTURES:
             PICTURES[name](browser.new_page(), Path(scratch))
             path = IMAGES / f"{name}.png"
-            with Image.open(path) as image:
-                small = image.convert("RGB").quantize(256)  # flat colors: half the bytes, no visible loss
-            small.save(path, optimize=True)
             print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
         browser.close()
 
