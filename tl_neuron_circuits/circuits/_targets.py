@@ -21,8 +21,7 @@ from torch import Tensor
 from .._errors import SettingsError
 from ..models._protocol import TransformerLensModel
 from ..tasks._metrics import Metric, measure, metric_name
-from ..tasks._pairs import PromptPairs
-from ..tasks._tokenize import tokenize
+from ..tasks._tokenize import tokens_after
 from ..tasks._tokenized import Batch, TokenizedPairs
 from ._prompt_graph import PromptRun
 
@@ -239,4 +238,4 @@ def token_id(model: TransformerLensModel, token: Token, prompt: str | None) -> i
             f"the target {token!r} is text, which is tokenized in the context of a prompt given as text. Give the "
             "token's number (for example model.to_single_token(...)), or the prompt as text."
         )
-    return int(tokenize(model, PromptPairs(clean=[prompt], answer=[token])).answer[0])
+    return tokens_after(model, [prompt], [token])[0]

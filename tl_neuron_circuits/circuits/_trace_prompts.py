@@ -15,7 +15,7 @@ from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import require_corrupt
 from ..tasks._spans import MarkedText, TokenSpan, read_marks, span_tokens
 from ..tasks._text_tokens import text_tokens
-from ..tasks._tokenize import tokenize
+from ..tasks._tokenize import tokenize, tokens_after
 from ..tasks._tokenized import TokenizedPairs
 from ._alignment import Places, align
 from ._rollout import Rollout, roll_out
@@ -138,7 +138,7 @@ def _with_answers(
 def _token_ids(model: Any, tokens: list[Any], texts: Sequence[str] | None) -> list[int]:
     """One token per prompt; text is tokenized after its prompt."""
     if texts is not None and all(isinstance(token, str) for token in tokens):
-        return tokenize(model, PromptPairs(clean=texts, answer=tokens)).answer.tolist()
+        return tokens_after(model, texts, tokens)
     return [token_id(model, token, None if texts is None else texts[row]) for row, token in enumerate(tokens)]
 
 

@@ -83,6 +83,16 @@ def tokenize(
     return _assemble(encode, pairs, rows)
 
 
+def tokens_after(model: TransformerLensModel, prompts: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """The one token that each answer is after its prompt.
+
+    Raises:
+        PairsError: an answer of several tokens, or one that merges with its prompt.
+    """
+    encode, pairs = encoder(model, None), PromptPairs(clean=prompts, answer=answers)
+    return [_tokens_of(encode, index, pair, "error", True).answer for index, pair in enumerate(pairs)]
+
+
 @checked
 def keep_fitting(
     model: TransformerLensModel,

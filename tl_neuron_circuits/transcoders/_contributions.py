@@ -30,8 +30,7 @@ from ..interventions._steering_prompts import token_names
 from ..models._protocol import TransformerLensModel, submodule
 from ..models._threads import holding
 from ..nodes._scores import label
-from ..tasks._pairs import PromptPairs
-from ..tasks._tokenize import tokenize
+from ..tasks._tokenize import tokens_after
 from ._residual_run import NormMap, Prompt, ResidualRun, norm_map, one_prompt, residual_run
 
 _COLUMNS = {
@@ -392,7 +391,7 @@ def _token(model: TransformerLensModel, target: str | int, prompt: str | None) -
             "given as text: pass the token's number, or the prompt as text."
         )
     try:
-        return int(tokenize(model, PromptPairs(clean=[prompt], answer=[target])).answer[0])
+        return tokens_after(model, [prompt], [target])[0]
     except PairsError as error:
         raise SettingsError(f"expected a target such as {_FORM}; got {target!r}: {error}") from error
 
