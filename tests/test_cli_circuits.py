@@ -263,6 +263,14 @@ def test_messages_name_options_where_the_command_has_them() -> None:
     assert in_options(message, {}) == message
 
 
+def test_notes_name_options_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    call = ["trace", "demo-gelu", PROMPT, "--target", " Augusta", "--nodes", "5", "--out", tmp_path / "out"]
+    code, _, err = run(*call)
+    assert code == 0 and "does not predict 'Augusta'" in caplog.text, err
+    assert "explain its own token (no --target)" in caplog.text
+    assert in_options("give target=' Augusta'", {"target": "--target"}) == "give --target ' Augusta'"
+
+
 def test_tables_keep_each_row_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     show(pd.DataFrame([("a\nb", 1234.5, 0.0001, float("nan"))], columns=["token", "large", "tiny", "nothing"]), "title")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]

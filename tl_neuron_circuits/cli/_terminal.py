@@ -1,9 +1,11 @@
 """What commands print and how they end: tables and JSON on stdout, progress and errors on stderr, exit codes."""
 
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -24,17 +26,18 @@ FAILED, BAD_INPUT = 1, 2
 
 def guarded(command: F) -> F:
     """Turn an error of this package or of the file system into one message and an exit code, and Ctrl-C into 130."""
+    options = options_of(command)
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with unwinding() as interrupted:
+        with unwinding() as interrupted, _log_in_options(options):
             try:
                 return command(*args, **kwargs)
             except BaseException as error:
                 if interrupted() or isinstance(error, KeyboardInterrupt):
                     errors.print("\ninterrupted")
                     raise typer.Exit(INTERRUPTED) from None
-                _explain(error, options_of(command))
+                _explain(error, options)
                 raise
 
     return run  # pyright: ignore[reportReturnType]
@@ -80,18 +83,41 @@ def options_of(command: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def _log_in_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Inside, what is logged names a command's options."""
+
+    def translate(record: logging.LogRecord) -> bool:
+        record.msg, record.args = in_options(record.getMessage(), options), ()
+        return True
+
+    handlers = logging.getLogger().handlers
+    for handler in handlers:
+        handler.addFilter(translate)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(translate)
+
+
 def in_options(message: str, options: Mapping[str, str]) -> str:
     """Write what a message tells a caller in Python to pass as the options that a command has for it."""
 
     def option(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"].strip("'")
-        return f"{options[name]} {value}" if name in options else found[0]
+        name, value = found["name"], found["value"]
+        value = value if " " in value else value.strip("'")
+        if name not in options:
+            return found[0]
+        if value == "None":
+            return f"no {options[name]}"
+        return f"{options[name]} {value}"
 
     if "keep_fitting" in options:
         message = re.sub(r"tasks\.keep_fitting\([^)]*\)", options["keep_fitting"], message)
     if "multi_token" in options:
         message = re.sub(r"tasks\.tokenize\(model, pairs, (multi_token='\w+')\)", r"\1", message)
-    return re.sub(r"\b(?P<name>\w+)=(?P<value>'[^']+'|[\d.]*\d)", option, message)
+    return re.sub(r"\b(?P<name>\w+)=(?P<value>'[^']+'|[\d.]*\d|None)", option, message)
 
 
 def progress() -> bool:
