@@ -1,5 +1,6 @@
 """CircuitLasso on small models: its weights are those of a plain regression on cached activations."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -391,6 +392,21 @@ def test_as_a_circuit_it_is_saved_and_is_a_graph(gpt2, tmp_path: Path) -> None:
     assert again.graph().number_of_edges() == len(found.edges)
     assert circuit.nodes.set_index("node").loc["logits", "score"] == 1
     assert circuit.nodes["score"].between(0, 1).all()
+    assert np.isnan(circuit.unexplained) and circuit.notes == [] and "explained" not in repr(circuit)
+    circuit.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not re.search(r"\d% is explained|nan%", page)
+
+
+def test_a_regression_says_what_it_predicts_of_the_readout(gpt2) -> None:
+    tokens = random_tokens(gpt2, batch=20, pos=5)
+    good, poor = (
+        CircuitLasso(readout="logits", penalty=Share(share), regressors="same").fit(gpt2, tokens)
+        for share in (0.1, 0.999)
+    )
+    r2 = good.nodes.set_index("node").loc["logits", "r2"]
+    assert f"R2 of the readout {r2:.2f}" in repr(good) and r2 > 0.1 and good.notes == []
+    assert len(poor.notes) == 1 and "Share(0.2)" in poor.notes[0] and "Share(0.2)" in poor._repr_html_()
 
 
 def test_pruning_keeps_weights_and_the_way_to_the_readout(gpt2) -> None:

@@ -115,7 +115,12 @@ class Circuit:
 
     @property
     def unexplained(self) -> float:
-        """Share of the target that flows to nodes left out, cut edges, and what dictionaries or linearization miss."""
+        """Share of the target that flows to nodes left out, cut edges, and what dictionaries or linearization miss.
+
+        It is nan where edges carry no flow, as those of a regression.
+        """
+        if self.nodes["flow"].isna().all():
+            return float("nan")
         left = self.nodes["kind"].isin(LEFT_OUT)
         return float(self.nodes.loc[left, "flow"].sum() / self.target_value)
 
@@ -738,7 +743,8 @@ class Circuit:
         target, prompts = ", ".join(map(repr, s["target"])), f"{s['n_prompts']} prompt{'s' * (s['n_prompts'] != 1)}"
         return (
             f"Circuit({len(self)} nodes, {len(self.edges):,} edges, target {target} = {self.target_value:.3f}"
-            f"{self._predicted()} on {s['model']}, {prompts}, {1 - self.unexplained:.0%} explained"
+            f"{self._predicted()} on {s['model']}, {prompts}"
+            f"{f', {1 - self.unexplained:.0%} explained' if self.unexplained == self.unexplained else ''}"
             f"{', spans ' + ', '.join(s['spans']) if s.get('spans') else ''})"
         )
 

@@ -30,7 +30,7 @@ from ._inputs import (
     prepare,
     read_inputs,
 )
-from ._terminal import console, print_json, show, show_written
+from ._terminal import console, print_json, show, show_written, tell
 
 FORMATS = {".html": "html", ".json": "neuronpedia", ".csv": "csv"}
 
@@ -297,8 +297,8 @@ def lasso(
     out: Annotated[Path, typer.Option(help="Folder for edges.csv, the circuit and its page.")],
     pairs: Annotated[Path | None, typer.Option(help="JSON lines as in attribute; clean prompts are observed.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Or a text file, one prompt per line.")] = None,
-    n_edges: Annotated[int | None, typer.Option(help="Maximum number of edges; 40 unless --share.", min=1)] = None,
-    share: Annotated[float | None, typer.Option(help="Penalty as a share of the one that leaves no edge.")] = None,
+    n_edges: Annotated[int | None, typer.Option(help="Maximum number of edges, instead of --share.", min=1)] = None,
+    share: Annotated[float | None, typer.Option(help="Penalty as a share of the one that leaves no edge; 0.2.")] = None,
     attention: Annotated[str, typer.Option(help="Components: heads or layers.")] = "heads",
     mlp: Annotated[str, typer.Option(help="Components: outputs of MLPs, or their neurons.")] = "outputs",
     regressors: Annotated[str, typer.Option(help="same, pooled or earlier positions.")] = "pooled",
@@ -323,7 +323,7 @@ def lasso(
     if n_edges is not None and share is not None:
         raise SettingsError("expected at most one of --n-edges and --share; got both.")
     method = CircuitLasso(
-        penalty=MostEdges(n_edges or 40) if share is None else Share(share),
+        penalty=MostEdges(n_edges) if n_edges is not None else Share(0.2 if share is None else share),
         nodes=Components(attention, mlp),  # pyright: ignore[reportArgumentType]
         regressors=regressors,  # pyright: ignore[reportArgumentType]
         bootstrap=bootstrap,
@@ -339,6 +339,8 @@ def lasso(
     if as_json:
         print_json("lasso", {"circuit": repr(found), "files": files, "edges": found.edges})
         return
+    for note in found.notes:
+        tell(note)
     show(found.edges.head(20).dropna(axis="columns", how="all"), repr(found))
     show_written(files)
 

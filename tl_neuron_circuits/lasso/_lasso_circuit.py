@@ -77,6 +77,18 @@ class LassoCircuit(Circuit):
         target = self.nodes.loc[self.nodes["kind"] == "logit", "r2"]
         return float(1 - target.iloc[0]) if len(target) else float("nan")
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know before telling a story: a readout that no edge reaches, or that the edges hardly predict."""
+        if np.isnan(self.unexplained):
+            return []
+        r2 = 1 - self.unexplained
+        remedy = "A smaller penalty keeps more edges, such as Share(0.2); prune(edges=40) then keeps the strongest."
+        readout = set(self.nodes.loc[self.nodes["kind"] == "logit", "node"])
+        if not self.edges["target"].isin(readout).any():
+            return [f"no edge reaches the readout, so no edge has a reach. {remedy}"]
+        return [f"the edges predict {r2:.0%} of the readout's variance. {remedy}"] if r2 < 0.1 else []
+
     def to_circuit(self) -> Circuit:
         """A plain `Circuit`, without the regression's own columns and path."""
         return Circuit(self.nodes, self.edges, self.settings)
@@ -213,11 +225,13 @@ class LassoCircuit(Circuit):
     def __repr__(self) -> str:
         s = self.settings
         size = f"{len(self.nodes)} nodes, {len(self.edges):,} edges"
-        return f"LassoCircuit({size}, {s['model']}, {s['n']} prompts, penalty {s['penalty']:.4g})"
+        read = "" if np.isnan(self.unexplained) else f", R2 of the readout {1 - self.unexplained:.2f}"
+        return f"LassoCircuit({size}, {s['model']}, {s['n']} prompts, penalty {s['penalty']:.4g}{read})"
 
     def _repr_html_(self) -> str:
         shown = ["source", "target", "weight", "reach", "n_weights", "stability"]
-        return _html.block(repr(self), _html.table(self.edges[shown], bars=("weight", "reach")))
+        notes = [_html.note(note) for note in self.notes]
+        return _html.block(repr(self), *notes, _html.table(self.edges[shown], bars=("weight", "reach")))
 
 
 def lasso_circuit(

@@ -53,12 +53,13 @@ def plot_circuit(circuit: "Circuit", *, max_edges: int = 200, height: int | None
         zeroline=False, showgrid=False, tickangle=0, range=[-0.5, across + 0.5],
     )  # fmt: skip
     drawn = min(max_edges, len(circuit.edges))
+    explained = 1 - circuit.unexplained if circuit.target_value else np.nan
     subtitle = say(
         [
             f"“{_short(str(settings.get('prompt', '')), 90)}”", _model(str(settings.get("model", ""))),
             f"{len(circuit):,} nodes",
             f"{drawn:,} of {len(circuit.edges):,} edges",
-            f"explained {1 - circuit.unexplained:.0%}" if circuit.target_value else "",
+            f"explained {explained:.0%}" if np.isfinite(explained) else "",
         ]
     )  # fmt: skip
     target = ", ".join(str(one).strip() for one in settings.get("target", []))
