@@ -156,8 +156,8 @@ def describe(
     settings |= {"positions": samples[0].n_positions, "held_out_positions": samples[1].n_positions}
     if samples[0].n_positions < FEW_POSITIONS:
         logger.warning(
-            "labels come from %d positions (the discovery half of the texts), of which about %d are active: with so few "
-            "a label can be chance. Give more text; tens of thousands of positions are wanted.",
+            "labels come from %d positions (the discovery half of the texts), of which about %d are active: with so "
+            "few a label can be chance. Give more text; tens of thousands of positions are wanted.",
             samples[0].n_positions,
             round((1 - ACTIVE_ABOVE) * samples[0].n_positions),
         )

@@ -133,5 +133,8 @@ def _entering(circuit: Circuit, made: Profiles) -> Float[Tensor, "node source"] 
     column, row = dict(zip(tokens["node"], tokens["position"], strict=True)), {n: i for i, n in enumerate(made.nodes)}
     edges = circuit.edges[circuit.edges["source"].isin(column) & circuit.edges["target"].isin(row)]
     table = torch.zeros(made.attribution.shape)
-    at = (torch.tensor(edges["target"].map(row).to_list()).long(), torch.tensor(edges["source"].map(column).to_list()).long())
+    at = (
+        torch.tensor(edges["target"].map(row).to_list()).long(),
+        torch.tensor(edges["source"].map(column).to_list()).long(),
+    )
     return table.index_put(at, torch.tensor(edges["attribution"].to_list(), dtype=table.dtype), accumulate=True)

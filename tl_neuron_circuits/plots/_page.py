@@ -260,7 +260,8 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
         (
             "explained",
             _percent(explained) + " (parts cancel)" * ends["cancels"],
-            f"Of the target: {ends['text']} Shares of single nodes and groups are not parts of it: they sum support and opposition along all paths.",
+            f"Of the target: {ends['text']} Shares of single nodes and groups are not parts of it: they sum support "
+            "and opposition along all paths.",
             "loud" if explained < 0.5 else "",
         ),
         ("model", str(circuit.settings.get("model", "")), "the model that was traced", "more"),
@@ -308,7 +309,9 @@ def _ends_text(shares: Mapping[str, float], cancels: bool) -> str:
     bent = "what the difference of two prompts adds that linear rules miss; more nodes do not explain it"
     if cancels:
         times = {name: f"{share:.3g}".replace("-", "−") + " times the target" for name, share in shares.items()}
-        text = f"Large parts cancel, so none is a share of the whole: {times['explained']} is traced back to tokens and "
+        text = (
+            f"Large parts cancel, so none is a share of the whole: {times['explained']} is traced back to tokens and "
+        )
         text += f"biases, {times['left']} comes through what was left out"
         return text + (f", {times['not-linear']} is not linear ({bent})." if "not-linear" in times else ".")
     text = f"{_percent(shares['explained'])} is explained: traced back to tokens and biases. "
