@@ -9,7 +9,7 @@ import torch
 
 import tl_neuron_circuits as tnc
 from tests.loops import for_each
-from tests.test_cli import run
+from tests.test_cli import agreement_pairs, run
 from tl_neuron_circuits import Circuit
 from tl_neuron_circuits.cli._inputs import read_inputs
 from tl_neuron_circuits.cli._terminal import in_options, show
@@ -73,6 +73,29 @@ def test_pairs_that_do_not_fit_are_refused_or_left_out(command: str, options: tu
     assert code == 2 and "expected --multi-token error or first_difference; got 'some'" in err
 
 
+def test_pairs_are_put_into_chats_without_bos_and_where_the_model_is_right(tmp_path: Path) -> None:
+    file = agreement_pairs(tmp_path)
+    call = ["attribute", "demo-gelu", "--pairs", file, "--json", "--top", "1000000"]
+    code, plain, err = run(*call)
+    without, right = run(*call, "--no-bos"), run(*call, "--where-right")
+    assert (code, without[0], right[0]) == (0, 0, 0), (err, without[2], right[2])
+    model, pairs = tnc.load_demo_model(), tnc.PromptPairs.from_jsonl(file)
+    expected = tnc.attribute(model, tnc.tasks.tokenize(model, pairs, prepend_bos=False)).top(10)
+    assert [row["label"] for row in json.loads(without[1])["nodes"][:10]] == expected["label"].tolist()
+    assert "--where-right: 8 of 8 qualified (100%)" in right[2] and json.loads(right[1]) == json.loads(plain)
+    code, out, err = run("trace", "demo-gelu", PROMPT, "--no-bos", "--nodes", "5", "--out", tmp_path / "out")
+    assert code == 0 and Circuit.load(tmp_path / "out" / "circuit").settings["tokens"][0] != "<bos>", err
+    code, out, err = run("steer", "demo-gelu", PROMPT, "--no-bos", "--node", "L0/N5", "--scale", "1", "--json")
+    assert code == 0 and json.loads(out)["tokens"][0].strip() == "The", err
+    for options, message in (
+        (("--message", "Say it."), "expected --chat beside --message"),
+        (("--answer-start", "So"), "expected --chat beside --answer-start"),
+        (("--where-right", "--multi-token", "first_difference"), "expected --where-right without --multi-token"),
+    ):
+        code, out, err = run(*call, *options)
+        assert (code, out) == (2, "") and message in err
+
+
 def test_left_out_pairs_change_nothing_for_the_others(tmp_path: Path) -> None:
     fields = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
     lines = [json.dumps(dict(zip(fields, row, strict=True))) for row in MESSY]
@@ -119,7 +142,7 @@ def test_steer_shows_tokens_with_their_positions_and_the_next_ones(dallas: Path)
     call = ["steer", "demo-gelu", PROMPT, "--circuit", dallas, "--scale", "0", "--generate", "2", "--top", "3"]
     code, out, err = run(*call)
     assert code == 0, err
-    assert "9:' is'" in out and "continued after:" in out and f"{N_NODES} nodes steered" in " ".join(out.split())
+    assert "9:' is'" in out and "continued after:" in out and f"nodes steered: {N_NODES}" in " ".join(out.split())
     assert out.count("\n│") <= 6
 
 

@@ -1,5 +1,6 @@
 """`trace` says what it found, and `ByExplained` keeps its promise when the circuit is run."""
 
+import re
 from typing import Any
 
 import pytest
@@ -48,6 +49,22 @@ def test_a_target_that_is_not_predicted_or_mostly_left_out_has_notes(
     assert all(note in caplog.text for note in circuit.notes)
     assert "rank" in repr(circuit) and "explained" in repr(circuit)
     assert not any("does not predict" in note for note in trace(demo, PROMPT, " Austin", nodes=200).notes)
+
+
+def test_what_is_not_linear_in_a_pair_is_not_said_to_be_left_out(demo: Any) -> None:
+    pairs = tnc.tasks.subject_verb_agreement("nounpp", n=16, model=demo)
+    for nodes in (20, 1000):
+        circuit = trace(demo, pairs, nodes=nodes)
+        flow = circuit.nodes.groupby("kind")["flow"].sum() / circuit.target_value
+        found = re.search(
+            r"(\d+)% of the target is not explained: (-?\d+)% flows.*, (\d+)% is not linear", circuit.notes[-1]
+        )
+        assert found is not None, circuit.notes
+        whole, left, curved = map(int, found.groups())
+        assert whole == pytest.approx(100 * circuit.unexplained, abs=0.51)
+        assert left == pytest.approx(100 * flow.get("unselected", 0.0), abs=0.51)
+        assert curved == pytest.approx(100 * flow["linearization_error"], abs=0.51)
+    assert "is not linear" not in "".join(trace(demo, PROMPT, " Boston", nodes=3).notes)
 
 
 def test_layers_say_where_the_scores_are(demo: Any) -> None:

@@ -194,6 +194,9 @@ def test_ratio_and_headline_are_those_of_sizes_by_hand() -> None:
     assert "at faithfulness 0.8 neurons need 0.316 x [0.316, 0.316] the nodes of sae" in sentences
     assert "the faithfulness of mlp_outputs does not stay above 0.8 at the sizes tried" in sentences
     assert "unexplained" not in sentences
+    alone = replace(made, curves={key: curve for key, curve in made.curves.items() if key.basis == "sae"})
+    size = made.curves[CurveKey("t", "sae", "relp")].size_at(0.8)
+    assert alone.headline().startswith(f"sae reach faithfulness 0.8 with {size:,.3g} nodes")
     poor = replace(made, unexplained={key: 0.77 * (key.basis == "sae") for key in made.curves})
     assert "with sae, 77% of the variance stays unexplained: error nodes" in poor.headline()
     with pytest.raises(SettingsError, match="expected one of the curves"):

@@ -154,11 +154,23 @@ class Circuit:
         if self.target_value < 0:
             notes.append("the target is negative: the model is against it, and nodes with positive scores support it.")
         if self.target_value and self.unexplained > 0.5:
-            notes.append(
-                f"{self.unexplained:.0%} of the target flows to what was left out (circuit.layers() shows where). More "
-                "nodes explain more, slowly on deep models; steering shows what these nodes do."
-            )
+            notes.append(self._what_is_missing())
         return notes
+
+    def _what_is_missing(self) -> str:
+        """Where the unexplained part of the target went, and what helps."""
+        curved = self.nodes.loc[self.nodes["kind"] == "linearization_error", "flow"].sum() / self.target_value
+        left = self.unexplained - curved
+        if abs(curved) < 0.01:
+            return (
+                f"{left:.0%} of the target flows to what was left out (circuit.layers() shows where). More nodes "
+                "explain more, slowly on deep models; steering shows what these nodes do."
+            )
+        return (
+            f"{self.unexplained:.0%} of the target is not explained: {left:.0%} flows to what was left out "
+            f"(circuit.layers() shows where), {curved:.0%} is not linear (attention patterns, norms and gates that "
+            "differ between the prompts), which more nodes do not explain. Steering shows what these nodes do."
+        )
 
     def layers(self) -> pd.DataFrame:
         """One row per layer with nodes: layer, chosen (how many), score and size of all its nodes, share of the chosen.

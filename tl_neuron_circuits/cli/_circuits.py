@@ -7,25 +7,28 @@ import typer
 
 from .._errors import SettingsError
 from ._inputs import (
+    PROMPT,
     AnswerStart,
     AsJson,
     Backend,
     BatchSize,
     Chat,
+    ChatMessage,
     Device,
     Dtype,
     KeepFitting,
     Model,
     MultiToken,
+    NoBos,
     Seed,
     SkipSpecial,
-    fitting,
+    WhereRight,
     in_chat,
     load_circuit,
     load_model,
     load_saved,
+    prepare,
     read_inputs,
-    tokens_of,
 )
 from ._terminal import console, print_json, show, show_written
 
@@ -74,9 +77,12 @@ def trace(
     ] = False,
     keep_fitting: KeepFitting = False,
     multi_token: MultiToken = "error",
+    where_right: WhereRight = False,
     chat: Chat = False,
+    message: ChatMessage = PROMPT,
     answer_start: AnswerStart = "",
     skip_special: SkipSpecial = False,
+    no_bos: NoBos = False,
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -92,13 +98,14 @@ def trace(
     from ..circuits._trace import trace as run
     from ..explain._node_details import node_details
     from ..tasks._pairs import PromptPairs
+    from ..tasks._tokenize import tokenize
 
     if bool(prompts) == (pairs is not None):
         raise SettingsError(f"expected either PROMPT or --pairs; got {'both' if prompts else 'neither'}.")
     if pairs is not None and target:
         raise SettingsError("expected no --target beside --pairs: pairs have answers of their own. Leave it out.")
-    if pairs is None and (keep_fitting or multi_token != "error"):
-        raise SettingsError("expected --pairs beside --keep-fitting and --multi-token, which are about their answers.")
+    if pairs is None and (keep_fitting or where_right or multi_token != "error"):
+        raise SettingsError("expected --pairs beside --keep-fitting, --where-right and --multi-token. Add it.")
     choice = _choice(nodes, share, mass, explained)
     if (reference is not None) != (explained is not None and pairs is None):
         raise SettingsError(
@@ -113,20 +120,22 @@ def trace(
     questions: Any = prompts if pairs is None else PromptPairs.from_jsonl(pairs)
     loaded = load_model(model, backend, device, dtype)
     if pairs is not None:
-        asked: Any = in_chat(loaded, questions, chat, answer_start)
-        if keep_fitting:
-            asked = fitting(loaded, asked, multi_token, same_length=positions == "keep")
+        asked: Any = prepare(
+            loaded, questions, no_bos=no_bos, chat=chat, message=message, answer_start=answer_start,
+            keep_fitting=keep_fitting, multi_token=multi_token, where_right=where_right,
+            same_length=positions == "keep",
+        )  # fmt: skip
         if multi_token != "error":
-            asked = tokens_of(loaded, asked, multi_token)
+            asked = tokenize(loaded, asked, multi_token=multi_token)  # pyright: ignore[reportArgumentType]
     else:
-        each = [in_chat(loaded, prompt, chat, answer_start) for prompt in questions]
+        each = [in_chat(loaded, prompt, chat, message, answer_start) for prompt in questions]
         asked = each if len(each) > 1 else each[0]
     targets: Any = target[0] if target and len(target) == 1 else target or None
     circuit = run(
         loaded, asked, targets, basis=basis, nodes=choice, reference=texts,
         positions=positions,  # pyright: ignore[reportArgumentType]
         selection=selection,  # pyright: ignore[reportArgumentType]
-        profiles=profiles, skip_special=skip_special,
+        profiles=profiles, skip_special=skip_special, prepend_bos=False if no_bos and pairs is None else None,
     )  # fmt: skip
     files = [out / "circuit", out / "circuit.html"]
     circuit.save(files[0])
@@ -190,7 +199,9 @@ def steer(
     top: Annotated[int, typer.Option(help="Tokens listed before and after.", min=1)] = 10,
     generate: Annotated[int, typer.Option(help="Also continue the prompt by this many tokens.", min=0)] = 0,
     chat: Chat = False,
+    message: ChatMessage = PROMPT,
     answer_start: AnswerStart = "",
+    no_bos: NoBos = False,
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -209,12 +220,13 @@ def steer(
     watched = {name: nodes for name, nodes in (_watched(one, circuit) for one in watch or [])}
     places = _positions(positions)
     loaded = load_model(model, backend, device, dtype)
-    prompt = in_chat(loaded, prompt, chat, answer_start)
+    prompt = in_chat(loaded, prompt, chat, message, answer_start)
+    bos = False if no_bos else None
     result = run(
         loaded, prompt, chosen, scale=scale, value=value, add=add, positions=places, watch=watched, top_k=top,
-        generate=generate,
+        generate=generate, prepend_bos=bos,
     )  # fmt: skip
-    tokens = text_pieces(loaded, read_prompts(loaded, prompt).tokens[0])
+    tokens = text_pieces(loaded, read_prompts(loaded, prompt, bos).tokens[0])
     table = result.to_dataframe().drop(columns=["prompt", "token_id"])
     kl, continuations = float(result.kl[0]), (result.continuations or [None])[0]
     if as_json:
@@ -224,7 +236,7 @@ def steer(
         print_json("steer", content | {"continuations": continuations})
         return
     console.print("  ".join(f"{place}:{token!r}" for place, token in enumerate(tokens)), markup=False, highlight=False)
-    title = f"{result.top_before[0]!r} -> {result.top_after[0]!r}, KL {kl:.4g} nats, {len(result.nodes)} nodes steered"
+    title = f"{result.top_before[0]!r} -> {result.top_after[0]!r}, KL {kl:.4g} nats, nodes steered: {len(result.nodes)}"
     shown = table[["token", "probability_before", "probability_after", "log_probability_change"]]
     names = ["token", "before", "after", "change of log-probability"]
     show(shown.assign(token=shown["token"].map(repr)).set_axis(names, axis=1), title)

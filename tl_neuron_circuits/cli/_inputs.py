@@ -25,12 +25,24 @@ PairsFile = Annotated[
 KeepFitting = Annotated[
     bool,
     typer.Option(
-        "--keep-fitting", help="Leave out pairs that do not fit the tokenizer or have another length than most."
+        "--keep-fitting",
+        help="Leave out those that do not fit the tokenizer or have another length than most.",
+        rich_help_panel="Pairs",
     ),
 ]
 MultiToken = Annotated[
-    str, typer.Option(help="Answers of several tokens: error, or first_difference, the first that differs.")
+    str,
+    typer.Option(
+        help="Answers of several tokens: error, or first_difference, the first that differs.", rich_help_panel="Pairs"
+    ),
 ]
+WhereRight = Annotated[
+    bool,
+    typer.Option(
+        "--where-right", help="Leave out contrasts that the model gets wrong either way.", rich_help_panel="Pairs"
+    ),
+]
+NoBos = Annotated[bool, typer.Option("--no-bos", help="Prompts without BOS.", rich_help_panel="Model")]
 BatchSize = Annotated[int, typer.Option(help="Prompts per pass.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of all random draws.")]
 
@@ -38,7 +50,16 @@ Chat = Annotated[
     bool, typer.Option("--chat", help="Put prompts into the model's chat template.", rich_help_panel="Chat")
 ]
 AnswerStart = Annotated[
-    str, typer.Option(help="With --chat: how the answer begins, such as 'The capital is'.", rich_help_panel="Chat")
+    str,
+    typer.Option(
+        help="With --chat: how the answer begins, such as 'The capital is', or {prompt}.", rich_help_panel="Chat"
+    ),
+]
+ChatMessage = Annotated[
+    str,
+    typer.Option(
+        "--message", help="With --chat: what the user says; {prompt} stands for the prompt.", rich_help_panel="Chat"
+    ),
 ]
 SkipSpecial = Annotated[
     bool,
@@ -46,6 +67,7 @@ SkipSpecial = Annotated[
 ]
 
 BACKENDS = ("auto", "HookedTransformer", "TransformerBridge")
+PROMPT = "{prompt}"
 MULTI_TOKEN = ("error", "first_difference")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -128,46 +150,49 @@ def _bridge(name: str, options: dict[str, Any]) -> Any:
     return TransformerBridge.boot_transformers(name, **options)
 
 
-def in_chat(model: Any, prompts: Any, chat: bool, answer_start: str) -> Any:
+def in_chat(model: Any, prompts: Any, chat: bool, message: str, answer_start: str) -> Any:
     """A prompt or pairs inside the model's chat template, or as they are.
 
     Raises:
-        SettingsError: no such template, or the beginning of an answer without a chat.
+        SettingsError: no such template, or what belongs to a chat without one.
     """
     if not chat:
-        if answer_start:
-            raise SettingsError("expected --chat beside --answer-start: answers begin in chats. Add it.")
+        for option, given in (("--message", message != PROMPT), ("--answer-start", answer_start)):
+            if given:
+                raise SettingsError(f"expected --chat beside {option}, which is about chats. Add it.")
         return prompts
     from ..tasks._chat import apply_chat_template
 
-    return apply_chat_template(model, prompts, answer_start=answer_start)
+    return apply_chat_template(model, prompts, message=message, answer_start=answer_start)
 
 
-def fitting(model: Any, pairs: Any, multi_token: str, *, same_length: bool = True) -> Any:
-    """Only the pairs that fit the tokenizer; stderr says how many were left out."""
-    from ..tasks._tokenize import keep_fitting
-
-    kept = keep_fitting(model, pairs, multi_token=_known(multi_token), same_length=same_length)
-    tell(f"--keep-fitting: {kept.selection}")
-    return kept
-
-
-def tokens_of(model: Any, pairs: Any, multi_token: str) -> Any:
-    """Tokenized pairs.
+def prepare(
+    model: Any, pairs: Any, *, no_bos: bool, chat: bool, message: str, answer_start: str, keep_fitting: bool,
+    multi_token: str, where_right: bool, same_length: bool = True,
+) -> Any:  # fmt: skip
+    """Pairs as the options ask for them, still text; stderr says how many were left out.
 
     Raises:
-        SettingsError: an unknown --multi-token.
-        PairsError: a pair does not fit.
+        SettingsError: an unknown --multi-token, or options that exclude each other.
+        PairsError: no pair is left.
     """
-    from ..tasks._tokenize import tokenize
-
-    return tokenize(model, pairs, multi_token=_known(multi_token))
-
-
-def _known(multi_token: str) -> Any:
     if multi_token not in MULTI_TOKEN:
         raise SettingsError(f"expected --multi-token {' or '.join(MULTI_TOKEN)}; got {multi_token!r}.")
-    return multi_token
+    if where_right and multi_token != "error":
+        raise SettingsError("expected --where-right without --multi-token: it compares answers of one token.")
+    from ..tasks._tokenize import encoder, made_for
+    from ..tasks._tokenize import keep_fitting as only_fitting
+
+    if no_bos:
+        pairs = pairs.remember(made_for(encoder(model, False), pairs.clean[0]))
+    pairs = in_chat(model, pairs, chat, message, answer_start)
+    if keep_fitting:
+        pairs = only_fitting(model, pairs, multi_token=multi_token, same_length=same_length)  # pyright: ignore[reportArgumentType]
+        tell(f"--keep-fitting: {pairs.selection}")
+    if where_right:
+        pairs = pairs.where_model_is_right(model)
+        tell(f"--where-right: {pairs.selection}")
+    return pairs
 
 
 def read_inputs(pairs: Path | None, prompts: Path | None) -> Any:

@@ -7,25 +7,27 @@ import typer
 
 from .._errors import SettingsError
 from ._inputs import (
+    PROMPT,
     AnswerStart,
     AsJson,
     Backend,
     BatchSize,
     Chat,
+    ChatMessage,
     Device,
     Dtype,
     KeepFitting,
     Model,
     MultiToken,
+    NoBos,
     PairsFile,
     Seed,
     SkipSpecial,
-    fitting,
-    in_chat,
+    WhereRight,
     load_model,
-    tokens_of,
+    prepare,
 )
-from ._terminal import FAILED, console, print_json, say, show, show_written
+from ._terminal import FAILED, console, print_json, say, show, show_written, tell
 
 
 def check(
@@ -70,12 +72,15 @@ def attribute(
     positions: Annotated[str, typer.Option(help="keep or sum.")] = "keep",
     keep_fitting: KeepFitting = False,
     multi_token: MultiToken = "error",
+    where_right: WhereRight = False,
     batch_size: BatchSize = 32,
     top: Annotated[int, typer.Option(help="How many nodes to show.", min=1)] = 20,
     out: Annotated[Path | None, typer.Option(help="Save all scores to this folder.")] = None,
     chat: Chat = False,
+    message: ChatMessage = PROMPT,
     answer_start: AnswerStart = "",
     skip_special: SkipSpecial = False,
+    no_bos: NoBos = False,
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -86,18 +91,20 @@ def attribute(
     from ..bases._activations import ACTIVATION_BASES
     from ..nodes._attribute import attribute as score
     from ..tasks._pairs import PromptPairs
+    from ..tasks._tokenize import tokenize
 
     if basis not in ACTIVATION_BASES:
         raise SettingsError(f"expected --basis out of {', '.join(ACTIVATION_BASES)}; got {basis!r}.")
     read = PromptPairs.from_jsonl(pairs)
     processes = current_processes()  # before the model is loaded: under `accelerate launch` it chooses the GPU
     loaded = load_model(model, backend, device, dtype)
-    read = in_chat(loaded, read, chat, answer_start)
-    if keep_fitting:
-        read = fitting(loaded, read, multi_token, same_length=positions == "keep")
+    read = prepare(
+        loaded, read, no_bos=no_bos, chat=chat, message=message, answer_start=answer_start, keep_fitting=keep_fitting,
+        multi_token=multi_token, where_right=where_right, same_length=positions == "keep",
+    )  # fmt: skip
     scores = score(
         loaded,
-        tokens_of(loaded, read, multi_token),
+        tokenize(loaded, read, multi_token=multi_token),  # pyright: ignore[reportArgumentType]
         method=method,
         basis=ACTIVATION_BASES[basis](),
         positions=positions,  # pyright: ignore[reportArgumentType]
@@ -135,10 +142,13 @@ def compare(
     mib: Annotated[bool, typer.Option("--mib", help="Also CPR and CMD on MIB's grid.")] = False,
     keep_fitting: KeepFitting = False,
     multi_token: MultiToken = "error",
+    where_right: WhereRight = False,
     chat: Chat = False,
+    message: ChatMessage = PROMPT,
     answer_start: AnswerStart = "",
     batch_size: BatchSize = 64,
     seed: Seed = 0,
+    no_bos: NoBos = False,
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -151,16 +161,24 @@ def compare(
     from ..evaluation._compare import DEFAULT_METHODS
     from ..evaluation._compare import compare as run
     from ..tasks._pairs import PromptPairs
+    from ..tasks._tokenize import tokenize
 
     bases = _bases(basis or ["neurons", "mlp_outputs"], sae or [], transcoder or [])
-    read = [PromptPairs.from_jsonl(file) for file in (pairs, evaluation_pairs) if file is not None]
+    read = {file: PromptPairs.from_jsonl(file) for file in (pairs, evaluation_pairs) if file is not None}
     loaded = load_model(model, backend, device, dtype)
-    sets = [in_chat(loaded, each, chat, answer_start) for each in read]
-    if keep_fitting:
-        sets = [fitting(loaded, each, multi_token) for each in sets]
+    sets = []
+    for file, each in read.items():
+        if len(read) > 1 and (keep_fitting or where_right):
+            tell(f"{file}:")
+        sets.append(
+            prepare(
+                loaded, each, no_bos=no_bos, chat=chat, message=message, answer_start=answer_start,
+                keep_fitting=keep_fitting, multi_token=multi_token, where_right=where_right,
+            )
+        )  # fmt: skip
     if len(sets) == 1:
         sets = sets[0].split(0.5, seed=seed, by="contrast" if sets[0].labels is None else "label")
-    train, test = (tokens_of(loaded, each, multi_token) for each in sets)
+    train, test = (tokenize(loaded, each, multi_token=multi_token) for each in sets)  # pyright: ignore[reportArgumentType]
     result = run(
         loaded,
         train,

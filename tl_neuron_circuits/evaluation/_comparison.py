@@ -142,7 +142,7 @@ class Comparison:
         return float(value), float(low), float(high)
 
     def headline(self, *, level: float = 0.8) -> str:
-        """How the first basis compares with each other one, by the first method, task by task."""
+        """How the first basis compares with each other one, by the first method, task by task; alone, what it needs."""
         method = next(iter(self.curves)).method
         bases = list(dict.fromkeys(key.basis for key in self.curves))
         sentences = []
@@ -158,6 +158,15 @@ class Comparison:
             value, low, high = self.ratio(one, other, method=method, level=level, task=task)
             times = f"{value:.3g} x [{low:.3g}, {high:.3g}]"
             sentences.append(f"{where}at faithfulness {level:g} {one} need {times} the nodes of {other}")
+        if len(bases) == 1:
+            for task in self.tasks:
+                size = self._curve(task, bases[0], method).size_at(level)
+                where = f"on {task}, " if len(self.tasks) > 1 else ""
+                sentences.append(
+                    f"{where}{bases[0]} reach faithfulness {level:g} with {size:,.3g} nodes"
+                    if np.isfinite(size)
+                    else f"{where}the faithfulness of {bases[0]} does not stay above {level:g} at the sizes tried"
+                )
         for basis in bases:
             missed = max((share for key, share in self.unexplained.items() if key.basis == basis), default=0.0)
             if missed > _POOR:

@@ -180,7 +180,10 @@ class PromptPairs:
         try:
             return cls.from_pairs([row for _, row in read]).remember(marks.pop())
         except PairsError as error:
-            raise PairsError(f"{path}: {short(error)} (pairs count from 0, blank lines not counted)") from error
+            raise PairsError(
+                f"{path}: {short(error)} (in the file a label is called case; pairs count from 0, "
+                "blank lines not counted)"
+            ) from error
 
     @checked
     def to_jsonl(self, path: str | Path) -> None:

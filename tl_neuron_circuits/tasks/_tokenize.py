@@ -149,6 +149,7 @@ def keep_fitting(
     if not kept:
         why = str(first_problem) if first_problem else "the two directions of every contrast differ in length."
         raise PairsError(f"none of the {len(pairs)} pairs fits this model's tokenizer. The first problem: {why}")
+    _warn_of_glued_answers(encode, pairs)
     left_out = Counter(reasons[group] for group in contrast if group in reasons)
     selection = Selection(len(kept), len(pairs), dict(left_out))
     if left_out:
