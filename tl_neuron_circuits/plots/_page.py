@@ -299,14 +299,14 @@ def _ends(circuit: "Circuit") -> dict[str, Any] | None:
     left = sum(parts.values())
     explained = 1 - left - bent
     shares = [("explained", explained), ("left", left)]
-    if "linearization_error" in flow:
+    if abs(bent) >= 0.0005:
         shares.append(("not-linear", bent))
     cancels = explained < -0.0005 or max(share for _, share in shares) > 1.0005
     return {"shares": shares, "text": _ends_text(dict(shares), cancels), "cancels": cancels}
 
 
 def _ends_text(shares: Mapping[str, float], cancels: bool) -> str:
-    bent = "what the difference of two prompts adds that linear rules miss; more nodes do not explain it"
+    bent = "attention patterns, norms and gates differ between the prompts, which more nodes do not explain"
     if cancels:
         times = {name: f"{share:.3g}".replace("-", "−") + " times the target" for name, share in shares.items()}
         text = (
