@@ -8,7 +8,7 @@ import torch
 
 from tl_neuron_circuits._errors import NeuronCircuitsError, SettingsError
 from tl_neuron_circuits.explain import cluster, profiles
-from tl_neuron_circuits.explain._cluster import affinities
+from tl_neuron_circuits.explain._cluster import affinities, shared_names
 from tl_neuron_circuits.explain._profiles import Profiles
 
 
@@ -69,3 +69,22 @@ def test_names_come_from_tokens_that_say_something() -> None:
     attribution[:, 0] = 2 * attribution.abs().max()
     found = cluster(Profiles(given.nodes, attribution, given.contribution, sources, given.targets), 3, labels={})
     assert not any("im_start" in name for name in found.names)
+
+
+def test_a_name_says_what_is_read_only_if_that_is_strongest_on_average() -> None:
+    nodes = ("L20/N1@4", "L22/N2@4", "L29/N3@4")
+    contribution = torch.ones(3, 1)
+    sources, targets = ("The", "capital", "is"), ("Paris",)
+
+    def name(rows: list[list[float]], **known: Any) -> str:
+        found = Profiles(nodes, torch.tensor(rows), contribution, sources, targets)
+        return shared_names(found, [0, 0, 0], {}, **known)[0]
+
+    agreed = [[0.1, 1.0, 0.4], [0.1, 1.0, 0.2], [0.1, 0.5, 0.3]]
+    assert name(agreed) == "reads 'capital', for 'Paris'"
+    split = [[0.0, 1.0, 0.9], [0.0, 1.0, 0.9], [0.0, 0.0, 5.0]]  # most have "capital" first, on average it is "is"
+    assert name(split) == "layers 20-29, for 'Paris'"
+    entering = torch.tensor([[0.0, 0.1, 2.0], [0.0, 0.1, 0.0], [0.0, 0.2, 0.0]])  # the circuit's edges say "is"
+    tokens = dict.fromkeys(nodes, " is")
+    assert name(agreed, entering=entering, token_of=tokens) == "'is', layers 20-29, for 'Paris'"
+    assert name(agreed, entering=entering[:, [0, 2, 1]]) == "reads 'capital', for 'Paris'"

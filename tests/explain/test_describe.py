@@ -400,7 +400,7 @@ def test_groups_of_a_circuit_are_named_by_what_their_members_share(
     grouped = circuit.describe(texts, groups=4)
     groups = {name for name in grouped.nodes["group"] if name}
     assert len(groups) == 4 and all(
-        name.startswith(("reads", "for", "against", "after", '"', "cluster")) for name in groups
+        name.startswith(("reads", "for", "against", "after", '"', "'", "layer")) for name in groups
     )
     assert len(grouped.collapse()) == 16
 
@@ -419,3 +419,16 @@ def test_features_of_dictionaries_are_described_too(model: Any, texts: list[str]
         expected = site.take_apart(cache).nodes[0, 1:, 5].max()
         example = found.examples["L1/F5+"][0]
         assert example.activations[example.position] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_few_positions_are_said_once_a_call(
+    model: Any, texts: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = tnc.describe(model, NODES[:2], texts, k=1)
+    (record,) = [one for one in caplog.records if one.name == "tl_neuron_circuits.explain._describe"]
+    assert f"labels come from {found.settings['positions']} positions" in record.getMessage()
+    assert "tens of thousands" in record.getMessage()
+    caplog.clear()
+    monkeypatch.setattr(_describe, "FEW_POSITIONS", found.settings["positions"])
+    tnc.describe(model, NODES[:1], texts, k=1)
+    assert not caplog.records

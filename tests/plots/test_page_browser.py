@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -503,8 +504,46 @@ def test_a_resize_redraws_nodes_and_edges_before_it_is_painted(dallas: Circuit, 
             new ResizeObserver(() => seen.push(differences())).observe(view);
         }"""
     )
+    more = "known => seen.length > known"
+    page.wait_for_function(more, arg=0)  # the first is told without a resize, or else together with one
     for width, height in ((1000, 700), (700, 500), (1600, 1000)):
+        known = page.evaluate("seen.length")
         page.set_viewport_size({"width": width, "height": height})
-        shown(page)
-    seen = page.evaluate("seen")
-    assert len(seen) >= 4 and all(left == [0, 0] for left in seen)
+        page.wait_for_function(more, arg=known)
+    assert all(left == [0, 0] for left in page.evaluate("seen"))
+
+
+def test_a_label_stands_behind_the_name_of_its_node(dallas: Circuit, open_page: Opener) -> None:
+    name = neurons(dallas)["node"].iloc[0]
+    unit = f"N{dallas.nodes.set_index('node').loc[name, 'unit']}"
+    page = open_page(dallas.label({name: "a State of the Union that is a long label"}))
+    caption = node(page, name).locator("tspan").all_text_contents()
+    assert caption[0] == unit and caption[1].startswith("a S")
+    listed = page.locator(f'#panel [data-edges="strongest"] [data-target="{name}"] .name').inner_text()
+    assert listed.startswith(f"{name} a State")
+    assert f"{name} a State" in page.locator("[data-places]").inner_text()
+    node(page, name).click()
+    assert heading(page).startswith("a State") and name in page.locator("#panel .where").inner_text()
+
+
+def test_tokens_of_a_collapsed_groups_members_are_underlined(dallas: Circuit, open_page: Opener) -> None:
+    table = neurons(dallas)
+    grouped = dallas.group({"all": table["node"].tolist()})
+    for circuit in (grouped, grouped.collapse()):
+        page = open_page(circuit)
+        marked = page.eval_on_selector_all("#prompt .has", "all => all.map((one) => Number(one.dataset.position))")
+        assert page.locator(".node.pill").count() == 2 and set(marked) == set(table["position"])
+        assert len(set(marked)) > 1
+
+
+def test_a_long_prompt_opens_at_its_end(dallas: Circuit, open_page: Opener) -> None:
+    long = "".join(f"line {number}\n" for number in range(30)) + dallas.settings["prompt"]
+    page = open_page(replace(dallas, settings={**dallas.settings, "prompt": long}))
+    rest = "one => one.scrollHeight - one.clientHeight - one.scrollTop"
+    assert page.locator("#prompt").evaluate("one => one.scrollTop") > 100
+    assert page.locator("#prompt").evaluate(rest) < 2
+
+
+def test_a_target_without_letters_is_in_quotes(dallas: Circuit, open_page: Opener) -> None:
+    page = open_page(replace(dallas, nodes=dallas.nodes.replace({"label": {"Austin": " -"}}), traced=None))
+    assert node(page, "logit/539").locator("text").text_content().startswith("“-” ")

@@ -14,7 +14,7 @@ import pytest
 from tests.loops import for_each
 from tests.plots.conftest import PROMPT
 from tests.plots.made_up import BYTES, NASTY, large_circuit, nasty_circuit
-from tl_neuron_circuits import Circuit, direct_logit_effects, load_demo_model, trace
+from tl_neuron_circuits import Circuit, demo, direct_logit_effects, load_demo_model, trace
 from tl_neuron_circuits._errors import SettingsError
 from tl_neuron_circuits.circuits._table import NODE_COLUMNS
 from tl_neuron_circuits.explain._max_activating_examples import Example
@@ -200,6 +200,40 @@ def test_the_target_has_a_unit(dallas: Circuit) -> None:
     assert text == f"Austin: logit {value}" and "minus the mean" in meaning
     assert fact(**{"logit/539": "logit/539-12@9"})[0] == f"Austin: logit difference {value}"
     assert fact(**{"logit/539": "direction"})[0] == f"Austin: value {value}"
+
+
+def test_numbers_over_several_prompts_say_so_and_symbols_stand_in_quotes(dallas: Circuit) -> None:
+    said = {"predicted": [(" -", 0.5), (" Paris", 0.25), ("\n", 0.1)], "target": [" -"]}
+
+    def facts(n_prompts: int) -> dict[str, tuple[str, str]]:
+        made = replace(dallas, settings={**dallas.settings, **said, "n_prompts": n_prompts}, traced=None)
+        return {name: (text, meaning) for name, text, meaning, _ in page_data(made)["facts"]}
+
+    one, several = facts(1), facts(20)
+    assert one["target"][0].startswith("“-”: ")
+    assert one["the model says"] == ("“-” 50.0%, Paris 25.0%, '\\n' 10.0%", "The model's likeliest next tokens")
+    assert several["the model says"][0] == "on average " + one["the model says"][0]
+    assert "mean probability over 20 prompts" in several["the model says"][1]
+
+
+def test_the_target_is_split_into_explained_left_out_and_not_linear(dallas: Circuit) -> None:
+    pairs = trace(load_demo_model(), demo.capitals(n=4), nodes=20)
+    flow = pairs.nodes.groupby("kind")["flow"].sum() / pairs.target_value
+    ends = page_data(pairs)["ends"]
+    shares = dict(ends["shares"])
+    assert shares["not-linear"] == pytest.approx(flow["linearization_error"]) and shares["not-linear"] != 0
+    assert shares["left"] == pytest.approx(flow["unselected"]) and sum(shares.values()) == pytest.approx(1)
+    assert shares["explained"] == pytest.approx(flow.reindex(["embedding", "bias"]).sum(), abs=1e-4)
+    assert f"{100 * shares['not-linear']:.1f}% is not linear" in ends["text"] and not ends["cancels"]
+    ends = page_data(dallas)["ends"]  # of one prompt nothing but what was left out is missing
+    assert [name for name, _ in ends["shares"]] == ["explained", "left"]
+    assert ends["text"].endswith(f"the other {100 * dallas.unexplained:.1f}%.")
+    # Parts that cancel are no shares.
+    nodes = dallas.nodes.copy()
+    nodes.loc[nodes["kind"] == "unselected", "flow"] *= 20
+    made = page_data(replace(dallas, nodes=nodes, traced=None))
+    assert made["ends"]["cancels"] and "times the target" in made["ends"]["text"] and "%" not in made["ends"]["text"]
+    assert next(text for name, text, *_ in made["facts"] if name == "explained").endswith("(parts cancel)")
 
 
 @for_each(

@@ -398,7 +398,7 @@ class Circuit:
             >>> import tl_neuron_circuits as tnc
             >>> model = tnc.load_demo_model()
             >>> circuit = tnc.trace(model, "The capital of the state containing Dallas is", " Austin", nodes=30)
-            >>> named = circuit.describe(tnc.demo.capitals(n=128).clean, k=2)
+            >>> named = circuit.describe(tnc.demo.capitals(n=512).clean, k=2)
             >>> sorted(set(named.details) - set(circuit.members))
             []
         """

@@ -5,11 +5,13 @@ by their harmonic mean, which is high only where both are. With labels, the affi
 two nodes have the same label. Spectral clustering is scikit-learn's (extra `explain`).
 
 With labels a cluster is named by what at least half of its members share: the label, else the token that drives most
-of them (by |attribution|) and the target that they support or oppose most (by |contribution|).
+of them (by |attribution|) if it is also the strongest on average, or their layers, and the target that they support or
+oppose most (by |contribution|).
 
 Source: METHODS 1.7 (multi-view spectral clustering, combined harmonically).
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -137,7 +139,7 @@ def cluster(
     method = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed)
     found = torch.as_tensor(method.fit_predict(affinity.double().numpy())).long()
     numbers = _by_size(found)
-    names = () if labels is None else _shared_names(profiles, numbers.tolist(), labels)
+    names = () if labels is None else shared_names(profiles, numbers.tolist(), labels)
     return Clusters(profiles.nodes, numbers, affinity, {"n_clusters": n_clusters, "seed": seed}, names)
 
 
@@ -147,12 +149,24 @@ def _same_label(nodes: Sequence[str], labels: Mapping[str, str]) -> Float[Tensor
     return torch.tensor([[float(a == b) for b in own] for a in own])
 
 
-def _shared_names(profiles: Profiles, numbers: Sequence[int], labels: Mapping[str, str]) -> tuple[str, ...]:
-    """A name for every cluster, each once."""
+def shared_names(
+    profiles: Profiles,
+    numbers: Sequence[int],
+    labels: Mapping[str, str],
+    entering: Float[Tensor, "node source"] | None = None,
+    token_of: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """A name for every cluster, each once.
+
+    A cluster is said to read a token if that drives most of its members and takes the largest part of them on average;
+    with `entering`, the attributions of tokens' edges into the nodes, also the largest of those. Without one it is
+    named by where it is, with the tokens of nodes from `token_of`.
+    """
     # The first token takes the largest part in most neurons, and says nothing about any.
     special = torch.tensor([bool(_SPECIAL.fullmatch(token.strip())) for token in profiles.sources])
-    told = profiles.attribution.abs().masked_fill(special, -1.0)
-    driver = [profiles.sources[column] for column in told.argmax(1).tolist()]
+    told = profiles.attribution.abs().masked_fill(special, 0.0)
+    part = told / told.sum(1, keepdim=True).clamp(min=torch.finfo(told.dtype).tiny)
+    driver = [profiles.sources[column].strip() for column in told.argmax(1).tolist()]
     most = profiles.contribution.abs().argmax(1).tolist()
     signs = profiles.contribution[torch.arange(len(most)), torch.tensor(most)] >= 0
     drives = [
@@ -162,14 +176,31 @@ def _shared_names(profiles: Profiles, numbers: Sequence[int], labels: Mapping[st
     names: list[str] = []
     for number in range(max(numbers) + 1):
         members = [place for place, own in enumerate(numbers) if own == number]
-        shared = _half_share([labels.get(profiles.nodes[place], "") for place in members])
+        nodes = [profiles.nodes[place] for place in members]
+        shared = _half_share([labels.get(node, "") for node in nodes])
         if not shared:
-            read = _half_share([driver[place].strip() for place in members])
-            parts = (f"reads {read!r}" if read else "", _half_share([drives[place] for place in members]))
+            read = _half_share([driver[place] for place in members])
+            strongest = [part[members].mean(0)]
+            if entering is not None:
+                strongest.append(entering[members].sum(0).abs().masked_fill(special, 0.0))
+            reads = all(profiles.sources[int(one.argmax())].strip() == read for one in strongest if bool(one.any()))
+            place = f"reads {read!r}" if read and reads else _place(nodes, token_of or {})
+            parts = (place, _half_share([drives[place] for place in members]))
             shared = ", ".join(part for part in parts if part) or f"cluster {number}"
         taken = sum(name == shared or name.startswith(f"{shared} (") for name in names)
         names.append(f"{shared} ({taken + 1})" if taken else shared)
     return tuple(names)
+
+
+def _place(nodes: Sequence[str], token_of: Mapping[str, str]) -> str:
+    """The token at which at least half of the nodes are, and the fewest layers that hold three quarters of them."""
+    token = _half_share([token_of.get(node, "").strip() for node in nodes])
+    layers = sorted(int(found[1]) for node in nodes if (found := re.match(r"L(\d+)/", node)))
+    if not layers:
+        return ""
+    many = math.ceil(0.75 * len(layers))
+    low, high = min(zip(layers, layers[many - 1 :], strict=False), key=lambda ends: ends[1] - ends[0])
+    return f"{token!r}, " * bool(token) + (f"layer {low}" if low == high else f"layers {low}-{high}")
 
 
 def _half_share(texts: Sequence[str]) -> str:

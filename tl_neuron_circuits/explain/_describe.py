@@ -9,6 +9,7 @@ if it had not been.
 
 import hashlib
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -39,9 +40,13 @@ from ._descriptions import QUANTILES, SIGN_TEXT, Descriptions
 from ._max_activating_examples import Describe, Example
 from ._token_labels import Vocabulary, choose_labels, score_label
 
+logger = logging.getLogger(__name__)
+
 SCHEMA = 1
 KIND = "activation_samples"
 ACTIVE_ABOVE = 0.99
+FEW_POSITIONS = 2_000
+"""On the discovery half: with fewer, less than 20 active positions decide a label."""
 Texts = Iterable[str | Int[Tensor, " _"]]
 Simulate = Callable[[str, list[str]], Sequence[float]]
 """From a description and the tokens of a text to an activation per token, on any scale."""
@@ -110,7 +115,7 @@ def describe(
 
     Example:
         >>> import tl_neuron_circuits as tnc
-        >>> model, texts = tnc.load_demo_model(), tnc.demo.capitals(n=128).clean
+        >>> model, texts = tnc.load_demo_model(), tnc.demo.capitals(n=512).clean
         >>> found = tnc.describe(model, ["L0/N5", "L1/N7"], texts, k=2)
         >>> found.to_dataframe()[["node", "sign", "label"]].shape
         (4, 3)
@@ -149,6 +154,13 @@ def describe(
             )
     settings |= {"texts": stream.number, "texts_hash": stream.digest.hex()}
     settings |= {"positions": samples[0].n_positions, "held_out_positions": samples[1].n_positions}
+    if samples[0].n_positions < FEW_POSITIONS:
+        logger.warning(
+            "labels come from %d positions (the discovery half of the texts), of which about %d are active: with so "
+            "few a label can be chance. Give more text; tens of thousands of positions are wanted.",
+            samples[0].n_positions,
+            round((1 - ACTIVE_ABOVE) * samples[0].n_positions),
+        )
     found = _assemble(model, frame, samples, settings, k, logit_tokens)
     return _written(model, found, samples[1], write, simulate, k)
 

@@ -7,16 +7,17 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .._errors import SettingsError
 from ..circuits._circuit import Circuit
 from ..interventions._direct_logit_effects import direct_logit_effects
 from ..models._protocol import TransformerLensModel, model_name
-from ._cluster import cluster, require_scikit_learn
+from ._cluster import cluster, require_scikit_learn, shared_names
 from ._describe import describe
 from ._descriptions import SIGN_TEXT, Descriptions
-from ._profiles import profiles
+from ._profiles import Profiles, profiles
 
 LONGEST_LABEL = 40
 """Of a node on the page; the whole of a longer description stands in its details."""
@@ -115,6 +116,25 @@ def _groups(
         node: found.text(f"{node.partition('@')[0]}{SIGN_TEXT[int(sign)]}")
         for node, sign in zip(neurons["node"], neurons["sign"], strict=True)
     }  # fmt: skip
-    clusters = cluster(profiles(model, prompts, neurons["node"].tolist()), groups, labels=labels)
+    made = profiles(model, prompts, neurons["node"].tolist())
+    clusters = cluster(made, groups, labels=labels)
+    token_of = dict(zip(rows["node"], rows["token"], strict=True))
+    names = shared_names(made, clusters.labels.tolist(), labels, _entering(circuit, made), token_of)
+    clusters = replace(clusters, names=names)
     taken = set(circuit.nodes["node"])
     return {f"{name} group" if name in taken else name: members for name, members in clusters.groups().items()}
+
+
+def _entering(circuit: Circuit, made: Profiles) -> Float[Tensor, "node source"] | None:
+    """Attributions of the circuit's edges from tokens into its nodes; None where the sources are of several prompts."""
+    tokens = circuit.nodes[(circuit.nodes["kind"] == "embedding") & (circuit.nodes["position"] >= 0)]
+    if circuit.settings.get("token_ids") is None or len(made.sources) <= tokens["position"].max():
+        return None
+    column, row = dict(zip(tokens["node"], tokens["position"], strict=True)), {n: i for i, n in enumerate(made.nodes)}
+    edges = circuit.edges[circuit.edges["source"].isin(column) & circuit.edges["target"].isin(row)]
+    table = torch.zeros(made.attribution.shape)
+    at = (
+        torch.tensor(edges["target"].map(row).to_list()).long(),
+        torch.tensor(edges["source"].map(column).to_list()).long(),
+    )
+    return table.index_put(at, torch.tensor(edges["attribution"].to_list(), dtype=table.dtype), accumulate=True)

@@ -47,7 +47,7 @@ class Descriptions:
 
     Example:
         >>> import tl_neuron_circuits as tnc
-        >>> model, texts = tnc.load_demo_model(), tnc.demo.capitals(n=128).clean
+        >>> model, texts = tnc.load_demo_model(), tnc.demo.capitals(n=512).clean
         >>> found = tnc.describe(model, ["L0/N5"], texts)
         >>> found.to_csv("labels.csv")
         >>> read = tnc.explain.Descriptions.from_file("labels.csv")

@@ -22,6 +22,7 @@ import pandas as pd
 from .._errors import SettingsError, UnsupportedModelError
 from .._files import write_text
 from .._version import versions
+from ..circuits._table import LEFT_OUT
 from ..interventions._direct_logit_effects import direct_logit_effects
 from ._style import PALETTE
 from ._word_pieces import word_ends
@@ -110,6 +111,7 @@ def page_data(circuit: "Circuit", details: Details | None = None, edge_share: fl
         "tokens": [str(token) for token in settings.get("tokens") or []],
         "n_layers": int(settings.get("n_layers", 0)),
         "target_value": _number(circuit.target_value),
+        "ends": _ends(circuit),
         "nodes": {name: _column(nodes[name]) for name in nodes.columns},
         "n_edges": len(circuit.edges),
         "edges": {
@@ -238,21 +240,28 @@ def _title(circuit: "Circuit") -> str:
 def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
     """Name, text and meaning of what the page says about the circuit; the fourth is "more" for what stands below."""
     settings = circuit.settings
-    target = ", ".join(str(one).strip() for one in settings.get("target", []))
+    target = ", ".join(_shown(one) for one in settings.get("target", []))
     unit, meaning = _unit(circuit)
     named = "" if target == "logit_difference" else f"{target}: "
     prompts = int(settings.get("n_prompts", 1))
-    explained = 1 - circuit.unexplained if circuit.target_value else float("nan")
+    ends = _ends(circuit) or {"shares": [("explained", float("nan"))], "text": "", "cancels": False}
+    explained = ends["shares"][0][1]
     made_with = {"tl-neuron-circuits": versions()["tl-neuron-circuits"]} | dict(settings.get("versions") or {})
     facts = [
         ("target", f"{named}{unit} {circuit.target_value:.4g}", f"What the circuit explains. {meaning}", ""),
-        ("the model says", _prediction(settings), "The model's likeliest next tokens", ""),
+        (
+            "the model says",
+            _prediction(settings),
+            f"The likeliest next tokens by their mean probability over {prompts} prompts"
+            if prompts > 1
+            else "The model's likeliest next tokens",
+            "",
+        ),
         (
             "explained",
-            _percent(explained),
-            "Share of the target that edges of this circuit trace back to tokens and biases; what was left out holds "
-            f"the other {_percent(1 - explained)}. "
-            "Shares of single nodes and groups are not parts of it: they sum support and opposition along all paths.",
+            _percent(explained) + " (parts cancel)" * ends["cancels"],
+            f"Of the target: {ends['text']} Shares of single nodes and groups are not parts of it: they sum support "
+            "and opposition along all paths.",
             "loud" if explained < 0.5 else "",
         ),
         ("model", str(circuit.settings.get("model", "")), "the model that was traced", "more"),
@@ -275,6 +284,45 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
     return [fact for fact in facts if fact[1]]
 
 
+def _ends(circuit: "Circuit") -> dict[str, Any] | None:
+    """Shares of the target by where it comes from in the end, and the same in words; they sum to 1.
+
+    What is not linear is the flow to the node of that kind, which circuits of differences have; left out is the flow to
+    the other ends of `LEFT_OUT`; the rest is explained.
+    """
+    nodes, value = circuit.nodes, circuit.target_value
+    if not value or not nodes["flow"].notna().any():
+        return None
+    flow = nodes.groupby("kind")["flow"].sum() / value
+    parts = {kind: float(flow.get(kind, 0.0)) for kind in LEFT_OUT}
+    bent = parts.pop("linearization_error")
+    left = sum(parts.values())
+    explained = 1 - left - bent
+    shares = [("explained", explained), ("left", left)]
+    if abs(bent) >= 0.0005:
+        shares.append(("not-linear", bent))
+    cancels = explained < -0.0005 or max(share for _, share in shares) > 1.0005
+    return {"shares": shares, "text": _ends_text(dict(shares), cancels), "cancels": cancels}
+
+
+def _ends_text(shares: Mapping[str, float], cancels: bool) -> str:
+    bent = "attention patterns, norms and gates differ between the prompts, which more nodes do not explain"
+    if cancels:
+        times = {name: f"{share:.3g}".replace("-", "−") + " times the target" for name, share in shares.items()}
+        text = (
+            f"Large parts cancel, so none is a share of the whole: {times['explained']} is traced back to tokens and "
+        )
+        text += f"biases, {times['left']} comes through what was left out"
+        return text + (f", {times['not-linear']} is not linear ({bent})." if "not-linear" in times else ".")
+    text = f"{_percent(shares['explained'])} is explained: traced back to tokens and biases. "
+    if "not-linear" not in shares:
+        return text + f"What was left out holds the other {_percent(shares['left'])}."
+    return text + (
+        f"{_percent(shares['left'])} comes through what was left out, and {_percent(shares['not-linear'])} is not "
+        f"linear: {bent}."
+    )
+
+
 def _unit(circuit: "Circuit") -> tuple[str, str]:
     """What the target's number is, and what that means."""
     names = circuit.nodes.loc[circuit.nodes["kind"] == "logit", "node"]
@@ -288,13 +336,20 @@ def _unit(circuit: "Circuit") -> tuple[str, str]:
 
 
 def _prediction(settings: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{str(token).strip() or repr(str(token))} {_percent(p)}" for token, p in (settings.get("predicted") or [])[:3]
-    )
+    said = ", ".join(f"{_shown(token)} {_percent(p)}" for token, p in (settings.get("predicted") or [])[:3])
+    return f"on average {said}" if said and int(settings.get("n_prompts", 1)) > 1 else said
+
+
+def _shown(token: Any) -> str:
+    """A token as it stands beside a number: one without a letter or digit in quotes, where a minus would be a sign."""
+    text = str(token).strip()
+    if any(character.isalnum() for character in text):
+        return text
+    return f"“{text}”" if text else repr(str(token))
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%" if np.isfinite(value) else ""
+    return f"{100 * value:.1f}%".replace("-", "−") if np.isfinite(value) else ""
 
 
 def _column(values: pd.Series) -> list[Any]:

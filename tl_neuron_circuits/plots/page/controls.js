@@ -140,20 +140,19 @@ function tip(event, text) {
 }
 
 function tipText(key, edge) {
-  if (edge) return `${nameOf(edge.source)} ${where(edge.source)}\n→ ${nameOf(edge.target)} ${where(edge.target)}\n${aboutEdge(edge)}`;
+  if (edge) return `${fullName(edge.source)} ${where(edge.source)}\n→ ${fullName(edge.target)} ${where(edge.target)}\n${aboutEdge(edge)}`;
   if (!key) return "";
   const node = view.byKey.get(key);
   const active = node.activation === null ? "" : `activation ${number(node.activation)}\n`;
   const influence = node.influence === null ? "" : `\ninfluence ${number(node.influence)}`;
   const tokens = promoted(node, 5);
-  return `${nameOf(node)}\n${KINDS[node.kind] || node.kind} ${where(node)}\n${active}score ${number(node.score)}, share ${percent(node.share)}${influence}`
+  return `${fullName(node)}\n${KINDS[node.kind] || node.kind} ${where(node)}\n${active}score ${number(node.score)}, share ${percent(node.share)}${influence}`
     + (tokens.length ? `\npromotes ${tokens.join(", ")}` : "");
 }
 
-// The prompt with the tokens that have nodes standing out, also those that the graph folds.
+// The prompt with the tokens that have nodes, of collapsed groups too, standing out, also those that the graph folds.
 function markPrompt() {
-  const has = new Set(state.shown.filter((node) => CHOSEN.has(node.kind)).map(columnOf));
-  for (const word of $("prompt").children) word.classList.toggle("has", has.has(Number(word.dataset.position)));
+  for (const word of $("prompt").children) word.classList.toggle("has", state.occupied.has(Number(word.dataset.position)));
 }
 
 function showPrompt() {
@@ -266,4 +265,5 @@ drawLegend();
 setFirstNodes();
 update();
 showPanel();
+$("prompt").scrollTop = $("prompt").scrollHeight;  // what is asked is at the end of a long prompt
 listen();

@@ -135,6 +135,14 @@ const nameOf = (node) => {
   if (node.kind === "logit") return node.label === node.node ? label : "logit “" + label + "”";
   return node.kind === "embedding" ? "embedding “" + label + "”" : label;
 };
+// A label says what a node is about; its name says which one it is, and stands before it.
+const nameBefore = (node) => (hasLabel(node) && CHOSEN.has(node.kind) ? clean(node.node) : "");
+const fullName = (node) => [nameBefore(node), nameOf(node)].filter(Boolean).join(" ");
+// Tokens without a letter or digit need quotes: a minus would be one of the number beside it.
+const quoteSymbols = (text) => (/[\p{L}\p{N}]/u.test(text) ? text : "“" + text + "”");
+// Where the neurons are that a node stands for: those of a group at all their positions.
+const positionsOf = (node) => (!node.members ? [columnOf(node)] : node.members.map((name) =>
+  (BY_NAME.has(name) ? BY_NAME.get(name).position : Number((/@(\d+)$/.exec(name) || [0, -1])[1]))));
 
 // The tokens that a neuron raises most by what it writes here: with a negative activation those at the other end.
 function promoted(node, most, form = /^/, shown = wholeWord) {

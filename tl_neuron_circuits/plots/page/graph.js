@@ -22,6 +22,7 @@ function setShown() {
     return sizeOf(node) >= least || columns.has(node.position);
   });
   state.shownKeys = new Set(state.shown.map((node) => node.key));
+  state.occupied = new Set(state.shown.filter((node) => CHOSEN.has(node.kind)).flatMap(positionsOf));
 }
 
 function render() {
@@ -53,7 +54,7 @@ function drawFrame() {
     names.push(name);
   });
   for (const column of columns) {
-    const hasNodes = column.lanes && column.lanes.slice(0, 2).some((lane) => lane.some((boxes) => boxes.length)), full = textWidth(showToken(column.token), 12.5), half = Math.min(full, column.width - 4) / 2;
+    const hasNodes = state.occupied.has(column.position), full = textWidth(showToken(column.token), 12.5), half = Math.min(full, column.width - 4) / 2;
     const middle = Math.max(column.x + half + 2, Math.min(column.x + column.width - half - 2, column.axis));
     bands.push(svg("line", { class: "columns", x1: column.x, x2: column.x, y1: 0, y2: 1 }));
     const word = svg("g", { class: column.folded ? "token folded" : hasNodes ? "token" : "token muted", "data-position": column.position },
@@ -126,7 +127,7 @@ function nodeMark(node) {
   const described = promoted(node, 4);
   const made = svg("g", {
     class: classes.join(" ").trim(), tabindex: -1, role: "button", "data-key": node.key, "aria-pressed": "false",
-    "aria-label": `${nameOf(node)}, ${KINDS[node.kind] || node.kind} ${where(node)}, score ${number(node.score)}, share ${percent(node.share)}`
+    "aria-label": `${fullName(node)}, ${KINDS[node.kind] || node.kind} ${where(node)}, score ${number(node.score)}, share ${percent(node.share)}`
       + (described.length ? `, promotes ${described.join(", ")}` : ""),
   });
   const strength = Math.min(1, Math.sqrt(sizeOf(node) / LARGEST));
@@ -149,7 +150,7 @@ function nodeMark(node) {
     const width = place.isPill ? 0 : textWidth([name, more].filter(Boolean).join(" "), LETTER_SIZE) + 4;
     if (width) made.append(svg("rect", { class: "back", x: place.side < 0 ? x - r - 6 - width + 4 : x + r + 2, y: y - 8, width, height: 16, rx: 3 }));
     const text = svg("text", place.isPill ? { x, y: y + 4, "text-anchor": "middle" }
-      : place.side < 0 ? { x: x - r - 4, y: y + 4, "text-anchor": "end" } : { x: x + r + 4, y: y + 4 }, svg("tspan", { class: hasLabel(node) || place.isPill ? "name" : "unit" }, name));
+      : place.side < 0 ? { x: x - r - 4, y: y + 4, "text-anchor": "end" } : { x: x + r + 4, y: y + 4 }, svg("tspan", { class: place.isPill ? "name" : "unit" }, name));
     if (more) text.append(" ", svg("tspan", { class: "more" }, more));
     made.append(text);
   }

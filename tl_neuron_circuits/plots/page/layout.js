@@ -3,30 +3,31 @@
 // between them a corridor for the edges. The strongest nodes have captions, away from the corridor, as many and as long
 // as the room allows. No node covers another.
 
-const LETTER_SIZE = 12, GAP = 4, AXIS_WIDTH = 54, TOKENS_HEIGHT = 40, FOLD_WIDTH = 24, SKIPPED = 7;
+const LETTER_SIZE = 12, GAP = 4, AXIS_WIDTH = 54, TOKENS_HEIGHT = 40, FOLD_WIDTH = 24, SKIPPED = 7, SHORT_LABEL = 4;
 const LETTERS = { neuron: "N", feature: "F", head: "H" };
 const LARGEST = Math.max(1e-12, ...NODES.filter((node) => CHOSEN.has(node.kind)).map(sizeOf));
 
 // Area by size. Embeddings and what was left out are often far larger than any neuron: they stop at twice the largest.
 const radiusOf = (node) => 3.5 + 7.5 * Math.sqrt(Math.min(sizeOf(node) / LARGEST, 2));
 
-// A caption has a name and, muted behind it, what the neuron promotes.
+// A caption has a name, muted, and behind it the label, or its beginning, and what the neuron promotes.
 function captionOf(node, letters) {
   if (node.kind === "logit") {
     const chance = node.probability === null ? "" : percent(Number(node.probability.toPrecision(3)));
-    return [shorten(clean(node.label).trim() || showToken(node.label), 22), chance];
+    return [shorten(quoteSymbols(clean(node.label).trim() || showToken(node.label)), 22), chance];
   }
   if (node.kind === "group") return [shorten(clean(node.label), Math.max(letters, 22)), node.members ? "· " + node.members.length : ""];
   if (node.kind === "bias" || node.kind === "linearization_error") return [shorten(clean(node.node), letters), ""];
   if (!CHOSEN.has(node.kind)) return [node.position < 0 ? shorten(clean(node.label), letters) : "", ""];
-  const name = hasLabel(node) ? shorten(clean(node.label), letters) : node.unit >= 0 && LETTERS[node.kind] ? LETTERS[node.kind] + node.unit : shorten(clean(node.node), letters);
+  const name = node.unit >= 0 && LETTERS[node.kind] ? LETTERS[node.kind] + node.unit : shorten(clean(node.node), hasLabel(node) ? SHORT_LABEL + 8 : letters);
+  const label = hasLabel(node) ? shorten(clean(node.label), Math.max(SHORT_LABEL, letters - [...name].length - 1)) : "";
   let tokens = "";
   for (const token of words(node, 3, letters > GOOD_CAPTION ? wholeWord : pieceOfWord)) {
     const longer = tokens ? tokens + ", " + token : "→ " + token;
-    if ([...name].length + [...longer].length + 1 > letters) break;
+    if ([name, label, longer].filter(Boolean).join(" ").length > letters) break;
     tokens = longer;
   }
-  return [name, tokens];
+  return [name, [label, tokens].filter(Boolean).join(" ")];
 }
 
 function boxOf(node, isCaptioned, letters) {

@@ -28,7 +28,7 @@ function foldRows() {
 }
 
 function aboutNode(node) {
-  const parts = [element("h2", {}, nameOf(node)), element("p", { class: "where" }, `${KINDS[node.kind] || node.kind}${node.position < 0 ? "," : ""} ${where(node)}`)];
+  const parts = [element("h2", {}, nameOf(node)), element("p", { class: "where" }, `${[KINDS[node.kind] || node.kind, nameBefore(node)].filter(Boolean).join(" ")}${node.position < 0 || nameBefore(node) ? "," : ""} ${where(node)}`)];
   parts.push(...aboutTexts(node), numbers(node));
   const actions = element("div", { class: "actions" });
   const group = GROUPS.get(node.group);
@@ -84,13 +84,13 @@ function lineOf(node) {
   return tokens.length ? "promotes " + tokens.join(", ") : "";
 }
 
-const besideName = (node) => ((node.label.endsWith("@" + node.position) || (REST.has(node.kind) && node.position >= 0)) && node.token && node.token !== "…" ? `“${showToken(node.token)}”` : where(node));
+const besideName = (node) => (nameBefore(node).endsWith("@" + node.position) && node.token && node.token !== "…" ? `at “${showToken(node.token)}”` : (node.label.endsWith("@" + node.position) || (REST.has(node.kind) && node.position >= 0)) && node.token && node.token !== "…" ? `“${showToken(node.token)}”` : where(node));
 
 function row(node, small, value, text, label, line) {
   const most = row.most || 1;
   const bar = element("span", { class: "bar " + (value < 0 ? "negative" : "positive"), style: `width: ${Math.max(1, (100 * Math.abs(value)) / most)}%` });
   const made = element("button", { type: "button", class: "row", "aria-label": label, "data-target": node.key, onclick: () => { select(node.key, true); } },
-    element("span", { class: "name" }, element("span", {}, nameOf(node), element("small", {}, small))), bar, element("span", { class: "number" }, text), line ? element("span", { class: "line" }, line) : "");
+    element("span", { class: "name" }, element("span", { title: fullName(node) }, ...(nameBefore(node) ? [element("small", { class: "before" }, nameBefore(node)), " "] : []), nameOf(node), element("small", {}, small))), bar, element("span", { class: "number" }, text), line ? element("span", { class: "line" }, line) : "");
   made.onmouseenter = () => { if (state.shownKeys.has(node.key)) marks.get(node.key).classList.add("found"); };
   made.onmouseleave = () => paint();
   return element("li", {}, made);
@@ -103,7 +103,7 @@ function edgeList(title, node, edges, end) {
   row.most = Math.max(1e-12, ...strongest.map((edge) => Math.abs(valueOf(edge))));
   for (const edge of strongest) {
     const text = state.measure === "relative" ? percent(edge.relative) : number(edge.attribution);
-    const made = row(edge[end], besideName(edge[end]), valueOf(edge), text, `${nameOf(edge[end])} ${where(edge[end])}, ${aboutEdge(edge)}`);
+    const made = row(edge[end], besideName(edge[end]), valueOf(edge), text, `${fullName(edge[end])} ${where(edge[end])}, ${aboutEdge(edge)}`);
     made.firstChild.title = aboutEdge(edge);
     if (edge.heads) made.append(element("p", { class: "note heads" }, aboutHeads(edge)));
     list.append(made);
@@ -164,18 +164,12 @@ function anExample(example) {
   return example.note ? element("div", {}, made, element("p", { class: "note" }, clean(example.note))) : made;
 }
 
-// Where the target comes from in the end: tokens and biases, or what was left out.
+// Where the target comes from in the end: tokens and biases, what was left out, or what is not linear.
 function aboutEnds() {
-  const ends = NODES.filter((node) => (REST.has(node.kind) || node.kind === "embedding") && node.flow !== null);
-  if (!ends.length || !data.target_value) return [];
-  const left = sum(ends.filter((node) => REST.has(node.kind) && node.kind !== "bias").map((node) => node.flow)) / data.target_value;
-  const part = (name, share) => element("span", { class: name, style: `width: ${Math.max(0, Math.min(100, 100 * share))}%` });
-  const text = (share) => `${(100 * share).toFixed(1)}%`;
-  return [
-    element("h3", {}, "Where the target comes from"),
-    element("div", { class: "ends", "aria-hidden": "true" }, part("part-explained", 1 - left), part("part-left", left)),
-    element("p", { class: "note" }, `${text(1 - left)} is explained: traced back to tokens and biases. What was left out holds the other ${text(left)}.`),
-  ];
+  if (!data.ends) return [];
+  const part = ([name, share]) => element("span", { class: "part-" + name, style: `width: ${Math.max(0, Math.min(100, 100 * share))}%` });
+  const bar = data.ends.cancels ? [] : [element("div", { class: "ends", "aria-hidden": "true" }, ...data.ends.shares.map(part))];
+  return [element("h3", {}, "Where the target comes from"), ...bar, element("p", { class: "note" }, data.ends.text)];
 }
 const aboutShares = () => (SIZED_BY !== "share" ? [] : [element("p", { class: "note", id: "shares" },
   "Shares of nodes and groups sum support (+) and opposition (−) along all paths, again in every layer: they do not add up to what is explained.")]);
@@ -213,10 +207,10 @@ function placeRow({ position, nodes }, most) {
   return element("li", {}, button);
 }
 
-// What nodes do, in a line: the labels they have, or else which of them is the strongest and what it promotes.
+// What nodes do, in a line: the labels they have, each behind the strongest node with it, or else which of them is the strongest and what it promotes.
 function functionOf(ranked) {
-  const labels = [...new Set(ranked.filter(hasLabel).map((node) => clean(node.label)))].slice(0, 3);
-  if (labels.length) return labels.join(" · ");
+  const labels = new Map(ranked.filter(hasLabel).reverse().map((node) => [clean(node.label), fullName(node)]));
+  if (labels.size) return [...labels.values()].reverse().slice(0, 3).join(" · ");
   const [first] = ranked, tokens = words(first, 3), name = CHOSEN.has(first.kind) && LETTERS[first.kind] ? `L${first.layer}/${LETTERS[first.kind]}${first.unit}` : clean(first.node);
   return `strongest ${name}${tokens.length ? ` promotes ${tokens.join(", ")}` : ""}`;
 }
@@ -227,7 +221,7 @@ function aboutCircuit() {
   row.most = Math.max(1e-12, ...strongest.map(sizeOf));
   for (const node of strongest) {
     list.append(row(node, besideName(node), signOf(node) * sizeOf(node), percent(sizeOf(node) * signOf(node)),
-      `${nameOf(node)} ${where(node)}, ${SIZED_BY} ${percent(node[SIZED_BY])}`, lineOf(node)));
+      `${fullName(node)} ${where(node)}, ${SIZED_BY} ${percent(node[SIZED_BY])}`, lineOf(node)));
   }
   const groups = aboutGroups(), made = [...aboutEnds(), element("h2", {}, "Main groups"), ...aboutShares()];
   if (GROUPS.size) made.push(element("ol", { "data-groups": "" }, ...groupRows()));
