@@ -169,6 +169,19 @@ def test_a_circuit_of_one_prompt_says_so(austin: Circuit) -> None:
     assert np.isfinite(austin.graph_replacement)
 
 
+def test_it_says_where_a_feature_is_silent_or_nothing_was_chosen(demo: tuple[Any, Any]) -> None:
+    model, transcoders = demo
+    prompt = "The capital of the state containing Dallas is"
+    silent = trace_feature(model, transcoders, prompt, "L3/F7@-1")
+    assert silent.target_value < 0 and "a feature does not fire there" in silent.notes[0]
+    bare = trace_feature(model, transcoders, prompt, "L0/F386@8", num_branches=1)
+    assert len(bare) == 0 and any("no feature or head was chosen" in note for note in bare.notes)
+    cancelling = trace_feature(model, transcoders, prompt, "L0/F386@1", num_branches=1)
+    assert cancelling.unexplained < -0.5 and "large parts of both signs cancel" in cancelling.notes[-1]
+    fires = trace_feature(model, transcoders, prompt, "L3/F77@-1")
+    assert fires.target_value > 0 and not any("chosen:" in note or "fire" in note for note in fires.notes)
+
+
 def test_saes_and_numbers_out_of_range_are_refused(demo: tuple[Any, Any]) -> None:
     with pytest.raises(DictionaryError, match="weights do not connect"):
         trace_feature(demo[0], load_demo_dictionaries("sae"), TEXT, " Austin")

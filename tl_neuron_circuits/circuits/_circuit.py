@@ -156,25 +156,41 @@ class Circuit:
                 f"{first['prompt']!r} ({first['target']!r}: rank {first['rank']}; it says {first['predicted']!r}). "
                 "settings['prompts'] has them all."
             )
-        if self.target_value < 0:
+        if self.target_value < 0 and settings.get("method") == "weights":
+            notes.append(
+                "the target is negative: a feature does not fire there, and what is explained is its pre-activation. "
+                "Choose a position where it fires."
+            )
+        elif self.target_value < 0:
             notes.append("the target is negative: the model is against it, and nodes with positive scores support it.")
-        if self.target_value and self.unexplained > 0.5:
+        if settings.get("method") == "weights" and not self.nodes["kind"].isin(CHOSEN).any():
+            notes.append(
+                "no feature or head was chosen: the strongest paths come from embeddings or unselected nodes alone. "
+                "Give more num_branches, rank='absolute', or keep_bos=True."
+            )
+        if self.target_value and (self.unexplained > 0.5 or self.unexplained < -0.5):
             notes.append(self._what_is_missing())
         return notes
 
     def _what_is_missing(self) -> str:
         """Where the unexplained part of the target went, and what helps."""
+        where = " (circuit.layers() shows where)" if self.settings.get("layer_scores") else ""
+        if not 0 <= self.unexplained <= 1.05:
+            return (
+                f"large parts of both signs cancel: {self.unexplained:.1f} times the target comes through what was "
+                f"left out{where}. More nodes may settle it."
+            )
         curved = self.nodes.loc[self.nodes["kind"] == "linearization_error", "flow"].sum() / self.target_value
         left = self.unexplained - curved
         if abs(curved) < 0.01:
             return (
-                f"{left:.0%} of the target flows to what was left out (circuit.layers() shows where). More nodes "
-                "explain more, slowly on deep models; steering shows what these nodes do."
+                f"{left:.0%} of the target flows to what was left out{where}. More nodes explain more, slowly on deep "
+                "models; steering shows what these nodes do."
             )
         return (
-            f"{self.unexplained:.0%} of the target is not explained: {left:.0%} flows to what was left out "
-            f"(circuit.layers() shows where), {curved:.0%} is not linear (attention patterns, norms and gates that "
-            "differ between the prompts), which more nodes do not explain. Steering shows what these nodes do."
+            f"{self.unexplained:.0%} of the target is not explained: {left:.0%} flows to what was left out{where}, "
+            f"{curved:.0%} is not linear (attention patterns, norms and gates that differ between the prompts), which "
+            "more nodes do not explain. Steering shows what these nodes do."
         )
 
     def layers(self) -> pd.DataFrame:

@@ -14,6 +14,7 @@ Source: Dunefsky, Chlenski and Nanda 2024, arXiv 2406.11944; METHODS.md 4.3.
 """
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ from ._contributions import (
     read_through_norm,
 )
 from ._residual_run import Prompt, ResidualRun, one_prompt, residual_run
+
+_logger = logging.getLogger(__name__)
 
 Rank = Literal["positive", "absolute"]
 Rows = list[dict[str, Any]]
@@ -153,7 +156,10 @@ def trace_feature(
         "skipped_positions": excluded, "paths": sorted(listed, key=lambda path: -abs(path["contribution"])),
         "versions": versions(),
     }  # fmt: skip
-    return from_tables(rows, edges, target.value, settings, basis=Dictionaries(dictionaries))
+    circuit = from_tables(rows, edges, target.value, settings, basis=Dictionaries(dictionaries))
+    for note in circuit.notes:
+        _logger.warning(note)
+    return circuit
 
 
 @dataclass(frozen=True)
