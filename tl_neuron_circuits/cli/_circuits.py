@@ -305,6 +305,7 @@ def lasso(
     bootstrap: Annotated[int, typer.Option(help="Resamples for the stability of edges.", min=0)] = 0,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
+    no_bos: NoBos = False,
     backend: Backend = "auto",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -330,7 +331,7 @@ def lasso(
         seed=seed,
     )
     loaded = load_model(model, backend, device, dtype)
-    found = method.fit(loaded, inputs, batch_size=batch_size)
+    found = method.fit(loaded, inputs, batch_size=batch_size, prepend_bos=False if no_bos else None)
     files = [out / "edges.csv", out / "circuit", out / "circuit.html"]
     circuit = found.to_circuit()
     circuit.save(files[1])
