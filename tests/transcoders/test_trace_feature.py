@@ -176,8 +176,8 @@ def test_it_says_where_a_feature_is_silent_or_nothing_was_chosen(demo: tuple[Any
     assert silent.target_value < 0 and "a feature does not fire there" in silent.notes[0]
     bare = trace_feature(model, transcoders, prompt, "L0/F386@8", num_branches=1)
     assert len(bare) == 0 and any("no feature or head was chosen" in note for note in bare.notes)
-    cancelling = trace_feature(model, transcoders, prompt, "L0/F386@1", num_branches=1)
-    assert cancelling.unexplained < -0.5 and "large parts of both signs cancel" in cancelling.notes[-1]
+    opposed = trace_feature(model, transcoders, prompt, "L0/F386@1", num_branches=1)
+    assert opposed.unexplained < -0.5 and "large parts of both signs cancel" in opposed.notes[-1]
     fires = trace_feature(model, transcoders, prompt, "L3/F77@-1")
     assert fires.target_value > 0 and not any("chosen:" in note or "fire" in note for note in fires.notes)
 
