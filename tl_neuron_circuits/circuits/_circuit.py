@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import networkx
+import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -23,10 +24,10 @@ from ._table import (
     CHOSEN,
     EDGE_COLUMNS,
     HEAD_COLUMNS,
-    LEFT_OUT,
     NODE_COLUMNS,
     SCHEMA,
     SINGLE,
+    target_shares,
     typed,
 )
 from ._targets import TargetLike
@@ -119,10 +120,8 @@ class Circuit:
 
         It is nan where edges carry no flow, as those of a regression.
         """
-        if self.nodes["flow"].isna().all():
-            return float("nan")
-        left = self.nodes["kind"].isin(LEFT_OUT)
-        return float(self.nodes.loc[left, "flow"].sum() / self.target_value)
+        shares = target_shares(self.nodes, self.target_value)
+        return shares["left"] + shares["not_linear"]
 
     @property
     def notes(self) -> list[str]:
@@ -180,8 +179,8 @@ class Circuit:
                 f"large parts of both signs cancel: {self.unexplained:.1f} times the target comes through what was "
                 f"left out{where}. More nodes may settle it."
             )
-        curved = self.nodes.loc[self.nodes["kind"] == "linearization_error", "flow"].sum() / self.target_value
-        left = self.unexplained - curved
+        shares = target_shares(self.nodes, self.target_value)
+        left, curved = shares["left"], shares["not_linear"]
         if abs(curved) < 0.01:
             return (
                 f"{left:.0%} of the target flows to what was left out{where}. More nodes explain more, slowly on deep "
@@ -760,7 +759,7 @@ class Circuit:
         return (
             f"Circuit({len(self)} nodes, {len(self.edges):,} edges, target {target} = {self.target_value:.3f}"
             f"{self._predicted()} on {s['model']}, {prompts}"
-            f"{f', {1 - self.unexplained:.0%} explained' if self.unexplained == self.unexplained else ''}"
+            f"{f', {1 - self.unexplained:.0%} explained' if not np.isnan(self.unexplained) else ''}"
             f"{', spans ' + ', '.join(s['spans']) if s.get('spans') else ''})"
         )
 

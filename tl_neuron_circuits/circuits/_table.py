@@ -76,3 +76,18 @@ def unselected_row(position: int, token: str = "") -> dict:
         "node": unselected_name(position), "label": f"left out {where}", "kind": "unselected", "position": position,
         "token": token,
     }  # fmt: skip
+
+
+def target_shares(nodes: pd.DataFrame, target_value: float) -> dict[str, float]:
+    """Shares of the target by where it comes from in the end: explained, left (out) and not_linear; they sum to 1.
+
+    Not linear is the flow to the node of that kind, which circuits of differences have; left out is the flow to the
+    other ends of `LEFT_OUT`; the rest is explained. All are nan where edges carry no flow, as those of a regression.
+    """
+    if nodes["flow"].isna().all():
+        return dict.fromkeys(("explained", "left", "not_linear"), float("nan"))
+    flow = nodes.groupby("kind")["flow"].sum() / target_value
+    parts = {kind: float(flow.get(kind, 0.0)) for kind in LEFT_OUT}
+    bent = parts.pop("linearization_error")
+    left = sum(parts.values())
+    return {"explained": 1 - left - bent, "left": left, "not_linear": bent}

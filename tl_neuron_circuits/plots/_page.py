@@ -22,7 +22,7 @@ import pandas as pd
 from .._errors import SettingsError, UnsupportedModelError
 from .._files import write_text
 from .._version import versions
-from ..circuits._table import LEFT_OUT
+from ..circuits._table import target_shares
 from ..interventions._direct_logit_effects import direct_logit_effects
 from ._style import PALETTE
 from ._word_pieces import word_ends
@@ -285,19 +285,10 @@ def _facts(circuit: "Circuit") -> list[tuple[str, str, str, str]]:
 
 
 def _ends(circuit: "Circuit") -> dict[str, Any] | None:
-    """Shares of the target by where it comes from in the end, and the same in words; they sum to 1.
-
-    What is not linear is the flow to the node of that kind, which circuits of differences have; left out is the flow to
-    the other ends of `LEFT_OUT`; the rest is explained.
-    """
-    nodes, value = circuit.nodes, circuit.target_value
-    if not value or not nodes["flow"].notna().any():
+    """Shares of the target by where it comes from in the end (`target_shares`), and the same in words."""
+    if not circuit.target_value or circuit.nodes["flow"].isna().all():
         return None
-    flow = nodes.groupby("kind")["flow"].sum() / value
-    parts = {kind: float(flow.get(kind, 0.0)) for kind in LEFT_OUT}
-    bent = parts.pop("linearization_error")
-    left = sum(parts.values())
-    explained = 1 - left - bent
+    explained, left, bent = target_shares(circuit.nodes, circuit.target_value).values()
     shares = [("explained", explained), ("left", left)]
     if abs(bent) >= 0.0005:
         shares.append(("not-linear", bent))
