@@ -90,6 +90,7 @@ def test_pairs_are_put_into_chats_without_bos_and_where_the_model_is_right(tmp_p
     for options, message in (
         (("--message", "Say it."), "expected --chat beside --message"),
         (("--answer-start", "So"), "expected --chat beside --answer-start"),
+        (("--chat", "--no-bos"), "expected no --no-bos beside --chat"),
         (("--where-right", "--multi-token", "first_difference"), "expected --where-right without --multi-token"),
     ):
         code, out, err = run(*call, *options)

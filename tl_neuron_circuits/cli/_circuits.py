@@ -128,7 +128,7 @@ def trace(
         if multi_token != "error":
             asked = tokenize(loaded, asked, multi_token=multi_token)  # pyright: ignore[reportArgumentType]
     else:
-        each = [in_chat(loaded, prompt, chat, message, answer_start) for prompt in questions]
+        each = [in_chat(loaded, prompt, chat, message, answer_start, no_bos) for prompt in questions]
         asked = each if len(each) > 1 else each[0]
     targets: Any = target[0] if target and len(target) == 1 else target or None
     circuit = run(
@@ -220,7 +220,7 @@ def steer(
     watched = {name: nodes for name, nodes in (_watched(one, circuit) for one in watch or [])}
     places = _positions(positions)
     loaded = load_model(model, backend, device, dtype)
-    prompt = in_chat(loaded, prompt, chat, message, answer_start)
+    prompt = in_chat(loaded, prompt, chat, message, answer_start, no_bos)
     bos = False if no_bos else None
     result = run(
         loaded, prompt, chosen, scale=scale, value=value, add=add, positions=places, watch=watched, top_k=top,

@@ -150,17 +150,19 @@ def _bridge(name: str, options: dict[str, Any]) -> Any:
     return TransformerBridge.boot_transformers(name, **options)
 
 
-def in_chat(model: Any, prompts: Any, chat: bool, message: str, answer_start: str) -> Any:
+def in_chat(model: Any, prompts: Any, chat: bool, message: str, answer_start: str, no_bos: bool) -> Any:
     """A prompt or pairs inside the model's chat template, or as they are.
 
     Raises:
-        SettingsError: no such template, or what belongs to a chat without one.
+        SettingsError: no such template, what belongs to a chat without one, or a chat without BOS.
     """
     if not chat:
         for option, given in (("--message", message != PROMPT), ("--answer-start", answer_start)):
             if given:
                 raise SettingsError(f"expected --chat beside {option}, which is about chats. Add it.")
         return prompts
+    if no_bos:
+        raise SettingsError("expected no --no-bos beside --chat: the template writes BOS or not. Leave it out.")
     from ..tasks._chat import apply_chat_template
 
     return apply_chat_template(model, prompts, message=message, answer_start=answer_start)
@@ -185,7 +187,7 @@ def prepare(
 
     if no_bos:
         pairs = pairs.remember(made_for(encoder(model, False), pairs.clean[0]))
-    pairs = in_chat(model, pairs, chat, message, answer_start)
+    pairs = in_chat(model, pairs, chat, message, answer_start, no_bos)
     if keep_fitting:
         pairs = only_fitting(model, pairs, multi_token=multi_token, same_length=same_length)  # pyright: ignore[reportArgumentType]
         tell(f"--keep-fitting: {pairs.selection}")
