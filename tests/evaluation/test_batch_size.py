@@ -14,6 +14,7 @@ from tl_neuron_circuits._memory import FILL
 from tl_neuron_circuits._meter import Meter
 from tl_neuron_circuits.bases import Neurons
 from tl_neuron_circuits.evaluation import evaluate_edges
+from tl_neuron_circuits.evaluation._evaluate import sparsity_curve
 from tl_neuron_circuits.tasks import logit_difference
 from tl_neuron_circuits.tasks._tokenized import Batch
 
@@ -79,8 +80,10 @@ def test_a_number_is_never_halved(case: ModelCase) -> None:
 def test_auto_begins_with_what_fits(case: ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = model_of(case), random_pairs(*[4] * 8)
     scores = attribute(model, pairs)
-    with Meter() as meter:
-        expected = evaluate(model, pairs, scores, sizes=[3], batch_size=3)
+    given: Any = {"ablation": "mean", "reference": None, "ranking": None, "error_nodes": "rank", "seed": 0}
+    given |= {"metric": logit_difference, "verbose": False}
+    with Meter() as meter:  # of the runs alone: notes draw pairs, which on a model this small shows
+        expected = sparsity_curve(model, pairs, scores, sizes=[3], batch_size=3, **given)
     for available, fewest, most in ((int(meter.peak / FILL), 2, 4), (1, 1, 1), (None, 8, 8)):
         monkeypatch.setattr("tl_neuron_circuits.evaluation._ablated_runs.available_memory", lambda _, a=available: a)
         found = evaluate(model, pairs, scores, sizes=[3], batch_size="auto")

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from tests.evaluation.curves import curve
-from tl_neuron_circuits.evaluation._bootstrap import band, draw_weights, ratios
+from tl_neuron_circuits.evaluation._bootstrap import band, draw_weights, gap_band, ratios
 
 GROUPS = ("dog", "dog", "cat", "cat", "cow", "cow")
 
@@ -53,6 +53,15 @@ def test_a_draw_that_cannot_be_normalized_is_left_out_silently() -> None:
     assert undefined.any() and np.isnan(faithfulness[undefined]).all() and np.isfinite(faithfulness[~undefined]).all()
     low, high = band(faithfulness)
     assert np.isfinite(low).all() and np.isfinite(high).all()
+
+
+def test_the_band_of_the_gap_is_that_of_the_drawn_pairs() -> None:
+    made = curve([1], [0.5], n_pairs=6, groups=GROUPS)
+    made.full[:] = torch.tensor([3.0, 2.0, 5.0, -4.0, 3.0, 2.5])
+    weights = draw_weights(GROUPS, 6, 50, seed=1)
+    rows = [[row for row in range(6) for _ in range(int(times[row]))] for times in weights]
+    gaps = [float((made.full[drawn] - made.empty[drawn]).mean()) for drawn in rows]
+    np.testing.assert_allclose(gap_band(made, weights), np.percentile(gaps, [2.5, 97.5]), rtol=1e-6)
 
 
 def test_the_band_covers_the_truth_about_as_often_as_it_says() -> None:

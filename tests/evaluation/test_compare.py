@@ -104,7 +104,7 @@ def test_rule_sets_and_both_rankings_are_curves_of_their_own(model: Any, monkeyp
 def test_a_stopped_comparison_goes_on_where_it_was(
     model: Any, whole: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    real_evaluate, real_save, calls = module.evaluate, Comparison.save, []
+    real_evaluate, real_save, calls = module.sparsity_curve, Comparison.save, []
 
     def counted(*args: Any, **keywords: Any) -> Any:
         if keywords.get("completeness") is False:  # for MIB's grid
@@ -119,7 +119,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(
             raise Stopped
         real_save(self, path)
 
-    monkeypatch.setattr(module, "evaluate", counted)
+    monkeypatch.setattr(module, "sparsity_curve", counted)
     monkeypatch.setattr(Comparison, "save", save)
     with pytest.raises(Stopped):
         run(model, tmp_path / "here")
@@ -131,6 +131,17 @@ def test_a_stopped_comparison_goes_on_where_it_was(
     for key, found in resumed.curves.items():
         assert torch.equal(found.kept, whole.curves[key].kept) and torch.equal(found.removed, whole.curves[key].removed)
     pd.testing.assert_frame_equal(resumed.summary(), whole.summary())
+
+
+@quiet
+def test_what_to_know_before_quoting_a_ratio_is_said_once_for_all_methods(model: Any, caplog: Any) -> None:
+    """Random answers on random weights: the model does no better than without its nodes."""
+    found = run(model, sizes=[5], mib=False)
+    said = [record.message for record in caplog.records if "F(M) - F(0)" in record.message]
+    assert said == found.notes and 1 <= len(said) <= 4
+    curve = evaluate(model, pairs(model, seed=11), attribute(model, pairs(model, seed=1)), sizes=[5])
+    alone = [record.message for record in caplog.records if "F(M) - F(0)" in record.message][len(said) :]
+    assert alone == curve.notes and len(alone) == 1
 
 
 @quiet

@@ -25,6 +25,24 @@ def test_faithfulness_and_completeness_are_the_definitions_ratios() -> None:
     assert list(table["fraction"]) == [0.01, 0.1] and list(table["size"]) == [1, 10]
 
 
+def test_a_gap_that_the_pairs_do_not_settle_is_said_and_none_that_they_do() -> None:
+    """Faithfulness divides by F(M) - F(0): where draws of pairs give it either sign, its bands have no bounds."""
+    sure = curve([1, 10], [0.25, 0.5])
+    assert sure.notes == [] and "notes" not in repr(sure)
+    unsure = dataclasses.replace(sure, full=torch.tensor([3.0, -0.9, 2.0, 0.4]))
+    (note,) = unsure.notes
+    assert note.startswith("F(M) - F(0) is 0.125 [-1.") and "bands without bounds" in note
+    assert "see its notes" in repr(unsure) and note.split(":")[0] in unsure._repr_html_()
+    worse = dataclasses.replace(sure, full=torch.full((4,), -1.0))
+    assert worse.notes[0].startswith("F(M) - F(0) is -2 [-2, -2]: without its nodes the model does better")
+    two = comparison(
+        {("t", "neurons", method): unsure for method in ("relp", "gradient")} | {("t", "sae", "relp"): sure}
+    )
+    assert two.notes == [f"neurons: {note}"] and note.split(":")[0] in two._repr_html_()
+    tasks = comparison({(task, "neurons", "relp"): one for task, one in (("a", sure), ("b", unsure))})
+    assert tasks.notes == [f"b, neurons: {note}"]
+
+
 @for_each(
     ("faithfulness", "expected"),
     [

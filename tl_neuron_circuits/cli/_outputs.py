@@ -103,6 +103,7 @@ class Compare(_Output, kw_only=True):
 
     command: Literal["compare"]
     headline: str
+    notes: Annotated[list[str], Meta(description="What to know before quoting a ratio.")]
     files: Files
     summary: list[_Basis]
 

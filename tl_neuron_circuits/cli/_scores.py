@@ -196,7 +196,10 @@ def compare(
     )
     files = _write(result, out)
     if as_json:
-        print_json("compare", {"headline": result.headline(), "files": files, "summary": result.summary()})
+        print_json(
+            "compare",
+            {"headline": result.headline(), "notes": result.notes, "files": files, "summary": result.summary()},
+        )
         return
     show(_readable(result.summary()), repr(result))
     console.print(result.headline(), soft_wrap=True, markup=False, highlight=False)

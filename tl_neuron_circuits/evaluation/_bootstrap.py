@@ -56,6 +56,13 @@ def ratios(curve: Measured, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray
         return (mean(curve.kept) - low) / span, (mean(curve.removed) - low) / span
 
 
+def gap_band(curve: Measured, weights: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of F(M) - F(0), which both are divided by, over the draws."""
+    gaps = weights @ (curve.full - curve.empty).double().numpy() / weights.sum(1)
+    low, high = band(gaps[:, None])
+    return float(low[0]), float(high[0])
+
+
 def band(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper percentile over draws."""
     tail = (1 - level) / 2 * 100

@@ -27,7 +27,7 @@ from ..tasks._tokenize import tokenize
 from ..tasks._tokenized import TokenizedPairs
 from ._comparison import Comparison, CurveKey
 from ._curve import MIB_FRACTIONS
-from ._evaluate import ErrorNodes, evaluate
+from ._evaluate import ErrorNodes, sparsity_curve
 from ._node_sets import Ranking
 from ._resume import resume
 
@@ -92,7 +92,8 @@ def compare(
         verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
-        A `Comparison`: `.to_dataframe()`, `.summary()`, `.headline()`, `.plot()`, `.plot_trust()`, `.save(path)`.
+        A `Comparison`: `.to_dataframe()`, `.summary()`, `.headline()`, `.plot()`, `.plot_trust()`, `.save(path)`; its
+        `.notes` are logged as warnings.
 
     Raises:
         SettingsError: tasks or layers do not match, two bases share a name, two methods share a label, or `bootstrap`
@@ -136,8 +137,8 @@ def compare(
     common = {"metric": metric, "batch_size": batch_size, "verbose": shown}
     judge = {**common, "ablation": ablation, "error_nodes": error_nodes, "seed": seed}
     with processes.together("compare", settings):
-        found = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings)  # noqa: E731
-        done = processes.from_first(found)
+        begun = lambda: Comparison({}, settings) if directory is None else resume(Path(directory), settings)  # noqa: E731
+        done = processes.from_first(begun)
         train, test = (  # once, not for every curve
             {task: tokenize(model, pairs) for task, pairs in sets.items()} for sets in (train, test)
         )
@@ -153,14 +154,17 @@ def compare(
             scores = known[1]
             fitting = None if sizes is None else [size for size in sizes if size <= len(scores)]
             judged = {**judge, "reference": means.get(key.task)}
-            curves[key] = evaluate(model, test[key.task], scores, sizes=fitting, ranking=ranking, **judged)
+            curves[key] = sparsity_curve(model, test[key.task], scores, sizes=fitting, ranking=ranking, **judged)
             if mib:
                 grid[key] = _mib(model, test[key.task], scores, judged)
             fractions = list(scores.settings["variance_unexplained"].values())
             unexplained[key] = float(np.mean(fractions)) if fractions else 0.0
             if directory is not None and processes.first:
                 Comparison(curves, settings, grid, unexplained).save(directory)
-        return Comparison({key: curves[key] for key in keys}, settings, grid, unexplained)
+        found = Comparison({key: curves[key] for key in keys}, settings, grid, unexplained)
+        for note in found.notes if processes.first else ():
+            logger.warning(note)
+        return found
 
 
 def _provenance(
@@ -186,7 +190,8 @@ def _mib(
 ) -> tuple[float, float]:
     """CPR by the signed ranking and CMD by the |score| ranking (of a learned order: by score too), on MIB's grid."""
     sizes = sorted({max(1, round(fraction * len(scores))) for fraction in MIB_FRACTIONS})
-    run = lambda ranking: evaluate(model, pairs, scores, sizes=sizes, ranking=ranking, completeness=False, **judge)  # noqa: E731
+    given = {"sizes": sizes, "completeness": False, **judge}
+    run = lambda ranking: sparsity_curve(model, pairs, scores, ranking=ranking, **given)  # noqa: E731
     return run("signed").cpr, run(scores.ranking).cmd
 
 

@@ -141,6 +141,15 @@ class Comparison:
         low, high = np.percentile(values, [2.5, 97.5], method="nearest") if len(values) else (np.nan, np.nan)
         return float(value), float(low), float(high)
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know before quoting a ratio, as of each curve; what holds of all methods of a basis once."""
+        found = {}
+        for key, curve in self.curves.items():
+            several = [key.task] if len(self.tasks) > 1 else []
+            found |= dict.fromkeys(f"{', '.join([*several, key.basis])}: {note}" for note in curve.notes)
+        return list(found)
+
     def headline(self, *, level: float = 0.8) -> str:
         """How the first basis compares with each other one, by the first method, task by task; alone, what it needs."""
         method = next(iter(self.curves)).method
@@ -240,7 +249,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         table = self.summary().dropna(axis="columns", how="all")
-        notes = [self.headline()]
+        notes = [self.headline(), *self.notes]
         if len(self.tasks) == 1:  # then every curve has the same ends
             notes.append(f"F(full) = {table['metric_full'][0]:.3g}, F(empty) = {table['metric_empty'][0]:.3g}")
             table = table.drop(columns=["task", "metric_full", "metric_empty"])

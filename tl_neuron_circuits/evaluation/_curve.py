@@ -30,7 +30,7 @@ from .. import _html
 from .._errors import FileFormatError, SettingsError
 from .._files import formed, read_directory, require_shapes, write_directory
 from .._typing import checked
-from ._bootstrap import band, draw_weights, ratios
+from ._bootstrap import band, draw_weights, gap_band, ratios
 
 SCHEMA = 3
 C = TypeVar("C", bound="Curve")
@@ -126,6 +126,24 @@ class Curve:
         both = zip((self.accuracy, self.flips), none, last, strict=True)
         areas = [log_area(self.sizes, values, self.total, first, end) for values, first, end in both]
         return float(np.mean(areas))
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before quoting a ratio: both divide by F(M) - F(0), which the pairs may not tell from 0."""
+        low, high = gap_band(self, draw_weights(self.groups, len(self.full), 1000, 0))
+        if low > 0:
+            return []
+        gap = f"F(M) - F(0) is {self.metric_full - self.metric_empty:.3g} [{low:.3g}, {high:.3g}]"
+        remedy = "pairs that the model gets right (tasks.where_model_is_right)"
+        if high < 0:
+            return [
+                f"{gap}: without its nodes the model does better, so a faithfulness of 1 is as bad as the model. "
+                f"Use {remedy}."
+            ]
+        return [
+            f"{gap}: on these pairs the model may do no better than without its nodes, and faithfulness and "
+            f"completeness, which divide by this, have bands without bounds. Use more pairs, or {remedy}."
+        ]
 
     def to_dataframe(self) -> pd.DataFrame:
         """Columns size, fraction (of all nodes), faithfulness, completeness, accuracy, flips."""
@@ -357,11 +375,13 @@ class Curve:
             f"{len(self.full)} pairs, ablation {s['ablation']}, F(full)={self.metric_full:.3f}, "
             f"F(empty)={self.metric_empty:.3f}"
             + (f", faithfulness up to {1 + self.overshoot:.2f}" if self.overshoot > 0.05 else "")
+            + (", see its notes" if self.notes else "")
             + ")"
         )
 
     def _repr_html_(self) -> str:
-        return _html.block(repr(self), _html.table(self.to_dataframe(), bars=("faithfulness", "completeness"), rows=60))
+        table = _html.table(self.to_dataframe(), bars=("faithfulness", "completeness"), rows=60)
+        return _html.block(repr(self), *map(_html.note, self.notes), table)
 
     def _share(self, pairs: Tensor) -> np.ndarray:
         """Share of the pairs that the model gets right; nan where it gets none, or where zero is not a tie."""

@@ -11,6 +11,7 @@ model, 0 every node ablated):
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -36,6 +37,8 @@ from ..tasks._tokenized import Batch, TokenizedPairs
 from ._ablated_runs import Ablated, Baselines, Evaluation, Read
 from ._curve import EdgeCurve, stack
 from ._evaluate import _check, _check_range
+
+logger = logging.getLogger(__name__)
 
 
 @holding
@@ -120,7 +123,7 @@ def evaluate_edges(
         "variance_unexplained": {}, "seed": seed, "batch_size": run.batch_size, "versions": versions(),
     }  # fmt: skip
     groups = None if tokens.labels is None else tuple(tokens.labels)
-    return EdgeCurve(
+    curve = EdgeCurve(
         tuple(sizes),
         stack(curves[: len(sizes)]),
         stack(curves[len(sizes) :]),
@@ -131,6 +134,9 @@ def evaluate_edges(
         settings,
         groups,
     )
+    for note in curve.notes:
+        logger.warning(note)
+    return curve
 
 
 def ranked_edges(circuit: Circuit) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """`evaluate`: keep the best nodes and ablate the rest, then the reverse, on held-out pairs."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from ._ablated_runs import Ablated, Evaluation, NodeSet
 from ._curve import SparsityCurve, stack
 from ._node_sets import Chosen, RankedNodes, Ranking, chosen_sizes
 
+logger = logging.getLogger(__name__)
 ErrorNodes = Literal["rank", "keep", "ablate"]
 
 
@@ -74,7 +76,7 @@ def evaluate(
         verbose: a progress bar. None: after two seconds, in a notebook or a terminal.
 
     Returns:
-        A `SparsityCurve` normalized by the original model.
+        A `SparsityCurve` normalized by the original model; its `.notes` are logged as warnings.
 
     Raises:
         PairsError: no corrupt prompts where the ablation needs them, or a length that does not fit kept positions.
@@ -91,6 +93,23 @@ def evaluate(
         >>> list(curve.to_dataframe()["size"])
         [10, 100]
     """
+    curve = sparsity_curve(
+        model, pairs, scores, sizes=sizes, ablation=ablation, reference=reference, ranking=ranking,
+        error_nodes=error_nodes, basis=basis, metric=metric, completeness=completeness, batch_size=batch_size,
+        seed=seed, verbose=verbose,
+    )  # fmt: skip
+    for note in curve.notes if current_processes().first else ():
+        logger.warning(note)
+    return curve
+
+
+def sparsity_curve(
+    model: TransformerLensModel, pairs: PromptPairs | TokenizedPairs, scores: NodeScores | Circuit, *,
+    sizes: Sequence[int] | None, ablation: Ablation, reference: PromptPairs | TokenizedPairs | None,
+    ranking: Ranking | None, error_nodes: ErrorNodes, metric: Metric, batch_size: int | Literal["auto"], seed: int,
+    verbose: bool | None, basis: Basis | Sequence[Basis] | None = None, completeness: bool = True,
+) -> SparsityCurve:  # fmt: skip
+    """`evaluate` without a word, for many curves on the same pairs."""
     if isinstance(scores, Circuit):
         sizes = [len(scores)] if sizes is None else sizes
         scores = scores.to_scores()
