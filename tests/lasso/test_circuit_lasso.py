@@ -172,6 +172,11 @@ def test_as_many_edges_as_asked_for_and_no_more(gpt2) -> None:
     assert circuit.settings["chosen_by"] == {"name": "most_edges", "count": 12}
     assert circuit.edges["weight"].abs().is_monotonic_decreasing
     assert circuit.path["n_edges"].is_monotonic_increasing and circuit.path["n_edges"][0] == 0
+    assert circuit.path["share"].is_monotonic_decreasing
+    chosen = circuit.path[circuit.path["penalty"] == circuit.settings["penalty"]]  # found between two of the shares
+    assert chosen["n_edges"].tolist() == [len(circuit.edges)] and circuit.path["n_edges"].iloc[-1] > 12
+    none = CircuitLasso(penalty=Share(1.0), **SMALL).fit(gpt2, random_tokens(gpt2, batch=30, pos=5))
+    assert len(none.edges) == 0 and none.notes[0].startswith("no edge is left") and circuit.notes == []
 
 
 def test_held_out_error_takes_the_sparsest_within_one_standard_error(gpt2) -> None:

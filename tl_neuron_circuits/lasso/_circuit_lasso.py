@@ -377,12 +377,8 @@ class CircuitLasso:
         nodes = list_nodes(observations.sites, observations.regressions)
         rows, chosen = [], None
         for alpha, fits in zip(alphas, self._fit_path(observations, alphas, verbose=verbose), strict=False):
-            n_edges = len(edge_keys(fits, nodes))
-            r2 = torch.cat([fit.r2[fit.regression.allowed.any(0).to(fit.r2.device)].cpu() for fit in fits])
-            n_weights = sum(len(weight_places(fit.weights)[0]) for fit in fits)
-            row = {"penalty": scale * alpha, "share": alpha / most, "n_edges": n_edges, "n_weights": n_weights}
-            rows.append({**row, "r2": float(r2.nanmean())})
-            if alpha == asked or (count is not None and n_edges <= count):
+            rows.append(_path_row(alpha, fits, most, scale, nodes))
+            if alpha == asked or (count is not None and rows[-1]["n_edges"] <= count):
                 chosen = (alpha, fits)
             elif count is not None:
                 break
@@ -390,6 +386,9 @@ class CircuitLasso:
         alpha, fits = chosen
         if count is not None:
             alpha, fits = self._bisect(observations, alpha, fits, alphas, count, nodes, verbose)
+            if alpha != chosen[0]:
+                rows.append(_path_row(alpha, fits, most, scale, nodes))
+                rows.sort(key=lambda row: -row["share"])
         table = pd.DataFrame(rows)
         if errors is not None:
             table["held_out_error"] = errors.mean(0).numpy()
@@ -558,6 +557,18 @@ class CircuitLasso:
             present = edge_keys(fits, nodes)
             counts += torch.tensor([float(key in present) for key in keys], dtype=torch.float64)
         return pd.Series((counts / self.bootstrap).numpy(), index=edges.index)
+
+
+def _path_row(alpha: float, fits: Sequence[Fitted], most: float, scale: float, nodes: Nodes) -> dict[str, float]:
+    """The path's row of one penalty; `most` is the smallest alpha without an edge."""
+    r2 = torch.cat([fit.r2[fit.regression.allowed.any(0).to(fit.r2.device)].cpu() for fit in fits])
+    return {
+        "penalty": scale * alpha,
+        "share": alpha / most,
+        "n_edges": len(edge_keys(fits, nodes)),
+        "n_weights": sum(len(weight_places(fit.weights)[0]) for fit in fits),
+        "r2": float(r2.nanmean()),
+    }
 
 
 def _standardize(statistics: Statistics | SampledStatistics, floor: float) -> Standardized | SampledProblem:

@@ -79,11 +79,11 @@ class LassoCircuit(Circuit):
 
     @property
     def notes(self) -> list[str]:
-        """What to know before telling a story: a readout that no edge reaches, or that the edges hardly predict."""
-        if np.isnan(self.unexplained):
-            return []
-        r2 = 1 - self.unexplained
+        """What to know before telling a story: no edge, a readout that none reaches, or that they hardly predict."""
         remedy = "A smaller penalty keeps more edges, such as Share(0.2); prune(edges=40) then keeps the strongest."
+        if np.isnan(self.unexplained):
+            return [] if len(self.edges) else [f"no edge is left. {remedy}"]
+        r2 = 1 - self.unexplained
         readout = set(self.nodes.loc[self.nodes["kind"] == "logit", "node"])
         if not self.edges["target"].isin(readout).any():
             return [f"no edge reaches the readout, so no edge has a reach. {remedy}"]
