@@ -292,6 +292,8 @@ def test_notes_name_options_too(tmp_path: Path, caplog: pytest.LogCaptureFixture
     code, _, err = run(*call)
     assert code == 0 and "does not predict 'Augusta'" in caplog.text, err
     assert "explain its own token (no --target)" in caplog.text
+    right = "those that the model gets right: pairs.where_model_is_right(model)."
+    assert in_options(right, {"where_right": "--where-right"}).endswith("gets right: --where-right.")
     assert in_options("give target=' Augusta'", {"target": "--target"}) == "give --target ' Augusta'"
 
 

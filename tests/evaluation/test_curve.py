@@ -14,6 +14,7 @@ from tests.saved_files import edit
 from tl_neuron_circuits._errors import FileFormatError, SettingsError
 from tl_neuron_circuits.evaluation import EdgeCurve, SparsityCurve
 from tl_neuron_circuits.evaluation._curve import area
+from tl_neuron_circuits.tasks import PromptPairs
 
 
 def test_faithfulness_and_completeness_are_the_definitions_ratios() -> None:
@@ -32,6 +33,7 @@ def test_a_gap_that_the_pairs_do_not_settle_is_said_and_none_that_they_do() -> N
     unsure = dataclasses.replace(sure, full=torch.tensor([3.0, -0.9, 2.0, 0.4]))
     (note,) = unsure.notes
     assert note.startswith("F(M) - F(0) is 0.125 [-1.") and "bands without bounds" in note
+    assert "pairs.where_model_is_right(model)" in note and hasattr(PromptPairs, "where_model_is_right")
     assert "see its notes" in repr(unsure) and note.split(":")[0] in unsure._repr_html_()
     worse = dataclasses.replace(sure, full=torch.full((4,), -1.0))
     assert worse.notes[0].startswith("F(M) - F(0) is -2 [-2, -2]: without its nodes the model does better")

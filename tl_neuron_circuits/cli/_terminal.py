@@ -115,6 +115,8 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
 
     if "keep_fitting" in options:
         message = re.sub(r"tasks\.keep_fitting\([^)]*\)", options["keep_fitting"], message)
+    if "where_right" in options:
+        message = re.sub(r"pairs\.where_model_is_right\([^)]*\)", options["where_right"], message)
     if "multi_token" in options:
         message = re.sub(r"tasks\.tokenize\(model, pairs, (multi_token='\w+')\)", r"\1", message)
     return re.sub(r"\b(?P<name>\w+)=(?P<value>'[^']+'|[\d.]*\d|None)", option, message)

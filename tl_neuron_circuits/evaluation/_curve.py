@@ -134,7 +134,7 @@ class Curve:
         if low > 0:
             return []
         gap = f"F(M) - F(0) is {self.metric_full - self.metric_empty:.3g} [{low:.3g}, {high:.3g}]"
-        remedy = "pairs that the model gets right (tasks.where_model_is_right)"
+        remedy = "those that the model gets right: pairs.where_model_is_right(model)"
         if high < 0:
             return [
                 f"{gap}: without its nodes the model does better, so a faithfulness of 1 is as bad as the model. "
