@@ -373,22 +373,9 @@ def generalize(
         return fit_probe(x, torch.tensor(texts[name].label), ridge)
 
     def add_row(method: str, probe: Probe, x: Tensor, n_ablated: int = 0, seconds: float = 0.0) -> None:
-        """What a probe does on the test texts' activations."""
-        predicted, label, spurious = probe.predictions(x), torch.tensor(tested.label), torch.tensor(tested.spurious)
-        right = (predicted == label).double()
-        groups = [right[(label == a) & (spurious == b)].mean() for a in (0, 1) for b in (0, 1)]
-        table.append(
-            {
-                "method": method,
-                "label_accuracy": float(right.mean()),
-                "spurious_accuracy": float((predicted == spurious).double().mean()),
-                "worst_group": float(min(groups)),
-                "n_ablated": n_ablated,
-                "seconds": seconds,
-            }
-        )
+        row = {"method": method, **_accuracies(probe, x, texts["test"])}
+        table.append({**row, "n_ablated": n_ablated, "seconds": seconds})
 
-    tested = texts["test"]
     x = {name: pooled_activations(model, some, plain) for name, some in tokens.items()}
     probes = {"original": train_probe(x["biased"], "biased"), "oracle": train_probe(x["oracle"], "oracle")}
     for name, probe in probes.items():
@@ -413,17 +400,8 @@ def generalize(
     for ranking in progress(RANKINGS, desc="rankings", verbose=verbose):
         start = time.process_time()
         if ranking.startswith("lasso"):
-            rounds: list[pd.DataFrame] = []
-            for _ in range(1 if ranking == "lasso" else _ROUNDS):
-                taken = [label for part in rounds for label in part.loc[part["chosen"], "label"]]
-                labels = list(texts["biased"].label)
-                rounds.append(
-                    ask_judge(rank_features(features, labels, n_features=n_candidates, without=taken).features)
-                )
-                if not rounds[-1]["chosen"].any():
-                    break
-            chosen_before = [part[part["chosen"]] for part in rounds[:-1]]
-            judged = pd.concat([*chosen_before, rounds[-1]], ignore_index=True)
+            rounds = 1 if ranking == "lasso" else _ROUNDS
+            judged = _by_regression(features, texts["biased"].label, n_candidates, rounds, ask_judge)
         elif ranking == "attribution":
             label = torch.tensor(texts["biased"].label)
             support = probe_support(model, tokens["biased"], plain, probes["original"], label, rules)
@@ -431,9 +409,7 @@ def generalize(
             judged = ask_judge(_candidate_rows(features, order[support[order] > 0], support))
         else:
             count = max(int(frame["chosen"].sum()) for frame in candidates.values())
-            live = (features.values != features.values[:1]).any(0).nonzero().flatten()
-            drawn = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))[:count]]
-            judged = _candidate_rows(features, drawn, torch.zeros(len(features.nodes)))
+            judged = _live_by_chance(features, count, seed)
             judged = judged.assign(contrast=judged["label"].map(contrast), chosen=True)
         candidates[ranking] = judged
         seconds, chosen = time.process_time() - start, judged[judged["chosen"]]
@@ -450,6 +426,38 @@ def generalize(
         **{f"n_{name}": len(some) for name, some in texts.items()},
     }  # fmt: skip
     return Generalization(pd.DataFrame(table), candidates, probes, settings)
+
+
+def _accuracies(probe: Probe, x: Float[Tensor, "text d"], texts: LabeledTexts) -> dict[str, float]:
+    """What a probe does on the texts' activations: columns of the table."""
+    predicted, label, spurious = probe.predictions(x), torch.tensor(texts.label), torch.tensor(texts.spurious)
+    right = (predicted == label).double()
+    groups = [right[(label == a) & (spurious == b)].mean() for a in (0, 1) for b in (0, 1)]
+    return {
+        "label_accuracy": float(right.mean()),
+        "spurious_accuracy": float((predicted == spurious).double().mean()),
+        "worst_group": float(min(groups)),
+    }
+
+
+def _by_regression(
+    features: PooledFeatures, label: Sequence[int], count: int, rounds: int, ask: Callable[[pd.DataFrame], pd.DataFrame]
+) -> pd.DataFrame:
+    """Candidates of one regression, or of several without what was chosen before, until nothing more is."""
+    judged: list[pd.DataFrame] = []
+    for _ in range(rounds):
+        taken = [name for part in judged for name in part.loc[part["chosen"], "label"]]
+        judged.append(ask(rank_features(features, list(label), n_features=count, without=taken).features))
+        if not judged[-1]["chosen"].any():
+            break
+    return pd.concat([*(part[part["chosen"]] for part in judged[:-1]), judged[-1]], ignore_index=True)
+
+
+def _live_by_chance(features: PooledFeatures, count: int, seed: int) -> pd.DataFrame:
+    """Features that differ between texts."""
+    live = (features.values != features.values[:1]).any(0).nonzero().flatten()
+    drawn = live[torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))[:count]]
+    return _candidate_rows(features, drawn, torch.zeros(len(features.nodes)))
 
 
 def _candidate_rows(features: PooledFeatures, places: Tensor, weight: Tensor) -> pd.DataFrame:
