@@ -68,8 +68,9 @@ def test_circuits_and_steering_conform(pairs: Path, tmp_path: Path) -> None:
     printed("steer", "demo-gelu", PROMPT, "--node", "L0/N1", "--scale", "0", "--generate", "1")
     printed("steer", "demo-gelu", PROMPT, "--node", "L0/N1", "--scale", "0")
     few_regressors = ("--n-edges", "3", "--attention", "layers", "--regressors", "same")
-    edges = printed("lasso", "demo-gelu", "--pairs", pairs, *few_regressors, "--out", tmp_path / "l")["edges"]
-    assert 0 < len(edges) <= 3
+    regressed = printed("lasso", "demo-gelu", "--pairs", pairs, *few_regressors, "--out", tmp_path / "l")
+    assert 0 < len(regressed["edges"]) <= 3
+    assert any("readout" in note for note in regressed["notes"]), "three edges of MLPs and heads do not reach it"
 
 
 def test_the_demo_conforms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -338,7 +338,7 @@ def lasso(
     circuit.to_html(files[2])
     write_text(files[0], found.edges.to_csv(index=False))
     if as_json:
-        print_json("lasso", {"circuit": repr(found), "files": files, "edges": found.edges})
+        print_json("lasso", {"circuit": repr(found), "notes": found.notes, "files": files, "edges": found.edges})
         return
     for note in found.notes:
         tell(note)

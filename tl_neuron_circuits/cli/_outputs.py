@@ -199,6 +199,7 @@ class Lasso(_Output, kw_only=True):
 
     command: Literal["lasso"]
     circuit: Summary
+    notes: Annotated[list[str], Meta(description="What to know before telling a story.")]
     files: Files
     edges: list[_Edge]
 
