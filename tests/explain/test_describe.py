@@ -17,6 +17,7 @@ import tl_neuron_circuits as tnc
 from tl_neuron_circuits._errors import FileFormatError, NumericalError, SettingsError
 from tl_neuron_circuits.explain import Descriptions, _describe
 from tl_neuron_circuits.explain._activation_sample import MISSING, ActivationSample, SmallestKeys, mix
+from tl_neuron_circuits.explain._describe_circuit import _profiles
 from tl_neuron_circuits.explain._token_labels import (
     LEAST_F1,
     LEAST_SUPPORT,
@@ -403,6 +404,34 @@ def test_groups_of_a_circuit_are_named_by_what_their_members_share(
         name.startswith(("reads", "for", "against", "after", '"', "'", "layer")) for name in groups
     )
     assert len(grouped.collapse()) == 16
+
+
+def test_groups_of_prompts_of_several_lengths(model: Any) -> None:
+    pytest.importorskip("sklearn")
+    prompts = [PROMPT, "The capital of Texas is"]
+    circuit = tnc.trace(model, prompts, positions="sum", nodes=16)
+    grouped = circuit.describe(groups=3)
+    assert len({name for name in grouped.nodes["group"] if name}) == 3
+    nodes = sorted(circuit.members)
+    made, each = _profiles(circuit, nodes, model), [tnc.profiles(model, prompt, nodes) for prompt in prompts]
+    assert torch.equal(made.attribution, torch.cat([one.attribution for one in each], 1))
+    assert torch.equal(made.contribution, torch.cat([one.contribution for one in each], 1))
+    assert made.sources == (*each[0].sources, *each[1].sources)
+
+
+def test_groups_that_cannot_be_are_refused_before_the_texts_are_read(model: Any, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    unread = (pytest.fail("the texts were read") for _ in range(1))
+    features = tnc.bases.Dictionaries(tnc.load_demo_dictionaries("sae"))
+    of_features = tnc.trace(model, PROMPT, basis=features, nodes=16)
+    few = tnc.trace(model, PROMPT, nodes=4)
+    for circuit, groups in ((of_features, 3), (few, 4), (few, 1)):
+        with pytest.raises(SettingsError, match="expected groups from 2"):
+            circuit.describe(unread, groups=groups)
+    several = tnc.trace(model, [PROMPT, "The capital of Texas is"], positions="sum", nodes=16)
+    several.save(tmp_path / "saved")
+    with pytest.raises(SettingsError, match="a loaded circuit of pairs"):
+        tnc.Circuit.load(tmp_path / "saved").describe(unread, groups=3, model=model)
 
 
 def test_features_of_dictionaries_are_described_too(model: Any, texts: list[str]) -> None:

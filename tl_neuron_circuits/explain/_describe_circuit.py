@@ -22,6 +22,7 @@ from ._profiles import Profiles, profiles
 LONGEST_LABEL = 40
 """Of a node on the page; the whole of a longer description stands in its details."""
 _LOGIT_TOKENS = 5
+_PROMPTS = 4  # of a circuit of several, that groups are made on
 
 
 def describe_circuit(
@@ -45,7 +46,7 @@ def describe_circuit(
     if rows.empty:
         raise SettingsError("expected a circuit with single neurons or features. Call this before collapse().")
     if groups is not None:
-        require_scikit_learn()  # now, and not after the texts were read
+        _require_groups(circuit, rows, groups)  # now, and not after the texts were read
     found = labels if isinstance(labels, Descriptions) else None
     if isinstance(labels, str | Path):
         found = Descriptions.from_file(labels)
@@ -100,29 +101,49 @@ def _details(found: Descriptions | None, name: str, text: str) -> dict[str, Any]
     return told | ({"examples": examples} if examples else {})
 
 
+def _require_groups(circuit: Circuit, rows: pd.DataFrame, groups: int) -> None:
+    require_scikit_learn()
+    n_neurons = int((rows["kind"] == "neuron").sum())
+    if not 2 <= groups < n_neurons:
+        raise SettingsError(
+            f"expected groups from 2 to one less than the circuit's neurons, of which it has {n_neurons} (groups are "
+            f"of neurons, not of features); got {groups}. Other groups can be given to circuit.group()."
+        )
+    if circuit.settings.get("token_ids") is None and circuit.traced is None:
+        raise SettingsError("groups are made on the circuit's prompts, which a loaded circuit of pairs does not hold.")
+
+
 def _groups(
     circuit: Circuit, rows: pd.DataFrame, found: Descriptions | None, model: TransformerLensModel, groups: int
 ) -> dict[str, list[str]]:
     """Clusters of the circuit's neurons by their profiles on its prompts, and by their labels."""
     neurons = rows.loc[rows["kind"] == "neuron", ["node", "sign"]]
-    tokens = circuit.settings.get("token_ids")
-    if tokens is not None:
-        prompts = torch.tensor([tokens])
-    elif circuit.traced is not None:
-        prompts = torch.stack(list(circuit.traced.pairs.clean[:4]))
-    else:
-        raise SettingsError("groups are made on the circuit's prompts, which a loaded circuit of pairs does not hold.")
     labels = {} if found is None else {
         node: found.text(f"{node.partition('@')[0]}{SIGN_TEXT[int(sign)]}")
         for node, sign in zip(neurons["node"], neurons["sign"], strict=True)
     }  # fmt: skip
-    made = profiles(model, prompts, neurons["node"].tolist())
+    made = _profiles(circuit, neurons["node"].tolist(), model)
     clusters = cluster(made, groups, labels=labels)
     token_of = dict(zip(rows["node"], rows["token"], strict=True))
     names = shared_names(made, clusters.labels.tolist(), labels, _entering(circuit, made), token_of)
     clusters = replace(clusters, names=names)
     taken = set(circuit.nodes["node"])
     return {f"{name} group" if name in taken else name: members for name, members in clusters.groups().items()}
+
+
+def _profiles(circuit: Circuit, nodes: list[str], model: TransformerLensModel) -> Profiles:
+    """On the circuit's prompt, or on its first prompts, one by one, up to where their answers are read."""
+    own = circuit.settings.get("token_ids")
+    if own is not None or circuit.traced is None:
+        return profiles(model, torch.tensor([own]), nodes)
+    pairs = circuit.traced.pairs
+    prompts = [row[: int(end) + 1] for row, end in zip(pairs.clean, pairs.position, strict=True)][:_PROMPTS]
+    each = [profiles(model, prompt[None], nodes) for prompt in prompts]
+    attribution, contribution = (
+        torch.cat([getattr(one, view) for one in each], 1) for view in ("attribution", "contribution")
+    )
+    sources, targets = (tuple(name for one in each for name in getattr(one, ends)) for ends in ("sources", "targets"))
+    return Profiles(each[0].nodes, attribution, contribution, sources, targets)
 
 
 def _entering(circuit: Circuit, made: Profiles) -> Float[Tensor, "node source"] | None:
