@@ -85,3 +85,10 @@ def test_screening_says_which_of_the_best_are_misjudged() -> None:
     assert not table["misjudged"][off < 0.4].any() and table["misjudged"][off > 1.1].all()
     with pytest.raises(SettingsError, match="an order"):
         screen(model, pairs, attribute(model, pairs, method="mask_gradient"))
+
+
+def test_the_nodes_of_a_circuit_can_be_screened() -> None:
+    model, pairs = tnc.load_demo_model(), tnc.tasks.subject_verb_agreement("simple", n=8)
+    of_circuit = screen(model, pairs, tnc.trace(model, pairs, nodes=12).to_scores(), 12).set_index("label")
+    exact = screen(model, pairs, attribute(model, pairs), 200).set_index("label")["exact"]
+    assert of_circuit["exact"].to_dict() == pytest.approx(exact.reindex(of_circuit.index).to_dict())

@@ -102,7 +102,7 @@ def test_complements_of_features_and_what_has_none() -> None:
         steering_hooks(model, embedding.drop(columns="label"), scale=0, complement=True)
     with pytest.raises(SettingsError, match="a number with complement"):
         steering_hooks(model, ["L0/N1"], value=torch.zeros(1), complement=True)
-    with pytest.raises(SettingsError, match="at least one node"):
+    with pytest.raises(SettingsError, match="at least one neuron"):
         steering_hooks(model, [], scale=0)
 
 
@@ -211,7 +211,7 @@ def test_groups_with_wrong_settings_are_refused() -> None:
         ({"nodes": {}}, "at least one group"),
         ({"nodes": {"kl": ["L0/N1"]}}, "none of"),
         ({"nodes": {"a": ["L0/N1"]}, "watch": {"a": ["L0/N2"]}}, "every group's name once"),
-        ({"nodes": {"a": []}}, "at least one node"),
+        ({"nodes": {"a": []}}, "at least one neuron"),
     ]
     for arguments, message in cases:
         with pytest.raises(SettingsError, match=message):

@@ -445,17 +445,22 @@ class Circuit:
             how: nodes of any circuit, or only those that all have.
 
         Raises:
-            SettingsError: no circuits, or circuits of different models.
+            SettingsError: no circuits, circuits of different models, or a `LassoCircuit` among them.
         """
+        for circuit in circuits:
+            circuit._require_mergeable()
         return _algebra.merge(circuits, how=how)
 
     def __or__(self, other: "Circuit") -> "Circuit":
         """Nodes of either, numbers averaged over all prompts."""
-        return _algebra.merge([self, other], how="any")
+        return self.merge([self, other], how="any")
 
     def __and__(self, other: "Circuit") -> "Circuit":
         """Nodes of both, numbers averaged over all prompts."""
-        return _algebra.merge([self, other], how="all")
+        return self.merge([self, other], how="all")
+
+    def _require_mergeable(self) -> None:
+        """Raise where means over circuits say nothing."""
 
     def __sub__(self, other: "Circuit") -> "Circuit":
         """This circuit without the other's nodes, which join the remainders."""
@@ -486,6 +491,7 @@ class Circuit:
         """
         return _scores.to_scores(self)
 
+    @checked
     def with_heads(
         self,
         edges: int | pd.DataFrame | Sequence[tuple[str, str]] = 100,
@@ -525,6 +531,7 @@ class Circuit:
         """
         return replace(self, head_parts=_edge_heads.split_edges(self, edges, model, pairs, target))
 
+    @checked
     def heads(
         self,
         edges: int | pd.DataFrame | Sequence[tuple[str, str]] | None = None,
@@ -562,6 +569,7 @@ class Circuit:
             parts = _edge_heads.split_edges(self, 20 if edges is None else edges, model, pairs, None)
         return parts
 
+    @checked
     def attention(
         self,
         at: tuple[str, str] | tuple[int, int, int, int],
@@ -604,6 +612,7 @@ class Circuit:
         """
         return _edge_heads.explain_attention(self, at, model, pairs, top, raw=raw)
 
+    @checked
     def cut_heads(
         self,
         rows: pd.DataFrame | None = None,

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._errors import PairsError, SettingsError
 from ..bases._activations import Neurons
 from ..bases._runs import run_logits
+from ..bases._site import basis_name
 from ..interventions._head_ablation import HeadPart, cut_head_parts
 from ..models._protocol import TransformerLensModel
 from ..models._threads import hooked
@@ -144,7 +145,8 @@ def _chosen_edges(circuit: "Circuit", edges: Edges) -> pd.DataFrame:
             )
         return own.head(edges)
     wanted = set(_ends(edges))
-    chosen = own[[pair in wanted for pair in zip(own["source"], own["target"], strict=True)]]
+    there = [pair in wanted for pair in zip(own["source"], own["target"], strict=True)]
+    chosen = own[np.array(there, dtype=bool)]  # an empty list would choose no columns
     if len(chosen) < len(wanted):
         missing = sorted(wanted - set(zip(chosen["source"], chosen["target"], strict=True)))
         raise SettingsError(f"expected edges of this circuit between single nodes; {missing[:3]} are not.")
@@ -178,7 +180,13 @@ def _run_again(model: TransformerLensModel, circuit: "Circuit", pairs: Any, targ
     else:
         names = circuit.nodes.loc[circuit.nodes["kind"] == "logit", "node"]
         targets = [_target_of(name, settings.get("center", True)) for name in names]
-    slots = find_slots(model, circuit.basis or Neurons())
+    basis = circuit.basis or Neurons()
+    if basis_name(basis) != settings["basis"]:
+        raise SettingsError(
+            f"this circuit is of {settings['basis']!r}; got {basis_name(basis)!r}. Dictionaries are not saved with a "
+            "circuit: give them, Circuit.load(path, basis=bases.Dictionaries([...]))."
+        )
+    slots = find_slots(model, basis)
     return _Again(list(pairs.batches(1)), slots, targets, settings["baseline"] == "corrupt")
 
 

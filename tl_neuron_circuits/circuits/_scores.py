@@ -68,6 +68,7 @@ def to_scores(circuit: Circuit) -> NodeScores:
         settings={
             "method": "trace", "metric": ", ".join(settings["target"]),
             "basis": settings.get("basis", Neurons.title), "positions": "sum" if summed else "keep", "units": "keep",
+            "direction": "noising",
             "method_options": {"name": "trace", "rules": settings["rules"]},
             "model": settings["model"], "n_pairs": settings["n_prompts"],
             "pairs_hash": settings["pairs_hash"], "baseline": settings["baseline"], "versions": settings["versions"],

@@ -379,7 +379,7 @@ def nodes_at_fdr(
     Raises:
         SettingsError: nothing to test with, or a test of other nodes.
     """
-    basis, positions = circuit.settings["basis"], circuit.settings["positions"]
+    basis, positions = circuit.settings["basis"], circuit.settings.get("positions", "keep")
     if found is None:
         pairs = pairs if pairs is not None or circuit.traced is None else circuit.traced.pairs
         asks_answers = circuit.settings["target"] == [metric_name(logit_difference)]

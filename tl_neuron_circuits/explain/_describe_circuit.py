@@ -73,7 +73,7 @@ def _effects(
     rows: pd.DataFrame, found: Descriptions | None, model: TransformerLensModel | None
 ) -> dict[str, list[list[Any]]]:
     """Direct logit effects by neuron: those that were found, else from the model's weights."""
-    neurons = list(dict.fromkeys(rows.loc[rows["kind"] == "neuron", "node"].str.partition("@")[0]))
+    neurons = list(dict.fromkeys(node.partition("@")[0] for node in rows.loc[rows["kind"] == "neuron", "node"]))
     table = None if found is None else found.effects
     if table is None and model is not None and neurons:
         table = direct_logit_effects(model, neurons, k=_LOGIT_TOKENS).to_dataframe()

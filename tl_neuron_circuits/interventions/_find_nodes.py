@@ -100,7 +100,9 @@ def find_nodes(
     else:
         frame = _from_circuit(model, nodes, found)
     if frame.empty:
-        raise SettingsError("expected at least one node to steer; got none.")
+        others = () if isinstance(nodes, Sequence | pd.DataFrame) else sorted(set(nodes.nodes["kind"]))
+        only = f", only {', '.join(others)}" if others else ""
+        raise SettingsError(f"expected at least one neuron, feature or other unit of activations; got none{only}.")
     if not features and frame["site"].notna().any():
         label = frame.loc[frame["site"].notna(), "label"].iloc[0]
         raise SettingsError(
@@ -179,7 +181,7 @@ class _Features:
         if len(fits) != 1:
             where = "several dictionaries" if fits else "none"
             raise SettingsError(
-                f"{name} is a feature of a dictionary, and steering it needs that dictionary; got {where} there. Give "
+                f"{name} is a feature of a dictionary, which is needed to read or steer it; got {where} there. Give "
                 "basis=bases.Dictionaries([...]), as to attribute or trace."
             )
         refuse_cross_layer(fits, "steering")
@@ -294,7 +296,9 @@ def _steerable(nodes: pd.DataFrame) -> pd.DataFrame:
             "itself, or the rows of the circuit before collapse()."
         )
     if others and not steerable.any():
-        raise SettingsError(f"expected neurons, features or other units to steer; got {', '.join(others[:5])} alone.")
+        raise SettingsError(
+            f"expected neurons, features or other units of activations; got {', '.join(others[:5])} alone."
+        )
     if others:
         logger.warning("left out %d rows that have no unit to steer: %s", len(others), ", ".join(others[:5]))
     return nodes[steerable]

@@ -7,10 +7,10 @@ of weights on a path from it to the readout (without one, its strongest edge). N
 without a readout).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -166,25 +166,11 @@ class LassoCircuit(Circuit):
         """Positions added up, as a plain `Circuit`."""
         return self.to_circuit().sum_positions()
 
-    @classmethod
-    def merge(cls, circuits: Sequence[Circuit], *, how: Literal["any", "all"] = "any") -> Circuit:
-        """Refused: a mean of regression weights is not a regression.
-
-        Raises:
-            SettingsError: always.
-        """
+    def _require_mergeable(self) -> None:
         raise SettingsError(
             "the mean of two regressions is the regression of neither: join what they were fitted to instead, "
             "lasso.solve(observations + other_observations). Or merge their to_circuit()."
         )
-
-    def __or__(self, other: Circuit) -> Circuit:
-        """Refused, as `merge`."""
-        return self.merge([self, other])
-
-    def __and__(self, other: Circuit) -> Circuit:
-        """Refused, as `merge`."""
-        return self.merge([self, other])
 
     def save(self, path: str | Path) -> None:
         """Write a directory with `lasso_circuit.safetensors`: the circuit, the regression's columns and the path.
