@@ -119,7 +119,7 @@ def curve_over_forwards(quick: bool) -> Pair:
 
 
 def curve_of_gpt2(quick: bool) -> Pair:
-    (model, _), n, length = gpt2(quick), 8 if quick else 64, 8
+    (model, _), n, length = gpt2(quick), 8 if quick else 16, 8
     return curve_of(model, curve_cost.random_pairs(n, length), tnc.attribute(model, curve_cost.random_pairs(4, length)))
 
 
@@ -274,7 +274,7 @@ ALL = [
     Row("ig-10-inputs", "IG-10 over inputs", IN_ATTRIBUTE, method_over_relp(f"{IG}_inputs"), rounds=3),
     Row("patching", "exact patching of every neuron", IN_ATTRIBUTE, patching_over_relp, rounds=3),
     Row("curve", "`evaluate`, a whole curve", "45 forwards of the batch", curve_over_forwards, 1.0, rounds=9),
-    Row("curve-gpt2", "`evaluate`, 12 x 768", "45 forwards of the batch", curve_of_gpt2, 1.0, rounds=1),
+    Row("curve-gpt2", "`evaluate`, 12 x 768", "45 forwards of the batch", curve_of_gpt2, 1.0, rounds=3),
     Row("compare", "`compare`", "as many bare forwards", compare_over_parts, rounds=3),
     Row("edges", "`trace`, a target of an edge", "RelP forward + backward", edges_over_passes, rounds=3),
     Row("edges-share", "`trace`, a chunk of targets", f"RelP {BOTH}", edges_in_chunks, 1.3, rounds=3),
