@@ -1,12 +1,12 @@
 """Every path beside what a user would pick instead: one table of ratios, each measured in one run.
 
-    python -m tests.benchmarks [--rows relp curve ...] [--quick] [--json FILE] [--update-docs] [--threads 1]
+    python -m tests.benchmarks [--rows relp curve ...] [--quick] [--json FILE] [--update-docs] [--note TEXT]
 
 Each row runs in a process of its own: a warm-up, then work and reference in turn, CPU seconds of that process, so that
 a busy machine slows both alike. Shown are the median of the rounds' ratios and their range. A ratio with a limit is
-measured until the median's standard error is below 1%, at most four times the row's rounds. Peaks are resident memory
-above the model's (`VmHWM`, reset through /proc/self/clear_refs), measured in further processes, one for each side, in
-which malloc gives freed blocks back; Linux only. `--update-docs` writes docs/benchmarks.json and docs/benchmarks.md.
+measured until the median's standard error is below 1%, for five rounds at least and four times the row's at most. Peaks
+are resident memory above the model's (`VmHWM`, reset through /proc/self/clear_refs), measured in further processes, one
+for each side, in which malloc gives freed blocks back; Linux only. `--update-docs` writes docs/benchmarks.json and docs/benchmarks.md.
 Exit code 1 where a limit is exceeded (not with --quick).
 """
 
@@ -37,9 +37,9 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
 
     row = ROWS[name]
     pair, ratios, seconds = row.build(quick), [], ([], [])
-    most = 1 if quick else row.rounds if row.limit is None else 4 * row.rounds
+    most = 1 if quick else row.rounds if row.limit is None else max(5, 4 * row.rounds)
     for number in range(1 + most):
-        if number > row.rounds and _error_of_median(ratios) < 0.01:
+        if number > max(5, row.rounds) and _error_of_median(ratios) < 0.01:  # the spread of fewer says nothing
             break
         took = [0.0, 0.0]
         for side in (0, 1) if number % 2 else (1, 0):  # a machine that grows slower favors neither
@@ -164,12 +164,14 @@ def page(results: dict[str, Any]) -> str:
     """docs/benchmarks.md, from the JSON alone."""
     m, over = results["machine"], exceeded(results)
     threads = f"{m['threads']} thread{'s' if m['threads'] > 1 else ''}"
-    verdict = "Every limit is met." if not over else "Over their limit, or failed: " + ", ".join(over) + "."
+    names = "; ".join(results["rows"][name.split()[0]]["work"] for name in over)
+    verdict = f"Over their limit, or failed: {names}." if over else "Every limit is met."
+    note = f" {results['note']}" if results.get("note") else ""
     paragraphs = [
         "# Benchmarks",
         "Each call alternates with a reference. Ratios of CPU seconds are medians, with the range over rounds; where "
         "there is a limit, over as many rounds as bring the median's standard error below 1%, at most 36. "
-        f"{verdict}",
+        f"{verdict}{note}",
         "CPU seconds and peak memory (above the model's) are given as call / reference. Models are demo-gelu or random "
         "ones of GPT-2's shape: 12 x 768 and 8 prompts of 32 tokens for RelP and `attribute`, 6 x 256 for integrated "
         "gradients, 12 x 256 for edges. What limits each call: "
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, one round: does every row still run?")
     parser.add_argument("--json", type=Path, help="write the results there as well")
     parser.add_argument("--update-docs", action="store_true", help="write docs/benchmarks.json and docs/benchmarks.md")
+    parser.add_argument("--note", help="what to know of the machine, on the page")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -202,7 +205,7 @@ def main() -> None:
     if unknown := set(options.rows or ()) - set(ROWS):
         parser.error(f"no such rows: {sorted(unknown)}; there are {list(ROWS)}")
     print(HEAD)
-    results = run(options)
+    results = run(options) | ({"note": options.note} if options.note else {})
     for file in ([options.json] if options.json else []) + ([RESULTS] if options.update_docs else []):
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if options.update_docs:

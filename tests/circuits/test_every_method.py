@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tl_neuron_circuits as tnc
+from tests.families import MAJOR
 from tl_neuron_circuits._typing import ArgumentError
 from tl_neuron_circuits.bases import Dictionaries
 
@@ -139,6 +140,8 @@ OF_NEURONS = ("prompt", "prompts, summed", "pairs", "pairs, summed", "with heads
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_method_works_or_says_what_it_needs(kind: str) -> None:
+    if MAJOR < 3 and kind in ("transcoder features", "weights"):
+        pytest.skip("the demo transcoders read the norm before its weight, where TransformerLens 2 has no hook point")
     circuit, said = KINDS[kind](), {}
     for name, call in (ALWAYS | WHERE_IT_FITS).items():
         try:
