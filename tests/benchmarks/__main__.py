@@ -6,8 +6,8 @@ Each row runs in a process of its own: a warm-up, then work and reference in tur
 a busy machine slows both alike. Shown are the median of the rounds' ratios and their range. A ratio with a limit is
 measured until the median's standard error is below 1%, for five rounds at least and four times the row's at most. Peaks
 are resident memory above the model's (`VmHWM`, reset through /proc/self/clear_refs), measured in further processes, one
-for each side, in which malloc gives freed blocks back; Linux only. `--update-docs` writes docs/benchmarks.json and docs/benchmarks.md.
-Exit code 1 where a limit is exceeded (not with --quick).
+for each side, in which malloc gives freed blocks back; Linux only. `--update-docs` writes docs/benchmarks.json and
+docs/benchmarks.md. Exit code 1 where a limit is exceeded (not with --quick).
 """
 
 import argparse
