@@ -12,7 +12,7 @@ from tests.model_state import unchanged
 from tests.nodes.plain import random_pairs
 from tests.propagation.readings import model_of
 from tl_neuron_circuits import PairsError, SettingsError, attribute, stability
-from tl_neuron_circuits.evaluation._learned_stability import repeated, swap_answers
+from tl_neuron_circuits.evaluation._learned_stability import swap_answers
 from tl_neuron_circuits.evaluation._stability import (
     _count,
     _same_answer,
@@ -178,7 +178,7 @@ def test_a_learned_mask_is_learned_anew_in_every_draw_and_null_set() -> None:
     drawn = []
     for row in weights:
         rows = [i for i, name in enumerate(FIRST) for _ in range(int(row["abcd".index(name)]))]
-        drawn += [learn(repeated(pairs, rows))] if rows else []
+        drawn += [learn(pairs.select(rows))] if rows else []
     assert torch.equal(found.best, torch.stack(drawn).topk(6).indices)
     t, _ = statistic(found.scores.flat(), torch.stack(drawn).std(0))
     assert torch.allclose(found.t, t, rtol=1e-4, atol=1e-5)

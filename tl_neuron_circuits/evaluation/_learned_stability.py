@@ -48,7 +48,7 @@ def learn_draws(
         chosen = torch.arange(len(tokens)).repeat_interleave(row).tolist()
         if len(chosen) < 2:
             continue
-        flat = learn(repeated(tokens, chosen)).flat().double().cpu()
+        flat = learn(tokens.select(chosen)).flat().double().cpu()
         best.append(flat.topk(min(size, len(flat))).indices)
         before = flat - mean  # Welford's recurrence: no draw is kept
         mean = mean + before / len(best)
@@ -78,19 +78,3 @@ def swap_answers(tokens: TokenizedPairs, swapped: Tensor | None = None) -> Token
     mask = torch.ones_like(tokens.answer, dtype=torch.bool) if swapped is None else swapped
     answer = torch.where(mask, tokens.wrong_answer, tokens.answer)
     return replace(tokens, answer=answer, wrong_answer=torch.where(mask, tokens.answer, tokens.wrong_answer))
-
-
-def repeated(tokens: TokenizedPairs, rows: Sequence[int]) -> TokenizedPairs:
-    """These rows of the pairs, each as often as it is named."""
-    index = torch.tensor(rows, device=tokens.answer.device)
-    column = lambda tensor: None if tensor is None else tensor[index]  # noqa: E731
-    return replace(
-        tokens,
-        clean=[tokens.clean[row] for row in rows],
-        answer=tokens.answer[index],
-        position=tokens.position[index],
-        corrupt=None if tokens.corrupt is None else [tokens.corrupt[row] for row in rows],
-        wrong_answer=column(tokens.wrong_answer),
-        corrupt_position=column(tokens.corrupt_position),
-        labels=None if tokens.labels is None else [tokens.labels[row] for row in rows],
-    )

@@ -132,18 +132,12 @@ def _groups(
 
 
 def _profiles(circuit: Circuit, nodes: list[str], model: TransformerLensModel) -> Profiles:
-    """On the circuit's prompt, or on its first prompts, one by one, up to where their answers are read."""
+    """On the circuit's prompt, or on the first of several."""
     own = circuit.settings.get("token_ids")
     if own is not None or circuit.traced is None:
         return profiles(model, torch.tensor([own]), nodes)
     pairs = circuit.traced.pairs
-    prompts = [row[: int(end) + 1] for row, end in zip(pairs.clean, pairs.position, strict=True)][:_PROMPTS]
-    each = [profiles(model, prompt[None], nodes) for prompt in prompts]
-    attribution, contribution = (
-        torch.cat([getattr(one, view) for one in each], 1) for view in ("attribution", "contribution")
-    )
-    sources, targets = (tuple(name for one in each for name in getattr(one, ends)) for ends in ("sources", "targets"))
-    return Profiles(each[0].nodes, attribution, contribution, sources, targets)
+    return profiles(model, pairs.select(range(min(_PROMPTS, len(pairs)))), nodes)
 
 
 def _entering(circuit: Circuit, made: Profiles) -> Float[Tensor, "node source"] | None:

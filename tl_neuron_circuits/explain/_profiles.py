@@ -21,7 +21,7 @@ from .._progress import progress
 from .._typing import checked
 from ..bases._runs import Values, capture, require_fired
 from ..interventions._find_nodes import Nodes, find_nodes
-from ..interventions._steering_prompts import read_prompts, text_pieces, token_names
+from ..interventions._steering_prompts import Prompts, read_prompts, text_pieces, token_names
 from ..models._protocol import TransformerLensModel
 from ..models._threads import holding, hooked
 from ..propagation._gradients import gradients_by_name
@@ -74,7 +74,7 @@ class Profiles:
 @checked
 def profiles(
     model: TransformerLensModel,
-    prompts: str | Sequence[str] | Int[Tensor, "batch pos"],
+    prompts: Prompts,
     nodes: Nodes,
     *,
     targets: int = 5,
@@ -87,7 +87,7 @@ def profiles(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        prompts: their profiles stand side by side, so all nodes are compared over all prompts.
+        prompts: as in `steer`, of any lengths. Profiles stand side by side: nodes are compared over all prompts.
         nodes: as in `steering_hooks`; positions must fit every prompt.
         targets: how many of each prompt's most probable next tokens.
         rules: of relevance propagation.

@@ -192,18 +192,21 @@ class TokenizedPairs:
 
     def longest(self, n: int) -> "TokenizedPairs":
         """Return the pair of the longest prompt `n` times over: what measures the memory that a batch needs."""
-        row = max(range(len(self)), key=lambda index: len(self.clean[index]))
-        index = torch.full((n,), row, device=self.answer.device)
+        return self.select([max(range(len(self)), key=lambda index: len(self.clean[index]))] * n)
+
+    def select(self, rows: Sequence[int]) -> "TokenizedPairs":
+        """Return these pairs in this order, each as often as it is named."""
+        index = torch.tensor(rows, device=self.answer.device)
         column = lambda tensor: None if tensor is None else tensor[index]  # noqa: E731
         return replace(
             self,
-            clean=(self.clean[row],) * n,
+            clean=[self.clean[row] for row in rows],
             answer=self.answer[index],
             position=self.position[index],
-            corrupt=None if self.corrupt is None else (self.corrupt[row],) * n,
+            corrupt=None if self.corrupt is None else [self.corrupt[row] for row in rows],
             wrong_answer=column(self.wrong_answer),
             corrupt_position=column(self.corrupt_position),
-            labels=None if self.labels is None else (self.labels[row],) * n,
+            labels=None if self.labels is None else [self.labels[row] for row in rows],
         )
 
     def __len__(self) -> int:
