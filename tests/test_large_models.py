@@ -18,6 +18,7 @@ from tl_neuron_circuits import Patching, attribute, check_model, estimate_memory
 from tl_neuron_circuits._errors import PropagationError, SettingsError
 from tl_neuron_circuits._memory import Halving
 from tl_neuron_circuits._meter import Meter
+from tl_neuron_circuits.nodes import RelP
 from tl_neuron_circuits.tasks import logit_difference
 
 ROOT = Path(__file__).parents[1]
@@ -102,14 +103,16 @@ def enable_checkpointing(model: Any, *, use_reentrant: bool) -> None:
 
 
 @needs_bridge
-def test_gradient_checkpointing_changes_no_bit() -> None:
+@for_each("rules", ["relp", "gim"])  # GIM takes the activation's slope amid the forward pass
+def test_gradient_checkpointing_changes_no_bit(rules: str) -> None:
     model = scaled_llama("TransformerBridge", layers=6)
     model.train()
-    plain = attribute(model, PAIRS).flat()
+    method = RelP(rules=rules)
+    plain = attribute(model, PAIRS, method=method).flat()
     enable_checkpointing(model, use_reentrant=False)
     again: list[int] = []
-    handle = model.hook_dict["blocks.2.mlp.hook_post"].register_forward_hook(lambda *_: again.append(1))
-    found = attribute(model, PAIRS).flat()
+    handle = model.hook_dict["blocks.2.mlp.hook_pre"].register_forward_hook(lambda *_: again.append(1))
+    found = attribute(model, PAIRS, method=method).flat()
     handle.remove()
     assert len(again) == 3  # clean, once more in its backward, and corrupt
     assert torch.equal(found, plain)

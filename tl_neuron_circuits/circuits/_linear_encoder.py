@@ -156,7 +156,7 @@ def find_reader(model: TransformerLensModel, site: DictionarySite) -> PlainReade
         def rebuild(x: Tensor, frozen: Any = frozen) -> Tensor:
             if frozen is None:
                 return x
-            scale = frozen.scale(x.detach())
+            _, scale = frozen.value_and_scale(x.detach())
             x = x.to(scale.dtype)
             return (x - x.mean(-1, keepdim=True) if frozen.centered else x) / scale
 

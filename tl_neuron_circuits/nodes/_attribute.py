@@ -1,13 +1,13 @@
 """`attribute`: score every node of a basis by its effect on a metric.
 
-The six steps from here to a rule's formula, autograd between the third and the fourth:
+The six steps from here to a rule's formula, the model's forward pass between the third and the fourth:
 
     attribute            this file: batches, sums, means over pairs
     RelP.score           nodes/_relp.py: gradient times change
     gradients_at         nodes/_scope.py: one forward and one backward under `relp`
-    Relay.backward       propagation/_wiring.py: autograd reaches the end of a piece of the model
-    GatedPiece.gradients propagation/rules.py: the rules of that piece, one after the other
-    HalfRule.gradients   propagation/rules.py: g * b / 2, g * a / 2
+    Wiring._relay        propagation/_wiring.py: the pass reaches the end of a piece; backward, `Relay` stands for it
+    GatedPiece.freeze    propagation/rules.py: the rules of that piece, one after the other
+    HalfRule.factors     propagation/rules.py: g * b / 2, g * a / 2
 """
 
 import inspect

@@ -59,11 +59,15 @@ class Activation:
         return torch.where(x == 0, torch.zeros_like(x), self.value(x) / x)
 
     def slope(self, x: Tensor) -> Tensor:
-        """f'(x), of a function of each neuron alone."""
-        with torch.enable_grad():
+        """f'(x), of a function of each neuron alone. Asked for amid a forward pass: its graph is no checkpoint's."""
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             leaf = x.detach().requires_grad_(True)
             (slope,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
         return slope
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _tanh_ratio(x: Tensor) -> Tensor:

@@ -24,20 +24,17 @@ class Norm:
     eps: float
     centered: bool
 
-    def scale(self, x: Tensor) -> Tensor:
-        """The denominator `[..., 1]`, in at least float32 as Hugging Face computes it."""
-        return self._centered_and_scale(x)[1]
-
     def value(self, x: Tensor) -> Tensor:
-        """The norm's output at `x`, in at least float32."""
-        centered, scale = self._centered_and_scale(x)
-        output = centered / scale * self.weight.to(scale.dtype)
-        return output if self.bias is None else output + self.bias.to(scale.dtype)
+        """The norm's output at `x`, in at least float32 as Hugging Face computes it."""
+        return self.value_and_scale(x)[0]
 
-    def _centered_and_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the denominator `[..., 1]`."""
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         x = x - x.mean(-1, keepdim=True) if self.centered else x
-        return x, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        output = x / scale * self.weight.to(scale.dtype)
+        return output if self.bias is None else output + self.bias.to(scale.dtype), scale
 
 
 def is_opaque(model: TransformerLensModel, path: str) -> bool:

@@ -1,7 +1,7 @@
 """`relp`: inside the context, gradients through the model are RelP's; every forward value stays bit for bit.
 
-From `relp` to a formula: `Relp.__enter__` installs `Wiring`; in the backward pass `Relay.backward` asks the piece's
-rule, `GatedPiece.gradients` say, which asks `HalfRule.gradients` and `IdentityRule.gradients`.
+From `relp` to a formula: `Relp.__enter__` installs `Wiring`, which has every piece freeze its constants in the forward
+pass: `GatedPiece.freeze`, say, asks `IdentityRule.apply` and `HalfRule.factors`. `Relay.backward` multiplies by them.
 """
 
 import weakref

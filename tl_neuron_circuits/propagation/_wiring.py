@@ -6,9 +6,9 @@ one at its output. The forward pass is left alone except for the output's hook p
     hook_pre ──────────▶ activation ──▶ value ──┐ (its graph ends here: nothing goes back through it)
         └───────────────────────────────────▶ Relay ──▶ hook_post ──▶ ...
 
-`Relay` keeps the value bit for bit and asks the piece's rule for the gradients at its inputs. What autograd saved
-inside the piece is freed as soon as the value is cut off, which is a good part of a forward pass's memory, and a
-forward pass that is broken off leaves no state behind.
+`Relay` keeps the value bit for bit and asks the piece for the gradients at its inputs, which it computes from what the
+rule made constant in the forward pass. What autograd saved inside the piece is freed as soon as the value is cut off,
+which is a good part of a forward pass's memory, and a forward pass that is broken off leaves no state behind.
 
 Where each hook sits, and why:
 - Inputs are read by forward hooks that always run last (`_run_last`): what a user's hook returns there is what the
@@ -50,21 +50,23 @@ from .rules import (
 
 
 class Relay(torch.autograd.Function):
-    """The value of a piece as it is; backward, the piece's rule says what its inputs get. A bias gets the plain sum."""
+    """The value of a piece as it is; backward, the piece says what its inputs get. A bias gets the plain sum."""
 
     @staticmethod
-    def forward(ctx: Any, piece: Piece, value: Tensor, bias: Tensor | None, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, piece: Piece, value: Tensor, constants: tuple[Tensor, ...], bias: Tensor | None, *inputs: Tensor
+    ) -> Tensor:
         ctx.piece, ctx.bias_shape = piece, None if bias is None else bias.shape
-        ctx.save_for_backward(*inputs)
+        ctx.dtypes = [x.dtype for x in inputs]
+        ctx.save_for_backward(*constants)
         return value.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        inputs = ctx.saved_tensors
-        to_inputs = ctx.piece.gradients(g, *inputs)
-        to_bias = g.sum_to_size(ctx.bias_shape) if ctx.bias_shape is not None and ctx.needs_input_grad[2] else None
-        return None, None, to_bias, *(to.to(x.dtype) for to, x in zip(to_inputs, inputs, strict=True))
+        to_inputs = ctx.piece.gradients(g, *ctx.saved_tensors)
+        to_bias = g.sum_to_size(ctx.bias_shape) if ctx.bias_shape is not None and ctx.needs_input_grad[3] else None
+        return None, None, None, to_bias, *(to.to(dtype) for to, dtype in zip(to_inputs, ctx.dtypes, strict=True))
 
 
 def through_backward_hooks(point: nn.Module, value: Tensor) -> Tensor:
@@ -205,9 +207,11 @@ class Wiring:
             return None
         value = arguments[0].detach()
         with torch.no_grad():
-            self.checks.compare(output, piece.value(*given), value)
+            rebuilt, constants = piece.freeze(*given)
+            self.checks.compare(output, rebuilt, value)
         entering = [through_backward_hooks(self._points[name], x) for name, x in zip(inputs, given, strict=True)]
-        return (Relay.apply(piece, value, piece.bias, *entering), *arguments[1:])  # pyright: ignore[reportReturnType]
+        relayed: Any = Relay.apply(piece, value, constants, piece.bias, *entering)
+        return (relayed, *arguments[1:])
 
     # --- which pieces there are ---
 

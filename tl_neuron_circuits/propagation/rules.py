@@ -1,8 +1,9 @@
 """Relevance propagation rules, with their formulas, and the named sets that are made of them.
 
-A rule says how the gradient g at the output of one piece of a transformer passes to the piece's inputs. Forward values
-never change. Rules are pure functions of g and of what the piece was given, out of place, so that a batch of gradients
-(`is_grads_batched`) works too. Linear maps need no rule: they keep the plain gradient.
+A rule says which factors of a piece of a transformer count as constants. They are computed once, in the forward pass;
+backward, the gradient g at the piece's output is passed to its inputs with them, out of place, so that many gradients
+through one forward pass, or a batch of them (`is_grads_batched`), cost little. Forward values never change. Linear maps
+need no rule: they keep the plain gradient.
 
     set        norm            activation   gated product   attention                                     conserves
     "relp"     scale frozen    identity     half            pattern frozen: nothing to queries and keys   yes
@@ -49,9 +50,8 @@ class LnRule:
         LnRule()
     """
 
-    def gradients(self, g: Float[Tensor, "*batch d"], x: Float[Tensor, "*pos d"], norm: Norm) -> Tensor:
+    def gradients(self, g: Float[Tensor, "*batch d"], scale: Float[Tensor, "*pos 1"], norm: Norm) -> Tensor:
         """From the gradient at the norm's output to that at its input, in the precision the norm computes in."""
-        scale = norm.scale(x)
         inner = g.to(scale.dtype) * norm.weight.to(scale.dtype) / scale
         return inner - inner.mean(-1, keepdim=True) if norm.centered else inner
 
@@ -72,37 +72,27 @@ class IdentityRule:
 
     stabilizer: float | None = None
 
-    def ratio(self, x: Float[Tensor, "*pos d_mlp"], activation: Activation) -> Float[Tensor, "*pos d_mlp"]:
-        """f(x) / x."""
+    def apply(
+        self, x: Float[Tensor, "*pos d_mlp"], activation: Activation
+    ) -> tuple[Float[Tensor, "*pos d_mlp"], Float[Tensor, "*pos d_mlp"]]:
+        """x times the ratio (without a stabilizer f(x), which is compared with what the model computed); the ratio."""
         if self.stabilizer is None:
-            return activation.ratio(x)
-        ratio = activation.value(x) / (x + x.sign() * self.stabilizer)
-        return torch.where(x == 0, torch.zeros_like(x), ratio)
-
-    def value(self, x: Float[Tensor, "*pos d_mlp"], activation: Activation) -> Float[Tensor, "*pos d_mlp"]:
-        """x times the ratio; without a stabilizer f(x), which is compared with what the model computed."""
-        return self.ratio(x, activation) * x
-
-    def gradients(
-        self, g: Float[Tensor, "*batch d_mlp"], x: Float[Tensor, "*pos d_mlp"], activation: Activation
-    ) -> Tensor:
-        """g * f(x) / x."""
-        return g * self.ratio(x, activation)
+            ratio = activation.ratio(x)
+        else:
+            quotient = activation.value(x) / (x + x.sign() * self.stabilizer)
+            ratio = torch.where(x == 0, torch.zeros_like(x), quotient)
+        return ratio * x, ratio
 
 
 @dataclass(frozen=True)
 class PlainActivation:
     """No rule: g * f'(x). For a gated product whose activation has no rule, as in GIM."""
 
-    def value(self, x: Float[Tensor, "*pos d_mlp"], activation: Activation) -> Float[Tensor, "*pos d_mlp"]:
-        """f(x)."""
-        return activation.value(x)
-
-    def gradients(
-        self, g: Float[Tensor, "*batch d_mlp"], x: Float[Tensor, "*pos d_mlp"], activation: Activation
-    ) -> Tensor:
-        """g * f'(x)."""
-        return g * activation.slope(x)
+    def apply(
+        self, x: Float[Tensor, "*pos d_mlp"], activation: Activation
+    ) -> tuple[Float[Tensor, "*pos d_mlp"], Float[Tensor, "*pos d_mlp"]]:
+        """f(x); f'(x)."""
+        return activation.value(x), activation.slope(x)
 
 
 @dataclass(frozen=True)
@@ -114,26 +104,22 @@ class HalfRule:
     Example:
         >>> import torch
         >>> from tl_neuron_circuits.propagation.rules import HalfRule
-        >>> HalfRule().gradients(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([6.0]))
+        >>> HalfRule().factors(torch.tensor([2.0]), torch.tensor([6.0]))
         (tensor([3.]), tensor([1.]))
     """
 
-    def gradients(
-        self, g: Float[Tensor, "*batch d_mlp"], a: Float[Tensor, "*pos d_mlp"], b: Float[Tensor, "*pos d_mlp"]
-    ) -> tuple[Tensor, Tensor]:
-        """g * b / 2 to a, g * a / 2 to b."""
-        return g * b / 2, g * a / 2
+    def factors(self, a: Float[Tensor, "*pos d_mlp"], b: Float[Tensor, "*pos d_mlp"]) -> tuple[Tensor, Tensor]:
+        """g * b / 2 to a, g * a / 2 to b: what g is multiplied by."""
+        return b / 2, a / 2
 
 
 @dataclass(frozen=True)
 class PlainProduct:
     """No rule: g * b to a, g * a to b. With the identity rule but not the half rule, relevance is counted twice."""
 
-    def gradients(
-        self, g: Float[Tensor, "*batch d_mlp"], a: Float[Tensor, "*pos d_mlp"], b: Float[Tensor, "*pos d_mlp"]
-    ) -> tuple[Tensor, Tensor]:
-        """g * b to a, g * a to b."""
-        return g * b, g * a
+    def factors(self, a: Float[Tensor, "*pos d_mlp"], b: Float[Tensor, "*pos d_mlp"]) -> tuple[Tensor, Tensor]:
+        """What g is multiplied by."""
+        return b, a
 
 
 @dataclass(frozen=True)
@@ -197,6 +183,8 @@ def masked_softmax(scores: Float[Tensor, "*pos key"]) -> Float[Tensor, "*pos key
 
 
 # --- pieces of a model: what one rule, or two in a row, apply to ---
+# `freeze` gives the forward value, computed again to check the model's, and the constants; `gradients` what a gradient
+# at the output becomes with them.
 
 
 @dataclass(frozen=True)
@@ -211,13 +199,14 @@ class NormPiece:
         """Added at the end; its gradient is the plain one."""
         return self.norm.bias
 
-    def value(self, x: Tensor) -> Tensor:
-        """The forward value, computed again to check the model's."""
-        return self.norm.value(x)
+    def freeze(self, x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        """The norm's output, and its scale."""
+        output, scale = self.norm.value_and_scale(x)
+        return output, (scale,)
 
-    def gradients(self, g: Tensor, x: Tensor) -> tuple[Tensor]:
+    def gradients(self, g: Tensor, scale: Tensor) -> tuple[Tensor]:
         """The gradient at its input."""
-        return (self.rule.gradients(g, x, self.norm),)
+        return (self.rule.gradients(g, scale, self.norm),)
 
 
 @dataclass(frozen=True)
@@ -231,13 +220,14 @@ class ActivationPiece:
     activation: Activation
     bias: None = None
 
-    def value(self, pre: Tensor) -> Tensor:
-        """The forward value, computed again to check the model's."""
-        return self.rule.value(pre, self.activation)
+    def freeze(self, pre: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        """f(pre), and f(pre) / pre."""
+        activated, ratio = self.rule.apply(pre, self.activation)
+        return activated, (ratio,)
 
-    def gradients(self, g: Tensor, pre: Tensor) -> tuple[Tensor]:
+    def gradients(self, g: Tensor, ratio: Tensor) -> tuple[Tensor]:
         """The gradient at `hook_pre`."""
-        return (self.rule.gradients(g, pre, self.activation),)
+        return (g * ratio,)
 
 
 @dataclass(frozen=True)
@@ -249,16 +239,16 @@ class GatedPiece:
     activation: Activation
     bias: Tensor | None
 
-    def value(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The forward value, computed again to check the model's."""
-        product = self.gate_rule.value(gate, self.activation) * up
-        return product if self.bias is None else product + self.bias
+    def freeze(self, gate: Tensor, up: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """f(gate) * up + bias, and what a gradient there is multiplied by on its way to the gate and to `up`."""
+        activated, ratio = self.gate_rule.apply(gate, self.activation)
+        to_activated, to_up = self.product_rule.factors(activated, up)
+        product = activated * up
+        return product if self.bias is None else product + self.bias, (ratio * to_activated, to_up)
 
-    def gradients(self, g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, g: Tensor, to_gate: Tensor, to_up: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients at the gate and at the linear branch."""
-        activated = self.gate_rule.value(gate, self.activation)
-        to_activated, to_up = self.product_rule.gradients(g, activated, up)
-        return self.gate_rule.gradients(to_activated, gate, self.activation), to_up
+        return g * to_gate, g * to_up
 
 
 @dataclass(frozen=True)
@@ -268,9 +258,9 @@ class SoftmaxPiece:
     rule: SoftmaxRule
     bias: None = None
 
-    def value(self, scores: Tensor) -> Tensor:
-        """The forward value, computed again to check the model's."""
-        return masked_softmax(scores)
+    def freeze(self, scores: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        """The pattern, and the scores: the warmer pattern is computed from them when it is needed."""
+        return masked_softmax(scores), (scores,)
 
     def gradients(self, g: Tensor, scores: Tensor) -> tuple[Tensor]:
         """The gradient at the scores."""
