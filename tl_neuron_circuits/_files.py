@@ -412,8 +412,10 @@ def read_directory(
     path = Path(path)
     file = path / f"{kind}.safetensors"
     if not file.exists():
+        others = sorted(other.stem for other in path.glob("*.safetensors"))
+        there = f" A saved {others[0]} is there: load it as what it is." if others else ""
         raise FileFormatError(
-            f"expected saved {kind} at {path}, but {file.name} is missing. Give the directory that save() wrote."
+            f"expected saved {kind} at {path}, but {file.name} is missing.{there} Give the directory that save() wrote."
         )
     tensors, content, _ = read_tensors(file)
     if content is None and (path / f"{kind}.json").exists():

@@ -235,6 +235,8 @@ def test_settings_that_do_not_fit_are_refused(model: Any, caplog: Any) -> None:
     tokens = pairs(model)
     for changes, message in (
         ({"bases": [Neurons(), Neurons()]}, "different names"),
+        ({"bases": []}, "at least one basis"),
+        ({"methods": []}, "at least one method"),
         ({"bases": [Neurons(), MLPOutputs([0])]}, "the same layers"),
         ({"bases": [Neurons(), Dictionaries(dictionaries("transcoder").dictionaries[:1])]}, "the same layers"),
         ({"bootstrap": 0}, "bootstrap draw"),

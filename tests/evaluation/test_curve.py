@@ -163,7 +163,7 @@ def test_saving_and_loading_changes_nothing(tmp_path: Path) -> None:
         edit(tmp_path / "curve" / "curve.safetensors", lambda _, found, n=name: found.update({n: found[n][:-1]}))
         with pytest.raises(FileFormatError, match="has the shape"):
             SparsityCurve.load(tmp_path / "curve")
-    with pytest.raises(FileFormatError, match=r"edge_curve\.safetensors is missing"):
+    with pytest.raises(FileFormatError, match=r"edge_curve\.safetensors is missing\. A saved curve is there"):
         EdgeCurve.load(tmp_path / "curve")
 
 

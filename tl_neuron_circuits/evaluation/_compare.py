@@ -197,6 +197,8 @@ def _mib(
 
 def _by_label(methods: Sequence[str | Method]) -> dict[str, Method]:
     """The methods by the label that names their curves; one that is given twice counts once."""
+    if not methods:
+        raise SettingsError("expected at least one method to compare; got none. Leave methods= out for the usual five.")
     by_label: dict[str, Method] = {}
     for method in map(as_method, methods):
         other = by_label.setdefault(method.label, method)
@@ -243,7 +245,9 @@ def _check(
     if list(train) != list(test) or not train:
         raise SettingsError(f"expected the same tasks in both; got {list(train)} and {list(test)}.")
     names = [basis.name for basis in bases]
-    if len(set(names)) < len(names) or not names:
+    if not names:
+        raise SettingsError("expected at least one basis to compare; got none. Leave bases= out for neurons and MLPs.")
+    if len(set(names)) < len(names):
         raise SettingsError(f"expected bases of different names; got {names}. Give Dictionaries(..., name=...).")
     for task in train:
         shared = _prompts(train[task]) & _prompts(test[task])
