@@ -413,9 +413,10 @@ def read_directory(
     file = path / f"{kind}.safetensors"
     if not file.exists():
         others = sorted(other.stem for other in path.glob("*.safetensors"))
-        there = f" A saved {others[0]} is there: load it as what it is." if others else ""
+        there = f" A saved {others[0]} is there, to be loaded as such." if others else ""
         raise FileFormatError(
-            f"expected saved {kind} at {path}, but {file.name} is missing.{there} Give the directory that save() wrote."
+            f"expected saved {kind} at {path}, but {file.name} is missing.{there} Give the directory that {kind} was "
+            "saved to."
         )
     tensors, content, _ = read_tensors(file)
     if content is None and (path / f"{kind}.json").exists():
