@@ -358,7 +358,7 @@ def test_lazy_weights_stay_in_their_files_and_give_the_same(kind: str, tmp_path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
 def test_lazy_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:
-    d_dict, width, megabyte = 16384, 256, 2**20  # 16 MB a matrix
+    d_dict, width, megabyte = 65536, 256, 2**20  # 64 MB a matrix: blocks that malloc maps, and gives back when freed
     tensors = {"W_enc": torch.randn(d_dict, width), "W_dec": torch.randn(d_dict, width)}
     tensors |= {"b_enc": torch.full((d_dict,), -30.0), "b_dec": torch.zeros(width)}
     save_file(tensors, tmp_path / "layer_0.safetensors")
@@ -369,7 +369,7 @@ def test_lazy_weights_take_no_memory_of_their_own(tmp_path: Path) -> None:
     (lazy,) = load_dictionaries(tmp_path, lazy=True)
     after = lazy(torch.randn(4, width)) is not None and private_memory()
     (eager,) = load_dictionaries(tmp_path)
-    assert after - before < 8 * megabyte <= private_memory() - after and eager.W_enc.is_contiguous()
+    assert after - before < 32 * megabyte <= private_memory() - after and eager.W_enc.is_contiguous()
 
 
 def test_formats_that_are_read_whole_refuse_to_be_lazy(tmp_path: Path) -> None:
