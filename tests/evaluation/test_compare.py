@@ -198,6 +198,7 @@ def test_ratio_and_headline_are_those_of_sizes_by_hand() -> None:
     )
     value, low, high = made.ratio("neurons", "sae", method="relp")
     assert (value, low, high) == pytest.approx((10**-0.5,) * 3, rel=1e-4)
+    assert made.ratio("neurons", "sae") == (value, low, high)
     assert made.ratio("sae", "neurons", method="relp")[0] == pytest.approx(10**0.5, rel=1e-4)
     assert made.ratio("mlp_outputs", "sae", method="relp")[0] == np.inf
     assert made.ratio("neurons", "mlp_outputs", method="relp")[0] == 0

@@ -165,6 +165,9 @@ def test_results_sort_sum_and_say_what_they_are(demo: tuple[Any, Any]) -> None:
     assert (sizes.diff().dropna() <= 0).all()
     assert found.by("kind").sum() == pytest.approx(found.value, abs=1e-4)
     assert set(found.top(3, "head")["kind"]) == {"head"}
+    for columns in ((), ("kind", "nothing")):
+        with pytest.raises(SettingsError, match="expected columns among"):
+            found.by(*columns)
     assert "242 sources" in repr(found)
     features = found.table[found.table["kind"] == "feature"]
     assert (features["activation"] * features["weight"] - features["contribution"]).abs().max() < 1e-6

@@ -169,6 +169,18 @@ def test_a_circuit_of_one_prompt_says_so(austin: Circuit) -> None:
     assert np.isfinite(austin.graph_replacement)
 
 
+def test_it_knows_its_model_and_prompt_and_has_heads_as_nodes(demo: tuple[Any, Any], austin: Circuit) -> None:
+    assert austin.traced is not None and austin.traced.model() is demo[0]
+    assert austin.traced.pairs.clean[0].tolist() == austin.settings["token_ids"]
+    assert austin.traced.pairs.hash == austin.settings["pairs_hash"]
+    features = austin.nodes.loc[austin.nodes["kind"] == "feature", "node"]
+    described = austin.describe([TEXT, TEXT.replace("Dallas", "Kelford")] * 2)
+    assert described.details and set(described.details) <= set(features)
+    for ask in (austin.heads, austin.with_heads, lambda: austin.cut_heads(austin.edges)):
+        with pytest.raises(SettingsError, match="heads are nodes"):
+            ask()
+
+
 def test_it_says_where_a_feature_is_silent_or_nothing_was_chosen(demo: tuple[Any, Any]) -> None:
     model, transcoders = demo
     prompt = "The capital of the state containing Dallas is"

@@ -65,8 +65,8 @@ def split_edges(
     circuit: "Circuit", edges: Edges, model: TransformerLensModel | None, pairs: Any, target: TargetLike
 ) -> pd.DataFrame:
     """The parts of the strongest edges, or of those given: see `Circuit.with_heads`."""
-    table = _chosen_edges(circuit, edges)
     model = _model_of(circuit, model)
+    table = _chosen_edges(circuit, edges)
     again = _run_again(model, circuit, pairs, target)
     nodes = circuit.nodes.set_index("node")
     names = [list(dict.fromkeys(table[end])) for end in ("source", "target")]
@@ -121,11 +121,16 @@ def known_model(circuit: "Circuit", model: TransformerLensModel | None) -> Trans
 
 
 def _model_of(circuit: "Circuit", model: TransformerLensModel | None) -> TransformerLensModel:
-    """The known model.
+    """The known model of a circuit whose edges run through heads.
 
     Raises:
-        SettingsError: there is none.
+        SettingsError: there is no model, or heads are nodes.
     """
+    if circuit.settings.get("method") == "weights":
+        raise SettingsError(
+            "expected a circuit of trace(...), whose edges run through heads; in this one, from weights, heads are "
+            "nodes: circuit.nodes, kind 'head'."
+        )
     model = known_model(circuit, model)
     if model is None:
         raise SettingsError("this circuit was loaded, or its model is gone: give the model that was traced, model=...")

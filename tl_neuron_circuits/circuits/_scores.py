@@ -16,6 +16,11 @@ from ._table import KIND_OF_LETTER
 if TYPE_CHECKING:
     from ._circuit import Circuit
 
+_NO_SCORES = {
+    "group": "groups in their place. Use the circuit before collapse().",
+    "component": "whole components. components.metric_of_edges(...) tests what their edges carry.",
+}
+
 
 def node_sites(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Hook point, layer, letter, width and errors of every layer with nodes; empty where the circuit does not say."""
@@ -41,12 +46,11 @@ def to_scores(circuit: Circuit) -> NodeScores:
     nodes = circuit.nodes[circuit.nodes["kind"].isin(KIND_OF_LETTER.values())]
     places = {(KIND_OF_LETTER[site["letter"]], site["layer"]): site["hook"] for site in sites}
     kinds = zip(nodes["kind"], nodes["layer"], strict=True)
-    unknown = circuit.nodes["kind"].isin(("group", "component")).any()
-    wrong = unknown or not all(kind in places for kind in kinds)
-    if wrong or not circuit.members:
+    others = [kind for kind in _NO_SCORES if kind in set(circuit.nodes["kind"])]
+    if others or not circuit.members or not all(kind in places for kind in kinds):
         raise SettingsError(
-            "expected a circuit of single neurons or features of dictionaries; this one has supernodes or imported "
-            "features, or no nodes at all. Use the circuit before collapse()."
+            "expected a circuit of single neurons or features of dictionaries; this one has "
+            + (_NO_SCORES[others[0]] if others else "features of another tool." if circuit.members else "none.")
         )
     if settings.get("positions") == "spans":
         raise SettingsError(

@@ -116,7 +116,7 @@ class Comparison:
         basis: str,
         other: str,
         *,
-        method: str,
+        method: str | None = None,
         other_method: str | None = None,
         level: float = 0.8,
         task: str | None = None,
@@ -125,11 +125,12 @@ class Comparison:
 
         The two curves are drawn together over lexical items. A curve that does not stay above the level counts as inf,
         so the ratio may be inf, 0, or nan where neither does; draws in which neither does are left out of the band.
+        `method` is the first that was compared unless given, `task` likewise, and `other_method` is `method`.
 
         Raises:
             SettingsError: there is no such curve.
         """
-        task = task or self.tasks[0]
+        task, method = task or self.tasks[0], method or next(iter(self.curves)).method
         curves = [self._curve(task, basis, method), self._curve(task, other, other_method or method)]
         weights = self._weights(curves[0])
         point = [curve.size_at(level) for curve in curves]

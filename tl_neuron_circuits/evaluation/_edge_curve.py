@@ -61,7 +61,8 @@ def evaluate_edges(
     Args:
         model: the model that was traced.
         pairs: held-out pairs of the circuit's token length.
-        circuit: single neurons or features with positions, from `trace`.
+        circuit: single neurons or features with positions, from `trace`. For edges between components:
+            `components.metric_of_edges`.
         sizes: numbers of edges; METHODS' percentages of all edges unless given.
         protocol: "nodes" keeps the neurons that the edges leave connected; "edges" keeps or cuts the edges by path
             patching.

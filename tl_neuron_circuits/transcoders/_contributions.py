@@ -81,7 +81,13 @@ class Contributions:
         return rows.head(k).reset_index(drop=True)
 
     def by(self, *columns: str) -> pd.Series:
-        """Contributions added up, for example `by("kind")` or `by("kind", "layer")`."""
+        """Contributions added up, for example `by("kind")` or `by("kind", "layer")`.
+
+        Raises:
+            SettingsError: no column, or one that the table lacks.
+        """
+        if not columns or not set(columns) <= set(self.table.columns):
+            raise SettingsError(f"expected columns among {list(self.table.columns)}; got {list(columns)}.")
         return self.table.groupby(list(columns), sort=False)["contribution"].sum()
 
     def __repr__(self) -> str:

@@ -13,8 +13,8 @@
 Source: Dunefsky, Chlenski and Nanda 2024, arXiv 2406.11944; METHODS.md 4.3.
 """
 
-import hashlib
 import logging
+import weakref
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,12 +30,14 @@ from .._typing import checked
 from ..bases._dictionary import Dictionary
 from ..bases._dictionary_basis import Dictionaries
 from ..circuits._circuit import Circuit
+from ..circuits._edge_heads import Traced
 from ..circuits._from_tables import from_tables
 from ..circuits._table import unselected_row
 from ..interventions._steering_prompts import token_names
 from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ..nodes._scores import label
+from ..tasks._tokenized import TokenizedPairs
 from ._contributions import (
     OneStep,
     Read,
@@ -146,17 +148,19 @@ def trace_feature(
         {"hook": r.site.hook, "layer": layer, "letter": "F", "width": r.dictionary.d_dict, "errors": True}
         for layer, r in run.readings.items()
     ]
+    pairs = TokenizedPairs.from_tokens([run.tokens], torch.zeros(1, dtype=torch.long, device=run.tokens.device))
     settings = {
         "model": model_name(model), "n_layers": run.n_layers, "d_mlp": None,
         "n_prompts": 1, "prompt": prompt if isinstance(prompt, str) else "".join(texts), "tokens": texts,
-        "token_ids": run.tokens.tolist(), "pairs_hash": hashlib.sha256(str(run.tokens.tolist()).encode()).hexdigest(),
+        "token_ids": run.tokens.tolist(), "pairs_hash": pairs.hash,
         "target": [target.text or target.label], "position": target.position, "baseline": "zero",
         "method": "weights", "basis": Dictionaries(dictionaries).name, "rules": ["frozen patterns", "frozen scales"],
         "sites": sites, "num_iters": num_iters, "num_branches": num_branches, "rank": rank, "cap": cap,
         "skipped_positions": excluded, "paths": sorted(listed, key=lambda path: -abs(path["contribution"])),
         "versions": versions(),
     }  # fmt: skip
-    circuit = from_tables(rows, edges, target.value, settings, basis=Dictionaries(dictionaries))
+    traced = Traced(weakref.ref(model), pairs)
+    circuit = from_tables(rows, edges, target.value, settings, basis=Dictionaries(dictionaries), traced=traced)
     for note in circuit.notes:
         _logger.warning(note)
     return circuit
