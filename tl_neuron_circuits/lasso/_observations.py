@@ -407,7 +407,10 @@ def check_prompts(tokens: TokenizedPairs, regressors: Regressors, n_blocks: int,
         SettingsError: with the way out.
     """
     if len(tokens) < n_blocks:
-        raise SettingsError(f"expected at least one prompt per block; got {len(tokens)} prompts for {n_blocks} blocks.")
+        raise SettingsError(
+            f"expected at least one prompt per block; got {len(tokens)} prompts for {n_blocks} blocks. Give more prompts, "
+            f"or blocks={len(tokens)}."
+        )
     shortest, longest = min(tokens.lengths), max(tokens.lengths)
     if skip >= shortest or bool((tokens.position < skip).any()):
         raise SettingsError(
