@@ -162,12 +162,13 @@ def test_wrong_names_are_refused(circuit: Circuit, groups: dict[str, list[str]])
         lambda: circuit.prune(),
         lambda: circuit.prune(edge_influence=1.5),
         lambda: circuit.prune(count=-1),
-        lambda: circuit.group(groups).collapse().to_scores(),
         lambda: Circuit.merge([]),
         lambda: circuit | small_circuit(all_models("llama")[0].values[0]).sum_positions(),
     ):
         with pytest.raises(SettingsError):
             call()
+    with pytest.raises(SettingsError, match="before collapse"):
+        circuit.group(groups).collapse().to_scores()
 
 
 def test_summing_positions_keeps_totals(circuit: Circuit) -> None:

@@ -215,6 +215,8 @@ def test_a_basis_gives_its_nodes_and_pairs_regress_site_by_site(gpt2) -> None:
     assert len(joint.nodes) == 2 * gpt2.cfg.d_mlp
     for other in (adjacent, every):  # two sites: all three are the same regression
         pd.testing.assert_frame_equal(joint.edges, other.edges, atol=1e-4)
+    with pytest.raises(SettingsError, match="gives its nodes no scores"):
+        joint.to_scores()
 
 
 def test_groups_come_and_go_as_wholes(gpt2) -> None:
@@ -320,7 +322,7 @@ def test_what_cannot_be_done_is_refused(gpt2) -> None:
             CircuitLasso(penalty=penalty)
     with pytest.raises(SettingsError, match="held-out error"):
         CircuitLasso(penalty=HeldOut(0))
-    with pytest.raises(SettingsError, match="one prompt per block"):
+    with pytest.raises(SettingsError, match="one prompt per block.*or blocks="):
         CircuitLasso(penalty=Share(0.5)).fit(gpt2, tokens[:1])
     with pytest.raises(SettingsError, match="needs pairs"):
         CircuitLasso(readout="metric", penalty=Share(0.5)).fit(gpt2, tokens)
@@ -429,6 +431,8 @@ def test_pruning_keeps_weights_and_the_way_to_the_readout(gpt2) -> None:
         whole.prune(node_influence=0.8)
     with pytest.raises(SettingsError, match="join what they were fitted to"):
         whole | few
+    with pytest.raises(SettingsError, match="metric_of_edges"):
+        whole.to_scores()
 
 
 def test_compiled_models_have_no_edges_of_unused_parts(tracr) -> None:

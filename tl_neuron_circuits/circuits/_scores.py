@@ -16,11 +16,6 @@ from ._table import KIND_OF_LETTER
 if TYPE_CHECKING:
     from ._circuit import Circuit
 
-_NO_SCORES = {
-    "group": "groups in their place. Use the circuit before collapse().",
-    "component": "whole components. components.metric_of_edges(...) tests what their edges carry.",
-}
-
 
 def node_sites(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Hook point, layer, letter, width and errors of every layer with nodes; empty where the circuit does not say."""
@@ -45,13 +40,9 @@ def to_scores(circuit: Circuit) -> NodeScores:
     settings, sites = circuit.settings, node_sites(circuit.settings)
     nodes = circuit.nodes[circuit.nodes["kind"].isin(KIND_OF_LETTER.values())]
     places = {(KIND_OF_LETTER[site["letter"]], site["layer"]): site["hook"] for site in sites}
-    kinds = zip(nodes["kind"], nodes["layer"], strict=True)
-    others = [kind for kind in _NO_SCORES if kind in set(circuit.nodes["kind"])]
-    if others or not circuit.members or not all(kind in places for kind in kinds):
-        raise SettingsError(
-            "expected a circuit of single neurons or features of dictionaries; this one has "
-            + (_NO_SCORES[others[0]] if others else "features of another tool." if circuit.members else "none.")
-        )
+    without = _without_scores(circuit, set(zip(nodes["kind"], nodes["layer"], strict=True)) <= set(places))
+    if without is not None:
+        raise SettingsError(f"expected a circuit of single neurons or features of dictionaries; {without}")
     if settings.get("positions") == "spans":
         raise SettingsError(
             "expected a circuit whose places are positions; here a span of several tokens is one place. Sum its "
@@ -79,3 +70,17 @@ def to_scores(circuit: Circuit) -> NodeScores:
         },
         basis=circuit.basis,
     )  # fmt: skip
+
+
+def _without_scores(circuit: Circuit, placed: bool) -> str | None:
+    """Why its nodes have no scores; None if they do."""
+    kinds = set(circuit.nodes["kind"])
+    if "group" in kinds:
+        return "this one has groups in their place. Use the circuit before collapse()."
+    if "component" in kinds:
+        return "this one has whole components. components.metric_of_edges(...) tests what their edges carry."
+    if not circuit.members:
+        return "this one has none."
+    if circuit.settings.get("method") == "circuit_lasso":
+        return "a regression gives its nodes no scores, only its edges weights."
+    return None if placed else "this one's were imported, and their hook points are not known."

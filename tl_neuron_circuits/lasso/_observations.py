@@ -408,8 +408,8 @@ def check_prompts(tokens: TokenizedPairs, regressors: Regressors, n_blocks: int,
     """
     if len(tokens) < n_blocks:
         raise SettingsError(
-            f"expected at least one prompt per block; got {len(tokens)} prompts for {n_blocks} blocks. Give more prompts, "
-            f"or blocks={len(tokens)}."
+            f"expected at least one prompt per block; got {len(tokens)} prompts for {n_blocks} blocks. Give more "
+            f"prompts, or blocks={len(tokens)}."
         )
     shortest, longest = min(tokens.lengths), max(tokens.lengths)
     if skip >= shortest or bool((tokens.position < skip).any()):
