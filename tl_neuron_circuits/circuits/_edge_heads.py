@@ -25,7 +25,7 @@ from ..models._threads import hooked
 from ..tasks._pairs import PromptPairs
 from ..tasks._provenance import model_name
 from ..tasks._tokenize import tokenize
-from ..tasks._tokenized import Batch, TokenizedPairs
+from ..tasks._tokenized import Batch, TokenizedPairs, unanswered
 from ._attention import AttentionContributions, attention_contributions
 from ._heads import Receivers, Sources, attention_hooks, split_by_head
 from ._slots import Slot, find_slots
@@ -66,8 +66,8 @@ def split_edges(
 ) -> pd.DataFrame:
     """The parts of the strongest edges, or of those given: see `Circuit.with_heads`."""
     model = _model_of(circuit, model)
-    table = _chosen_edges(circuit, edges)
     again = _run_again(model, circuit, pairs, target)
+    table = _chosen_edges(circuit, edges)
     nodes = circuit.nodes.set_index("node")
     names = [list(dict.fromkeys(table[end])) for end in ("source", "target")]
     slot_of_layer = {slot.layer: index for index, slot in enumerate(again.slots)}
@@ -121,16 +121,11 @@ def known_model(circuit: "Circuit", model: TransformerLensModel | None) -> Trans
 
 
 def _model_of(circuit: "Circuit", model: TransformerLensModel | None) -> TransformerLensModel:
-    """The known model of a circuit whose edges run through heads.
+    """The known model.
 
     Raises:
-        SettingsError: there is no model, or heads are nodes.
+        SettingsError: there is none.
     """
-    if circuit.settings.get("method") == "weights":
-        raise SettingsError(
-            "expected a circuit of trace(...), whose edges run through heads; in this one, from weights, heads are "
-            "nodes: circuit.nodes, kind 'head'."
-        )
     model = known_model(circuit, model)
     if model is None:
         raise SettingsError("this circuit was loaded, or its model is gone: give the model that was traced, model=...")
@@ -162,6 +157,10 @@ def _run_again(model: TransformerLensModel, circuit: "Circuit", pairs: Any, targ
     settings = circuit.settings
     if settings["model"] != model_name(model):
         raise SettingsError(f"this circuit is of {settings['model']}; got {model_name(model)}. Give its own model.")
+    if "head" in set(circuit.nodes["kind"]):
+        raise SettingsError(
+            "expected edges that run through heads; in this circuit heads are nodes: see circuit.nodes, kind 'head'."
+        )
     if settings.get("positions", "keep") != "keep":
         raise SettingsError(
             "edges are split by head between positions, and this circuit has none that all its prompts share. Trace "
@@ -172,9 +171,7 @@ def _run_again(model: TransformerLensModel, circuit: "Circuit", pairs: Any, targ
         tokens = settings.get("token_ids")
         if tokens is None or settings["baseline"] == "corrupt":
             raise PairsError("this circuit is of pairs, which it does not hold: give them, pairs=...")
-        device = model.cfg.device or "cpu"
-        ids = torch.tensor(tokens, device=device)
-        pairs = TokenizedPairs.from_tokens([ids], torch.zeros(1, dtype=torch.long, device=device))
+        pairs = unanswered([torch.tensor(tokens, device=model.cfg.device or "cpu")])
     else:
         pairs = tokenize(model, pairs) if isinstance(pairs, PromptPairs) else pairs
         if pairs.hash != settings["pairs_hash"]:

@@ -16,7 +16,7 @@ from ..tasks._provenance import require_corrupt
 from ..tasks._spans import MarkedText, TokenSpan, read_marks, span_tokens
 from ..tasks._text_tokens import text_tokens
 from ..tasks._tokenize import tokenize, tokens_after
-from ..tasks._tokenized import TokenizedPairs
+from ..tasks._tokenized import TokenizedPairs, unanswered
 from ._alignment import Places, align
 from ._rollout import Rollout, roll_out
 from ._targets import TargetLike, token_id
@@ -99,8 +99,7 @@ def _of_prompts(
         tokens = [text_tokens(model, text, prepend_bos)[0] for text in texts]
     if not tokens or not all(map(len, tokens)) or not 1 <= top_k <= int(model.cfg.d_vocab):
         raise SettingsError(f"expected a prompt with tokens, and top_k between 1 and the vocabulary; got {top_k=}.")
-    unknown = torch.zeros(len(tokens), dtype=torch.long, device=tokens[0].device)
-    pairs = TokenizedPairs.from_tokens(tokens, unknown)
+    pairs = unanswered(tokens)
     single = isinstance(prompts, str) or len(tokens) == 1
     if callable(target) or (target is None and not single):
         pairs = TokenizedPairs.from_tokens(tokens, _likeliest(model, pairs))

@@ -38,7 +38,7 @@ from ..tasks._metrics import Metric, measure
 from ..tasks._pairs import PromptPairs
 from ..tasks._text_tokens import text_tokens
 from ..tasks._tokenize import tokenize
-from ..tasks._tokenized import Batch, TokenizedPairs
+from ..tasks._tokenized import Batch, TokenizedPairs, unanswered
 from ._memory import Size
 from ._samples import Moments, SampledStatistics, Samples, combine_samples, join_rows
 from ._statistics import Accumulator, Statistics, combine
@@ -67,7 +67,7 @@ def tokenize_inputs(model: TransformerLensModel, inputs: Inputs, prepend_bos: bo
         clean = list(inputs)
     if not clean:
         raise SettingsError("expected at least one prompt; got none.")
-    return TokenizedPairs.from_tokens(clean, torch.zeros(len(clean), dtype=torch.long, device=clean[0].device))
+    return unanswered(clean)
 
 
 def shared_start(tokens: TokenizedPairs) -> int:

@@ -269,6 +269,11 @@ class TokenizedPairs:
         )
 
 
+def unanswered(prompts: Sequence[Int[Tensor, " _"]]) -> TokenizedPairs:
+    """Prompts that no metric reads, as pairs: their answers are token 0."""
+    return TokenizedPairs.from_tokens(prompts, torch.zeros(len(prompts), dtype=torch.long, device=prompts[0].device))
+
+
 def _check_lengths(columns: dict[str, Any]) -> None:
     lengths = {name: len(column) for name, column in columns.items() if column is not None}
     if lengths["clean"] == 0 or len(set(lengths.values())) > 1:

@@ -37,7 +37,7 @@ from ..interventions._steering_prompts import token_names
 from ..models._protocol import TransformerLensModel, model_name
 from ..models._threads import holding
 from ..nodes._scores import label
-from ..tasks._tokenized import TokenizedPairs
+from ..tasks._tokenized import unanswered
 from ._contributions import (
     OneStep,
     Read,
@@ -148,7 +148,7 @@ def trace_feature(
         {"hook": r.site.hook, "layer": layer, "letter": "F", "width": r.dictionary.d_dict, "errors": True}
         for layer, r in run.readings.items()
     ]
-    pairs = TokenizedPairs.from_tokens([run.tokens], torch.zeros(1, dtype=torch.long, device=run.tokens.device))
+    pairs = unanswered([run.tokens])
     settings = {
         "model": model_name(model), "n_layers": run.n_layers, "d_mlp": None,
         "n_prompts": 1, "prompt": prompt if isinstance(prompt, str) else "".join(texts), "tokens": texts,
